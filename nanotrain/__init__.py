@@ -1,0 +1,1 @@
+"""nanotrain: from-scratch GPT pretraining. Raw parquet text in, an evaluated base model out."""

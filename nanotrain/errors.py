@@ -1,0 +1,62 @@
+"""Errors a user can cause, and how a program ends on one: a sentence and an exit code, never a traceback.
+
+The message says what is wrong, the value, and the command that fixes it. What only a programmer can break is an `assert`.
+"""
+
+import os
+import sys
+
+
+class UserError(Exception):
+    """Wrong usage or settings."""
+
+    exit_code = 2
+
+
+class CheckpointError(UserError):
+    """There is no checkpoint that can be used."""
+
+    exit_code = 3
+
+
+class MemoryLimitError(UserError):
+    """The device has too little memory for these settings."""
+
+    exit_code = 5
+
+
+class DataError(UserError):
+    """Data is missing, corrupt, or does not fit the rest of the run."""
+
+    exit_code = 6
+
+
+class NonFiniteError(UserError):
+    """Loss or gradients were NaN or infinite several steps in a row."""
+
+    exit_code = 7
+
+
+def run(*functions):
+    """Call `functions` in turn and end the process the way every nanotrain program ends."""
+    try:
+        for function in functions:
+            function()
+    except UserError as error:
+        _end(f"error: {error}", error.exit_code)
+    except KeyboardInterrupt:
+        _end("stopped", 130)
+    except BrokenPipeError:  # the reader of our output went away (`... | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:  # an unwritable folder, a full disk
+        if error.filename is None:
+            raise
+        _end(f"error: {error.strerror}: {error.filename}", 1)
+
+
+def _end(message, exit_code):
+    rank = os.environ.get("RANK")
+    where = f"[rank {rank}] " if rank not in (None, "0") else ""
+    print(f"{where}{message}", file=sys.stderr, flush=True)
+    sys.exit(exit_code)

@@ -1,0 +1,235 @@
+"""The model: a decoder with rotary positions, QK-norm, parameter-free RMSNorm, ReLU^2, value embeddings and an untied, softcapped head.
+
+It knows nothing of optimizers, files or environment variables. Build it without memory, then give it some:
+
+    with torch.device("meta"):
+        model = GPT(config)
+    model.to_empty(device="cpu")
+    model.init_weights(seed)
+
+    B rows   T tokens of a row   V vocabulary   C width   H query heads   K key and value heads   D head dimension
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanotrain import loss
+
+NORM_EPS = 1e-6
+ROPE_BASE = 10_000
+ATTENTION_GAIN = 1.44  # QK-norm bounds the scores; sharper attention than 1/sqrt(D) trains better
+GATE_CHANNELS = 16  # of the input that a value embedding's gate looks at
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a model; everything that its parameters' names and sizes depend on."""
+
+    vocab_size: int
+    max_seq_len: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def model_dim(self):
+        """C, the width of the residual stream."""
+        return self.num_heads * self.head_dim
+
+    def has_value_embedding(self, layer):
+        """Every layer of a shallow model; of a deeper one every other layer, the last included."""
+        return self.num_layers <= 4 or (self.num_layers - 1 - layer) % 2 == 0
+
+    def to_dict(self):
+        """The fields as a JSON-like dict; `GPTConfig(**d)` takes them back."""
+        return asdict(self)
+
+
+def norm(x):
+    """RMSNorm over the last dimension, without parameters (arXiv:1910.07467)."""
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+
+
+def rotate(x, cos, sin):
+    """Rotary positions (arXiv:2104.09864) on (B, T, H, D): the two halves of D are turned by minus theta, with cos, sin (T, 1, D / 2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal attention; the layer's value embedding, gated per head, is added to the values (value residual, arXiv:2410.17897)."""
+
+    def __init__(self, config, has_value_embedding):
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        kv_dim = config.num_kv_heads * config.head_dim
+        self.query = nn.Linear(config.model_dim, config.model_dim, bias=False)
+        self.key = nn.Linear(config.model_dim, kv_dim, bias=False)
+        self.value = nn.Linear(config.model_dim, kv_dim, bias=False)
+        self.output = nn.Linear(config.model_dim, config.model_dim, bias=False)
+        if has_value_embedding:
+            self.value_gate = nn.Linear(GATE_CHANNELS, config.num_kv_heads, bias=False)
+
+    def forward(self, x, value_embedding, cos, sin):
+        """x (B, T, C), value_embedding (B, T, K * D) or None -> (B, T, C)."""
+        B, T, C = x.shape
+        q = self.query(x).view(B, T, self.num_heads, self.head_dim)
+        k = self.key(x).view(B, T, self.num_kv_heads, self.head_dim)
+        v = self.value(x).view(B, T, self.num_kv_heads, self.head_dim)
+        if value_embedding is not None:
+            gate = 2 * torch.sigmoid(self.value_gate(x[..., :GATE_CHANNELS]))  # (B, T, K)
+            v = v + gate.unsqueeze(-1) * value_embedding.view(B, T, self.num_kv_heads, self.head_dim)
+        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2).to(q.dtype),
+            is_causal=True,
+            scale=ATTENTION_GAIN / math.sqrt(self.head_dim),
+            enable_gqa=self.num_kv_heads != self.num_heads,
+        )  # (B, H, T, D)
+        return self.output(y.transpose(1, 2).reshape(B, T, C))
+
+
+class Block(nn.Module):
+    """One layer: mix in the embedding x0, attend, then the ReLU^2 MLP (arXiv:2109.08668), each on a normed input."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.attention = Attention(config, config.has_value_embedding(layer))
+        self.expand = nn.Linear(config.model_dim, 4 * config.model_dim, bias=False)
+        self.contract = nn.Linear(4 * config.model_dim, config.model_dim, bias=False)
+        self.residual_scale = nn.Parameter(torch.empty(()))
+        self.x0_scale = nn.Parameter(torch.empty(()))
+
+    def forward(self, x, x0, value_embedding, cos, sin):
+        """x, x0 (B, T, C), value_embedding (B, T, K * D) or None -> (B, T, C)."""
+        x = self.residual_scale.to(x.dtype) * x + self.x0_scale.to(x.dtype) * x0
+        x = x + self.attention(norm(x), value_embedding, cos, sin)
+        return x + self.contract(F.relu(self.expand(norm(x))).square())
+
+
+class GPT(nn.Module):
+    """Tokens in, mean loss out; `logits` for everything else."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        C, kv_dim = config.model_dim, config.num_kv_heads * config.head_dim
+        self.embedding = nn.Embedding(config.vocab_size, C)
+        self.value_embeddings = nn.ModuleDict(
+            {
+                str(layer): nn.Embedding(config.vocab_size, kv_dim)
+                for layer in range(config.num_layers)
+                if config.has_value_embedding(layer)
+            }
+        )
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.backout_scale = nn.Parameter(torch.empty(()))
+        self.head = nn.Linear(C, config.vocab_size, bias=False)
+        self.register_buffer("cos", torch.empty(config.max_seq_len, 1, config.head_dim // 2), persistent=False)
+        self.register_buffer("sin", torch.empty(config.max_seq_len, 1, config.head_dim // 2), persistent=False)
+        self.loss_kernel = loss.loss_and_gradient
+
+    @torch.no_grad()
+    def init_weights(self, seed):
+        """Set every parameter and buffer. The same seed gives the same CPU weights whatever the device."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def uniform(parameter, std):
+            bound = math.sqrt(3) * std
+            parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+
+        def normal(parameter, std):
+            parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
+
+        std = self.config.model_dim**-0.5
+        normal(self.embedding.weight, 0.8)
+        normal(self.head.weight, 0.001)
+        for table in self.value_embeddings.values():
+            uniform(table.weight, std)
+        for layer, block in enumerate(self.blocks):
+            attention = block.attention
+            for matrix in (attention.query, attention.key, attention.value):
+                uniform(matrix.weight, std)
+            uniform(block.expand.weight, 0.4 * std)
+            attention.output.weight.zero_()  # each layer begins as the identity
+            block.contract.weight.zero_()
+            if hasattr(attention, "value_gate"):
+                attention.value_gate.weight.copy_(
+                    torch.empty(attention.value_gate.weight.shape).uniform_(0, 0.02, generator=generator)
+                )
+            place = layer / max(self.config.num_layers - 1, 1)
+            block.residual_scale.fill_(1.15 - 0.10 * place)
+            block.x0_scale.fill_(0.20 - 0.15 * place)
+        self.backout_scale.fill_(0.2)
+        half = self.config.head_dim // 2
+        frequencies = ROPE_BASE ** (-torch.arange(half, dtype=torch.float64) / half)
+        angles = torch.arange(self.config.max_seq_len, dtype=torch.float64)[:, None] * frequencies
+        self.cos.copy_(angles.cos()[:, None])
+        self.sin.copy_(angles.sin()[:, None])
+
+    def compile_parts(self):
+        """Compile every block and the loss by itself: one graph of a block serves all its layers, so compiling takes seconds."""
+        for block in self.blocks:
+            block.compile(dynamic=False)
+        self.loss_kernel = torch.compile(loss.loss_and_gradient, dynamic=False)
+
+    def hidden(self, tokens):
+        """(B, T) int64 -> (B, T, C), the normed input of the head."""
+        T = tokens.size(1)
+        if T > self.config.max_seq_len:
+            raise ValueError(f"{T} tokens, but this model's max_seq_len is {self.config.max_seq_len}")
+        device = tokens.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.embedding.weight.dtype
+        cos, sin = self.cos[:T].to(dtype), self.sin[:T].to(dtype)
+        x0 = norm(self.embedding(tokens)).to(dtype)
+        x = x0.clone()  # torch.compile makes a second graph for a block that gets one tensor twice
+        for layer, block in enumerate(self.blocks):
+            if layer == len(self.blocks) // 2:
+                middle = x
+            table = self.value_embeddings[str(layer)] if str(layer) in self.value_embeddings else None
+            x = block(x, x0, None if table is None else table(tokens).to(dtype), cos, sin)
+        return norm(x - self.backout_scale.to(dtype) * middle)
+
+    def forward(self, inputs, targets):
+        """inputs, targets (B, T) int64 -> () float32, the mean loss in nats per token."""
+        return loss.mean_loss(self.hidden(inputs).flatten(0, 1), self.head.weight, targets.flatten(), self.loss_kernel)
+
+    @torch.no_grad()
+    def token_losses(self, inputs, targets):
+        """inputs, targets (B, T) int64 -> (B, T) float32, the loss of each token in nats."""
+        hidden = self.hidden(inputs).flatten(0, 1)
+        return loss.token_losses(hidden, self.head.weight, targets.flatten()).view_as(targets)
+
+    @torch.no_grad()
+    def logits(self, tokens):
+        """(B, T) int64 -> (B, T, V) float32, computed in float32 without autocast."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            return loss.softcap(F.linear(self.hidden(tokens), self.head.weight))
+
+    def parameters_by_role(self):
+        """{role: {name: parameter}}, each parameter in one role: matrix, embedding, value_embedding, unembedding, residual, x0, gate."""
+        roles = {}
+        for name, parameter in self.named_parameters():
+            roles.setdefault(_role(name), {})[name] = parameter
+        return roles
+
+
+def _role(name):
+    for part, role in (
+        ("value_embeddings", "value_embedding"),
+        ("embedding", "embedding"),
+        ("head", "unembedding"),
+        ("value_gate", "gate"),
+        ("residual_scale", "residual"),
+        ("_scale", "x0"),
+    ):
+        if part in name:
+            return role
+    return "matrix"

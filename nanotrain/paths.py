@@ -1,0 +1,51 @@
+"""Where things live: every folder of nanotrain is found through these functions, and nowhere else."""
+
+import os
+import re
+from pathlib import Path
+
+from nanotrain.errors import DataError, UserError
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def base_dir():
+    """The folder that holds data, tokenizer and runs: NANOTRAIN_DIR, read when used, or ~/.cache/nanotrain."""
+    return Path(os.environ.get("NANOTRAIN_DIR") or Path.home() / ".cache" / "nanotrain").expanduser().absolute()
+
+
+def dataset_dir(name):
+    """The folder of the prepared data set `name`."""
+    return base_dir() / "data" / checked_name(name, "data set name")
+
+
+def data_dir(path=""):
+    """The folder of shards at `path`; without one, the only data set that is prepared. Raises DataError if there is none or a choice."""
+    if path:
+        return Path(path).expanduser().absolute()
+    parent = base_dir() / "data"
+    found = sorted(folder for folder in parent.iterdir() if folder.is_dir()) if parent.is_dir() else []
+    if not found:
+        raise DataError(f"no data set in {parent}: python -m nanotrain.dataset --dataset=stdlib builds one")
+    if len(found) > 1:
+        raise DataError(f"several data sets in {parent}: choose one, as in --data-dir={found[0]}")
+    return found[0]
+
+
+def tokenizer_dir(path=""):
+    """The folder of the tokenizer: `path`, or the default one."""
+    return Path(path).expanduser().absolute() if path else base_dir() / "tokenizer"
+
+
+def run_dir(name):
+    """The folder of the run `name`; a name with a slash is taken as a path."""
+    if "/" in name or os.sep in name:
+        return Path(name).expanduser().absolute()
+    return base_dir() / "runs" / checked_name(name, "run name")
+
+
+def checked_name(name, what):
+    """`name` itself if it is safe as one file name on every system; raises UserError if not."""
+    if not NAME_PATTERN.fullmatch(name):
+        raise UserError(f"{what} {name!r}: use 1 to 100 letters, digits, dots, dashes and underscores")
+    return name

@@ -1,0 +1,327 @@
+"""This process: rank, device, precision, seed, process group, small collectives, and what the hardware can do.
+
+`python -m nanotrain.runtime` prints what this machine is to nanotrain.
+"""
+
+import contextlib
+import ctypes
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from nanotrain import config, errors
+from nanotrain.errors import UserError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+# Dense bf16 FLOP/s as the vendors publish them, by a part of the device's name; the first match counts.
+PEAK_FLOPS = {
+    "GB200": 2.5e15,
+    "B200": 2.25e15,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One process of a run: its place among the ranks, its device, and the dtype of its matrix products."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype
+    dtype_reason: str
+
+    @property
+    def is_main(self):
+        """True on rank 0, which alone prints, logs and writes."""
+        return self.rank == 0
+
+    def autocast(self):
+        """The context in which the model's matrix products run in `dtype`; does nothing for float32."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def sum(self, values):
+        """The sums over all ranks of a list of numbers or () tensors, as floats, with one read of the device."""
+        device = self.device if self.device.type == "cuda" else "cpu"  # MPS has no float64
+        total = torch.stack([torch.as_tensor(value, device=device).double() for value in values])
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def broadcast(self, value):
+        """Rank 0's `value` (anything JSON-like), on every rank."""
+        box = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def gather(self, value):
+        """A list of every rank's `value` (anything JSON-like), on every rank."""
+        boxes = [value]
+        if self.world_size > 1:
+            boxes = [None] * self.world_size
+            dist.all_gather_object(boxes, value)
+        return boxes
+
+    def on_main(self, function):
+        """The result of `function()`, which only rank 0 runs; a UserError it raises is raised on every rank."""
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = function()
+            except UserError as raised:
+                error = (type(raised).__name__, str(raised))
+        result, error = self.broadcast((result, error))
+        if error:
+            raise getattr(errors, error[0])(error[1])
+        return result
+
+    def together(self, function):
+        """This rank's result of `function()`, after every rank has run it; a UserError on any rank is raised on all."""
+        result, error = None, None
+        try:
+            result = function()
+        except UserError as raised:
+            error = (type(raised).__name__, str(raised))
+        first = next((found for found in self.gather(error) if found), None)
+        if first:
+            raise getattr(errors, first[0])(first[1])
+        return result
+
+    def synchronize(self):
+        """Wait until the device has done all its work, so that a clock reading means something."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    def peak_memory_bytes(self):
+        """The most memory this process has held so far: on the GPU, or for the others of the process itself."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        import resource  # not on Windows
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    def close(self):
+        """Leave the process group."""
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+
+def start(device="auto", dtype="auto", seed=1337, deterministic=True):
+    """The Runtime of this process, with a process group whenever torchrun started more than one.
+
+    device: auto, cuda, mps or cpu. dtype: auto, bfloat16, float16 or float32. `deterministic` asks torch for repeatable kernels
+    (always used on the CPU). Raises UserError for what this machine does not have.
+    """
+    config.choice("DEVICE", device, ("auto", "cuda", "mps", "cpu"))
+    config.choice("DTYPE", dtype, ("auto", *DTYPES))
+    rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in _RANK_VARIABLES)
+    found = _device(device, local_rank)
+    if world_size > 1:
+        _join(found, world_size)
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+    if found.type == "cpu":
+        _keep_freed_memory()
+    if deterministic or found.type == "cpu":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.manual_seed(seed)
+    compute_dtype, reason = _dtype(dtype, found)
+    return Runtime(rank, local_rank, world_size, found, compute_dtype, reason)
+
+
+_RANK_VARIABLES = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+
+
+def _device(name, local_rank):
+    have_cuda, have_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if have_cuda else "mps" if have_mps and "RANK" not in os.environ else "cpu"
+    if name == "cuda" and not have_cuda:
+        raise UserError(
+            "--device=cuda: torch finds no CUDA device here (python -m nanotrain.runtime says what it finds)"
+        )
+    if name == "mps" and not have_mps:
+        raise UserError(
+            "--device=mps: torch finds no Metal device here (python -m nanotrain.runtime says what it finds)"
+        )
+    if name == "cuda" and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank}, but there are {torch.cuda.device_count()} CUDA devices: "
+            f"use torchrun --nproc_per_node={torch.cuda.device_count()}"
+        )
+    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+
+
+def _join(device, world_size):
+    if device.type == "mps":
+        raise UserError(f"--device=mps runs one process, not {world_size}: use --device=cpu or one process")
+    if "MASTER_ADDR" not in os.environ:
+        raise UserError(f"WORLD_SIZE={world_size} without a MASTER_ADDR: start the ranks with torchrun")
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+
+def _dtype(name, device):
+    if name != "auto":
+        return DTYPES[name], "as asked"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        version = f"CUDA capability {capability[0]}.{capability[1]}"
+        if capability >= (8, 0):
+            return torch.bfloat16, version
+        if capability >= (7, 0):
+            return torch.float16, f"{version}: fast float16, no bfloat16"
+        return torch.float32, f"{version}: no fast 16-bit matrix products"
+    if device.type == "cpu":
+        can = torch.cpu.get_capabilities()
+        for feature in ("amx_bf16", "avx512_bf16"):
+            if can.get(feature):
+                return torch.bfloat16, f"this CPU has {feature.upper()}"
+        return torch.float32, "this CPU has neither AVX512_BF16 nor AMX"
+    return torch.float32, "the safe choice on this device"
+
+
+def _keep_freed_memory():
+    """Tell glibc to reuse large freed blocks: fresh pages of a 32 MB tensor cost more time than the product that fills it."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt  # only glibc has it
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never give the top of the heap back
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: no private mapping for blocks below 1 GiB
+
+
+def seconds_since_start():
+    """Seconds since this process was started by the system, so that imports count."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
+        uptime = float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])
+        return uptime - ticks / os.sysconf("SC_CLK_TCK")
+    with contextlib.suppress(OSError, ValueError):
+        found = subprocess.run(
+            ["ps", "-o", "etime=", "-p", str(os.getpid())], capture_output=True, text=True, check=False
+        )
+        days, _, clock = found.stdout.strip().rpartition("-")
+        seconds = 0
+        for part in clock.split(":"):
+            seconds = 60 * seconds + int(part)
+        return float(seconds + 86400 * int(days or 0))
+    return time.process_time()
+
+
+def peak_flops(device):
+    """The device's published dense bf16 FLOP/s, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
+def matmul_flops(device, dtype, seconds=0.2):
+    """The median FLOP/s of a (4096, 256) by (256, 1024) product in `dtype` on this machine, measured for about `seconds`."""
+    a = torch.randn(4096, 256, device=device).to(dtype)
+    b = torch.randn(1024, 256, device=device).to(dtype).t()
+    out = torch.empty(4096, 1024, device=device, dtype=dtype)
+    times, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 5:
+        begin = time.perf_counter()
+        torch.mm(a, b, out=out)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return 2 * 4096 * 256 * 1024 / statistics.median(times)
+
+
+def memory_bytes(device):
+    """The device's whole memory in bytes; for a CPU the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def device_name(device):
+    """The device as its maker calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def environment(runtime):
+    """What a result depends on beside the settings: versions and hardware, as a JSON-like dict."""
+    packages = ("torch", "pyarrow", "tokenizers", "numpy", "safetensors")
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": {name: metadata.version(name) for name in packages},
+        "cuda": torch.version.cuda,
+        "device": runtime.device.type,
+        "device_name": device_name(runtime.device),
+        "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "world_size": runtime.world_size,
+        "dtype": str(runtime.dtype).removeprefix("torch."),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "commit": _commit(),
+    }
+
+
+def _commit():
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        folder = Path(__file__).parent
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
+        return found.stdout.strip()
+    return None
+
+
+def main():
+    runtime = start()
+    print(
+        f"python     {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda or 'not in this build'}"
+    )
+    print(
+        f"device     {runtime.device} ({device_name(runtime.device)}), {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    )
+    print(f"precision  {str(runtime.dtype).removeprefix('torch.')} ({runtime.dtype_reason})")
+    print(
+        f"compiler   {shutil.which('g++') or shutil.which('clang++') or 'none: torch.compile on the CPU falls back to eager'}"
+    )
+    for name in ("float32", "bfloat16"):
+        print(f"matmul     {matmul_flops(runtime.device, DTYPES[name]) / 1e9:,.0f} GFLOP/s in {name}")
+    print(f"memory     {memory_bytes(runtime.device) / 2**30:.1f} GiB")
+    runtime.close()
+
+
+if __name__ == "__main__":
+    errors.run(lambda: config.override(globals()), main)

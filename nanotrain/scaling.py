@@ -1,0 +1,133 @@
+"""The one dial: from depth to width, heads, batch, horizon, learning rates and memory. Pure arithmetic, so that a plan can be tested and printed."""
+
+import math
+from dataclasses import asdict, dataclass
+
+from nanotrain.errors import UserError
+
+# Batch in tokens against the training tokens D, a power law through two recipes that are known to work: 4,096 at 3 million tokens
+# (minutes on a CPU) and 2^19 at 1.4 billion (nanochat's depth 12). Between and beyond them it is an assumption.
+BATCH_ANCHOR_TOKENS, BATCH_ANCHOR = 3e6, 4096
+BATCH_EXPONENT = math.log(2**19 / BATCH_ANCHOR) / math.log(1.4e9 / BATCH_ANCHOR_TOKENS)
+MAX_BATCH = 2**20
+REFERENCE_WIDTH = 768
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """What sets the length of a run; the first that is not zero counts, `param_data_ratio` last."""
+
+    num_iterations: int = 0
+    target_flops: float = 0.0
+    target_minutes: float = 0.0
+    param_data_ratio: float = 10.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do. rows of a step = device_rows * accumulation * world_size."""
+
+    parameters: dict  # role -> count
+    flops_per_token: int
+    total_batch_size: int  # tokens
+    device_rows: int
+    accumulation: int
+    num_steps: int
+    tokens: int
+    flops: float
+    seconds: float  # an estimate, from the measured rate of matrix products
+    state_bytes: int  # weights, gradients and optimizer state of one rank, roughly
+    activation_bytes: int
+
+    def to_dict(self):
+        """The fields as a JSON-like dict."""
+        return asdict(self)
+
+
+def make_plan(parameters, depth, width, vocab_size, seq_len, horizon, total_batch_size, device_batch_size, world_size, flops_per_second,
+              element_bytes):  # fmt: skip
+    """The Plan of a run.
+
+    parameters: {role: count}. total_batch_size: tokens of a step, 0 to let the horizon decide. device_batch_size: most rows of a forward pass.
+    flops_per_second: what all ranks together are expected to reach. element_bytes: 2 or 4, of an activation.
+    Raises UserError for a batch that cannot be met.
+    """
+    weights = parameters["matrix"] + parameters["unembedding"]
+    flops_per_token = training_flops_per_token(weights, depth, width, seq_len)
+    if horizon.num_iterations:
+        tokens = None
+    elif horizon.target_flops:
+        tokens = horizon.target_flops / flops_per_token
+    elif horizon.target_minutes:
+        tokens = horizon.target_minutes * 60 * flops_per_second / flops_per_token
+    else:
+        tokens = horizon.param_data_ratio * weights
+    if not total_batch_size:
+        total_batch_size = batch_tokens(tokens or horizon.param_data_ratio * weights, seq_len, world_size)
+    device_rows, accumulation = split_batch(total_batch_size, seq_len, device_batch_size, world_size)
+    num_steps = horizon.num_iterations or max(round(tokens / total_batch_size), 1)
+    tokens = num_steps * total_batch_size
+    state_bytes, activation_bytes = memory_bytes(
+        parameters, depth, width, device_rows * seq_len, vocab_size, element_bytes
+    )
+    flops = float(tokens * flops_per_token)
+    return Plan(
+        parameters, flops_per_token, total_batch_size, device_rows, accumulation, num_steps, tokens, flops, flops / flops_per_second,
+        state_bytes, activation_bytes,
+    )  # fmt: skip
+
+
+def model_width(depth, aspect_ratio, head_dim):
+    """(width, heads) of a model of `depth` layers: aspect_ratio times depth, rounded up to whole heads."""
+    if depth < 1 or aspect_ratio < 1 or head_dim < 2 or head_dim % 2:
+        raise UserError(
+            f"--depth={depth} --aspect-ratio={aspect_ratio} --head-dim={head_dim}: all must be positive, the head dimension even"
+        )
+    heads = math.ceil(depth * aspect_ratio / head_dim)
+    return heads * head_dim, heads
+
+
+def training_flops_per_token(weights, depth, width, seq_len):
+    """Operations of one token's forward and backward pass: six per weight of a matrix or the head, and attention over the whole row."""
+    return 6 * weights + 12 * depth * width * seq_len
+
+
+def batch_tokens(training_tokens, seq_len, world_size):
+    """The tokens of a step that suit a horizon: the rule's power of two, as near to it as whole rows on every rank allow."""
+    ideal = BATCH_ANCHOR * (training_tokens / BATCH_ANCHOR_TOKENS) ** BATCH_EXPONENT
+    ideal = 2 ** round(math.log2(min(max(ideal, BATCH_ANCHOR), MAX_BATCH)))
+    unit = seq_len * world_size
+    return max(round(ideal / unit), 1) * unit
+
+
+def split_batch(total_batch_size, seq_len, device_batch_size, world_size):
+    """(device_rows, accumulation) of a step: `device_batch_size` is the most rows of one forward pass, lowered to a divisor.
+
+    Raises UserError with three sizes that work if rows of `seq_len` tokens on `world_size` ranks cannot make up the total.
+    """
+    unit = seq_len * world_size
+    if total_batch_size % unit or total_batch_size < 1:
+        first = max(total_batch_size // unit, 1)
+        works = ", ".join(str((first + extra) * unit) for extra in range(3))
+        raise UserError(
+            f"--total-batch-size={total_batch_size} is no multiple of {unit} tokens "
+            f"({world_size} ranks x rows of {seq_len}): three that work are {works}"
+        )
+    if device_batch_size < 1:
+        raise UserError(f"--device-batch-size={device_batch_size}: at least 1 row")
+    rank_rows = total_batch_size // unit
+    device_rows = next(rows for rows in range(min(device_batch_size, rank_rows), 0, -1) if rank_rows % rows == 0)
+    return device_rows, rank_rows // device_rows
+
+
+def width_factor(width):
+    """Factor of the embeddings' and the head's learning rates against those at the reference width."""
+    return (width / REFERENCE_WIDTH) ** -0.5
+
+
+def memory_bytes(parameters, depth, width, device_tokens, vocab_size, element_bytes):
+    """(state, activations) that one rank holds, roughly: float32 weights, gradients and moments; what backward keeps of each layer."""
+    matrices = parameters["matrix"]
+    state = 12 * matrices + 16 * (sum(parameters.values()) - matrices)
+    activations = depth * device_tokens * width * 20 * element_bytes + 3 * min(device_tokens, 512) * vocab_size * 4
+    return state, activations

@@ -1,0 +1,53 @@
+"""Learning rate, momentum and weight decay as pure functions of progress, so that short runs warm up and cool down too.
+
+Progress is in (0, 1): the middle of step s of N, so that no step has a learning rate of zero.
+"""
+
+import math
+
+MOMENTUM_START, MOMENTUM_PEAK, MOMENTUM_END = 0.85, 0.95, 0.90
+MOMENTUM_WARMUP = 0.30
+
+
+def progress(step, num_steps):
+    """Where step 1 <= step <= num_steps stands in the run."""
+    return (step - 0.5) / num_steps
+
+
+def trapezoid(progress, warmup, warmdown, final):
+    """Factor of the learning rate: linear up over the first `warmup` of the run, flat, linear down to `final` over the last `warmdown`."""
+    if progress < warmup:
+        return progress / warmup
+    if progress > 1 - warmdown:
+        return final + (1 - final) * (1 - progress) / warmdown
+    return 1.0
+
+
+def cosine(progress, warmup, warmdown, final):
+    """Factor of the learning rate: linear up over `warmup`, then half a cosine down to `final`; `warmdown` plays no part."""
+    if progress < warmup:
+        return progress / warmup
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+
+def linear(progress, warmup, warmdown, final):
+    """Factor of the learning rate: linear up over `warmup`, then linear down to `final`; `warmdown` plays no part."""
+    return trapezoid(progress, warmup, 1 - warmup, final)
+
+
+SHAPES = {"trapezoid": trapezoid, "cosine": cosine, "linear": linear}
+
+
+def momentum(progress, warmdown):
+    """Muon's momentum: up while the gradient's direction still changes fast, a little down as the learning rate falls."""
+    if progress < MOMENTUM_WARMUP:
+        return MOMENTUM_START + (MOMENTUM_PEAK - MOMENTUM_START) * progress / MOMENTUM_WARMUP
+    begin = max(1 - warmdown, MOMENTUM_WARMUP)
+    if progress > begin:
+        return MOMENTUM_PEAK + (MOMENTUM_END - MOMENTUM_PEAK) * (progress - begin) / (1 - begin)
+    return MOMENTUM_PEAK
+
+
+def weight_decay(progress, peak):
+    """Muon's weight decay: a cosine from `peak` to zero."""
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))

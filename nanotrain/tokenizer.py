@@ -1,0 +1,113 @@
+"""Byte-level BPE on the `tokenizers` library: train, save, load, encode, decode, and the exact bytes of each token.
+
+The saved `tokenizer.json` loads in any program that uses that library. Token 0 is BOS; the 256 bytes follow, then the merges.
+"""
+
+import hashlib
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from nanotrain.errors import DataError, UserError
+
+BOS = "<|bos|>"
+FILE_NAME = "tokenizer.json"
+MIN_VOCAB_SIZE = 257  # BOS and the bytes
+
+# Words with the sign or space before them, numbers in groups of one or two digits, runs of signs, line ends, spaces: the manner of
+# GPT-4's split, with shorter numbers, which suit small vocabularies.
+SPLIT = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}|"
+    r" ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+
+
+class BPETokenizer:
+    """Text to token ids and back. Special tokens never come out of text: `<|bos|>` in a document is seven characters."""
+
+    def __init__(self, inner):
+        """`inner`: a tokenizers.Tokenizer with byte-level alphabet that knows BOS. Raises DataError if it is not one."""
+        self.inner = inner
+        self.inner.encode_special_tokens = True  # the file does not keep this
+        self.bos = inner.token_to_id(BOS)
+        if self.bos is None:
+            raise DataError(f"the tokenizer has no {BOS} token: train one with python -m scripts.tok_train")
+        self.vocab_size = inner.get_vocab_size(with_added_tokens=True)
+
+    @classmethod
+    def train(cls, texts, vocab_size):
+        """Train on an iterator of texts (or of lists of texts). With too little text there are fewer tokens than asked for: see `vocab_size`."""
+        if vocab_size < MIN_VOCAB_SIZE:
+            raise UserError(f"--vocab-size={vocab_size}: at least {MIN_VOCAB_SIZE}, for BOS and the 256 bytes")
+        inner = Tokenizer(models.BPE())
+        split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
+        inner.pre_tokenizer = pre_tokenizers.Sequence(
+            [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+        inner.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=[BOS], show_progress=False
+        )
+        inner.train_from_iterator(texts, trainer)
+        return cls(inner)
+
+    @classmethod
+    def load(cls, folder):
+        """The tokenizer saved in `folder`. Raises DataError if there is none or it cannot be read."""
+        path = Path(folder) / FILE_NAME
+        if not path.is_file():
+            raise DataError(f"no tokenizer at {path}: train one with python -m scripts.tok_train")
+        try:
+            inner = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exceptions
+            raise DataError(f"{path} cannot be read ({error}): train one with python -m scripts.tok_train") from None
+        return cls(inner)
+
+    def save(self, folder):
+        """Write `tokenizer.json` into `folder`, whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{FILE_NAME}.part"
+        temporary.write_text(self.to_json(), encoding="utf-8")
+        temporary.replace(folder / FILE_NAME)
+
+    def to_json(self):
+        """The text of `tokenizer.json`."""
+        return self.inner.to_str(pretty=True)
+
+    def sha256(self):
+        """The SHA-256 of `tokenizer.json`, in hex: two tokenizers with the same hash give the same ids."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def encode(self, text):
+        """str -> list of ids, without BOS. Lone surrogates become U+FFFD."""
+        return self.inner.encode(_clean(text), add_special_tokens=False).ids
+
+    def encode_batch(self, texts):
+        """list of str -> list of lists of ids, without BOS, on all cores."""
+        encodings = self.inner.encode_batch_fast([_clean(text) for text in texts], add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids):
+        """Iterable of ids -> str; bytes that are not UTF-8 become U+FFFD, special tokens their own names."""
+        return self.inner.decode([int(token) for token in ids], skip_special_tokens=False)
+
+    def token_bytes(self):
+        """(V,) int64 tensor: the number of UTF-8 bytes each token stands for, 0 for special tokens.
+
+        In the byte-level alphabet each character is one byte, so this is exact for parts of characters too; decoded text is not.
+        """
+        import torch  # here, so that training a tokenizer does not wait for it
+
+        lengths = [len(self.inner.id_to_token(token)) for token in range(self.vocab_size)]
+        lengths[self.bos] = 0
+        return torch.tensor(lengths, dtype=torch.int64)
+
+
+def _clean(text):
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")

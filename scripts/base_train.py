@@ -1,0 +1,607 @@
+"""Pretrain a base model.
+
+    python -m scripts.base_train --depth=4 --target-minutes=5          one process
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_train     eight GPUs
+
+Without a horizon it trains --target-param-data-ratio tokens per weight. Ctrl-C saves and stops; the same command with --resume goes on.
+"""
+
+import json
+import math
+import os
+import signal
+import statistics
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from nanotrain import (
+    checkpoint,
+    config,
+    dataloader,
+    dataset,
+    errors,
+    loss_eval,
+    optim,
+    paths,
+    runtime,
+    scaling,
+    schedule,
+)
+from nanotrain.engine import generate
+from nanotrain.errors import CheckpointError, DataError, MemoryLimitError, NonFiniteError, UserError
+from nanotrain.gpt import GPTConfig
+from nanotrain.tokenizer import BPETokenizer
+from nanotrain.tracker import Tracker
+
+# --- run
+RUN_NAME = ""  # folder of the run under NANOTRAIN_DIR/runs; empty: d<depth>
+RESUME = False  # go on from the newest checkpoint that verifies; without one, start
+ALLOW_CHANGE = ""  # settings that --resume may change although they change the training, as in matrix_lr,warmdown_ratio
+DRY_RUN = False  # print the plan and stop
+# --- machine
+DEVICE = "auto"  # auto, cuda, mps or cpu
+DTYPE = "auto"  # of the matrix products: auto, bfloat16, float16 or float32
+COMPILE = "auto"  # auto (eager where no compiler works), on or off
+DETERMINISTIC = False  # repeatable kernels on CUDA too, where they cost time
+SEED = 1337  # of the weights and of the order of the data
+# --- data
+DATA_DIR = ""  # folder of shards; empty: the only data set in NANOTRAIN_DIR/data
+TOKENIZER_DIR = ""  # folder of tokenizer.json; empty: NANOTRAIN_DIR/tokenizer
+MAX_SEQ_LEN = 256  # tokens of a row
+LANES = 48  # streams that the rows are taken from in turn
+# --- model
+DEPTH = 4  # layers; the width follows
+ASPECT_RATIO = 64  # width per layer
+HEAD_DIM = 128  # the width is rounded up to whole heads
+# --- horizon: at most one of the first three
+NUM_ITERATIONS = 0  # optimizer steps
+TARGET_FLOPS = 0.0  # floating-point operations
+TARGET_MINUTES = 0.0  # from process start to the last save
+TARGET_PARAM_DATA_RATIO = 10.0  # training tokens per matrix and head weight, if none of the others is set
+# --- batch
+TOTAL_BATCH_SIZE = 0  # tokens of one optimizer step; 0: by the plan
+DEVICE_BATCH_SIZE = 16  # rows of one forward pass; lowered to a divisor; lower it if memory runs out
+# --- optimization
+MATRIX_LR = 0.04  # Muon, for the matrices of the blocks
+EMBEDDING_LR = 0.35  # AdamW, for the token embedding (half of it for value embeddings), at width 768
+UNEMBEDDING_LR = 0.005  # AdamW, for the head, at width 768
+SCALAR_LR = 0.05  # AdamW, for residual scalars and gates
+WEIGHT_DECAY = 0.0  # of the matrices, at the start; it falls to zero
+GRAD_CLIP = 0.0  # largest norm of the gradient; 0: not clipped
+SCHEDULE = "trapezoid"  # trapezoid, cosine or linear
+WARMUP_RATIO = 0.04  # share of the run in which the learning rate rises
+WARMDOWN_RATIO = 0.65  # share of the run in which it falls (trapezoid)
+FINAL_LR_FRAC = 0.03  # where it ends, as a share of its peak
+# --- evaluation and saving: every so many steps and at the last; 0: never
+EVAL_EVERY = 250  # bits per byte on validation rows
+EVAL_TOKENS = 131072  # of the validation shard
+SAMPLE_EVERY = 0  # print a few continuations
+SAVE_EVERY = 250  # checkpoint (the last step always saves one)
+KEEP_LAST = 2  # newest checkpoints that stay
+KEEP_EVERY = 0  # steps between checkpoints that stay for good
+WANDB = "off"  # off, offline or online
+# -----------
+
+# What --resume does with a setting that differs from the checkpoint's; every setting not named here is free.
+IDENTITY = ("SEED", "MAX_SEQ_LEN", "LANES", "DEPTH", "ASPECT_RATIO", "HEAD_DIM")
+HORIZON = ("NUM_ITERATIONS", "TARGET_FLOPS", "TARGET_MINUTES", "TARGET_PARAM_DATA_RATIO")
+TRAJECTORY = (
+    *HORIZON, "TOTAL_BATCH_SIZE", "MATRIX_LR", "EMBEDDING_LR", "UNEMBEDDING_LR", "SCALAR_LR", "WEIGHT_DECAY", "GRAD_CLIP", "SCHEDULE",
+    "WARMUP_RATIO", "WARMDOWN_RATIO", "FINAL_LR_FRAC", "DTYPE",
+)  # fmt: skip
+
+REFIT_PROGRESS = 0.25  # with TARGET_MINUTES the number of steps is corrected once here, where the learning rate is flat
+TYPICAL_EFFICIENCY = 0.2  # share of the measured matmul rate that training reaches; only for the estimate of time
+NON_FINITE_LIMIT = 3  # steps in a row
+PROMPTS = ("The ", "def __init__(self", "import ", "If the ")
+
+
+@dataclass
+class Run:
+    """What changes as a run goes on; a checkpoint keeps all of it."""
+
+    num_steps: int
+    horizon_fixed: bool  # False until a run by TARGET_MINUTES has corrected num_steps
+    step: int = 0  # finished optimizer steps
+    seconds: float = 0.0  # that earlier processes spent on this run
+    skipped_steps: int = 0
+    val_bpb: float | None = None
+    best_bpb: float = math.inf
+    best_step: int = -1
+    wandb_id: str | None = None
+
+
+def main():
+    check_settings()
+    stop = StopRequest()
+    rt = runtime.start(DEVICE, DTYPE, SEED, DETERMINISTIC)
+    run_name = RUN_NAME or f"d{DEPTH}"
+    run_dir = paths.run_dir(run_name)
+
+    # ---- data ----
+    tokenizer = BPETokenizer.load(paths.tokenizer_dir(TOKENIZER_DIR))
+    shards = rt.together(lambda: dataset.open_shards(paths.data_dir(DATA_DIR)))
+    data = rt.on_main(lambda: dataset.fingerprint(shards))
+    validation = rt.together(
+        lambda: dataloader.validation_rows(shards.validation.path, tokenizer, MAX_SEQ_LEN, EVAL_TOKENS)
+    )
+
+    # ---- what this run is, and the checkpoint to go on from ----
+    width, heads = scaling.model_width(DEPTH, ASPECT_RATIO, HEAD_DIM)
+    model_config = GPTConfig(tokenizer.vocab_size, MAX_SEQ_LEN, DEPTH, heads, heads, HEAD_DIM)
+    settings = config.settings(globals())
+    identity = {
+        "model_config": model_config.to_dict(),
+        "tokenizer_sha256": tokenizer.sha256(),
+        "data": data,
+        "settings": settings,
+    }
+    saved, model_tensors, optimizer_tensors = load_checkpoint(rt, run_dir, run_name, identity)
+
+    # ---- plan ----
+    model = checkpoint.build_model(model_config, "meta")
+    plan = make_plan(rt, model, saved)
+    run = Run(**saved["run"]) if saved else Run(plan.num_steps, horizon_fixed=not TARGET_MINUTES)
+    if not saved or any(saved["settings"][name] != globals()[name] for name in HORIZON):
+        run.num_steps = plan.num_steps
+    say(rt, describe(rt, plan, run, shards, tokenizer, run_dir))
+    if DRY_RUN or run.step >= run.num_steps:
+        if not DRY_RUN:
+            say(rt, f"nothing to do: the newest checkpoint of {run_name} is at step {run.step} of {run.num_steps}")
+        rt.close()
+        return
+
+    # ---- weights and optimizers ----
+    model = model.to_empty(device=rt.device)
+    model.init_weights(SEED)
+    factor = scaling.width_factor(width)
+    rates = {
+        "matrix": MATRIX_LR,
+        "embedding": EMBEDDING_LR * factor,
+        "unembedding": UNEMBEDDING_LR * factor,
+        "scalar": SCALAR_LR,
+    }
+    muon_dtype = torch.bfloat16 if rt.dtype == torch.bfloat16 else torch.float32
+    muon, adamw = optimizers = optim.build(model.parameters_by_role(), rates, WEIGHT_DECAY, muon_dtype)
+    scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
+    if saved:
+        checkpoint.load_weights(model, model_tensors)
+        optim.load_state_tensors(optimizers, optimizer_tensors)
+        adamw.updates = saved["updates"]
+        scaler.load_state_dict(saved["scaler"])
+    pass_seconds = warm_up(rt, model, plan.device_rows)
+    if not run.horizon_fixed and not saved:
+        run.num_steps = rt.broadcast(
+            steps_in_time(run, 1.25 * pass_seconds * plan.accumulation, evaluation_seconds=0.0)
+        )
+    trained = model if rt.world_size == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
+    parameters = list(model.parameters())
+
+    # ---- the run ----
+    if rt.is_main:
+        tokenizer.save(run_dir)
+        write_json(
+            run_dir / "config.json", {"plan": plan.to_dict(), "environment": runtime.environment(rt), **identity}
+        )
+    units = dataloader.units_of(shards.train, LANES)
+    loader_state = saved["loader"] if saved else None
+    reader = dataloader.RowReader(units, tokenizer, MAX_SEQ_LEN, LANES, SEED, rt.rank, rt.world_size, loader_state)
+    tracker = Tracker(run_dir, run_name, settings, run.num_steps, run.step, WANDB, run.wandb_id, rt.is_main)
+    run.wandb_id = tracker.wandb_id
+    token_bytes = tokenizer.token_bytes()
+    peak_flops = runtime.peak_flops(rt.device)
+    resumed_step = run.step if saved else None
+    step_seconds, evaluation_seconds, bad_in_a_row = [], 0.0, 0
+
+    def save():
+        loader_state = {**batches.next.state, "lanes": {}}
+        for part in rt.gather(batches.next.state["lanes"]):
+            loader_state["lanes"].update(part)
+        spent = run.seconds + runtime.seconds_since_start()
+        state = {
+            "step": run.step,
+            "val_bpb": run.val_bpb,
+            "run": {**asdict(run), "seconds": spent, "best_bpb": run.best_bpb if run.best_step >= 0 else 1e9},
+            "loader": loader_state,
+            "total_batch_size": plan.total_batch_size,
+            "updates": adamw.updates,
+            "scaler": scaler.state_dict(),
+            **identity,
+        }
+        rt.on_main(lambda: save_checkpoint(run_dir, run, model, optimizers, state, resumed_step, tracker))
+
+    with tracker, dataloader.DataLoader(reader, plan.device_rows, rt.device) as loader:
+        batches = LookAhead(loader)
+        if EVAL_EVERY and run.step == 0:
+            evaluation_seconds = evaluate(rt, run, model, validation, token_bytes, tracker)
+        while run.step < run.num_steps:
+            begin = time.monotonic()
+
+            # ---- schedule ----
+            progress = schedule.progress(run.step + 1, run.num_steps)
+            rate = schedule.SHAPES[SCHEDULE](progress, WARMUP_RATIO, WARMDOWN_RATIO, FINAL_LR_FRAC)
+            momentum = schedule.momentum(progress, WARMDOWN_RATIO)
+            optim.set_schedule(optimizers, rate, momentum, schedule.weight_decay(progress, WEIGHT_DECAY))
+
+            # ---- gradients of the whole batch ----
+            loss_sum, row_hash = torch.zeros((), device=rt.device), 0
+            for micro_step in range(plan.accumulation):
+                batch = batches.take()
+                row_hash += batch.row_hash
+                # before the forward, where DDP decides whether this backward will average over the ranks
+                trained.require_backward_grad_sync = micro_step == plan.accumulation - 1
+                with rt.autocast():
+                    loss = trained(batch.inputs, batch.targets) / plan.accumulation
+                scaler.scale(loss).backward()
+                loss_sum += loss.detach()
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
+            norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+
+            # ---- what all ranks must know, in one reduction and one read; the hash in halves that float64 adds exactly ----
+            status = [
+                loss_sum,
+                norm,
+                stop.requested,
+                batches.error is not None,
+                row_hash % 2**32,
+                (row_hash >> 32) % 2**32,
+            ]
+            loss_total, norm_total, stops, data_errors, hash_low, hash_high = rt.sum(status)
+            mean_loss, grad_norm = loss_total / rt.world_size, norm_total / rt.world_size
+            if data_errors:
+                rt.together(batches.raise_error)
+
+            # ---- update ----
+            run.step += 1
+            if math.isfinite(mean_loss) and math.isfinite(grad_norm):
+                bad_in_a_row = 0
+                if GRAD_CLIP:
+                    torch.nn.utils.clip_grads_with_norm_(parameters, GRAD_CLIP, norm)
+                for optimizer in optimizers:
+                    scaler.step(optimizer)
+            else:
+                run.skipped_steps, bad_in_a_row = run.skipped_steps + 1, bad_in_a_row + 1
+                tracker.event(f"step {run.step}: loss {mean_loss}, gradient norm {grad_norm}: the update was skipped")
+                finding_scale = (
+                    scaler.is_enabled() and scaler.get_scale() > 1
+                )  # float16 begins by overflowing a few times
+                if bad_in_a_row >= NON_FINITE_LIMIT and not finding_scale:
+                    raise NonFiniteError(non_finite_message(model, run.step, mean_loss))
+            if scaler.is_enabled():
+                scaler.update()
+            for parameter in parameters:
+                if rt.world_size == 1:
+                    parameter.grad = None
+                else:
+                    parameter.grad.zero_()  # a view of DDP's bucket, which must stay
+
+            # ---- log ----
+            rt.synchronize()
+            seconds = time.monotonic() - begin
+            step_seconds.append(seconds)
+            typical_seconds = statistics.median(step_seconds[-200:])
+            metrics = {
+                "train/loss": mean_loss,
+                "train/lr": MATRIX_LR * rate,
+                "train/grad_norm": grad_norm,
+                "train/tok_per_sec": plan.total_batch_size / seconds,
+                "train/epoch": reader.epoch,
+                "train/skipped_steps": run.skipped_steps,
+                "data_hash": f"{(int(hash_low) + (int(hash_high) << 32)) % 2**64:016x}",
+            }
+            if peak_flops:
+                metrics["train/mfu"] = (
+                    metrics["train/tok_per_sec"] * plan.flops_per_token / (peak_flops * rt.world_size)
+                )
+            tracker.step(run.step, metrics, (run.num_steps - run.step) * typical_seconds)
+            if not run.horizon_fixed and run.step >= REFIT_PROGRESS * run.num_steps:
+                run.num_steps, run.horizon_fixed = (
+                    rt.broadcast(steps_in_time(run, typical_seconds, evaluation_seconds)),
+                    True,
+                )
+                tracker.set_num_steps(run.num_steps)
+                tracker.event(f"{1000 * typical_seconds:.0f} ms a step: {run.num_steps} steps end in time")
+
+            # ---- evaluate, sample, save ----
+            last = run.step == run.num_steps
+            stopping = stops > 0 and not last
+            if due(EVAL_EVERY, run.step, last) and not stopping:
+                evaluation_seconds = evaluate(rt, run, model, validation, token_bytes, tracker)
+            if due(SAMPLE_EVERY, run.step, last) and not stopping and rt.is_main:
+                sample(model, tokenizer, tracker)
+            if due(SAVE_EVERY, run.step, last) or last or stopping or run.best_step == run.step:
+                save()
+            if stopping:
+                break
+        if run.step < run.num_steps:
+            tracker.event(
+                f"stopped and saved at step {run.step} of {run.num_steps}: the same command with --resume goes on"
+            )
+        else:
+            result = f"loss {mean_loss:.4f}" if run.val_bpb is None else f"val bpb {run.val_bpb:.4f}"
+            tracker.event(
+                f"done in {runtime.seconds_since_start():.0f} s: {result} after {run.num_steps} steps, {run_dir}"
+            )
+    rt.close()
+
+
+class StopRequest:
+    """SIGTERM and Ctrl-C only set a flag, which all ranks share at the end of the step; a second Ctrl-C ends the process at once."""
+
+    def __init__(self):
+        self.requested, self.since = False, 0.0
+        signal.signal(signal.SIGTERM, self.handle)
+        signal.signal(signal.SIGINT, self.handle)
+
+    def handle(self, number, frame):
+        # torchrun passes the terminal's Ctrl-C on, so that one keystroke arrives twice
+        if self.requested and number == signal.SIGINT and time.monotonic() - self.since > 1:
+            os._exit(130)
+        if not self.requested:
+            self.requested, self.since = True, time.monotonic()
+            if os.environ.get("RANK", "0") == "0":
+                os.write(2, b"\nstopping after this step (Ctrl-C again: at once, without saving)\n")
+
+
+class LookAhead:
+    """The batches, with the next one already here: its state is where a resume begins.
+
+    After an error the last batch comes again, so that this rank takes part in the step in which all ranks learn of it.
+    """
+
+    def __init__(self, loader):
+        self.loader, self.error = loader, None
+        self.next = next(loader)
+
+    def take(self):
+        """The batch to train on now."""
+        now = self.next
+        try:
+            self.next = next(self.loader)
+        except DataError as error:
+            self.error = error
+        return now
+
+    def raise_error(self):
+        """Raise what went wrong on this rank, if anything did."""
+        if self.error:
+            raise self.error
+
+
+def check_settings():
+    config.choice("COMPILE", COMPILE, ("auto", "on", "off"))
+    config.choice("SCHEDULE", SCHEDULE, tuple(schedule.SHAPES))
+    config.choice("WANDB", WANDB, ("off", "offline", "online"))
+    horizons = {
+        name: globals()[name] for name in ("NUM_ITERATIONS", "TARGET_FLOPS", "TARGET_MINUTES") if globals()[name]
+    }
+    if len(horizons) > 1:
+        given = " ".join(f"{config.flag_of(name)}={value}" for name, value in horizons.items())
+        raise UserError(f"{given}: two horizons at once; give one of them")
+    for name, value in config.settings(globals()).items():
+        if isinstance(value, (int, float)) and value < 0:
+            raise UserError(f"{config.flag_of(name)}={value}: must not be negative")
+    for name in ("MAX_SEQ_LEN", "LANES", "KEEP_LAST"):
+        if globals()[name] < 1:
+            raise UserError(f"{config.flag_of(name)}={globals()[name]}: at least 1")
+    if EVAL_TOKENS < MAX_SEQ_LEN:
+        raise UserError(f"--eval-tokens={EVAL_TOKENS}: less than one row of --max-seq-len={MAX_SEQ_LEN}")
+    for name in ("WARMUP_RATIO", "WARMDOWN_RATIO", "FINAL_LR_FRAC"):
+        if globals()[name] > 1:
+            raise UserError(f"{config.flag_of(name)}={globals()[name]}: a share, at most 1")
+    if WARMUP_RATIO + WARMDOWN_RATIO > 1:
+        raise UserError(
+            f"--warmup-ratio={WARMUP_RATIO} and --warmdown-ratio={WARMDOWN_RATIO} overlap: together at most 1"
+        )
+
+
+def load_checkpoint(rt, run_dir, run_name, identity):
+    """(state, model tensors, optimizer tensors) of the checkpoint to go on from, or three Nones for a new run."""
+
+    def find():
+        if RESUME:
+            step, _, complaints = checkpoint.newest(run_dir)
+            return step, complaints
+        if checkpoint.steps(run_dir):
+            step = checkpoint.steps(run_dir)[0]
+            raise UserError(
+                f"run {run_name!r} is already at step {step}: go on with --resume, or choose another --run-name"
+            )
+        return None, []
+
+    step, complaints = rt.on_main(find)
+    for complaint in complaints:
+        say(rt, f"not used: {complaint}")
+    if step is None:
+        return None, None, None
+    model_tensors, optimizer_tensors, state = rt.together(lambda: checkpoint.unpack(checkpoint.read(run_dir, step)))
+    check_same(state, identity)
+    say(rt, f"resume     {run_name} at step {step}")
+    return state, model_tensors, optimizer_tensors
+
+
+def check_same(saved, identity):
+    """Raise an error with a readable difference if the checkpoint was trained with something else than what is here."""
+    if saved["tokenizer_sha256"] != identity["tokenizer_sha256"]:
+        raise DataError("the tokenizer is not the one this run was trained with: give its folder with --tokenizer-dir")
+    if saved["data"] != identity["data"]:
+        raise DataError("the data are not those this run was trained with: give their folder with --data-dir")
+    allowed = {name.strip().replace("-", "_").upper() for name in ALLOW_CHANGE.split(",")}
+    lines = []
+    for name in (*IDENTITY, *TRAJECTORY):
+        was, now = saved["settings"][name], globals()[name]
+        if was != now and name in IDENTITY:
+            lines.append(f"{config.flag_of(name)} was {was}, is {now}: it cannot change within a run")
+        elif was != now and name not in allowed:
+            lines.append(f"{config.flag_of(name)} was {was}, is {now}: allow it with --allow-change={name.lower()}")
+    if lines:
+        raise UserError("this run was started with other settings:\n  " + "\n  ".join(lines))
+
+
+def make_plan(rt, model, saved):
+    parameters = {role: sum(p.numel() for p in named.values()) for role, named in model.parameters_by_role().items()}
+    horizon = scaling.Horizon(NUM_ITERATIONS, TARGET_FLOPS, TARGET_MINUTES, TARGET_PARAM_DATA_RATIO)
+    speed = rt.broadcast(runtime.matmul_flops(rt.device, rt.dtype)) * TYPICAL_EFFICIENCY * rt.world_size
+    shape = model.config
+    return scaling.make_plan(
+        parameters,
+        shape.num_layers,
+        shape.model_dim,
+        shape.vocab_size,
+        shape.max_seq_len,
+        horizon,
+        saved["total_batch_size"] if saved and not TOTAL_BATCH_SIZE else TOTAL_BATCH_SIZE,
+        DEVICE_BATCH_SIZE,
+        rt.world_size,
+        speed,
+        rt.dtype.itemsize,
+    )
+
+
+def describe(rt, plan, run, shards, tokenizer, run_dir):
+    """The plan as the lines that a person reads before step 1."""
+    texts = next(dataset.row_groups([shard.path for shard in shards.train]))[:50]
+    num_tokens = sum(map(len, tokenizer.encode_batch(texts)))
+    bytes_per_token = sum(len(text.encode("utf-8", "replace")) for text in texts) / num_tokens if num_tokens else 1
+    on_disk = sum(shard.text_bytes for shard in shards.train) / bytes_per_token
+    tokens = run.num_steps * plan.total_batch_size
+    tables = sum(count for role, count in plan.parameters.items() if "embedding" in role and role != "unembedding")
+    lowered = f" (lowered from {DEVICE_BATCH_SIZE})" if plan.device_rows < DEVICE_BATCH_SIZE else ""
+    minutes = TARGET_MINUTES or plan.seconds / 60
+    lines = [
+        f"run        {run_dir}",
+        f"device     {rt.world_size} x {runtime.device_name(rt.device)}",
+        f"precision  {str(rt.dtype).removeprefix('torch.')} ({rt.dtype_reason})",
+        f"model      depth {DEPTH}, {plan.parameters['matrix']:,} matrix, {plan.parameters['unembedding']:,} head, {tables:,} table weights",
+        f"batch      {plan.total_batch_size:,} tokens = {plan.device_rows} rows{lowered} of {MAX_SEQ_LEN}"
+        f" x {plan.accumulation} micro-steps x {rt.world_size} ranks",
+        f"horizon    {'about ' if TARGET_MINUTES else ''}{run.num_steps:,} steps, {tokens / 1e6:,.1f} M tokens,"
+        f" {tokens * plan.flops_per_token:.1e} FLOPs, about {minutes:.1f} minutes",
+        f"data       about {on_disk / 1e6:,.1f} M tokens in {shards.folder}: {tokens / on_disk:.1f} epochs",
+        f"memory     about {plan.state_bytes / 2**30:.2f} GiB of weights and state,"
+        f" {plan.activation_bytes / 2**30:.2f} GiB of activations a rank",
+    ]
+    if tokens > 4 * on_disk:
+        lines.append("warning    more than 4 epochs: more text would help more than more steps")
+    return "\n".join(lines)
+
+
+def warm_up(rt, model, rows):
+    """Compile what can be compiled, and return the seconds of one forward and backward pass afterwards. No weight changes."""
+    tokens = torch.zeros(rows, MAX_SEQ_LEN, dtype=torch.int64, device=rt.device)
+
+    def one_pass():
+        begin = time.monotonic()
+        with rt.autocast():
+            loss = model(tokens, tokens)
+        loss.backward()
+        model.zero_grad()
+        rt.synchronize()
+        return time.monotonic() - begin
+
+    failure = None
+    if COMPILE != "off":
+        model.compile_parts()
+        try:
+            say(rt, f"compile    ready in {one_pass():.0f} s")
+        except Exception as error:
+            if COMPILE == "on" or is_out_of_memory(error):
+                raise
+            failure = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:100]}"
+    failure = next((reason for reason in rt.gather(failure) if reason), None)
+    if failure:
+        torch.compiler.set_stance("force_eager")
+        model.zero_grad()
+        say(rt, f"compile    off, because it does not work here ({failure})")
+    one_pass()
+    return min(one_pass() for _ in range(3))
+
+
+def steps_in_time(run, step_seconds, evaluation_seconds):
+    """The number of steps with which a run by TARGET_MINUTES ends in time, with the evaluations and the last save."""
+    left = TARGET_MINUTES * 60 - run.seconds - runtime.seconds_since_start() - 1.1 * evaluation_seconds - 1
+    each = step_seconds + (evaluation_seconds / EVAL_EVERY if EVAL_EVERY else 0)
+    return run.step + max(round(left / each), 1)
+
+
+def evaluate(rt, run, model, validation, token_bytes, tracker):
+    """Measure bits per byte on the validation rows, record it in `run` and the log, and return the seconds it took."""
+    begin = time.monotonic()
+    with (
+        tracker.progress("evaluation", -(-len(validation) // rt.world_size)) as bar,
+        torch.compiler.set_stance("force_eager"),
+    ):
+        run.val_bpb = loss_eval.bits_per_byte(model, validation, token_bytes, rt, DEVICE_BATCH_SIZE, bar)
+    tracker.record(run.step, {"val/bpb": run.val_bpb})
+    if run.val_bpb < run.best_bpb:
+        run.best_bpb, run.best_step = run.val_bpb, run.step
+    tracker.event(f"step {run.step}: val bpb {run.val_bpb:.4f}")
+    return time.monotonic() - begin
+
+
+def due(every, step, last):
+    """Whether something that is done `every` so many steps, and at the last, is due. 0 is never."""
+    return every > 0 and (last or step % every == 0)
+
+
+def save_checkpoint(run_dir, run, model, optimizers, state, resumed_step, tracker):
+    try:
+        checkpoint.save(run_dir, run.step, model.state_dict(), optim.state_tensors(optimizers), state)
+    except OSError as error:
+        if run.step == run.num_steps:
+            raise CheckpointError(f"the last checkpoint could not be written: {error.strerror}: {run_dir}") from None
+        tracker.event(f"step {run.step}: the checkpoint could not be written ({error.strerror}); training goes on")
+        return
+    checkpoint.clean(run_dir, KEEP_LAST, KEEP_EVERY, run.best_step, resumed_step)
+
+
+def sample(model, tokenizer, tracker):
+    with torch.compiler.set_stance("force_eager"):
+        for prompt in PROMPTS:
+            tokens = list(generate(model, [tokenizer.bos, *tokenizer.encode(prompt)], 48))
+            tracker.event(f"sample: {prompt}{tokenizer.decode(tokens)}")
+
+
+def non_finite_message(model, step, loss):
+    bad = next(
+        (name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()), "none"
+    )
+    return (
+        f"step {step}: loss {loss}, first parameter with a bad gradient: {bad}; {NON_FINITE_LIMIT} steps in a row. "
+        f"The last checkpoint is intact. Lower the learning rates (--matrix-lr={MATRIX_LR / 2:g}) or try --dtype=float32"
+    )
+
+
+def is_out_of_memory(error):
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def main_within_memory():
+    """`main`, with a sentence instead of a traceback where memory runs out."""
+    try:
+        main()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        fewer = max(DEVICE_BATCH_SIZE // 2, 1)
+        raise MemoryLimitError(
+            f"out of memory: try --device-batch-size={fewer}, a shorter --max-seq-len or a smaller --depth"
+        ) from None
+
+
+def write_json(path, value):
+    with dataset.atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def say(rt, text):
+    if rt.is_main:
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    errors.run(lambda: config.override(globals()), main_within_memory)
