@@ -6,8 +6,9 @@
         optim-00000-of-00001.safetensors      "parameter/state" -> whole tensors
         state.json                            everything else: step, settings, loader, horizon, fingerprints
 
-A checkpoint is written to a temporary folder, every file hashed and synced, the manifest last; then the folder is renamed. A folder is
-a checkpoint only if its manifest and all that it lists verify. There is no pickle: tensors are safetensors, the rest is JSON.
+A checkpoint is written to a temporary folder, every file hashed and synced, the manifest last; then the folder is
+renamed. A folder is a checkpoint only if its manifest and all that it lists verify. There is no pickle: tensors are
+safetensors, the rest is JSON.
 """
 
 import hashlib
@@ -23,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as tensor_bytes
 
+from nanotrain import paths
 from nanotrain.errors import CheckpointError, DataError
 from nanotrain.gpt import GPT, GPTConfig
 from nanotrain.tokenizer import BPETokenizer
@@ -35,7 +37,8 @@ FILES = {MODEL, OPTIMIZER, STATE}
 
 
 def save(run_dir, step, model_tensors, optimizer_tensors, state):
-    """Write the checkpoint of `step`: tensors by name (float32 weights, whole optimizer state) and `state`, a JSON-like dict.
+    """Write the checkpoint of `step`: tensors by name (float32 weights, whole optimizer state) and `state`, a
+    JSON-like dict.
 
     It is there as a whole or not at all, whatever happens. An OSError (a full disk) leaves nothing of it behind.
     """
@@ -76,7 +79,9 @@ def steps(run_dir):
 
 
 def read(run_dir, step):
-    """{file name: bytes} of the checkpoint of `step`, every byte verified. Raises CheckpointError that says what is wrong."""
+    """{file name: bytes} of the checkpoint of `step`, every byte verified. Raises CheckpointError that says what is
+    wrong.
+    """
     folder = Path(run_dir) / "checkpoints" / f"step_{step:08d}"
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
@@ -96,7 +101,8 @@ def read(run_dir, step):
 
 
 def newest(run_dir):
-    """(step, files, complaints): the newest checkpoint that verifies, and why newer ones were rejected; (None, None, []) if there is none.
+    """(step, files, complaints): the newest checkpoint that verifies, and why newer ones were rejected; (None, None,
+    []) if there is none.
 
     Raises CheckpointError if there are checkpoints and none of them verifies.
     """
@@ -120,7 +126,8 @@ def unpack(files):
 
 
 def clean(run_dir, keep_last, keep_every, best_step, resumed_step):
-    """Remove temporary folders and old checkpoints: keep the newest `keep_last`, every `keep_every`-th, the best, the one resumed from.
+    """Remove temporary folders and old checkpoints: keep the newest `keep_last`, every `keep_every`-th, the best, the
+    one resumed from.
 
     The one resumed from may go only when two newer ones are there. Only ones that verify count as newest.
     """
@@ -140,11 +147,23 @@ def clean(run_dir, keep_last, keep_every, best_step, resumed_step):
         shutil.rmtree(trash, ignore_errors=True)
 
 
-def load_model(run_dir, device="cpu"):
-    """(model, tokenizer, meta) of the newest checkpoint of a run that verifies: float32 weights on `device`, in evaluation mode.
+def find_run(name=""):
+    """The folder of the run `name`, or of the run that was saved last. Raises CheckpointError if there is none."""
+    if name:
+        return paths.run_dir(name)
+    runs = paths.base_dir() / "runs"
+    saved = [folder for folder in runs.iterdir() if steps(folder)] if runs.is_dir() else []
+    if not saved:
+        raise CheckpointError(f"no run in {runs}: train one with python -m scripts.base_train")
+    return max(saved, key=lambda folder: (folder / "checkpoints").stat().st_mtime)
 
-    meta is the checkpoint's state: step, settings, model_config, val_bpb and so on. Raises CheckpointError (none can be used) or
-    DataError (the tokenizer is missing or not that of the run).
+
+def load_model(run_dir, device="cpu"):
+    """(model, tokenizer, meta) of the newest checkpoint of a run that verifies: float32 weights on `device`, in
+    evaluation mode.
+
+    meta is the checkpoint's state: step, settings, model_config, val_bpb and so on. Raises CheckpointError (none can
+    be used) or DataError (the tokenizer is missing or not that of the run).
     """
     run_dir = Path(run_dir)
     step, files, _ = newest(run_dir)

@@ -4,8 +4,9 @@
     DEPTH = 4  # layers
     # ---------
 
-makes `--depth=4`, typed by its default and explained by its comment in `--help`. Settings begin at the first heading (`# --- words`) and end
-at a line of dashes. A test sets `script.DEPTH = 2` and calls `main()`; only under `__main__` does a script call `override(globals())`.
+makes `--depth=4`, typed by its default and explained by its comment in `--help`. Settings begin at the first heading
+(`# --- words`) and end at a line of dashes. A test sets `script.DEPTH = 2` and calls `main()`; only under `__main__`
+does a script call `override(globals())`.
 """
 
 import difflib
@@ -31,9 +32,9 @@ def settings(namespace):
 def override(namespace, argv=None, positional=False, short=()):
     """Apply each `--name=value` of `argv` (the process's own by default) to the constant NAME of `namespace`, in place.
 
-    A bare `--name` sets a boolean true. `short` maps a one-letter flag with a separate value to a setting, as in {"-n": "TRAIN_SHARDS"}.
-    Returns the other arguments if `positional`; else one of them is an error. `--help` prints the settings and exits.
-    Raises UserError for an unknown name (with the nearest one) or a value of the wrong type.
+    A bare `--name` sets a boolean true. `short` maps a one-letter flag with a separate value to a setting, as in
+    {"-n": "TRAIN_SHARDS"}. Returns the other arguments if `positional`; else one of them is an error. `--help` prints
+    the settings and exits. Raises UserError for an unknown name (with the nearest one) or a value of the wrong type.
     """
     known, others, short = settings(namespace), [], dict(short)
     arguments = iter(sys.argv[1:] if argv is None else argv)

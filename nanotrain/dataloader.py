@@ -1,15 +1,18 @@
-"""Row groups -> documents -> tokens -> rows of T + 1 -> pinned buffers -> device, in an order that no process count changes.
+"""Row groups -> documents -> tokens -> rows of T + 1 -> pinned buffers -> device, in an order that no process count
+changes.
 
-Units, lanes, rows (DESIGN in one paragraph): a unit is a row group of a train shard (or a slice of one, where there are few). The endless
-sequence of units is epoch after epoch, each a permutation by hash. Lane l of L reads the units at positions l, l + L, l + 2L, ... as one
-stream of BOS + document tokens. Row n of the run is the next T + 1 tokens of lane n mod L, which then advances by T, so that the last
-target of a row is the first input of that lane's next one. Rank r of W trains on the rows n = r mod W. Nothing here depends on W but that
-choice, and the state between two batches is n and three integers per lane.
+Units, lanes, rows (DESIGN in one paragraph): a unit is a row group of a train shard (or a slice of one, where there
+are few). The endless sequence of units is epoch after epoch, each a permutation by hash. Lane l of L reads the units
+at positions l, l + L, l + 2L, ... as one stream of BOS + document tokens. Row n of the run is the next T + 1 tokens of
+lane n mod L, which then advances by T, so that the last target of a row is the first input of that lane's next one.
+Rank r of W trains on the rows n = r mod W. Nothing here depends on W but that choice, and the state between two
+batches is n and three integers per lane.
 
     N rows of a batch   T tokens of a row   L lanes   W ranks
 """
 
 import hashlib
+import itertools
 import math
 import queue
 import threading
@@ -40,13 +43,15 @@ class Unit:
 
 
 def units_of(shards, lanes):
-    """The units of a tuple of train shards: their row groups, each cut into equal slices where there are fewer than 2 * lanes."""
+    """The units of a tuple of train shards: their row groups, each cut into equal slices where there are fewer than 2
+    * lanes.
+    """
     groups = [(shard, group, rows) for shard in shards for group, rows in enumerate(shard.group_rows) if rows]
     slices = math.ceil(2 * lanes / max(len(groups), 1))
     units = []
     for shard, group, rows in groups:
         edges = [rows * part // slices for part in range(slices + 1)]
-        for start, stop in zip(edges, edges[1:], strict=False):
+        for start, stop in itertools.pairwise(edges):
             if start < stop:
                 units.append(Unit(f"{shard.name}:{group}:{start}", shard.path, group, start, stop))
     return units
@@ -71,7 +76,8 @@ class UnitSequence:
 
 
 class Lane:
-    """One stream of tokens with a position in it: (sequence position, piece of text, token offset) of the first token not yet used.
+    """One stream of tokens with a position in it: (sequence position, piece of text, token offset) of the first token
+    not yet used.
 
     A piece is a document, or a part of a very long one; it counts within its unit.
     """
@@ -162,7 +168,9 @@ class Batch:
 
 
 def row_hash(number, row):
-    """An 8-byte BLAKE2b of row `number` of the run, as an int: over the number (int64) and the tokens (int32), little-endian."""
+    """An 8-byte BLAKE2b of row `number` of the run, as an int: over the number (int64) and the tokens (int32),
+    little-endian.
+    """
     digest = hashlib.blake2b(number.to_bytes(8, "little"), digest_size=8)
     digest.update(np.ascontiguousarray(row, dtype="<i4").tobytes())
     return int.from_bytes(digest.digest(), "little")
@@ -172,7 +180,9 @@ class RowReader:
     """The rows of one rank as arrays, in the order of the run, with the exact state between any two batches."""
 
     def __init__(self, units, tokenizer, seq_len, lanes, seed, rank=0, world_size=1, state=None):
-        """state: what `state()` gave, from any rank count (the union of all ranks' lanes), or None for the start of the run."""
+        """state: what `state()` gave, from any rank count (the union of all ranks' lanes), or None for the start of
+        the run.
+        """
         if not units:
             raise DataError("the train shards hold no rows")
         self.tokenizer, self.seq_len, self.num_lanes = tokenizer, seq_len, lanes
@@ -218,7 +228,9 @@ class RowReader:
                 lane.append(position, piece, np.array([self.tokenizer.bos, *ids] if first else ids, dtype=np.int32))
 
     def state(self):
-        """The state between two batches as plain JSON: the row counter and, for each lane of this rank, where it stands."""
+        """The state between two batches as plain JSON: the row counter and, for each lane of this rank, where it
+        stands.
+        """
         return {"row": self.next_row, "lanes": {str(number): list(lane.state()) for number, lane in self.lanes.items()}}
 
     @property
@@ -233,7 +245,8 @@ class RowReader:
 
 
 class DataLoader:
-    """The batches of one rank on its device, one kept ready by a background thread. Use as a context manager and an iterator.
+    """The batches of one rank on its device, one kept ready by a background thread. Use as a context manager and an
+    iterator.
 
     Two slots (pinned for CUDA) are filled in turn; a slot is filled again only after the copy out of it has ended.
     """
@@ -299,7 +312,8 @@ class DataLoader:
 
 
 def validation_rows(path, tokenizer, seq_len, num_tokens):
-    """(N, T + 1) int32: the first num_tokens // T rows of a shard read in order, fewer if it ends. The same for every rank count.
+    """(N, T + 1) int32: the first num_tokens // T rows of a shard read in order, fewer if it ends. The same for every
+    rank count.
 
     Raises DataError if the shard holds less than one row.
     """

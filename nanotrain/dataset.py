@@ -4,8 +4,8 @@
     python -m nanotrain.dataset -n 8 --dataset=fineweb-edu  download 8 train shards and the validation shard
     python -m nanotrain.dataset --verify --dataset=stdlib   hash what is on disk again and compare with the manifest
 
-A data folder holds `shard_<digits>.parquet` files with a string column `text`. One of them is validation: the one that `manifest.json` names,
-or else the last by name. Files of any other name are ignored.
+A data folder holds `shard_<digits>.parquet` files with a string column `text`. One of them is validation: the one that
+`manifest.json` names, or else the last by name. Files of any other name are ignored.
 """
 
 import hashlib
@@ -77,7 +77,9 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Shard:
-    """One parquet file: its name and path, the number of rows in each of its row groups, and about how many bytes of text it holds."""
+    """One parquet file: its name and path, the number of rows in each of its row groups, and about how many bytes of
+    text it holds.
+    """
 
     name: str
     path: Path
@@ -97,7 +99,8 @@ class Shards:
 def open_shards(folder):
     """The Shards of a data folder, with every footer and schema checked.
 
-    Raises DataError for a missing or empty folder, no train shard, a broken file, or one without a string column `text`.
+    Raises DataError for a missing or empty folder, no train shard, a broken file, or one without a string column
+    `text`.
     """
     folder = Path(folder)
     fix = "python -m nanotrain.dataset --dataset=stdlib builds one"
@@ -152,7 +155,9 @@ def read_texts(path, group):
 
 
 def row_groups(shard_paths, start=0, step=1):
-    """Yield the texts of row groups start, start + step, ... of the shards, counted through in order; nulls and empty texts left out."""
+    """Yield the texts of row groups start, start + step, ... of the shards, counted through in order; nulls and empty
+    texts left out.
+    """
     number = 0
     for path in shard_paths:
         for group in range(len(_open_shard(Path(path)).group_rows)):
@@ -218,7 +223,9 @@ def write_manifest(folder, dataset, validation):
 
 
 def verify(folder):
-    """The names of the shards of `folder` that differ from the manifest: missing, of another size, or of another hash."""
+    """The names of the shards of `folder` that differ from the manifest: missing, of another size, or of another
+    hash.
+    """
     manifest = read_manifest(folder)
     if manifest is None:
         raise DataError(f"{folder} has no {MANIFEST} to compare with")
@@ -239,8 +246,10 @@ def file_sha256(path):
     return digest.hexdigest()
 
 
-class atomic_file:  # noqa: N801 - used like a function
-    """`with atomic_file(path) as temporary:` write to `temporary`; it becomes `path` at the end, or vanishes on an error."""
+class atomic_file:
+    """`with atomic_file(path) as temporary:` write to `temporary`; it becomes `path` at the end, or vanishes on an
+    error.
+    """
 
     def __init__(self, path):
         self.path = Path(path)
@@ -261,7 +270,8 @@ class atomic_file:  # noqa: N801 - used like a function
 
 
 def build_stdlib(folder):
-    """Write the embedded corpus to `folder`: the sources of this Python's standard library and the help topics of pydoc.
+    """Write the embedded corpus to `folder`: the sources of this Python's standard library and the help topics of
+    pydoc.
 
     The same Python (and pyarrow) gives the same bytes. Returns (train documents, validation documents).
     """
@@ -321,7 +331,8 @@ def _order(kind, text):
 def cut(text, min_chars=MIN_CHARS, max_chars=MAX_CHARS):
     """`text` as documents of at most `max_chars`, cut at blank lines where possible, else at line ends, else anywhere.
 
-    A document shorter than `min_chars` is joined to the one before where both fit, and stays only where nothing else is left.
+    A document shorter than `min_chars` is joined to the one before where both fit, and stays only where nothing else
+    is left.
     """
     documents, current = [], ""
     for paragraph in re.split(r"\n(?:[ \t]*\n)+", text):
@@ -468,7 +479,8 @@ def main():
         train, validation = build_stdlib(folder)
         size = sum(path.stat().st_size for path in folder.glob("shard_*.parquet"))
         print(
-            f"{folder}: {train} train and {validation} validation documents, {size / 1e6:.1f} MB, {time.monotonic() - begin:.1f} s"
+            f"{folder}: {train} train and {validation} validation documents, "
+            f"{size / 1e6:.1f} MB, {time.monotonic() - begin:.1f} s"
         )
     else:
         download(DATASET, TRAIN_SHARDS, folder)

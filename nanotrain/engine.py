@@ -7,8 +7,8 @@ import torch
 def generate(model, tokens, max_new_tokens, temperature=0.8, top_k=50, seed=0, stop=()):
     """Yield the next tokens of one prompt, as ints, until `max_new_tokens` or a token of `stop`.
 
-    tokens: list of ids, BOS first. temperature 0 takes the likeliest token. Longer texts than the model's max_seq_len see its last tokens.
-    The draw uses its own generator, so it never touches the state of training.
+    tokens: list of ids, BOS first. temperature 0 takes the likeliest token. Longer texts than the model's max_seq_len
+    see its last tokens. The draw uses its own generator, so it never touches the state of training.
     """
     device = model.head.weight.device
     generator = torch.Generator().manual_seed(seed)

@@ -1,6 +1,7 @@
 """Errors a user can cause, and how a program ends on one: a sentence and an exit code, never a traceback.
 
-The message says what is wrong, the value, and the command that fixes it. What only a programmer can break is an `assert`.
+The message says what is wrong, the value, and the command that fixes it. What only a programmer can break is an
+`assert`.
 """
 
 import os

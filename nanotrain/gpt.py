@@ -1,4 +1,5 @@
-"""The model: a decoder with rotary positions, QK-norm, parameter-free RMSNorm, ReLU^2, value embeddings and an untied, softcapped head.
+"""The model: a decoder with rotary positions, QK-norm, parameter-free RMSNorm, ReLU^2, value embeddings and an untied,
+softcapped head.
 
 It knows nothing of optimizers, files or environment variables. Build it without memory, then give it some:
 
@@ -56,13 +57,17 @@ def norm(x):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (arXiv:2104.09864) on (B, T, H, D): the two halves of D are turned by minus theta, with cos, sin (T, 1, D / 2)."""
+    """Rotary positions (arXiv:2104.09864) on (B, T, H, D): the two halves of D are turned by minus theta, with cos,
+    sin (T, 1, D / 2).
+    """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
 class Attention(nn.Module):
-    """Causal attention; the layer's value embedding, gated per head, is added to the values (value residual, arXiv:2410.17897)."""
+    """Causal attention; the layer's value embedding, gated per head, is added to the values (value residual,
+    arXiv:2410.17897).
+    """
 
     def __init__(self, config, has_value_embedding):
         super().__init__()
@@ -175,7 +180,9 @@ class GPT(nn.Module):
         self.sin.copy_(angles.sin()[:, None])
 
     def compile_parts(self):
-        """Compile every block and the loss by itself: one graph of a block serves all its layers, so compiling takes seconds."""
+        """Compile every block and the loss by itself: one graph of a block serves all its layers, so compiling takes
+        seconds.
+        """
         for block in self.blocks:
             block.compile(dynamic=False)
         self.loss_kernel = torch.compile(loss.loss_and_gradient, dynamic=False)
@@ -214,7 +221,9 @@ class GPT(nn.Module):
             return loss.softcap(F.linear(self.hidden(tokens), self.head.weight))
 
     def parameters_by_role(self):
-        """{role: {name: parameter}}, each parameter in one role: matrix, embedding, value_embedding, unembedding, residual, x0, gate."""
+        """{role: {name: parameter}}, each parameter in one role: matrix, embedding, value_embedding, unembedding,
+        residual, x0, gate.
+        """
         roles = {}
         for name, parameter in self.named_parameters():
             roles.setdefault(_role(name), {})[name] = parameter

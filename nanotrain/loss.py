@@ -1,8 +1,8 @@
 """Softcapped cross-entropy from hidden states to loss, without ever holding all logits.
 
-Rows are visited in chunks small enough for a cache; the gradient of a chunk is formed in the same visit, while its logits are warm
-(the idea of Cut Your Losses, arXiv:2411.09009). The softcap (Gemma 2, arXiv:2408.00118) bounds every logit by SOFTCAP, so that
-exp needs no subtraction of a maximum.
+Rows are visited in chunks small enough for a cache; the gradient of a chunk is formed in the same visit, while its
+logits are warm (the idea of Cut Your Losses, arXiv:2411.09009). The softcap (Gemma 2, arXiv:2408.00118) bounds every
+logit by SOFTCAP, so that exp needs no subtraction of a maximum.
 
     N rows (tokens)   C width   V vocabulary
 """
@@ -39,7 +39,9 @@ def mean_loss(hidden, weight, targets, chunk_kernel):
 
 
 def loss_and_gradient(logits, targets):
-    """logits (N, V) before the cap, targets (N,) -> (sum of nats () float32, gradient of that sum by the logits (N, V) in their dtype)."""
+    """logits (N, V) before the cap, targets (N,) -> (sum of nats () float32, gradient of that sum by the logits (N, V)
+    in their dtype).
+    """
     capped = softcap(logits.float())
     exps = capped.exp()
     totals = exps.sum(-1, keepdim=True)

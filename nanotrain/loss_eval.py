@@ -9,8 +9,8 @@ import torch
 def bits_per_byte(model, rows, token_bytes, runtime, batch_rows, progress=None):
     """Sum of nats / (ln 2 x UTF-8 bytes of the targets) over `rows` (N, T + 1) int32, the same on every rank.
 
-    The rows are dealt to the ranks by index; targets without bytes (special tokens) count in neither sum. `progress` is called
-    with the number of rows done. Sums are float64, so batch size and rank count change nothing that matters.
+    The rows are dealt to the ranks by index; targets without bytes (special tokens) count in neither sum. `progress`
+    is called with the number of rows done. Sums are float64, so batch size and rank count change nothing that matters.
     """
     mine = rows[runtime.rank :: runtime.world_size]
     nats, num_bytes = 0.0, 0

@@ -1,7 +1,7 @@
 """Muon for the matrices, AdamW for everything else.
 
-Both keep their state in float32, by parameter, and are told their learning rate before each step (`set_schedule`). On several ranks
-every rank does the same work on the same averaged gradients, so that parameters stay equal to the bit.
+Both keep their state in float32, by parameter, and are told their learning rate before each step (`set_schedule`). On
+several ranks every rank does the same work on the same averaged gradients, so that parameters stay equal to the bit.
 """
 
 import math
@@ -9,7 +9,8 @@ import math
 import torch
 from torch.optim.adamw import adamw
 
-# Five steps of the Polar Express iteration (arXiv:2505.16932, coefficients for bfloat16): X <- a X + (b A + c A^2) X with A = X X^T.
+# Five steps of the Polar Express iteration (arXiv:2505.16932, coefficients for bfloat16): X <- a X + (b A + c A^2) X
+# with A = X X^T.
 POLAR_EXPRESS = (
     (8.157, -22.483, 15.879),
     (4.043, -2.809, 0.500),
@@ -23,8 +24,8 @@ POLAR_SAFETY = 1.01  # rounding may push a singular value above 1, where the ite
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Keller Jordan's Muon; Nesterov form), for 2-D parameters, in stacks of one shape.
 
-    The update has singular values near 1 and is scaled by sqrt(max(1, rows / columns)). Weight decay is cautious (arXiv:2411.16085):
-    it acts only where it does not oppose the update.
+    The update has singular values near 1 and is scaled by sqrt(max(1, rows / columns)). Weight decay is cautious
+    (arXiv:2411.16085): it acts only where it does not oppose the update.
     """
 
     def __init__(self, named_parameters, lr, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
@@ -71,7 +72,9 @@ def orthogonalize(stack, dtype):
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW (arXiv:1711.05101) with torch's fused kernel. Groups are {"names", "params", "lr", "betas", "weight_decay"}."""
+    """AdamW (arXiv:1711.05101) with torch's fused kernel. Groups are {"names", "params", "lr", "betas",
+    "weight_decay"}.
+    """
 
     def __init__(self, groups, eps=1e-10):
         super().__init__(groups, {"weight_decay": 0.0, "eps": eps})
@@ -109,8 +112,8 @@ class AdamW(torch.optim.Optimizer):
 def build(roles, rates, weight_decay, dtype):
     """[Muon, AdamW] over the parameters of a model.
 
-    roles: {role: {name: parameter}} as `GPT.parameters_by_role` gives. rates: {"matrix", "embedding", "unembedding", "scalar": learning rate}.
-    dtype: of Muon's products. The rate of each role follows from those four.
+    roles: {role: {name: parameter}} as `GPT.parameters_by_role` gives. rates: {"matrix", "embedding", "unembedding",
+    "scalar": learning rate}. dtype: of Muon's products. The rate of each role follows from those four.
     """
     adamw_rates = {
         "embedding": (rates["embedding"], (0.8, 0.99)),

@@ -20,7 +20,9 @@ def dataset_dir(name):
 
 
 def data_dir(path=""):
-    """The folder of shards at `path`; without one, the only data set that is prepared. Raises DataError if there is none or a choice."""
+    """The folder of shards at `path`; without one, the only data set that is prepared. Raises DataError if there is
+    none or a choice.
+    """
     if path:
         return Path(path).expanduser().absolute()
     parent = base_dir() / "data"

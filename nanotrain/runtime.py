@@ -137,8 +137,8 @@ class Runtime:
 def start(device="auto", dtype="auto", seed=1337, deterministic=True):
     """The Runtime of this process, with a process group whenever torchrun started more than one.
 
-    device: auto, cuda, mps or cpu. dtype: auto, bfloat16, float16 or float32. `deterministic` asks torch for repeatable kernels
-    (always used on the CPU). Raises UserError for what this machine does not have.
+    device: auto, cuda, mps or cpu. dtype: auto, bfloat16, float16 or float32. `deterministic` asks torch for
+    repeatable kernels (always used on the CPU). Raises UserError for what this machine does not have.
     """
     config.choice("DEVICE", device, ("auto", "cuda", "mps", "cpu"))
     config.choice("DTYPE", dtype, ("auto", *DTYPES))
@@ -212,7 +212,9 @@ def _dtype(name, device):
 
 
 def _keep_freed_memory():
-    """Tell glibc to reuse large freed blocks: fresh pages of a 32 MB tensor cost more time than the product that fills it."""
+    """Tell glibc to reuse large freed blocks: fresh pages of a 32 MB tensor cost more time than the product that fills
+    it.
+    """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt  # only glibc has it
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never give the top of the heap back
@@ -246,7 +248,9 @@ def peak_flops(device):
 
 
 def matmul_flops(device, dtype, seconds=0.2):
-    """The median FLOP/s of a (4096, 256) by (256, 1024) product in `dtype` on this machine, measured for about `seconds`."""
+    """The median FLOP/s of a (4096, 256) by (256, 1024) product in `dtype` on this machine, measured for about
+    `seconds`.
+    """
     a = torch.randn(4096, 256, device=device).to(dtype)
     b = torch.randn(1024, 256, device=device).to(dtype).t()
     out = torch.empty(4096, 1024, device=device, dtype=dtype)
@@ -307,16 +311,13 @@ def _commit():
 
 def main():
     runtime = start()
-    print(
-        f"python     {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda or 'not in this build'}"
-    )
-    print(
-        f"device     {runtime.device} ({device_name(runtime.device)}), {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    )
+    cuda = torch.version.cuda or "not in this build"
+    compiler = shutil.which("g++") or shutil.which("clang++") or "none: on the CPU torch.compile falls back to eager"
+    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    print(f"python     {platform.python_version()}, torch {torch.__version__}, CUDA {cuda}")
+    print(f"device     {runtime.device} ({device_name(runtime.device)}), {cores}")
     print(f"precision  {str(runtime.dtype).removeprefix('torch.')} ({runtime.dtype_reason})")
-    print(
-        f"compiler   {shutil.which('g++') or shutil.which('clang++') or 'none: torch.compile on the CPU falls back to eager'}"
-    )
+    print(f"compiler   {compiler}")
     for name in ("float32", "bfloat16"):
         print(f"matmul     {matmul_flops(runtime.device, DTYPES[name]) / 1e9:,.0f} GFLOP/s in {name}")
     print(f"memory     {memory_bytes(runtime.device) / 2**30:.1f} GiB")

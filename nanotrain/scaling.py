@@ -1,12 +1,15 @@
-"""The one dial: from depth to width, heads, batch, horizon, learning rates and memory. Pure arithmetic, so that a plan can be tested and printed."""
+"""The one dial: from depth to width, heads, batch, horizon, learning rates and memory. Pure arithmetic, so that a plan
+can be tested and printed.
+"""
 
 import math
 from dataclasses import asdict, dataclass
 
 from nanotrain.errors import UserError
 
-# Batch in tokens against the training tokens D, a power law through two recipes that are known to work: 4,096 at 3 million tokens
-# (minutes on a CPU) and 2^19 at 1.4 billion (nanochat's depth 12). Between and beyond them it is an assumption.
+# Batch in tokens against the training tokens D, a power law through two recipes that are known to work: 4,096 at 3
+# million tokens (minutes on a CPU) and 2^19 at 1.4 billion (nanochat's depth 12). Between and beyond them it is an
+# assumption.
 BATCH_ANCHOR_TOKENS, BATCH_ANCHOR = 3e6, 4096
 BATCH_EXPONENT = math.log(2**19 / BATCH_ANCHOR) / math.log(1.4e9 / BATCH_ANCHOR_TOKENS)
 MAX_BATCH = 2**20
@@ -44,13 +47,24 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(parameters, depth, width, vocab_size, seq_len, horizon, total_batch_size, device_batch_size, world_size, flops_per_second,
-              element_bytes):  # fmt: skip
+def make_plan(
+    parameters,
+    depth,
+    width,
+    vocab_size,
+    seq_len,
+    horizon,
+    total_batch_size,
+    device_batch_size,
+    world_size,
+    flops_per_second,
+    element_bytes,
+):
     """The Plan of a run.
 
-    parameters: {role: count}. total_batch_size: tokens of a step, 0 to let the horizon decide. device_batch_size: most rows of a forward pass.
-    flops_per_second: what all ranks together are expected to reach. element_bytes: 2 or 4, of an activation.
-    Raises UserError for a batch that cannot be met.
+    parameters: {role: count}. total_batch_size: tokens of a step, 0 to let the horizon decide. device_batch_size: most
+    rows of a forward pass. flops_per_second: what all ranks together are expected to reach. element_bytes: 2 or 4, of
+    an activation. Raises UserError for a batch that cannot be met.
     """
     weights = parameters["matrix"] + parameters["unembedding"]
     flops_per_token = training_flops_per_token(weights, depth, width, seq_len)
@@ -72,28 +86,42 @@ def make_plan(parameters, depth, width, vocab_size, seq_len, horizon, total_batc
     )
     flops = float(tokens * flops_per_token)
     return Plan(
-        parameters, flops_per_token, total_batch_size, device_rows, accumulation, num_steps, tokens, flops, flops / flops_per_second,
-        state_bytes, activation_bytes,
-    )  # fmt: skip
+        parameters,
+        flops_per_token,
+        total_batch_size,
+        device_rows,
+        accumulation,
+        num_steps,
+        tokens,
+        flops,
+        flops / flops_per_second,
+        state_bytes,
+        activation_bytes,
+    )
 
 
 def model_width(depth, aspect_ratio, head_dim):
     """(width, heads) of a model of `depth` layers: aspect_ratio times depth, rounded up to whole heads."""
     if depth < 1 or aspect_ratio < 1 or head_dim < 2 or head_dim % 2:
         raise UserError(
-            f"--depth={depth} --aspect-ratio={aspect_ratio} --head-dim={head_dim}: all must be positive, the head dimension even"
+            f"--depth={depth} --aspect-ratio={aspect_ratio} --head-dim={head_dim}: "
+            "all must be positive, and the head dimension even"
         )
     heads = math.ceil(depth * aspect_ratio / head_dim)
     return heads * head_dim, heads
 
 
 def training_flops_per_token(weights, depth, width, seq_len):
-    """Operations of one token's forward and backward pass: six per weight of a matrix or the head, and attention over the whole row."""
+    """Operations of one token's forward and backward pass: six per weight of a matrix or the head, and attention over
+    the whole row.
+    """
     return 6 * weights + 12 * depth * width * seq_len
 
 
 def batch_tokens(training_tokens, seq_len, world_size):
-    """The tokens of a step that suit a horizon: the rule's power of two, as near to it as whole rows on every rank allow."""
+    """The tokens of a step that suit a horizon: the rule's power of two, as near to it as whole rows on every rank
+    allow.
+    """
     ideal = BATCH_ANCHOR * (training_tokens / BATCH_ANCHOR_TOKENS) ** BATCH_EXPONENT
     ideal = 2 ** round(math.log2(min(max(ideal, BATCH_ANCHOR), MAX_BATCH)))
     unit = seq_len * world_size
@@ -101,9 +129,11 @@ def batch_tokens(training_tokens, seq_len, world_size):
 
 
 def split_batch(total_batch_size, seq_len, device_batch_size, world_size):
-    """(device_rows, accumulation) of a step: `device_batch_size` is the most rows of one forward pass, lowered to a divisor.
+    """(device_rows, accumulation) of a step: `device_batch_size` is the most rows of one forward pass, lowered to a
+    divisor.
 
-    Raises UserError with three sizes that work if rows of `seq_len` tokens on `world_size` ranks cannot make up the total.
+    Raises UserError with three sizes that work if rows of `seq_len` tokens on `world_size` ranks cannot make up the
+    total.
     """
     unit = seq_len * world_size
     if total_batch_size % unit or total_batch_size < 1:
@@ -126,7 +156,9 @@ def width_factor(width):
 
 
 def memory_bytes(parameters, depth, width, device_tokens, vocab_size, element_bytes):
-    """(state, activations) that one rank holds, roughly: float32 weights, gradients and moments; what backward keeps of each layer."""
+    """(state, activations) that one rank holds, roughly: float32 weights, gradients and moments; what backward keeps
+    of each layer.
+    """
     matrices = parameters["matrix"]
     state = 12 * matrices + 16 * (sum(parameters.values()) - matrices)
     activations = depth * device_tokens * width * 20 * element_bytes + 3 * min(device_tokens, 512) * vocab_size * 4

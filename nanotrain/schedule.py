@@ -15,7 +15,9 @@ def progress(step, num_steps):
 
 
 def trapezoid(progress, warmup, warmdown, final):
-    """Factor of the learning rate: linear up over the first `warmup` of the run, flat, linear down to `final` over the last `warmdown`."""
+    """Factor of the learning rate: linear up over the first `warmup` of the run, flat, linear down to `final` over the
+    last `warmdown`.
+    """
     if progress < warmup:
         return progress / warmup
     if progress > 1 - warmdown:
@@ -24,7 +26,9 @@ def trapezoid(progress, warmup, warmdown, final):
 
 
 def cosine(progress, warmup, warmdown, final):
-    """Factor of the learning rate: linear up over `warmup`, then half a cosine down to `final`; `warmdown` plays no part."""
+    """Factor of the learning rate: linear up over `warmup`, then half a cosine down to `final`; `warmdown` plays no
+    part.
+    """
     if progress < warmup:
         return progress / warmup
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
@@ -39,7 +43,9 @@ SHAPES = {"trapezoid": trapezoid, "cosine": cosine, "linear": linear}
 
 
 def momentum(progress, warmdown):
-    """Muon's momentum: up while the gradient's direction still changes fast, a little down as the learning rate falls."""
+    """Muon's momentum: up while the gradient's direction still changes fast, a little down as the learning rate
+    falls.
+    """
     if progress < MOMENTUM_WARMUP:
         return MOMENTUM_START + (MOMENTUM_PEAK - MOMENTUM_START) * progress / MOMENTUM_WARMUP
     begin = max(1 - warmdown, MOMENTUM_WARMUP)

@@ -1,6 +1,7 @@
 """Byte-level BPE on the `tokenizers` library: train, save, load, encode, decode, and the exact bytes of each token.
 
-The saved `tokenizer.json` loads in any program that uses that library. Token 0 is BOS; the 256 bytes follow, then the merges.
+The saved `tokenizer.json` loads in any program that uses that library. Token 0 is BOS; the 256 bytes follow, then the
+merges.
 """
 
 import hashlib
@@ -14,8 +15,8 @@ BOS = "<|bos|>"
 FILE_NAME = "tokenizer.json"
 MIN_VOCAB_SIZE = 257  # BOS and the bytes
 
-# Words with the sign or space before them, numbers in groups of one or two digits, runs of signs, line ends, spaces: the manner of
-# GPT-4's split, with shorter numbers, which suit small vocabularies.
+# Words with the sign or space before them, numbers in groups of one or two digits, runs of signs, line ends, spaces:
+# the manner of GPT-4's split, with shorter numbers, which suit small vocabularies.
 SPLIT = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}|"
     r" ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
@@ -23,10 +24,14 @@ SPLIT = (
 
 
 class BPETokenizer:
-    """Text to token ids and back. Special tokens never come out of text: `<|bos|>` in a document is seven characters."""
+    """Text to token ids and back. Special tokens never come out of text: `<|bos|>` in a document is seven
+    characters.
+    """
 
     def __init__(self, inner):
-        """`inner`: a tokenizers.Tokenizer with byte-level alphabet that knows BOS. Raises DataError if it is not one."""
+        """`inner`: a tokenizers.Tokenizer with byte-level alphabet that knows BOS. Raises DataError if it is not
+        one.
+        """
         self.inner = inner
         self.inner.encode_special_tokens = True  # the file does not keep this
         self.bos = inner.token_to_id(BOS)
@@ -36,7 +41,9 @@ class BPETokenizer:
 
     @classmethod
     def train(cls, texts, vocab_size):
-        """Train on an iterator of texts (or of lists of texts). With too little text there are fewer tokens than asked for: see `vocab_size`."""
+        """Train on an iterator of texts (or of lists of texts). With too little text there are fewer tokens than asked
+        for: see `vocab_size`.
+        """
         if vocab_size < MIN_VOCAB_SIZE:
             raise UserError(f"--vocab-size={vocab_size}: at least {MIN_VOCAB_SIZE}, for BOS and the 256 bytes")
         inner = Tokenizer(models.BPE())
@@ -96,7 +103,8 @@ class BPETokenizer:
     def token_bytes(self):
         """(V,) int64 tensor: the number of UTF-8 bytes each token stands for, 0 for special tokens.
 
-        In the byte-level alphabet each character is one byte, so this is exact for parts of characters too; decoded text is not.
+        In the byte-level alphabet each character is one byte, so this is exact for parts of characters too; decoded
+        text is not.
         """
         import torch  # here, so that training a tokenizer does not wait for it
 

@@ -21,7 +21,9 @@ class Tracker:
     def __init__(
         self, run_dir, run_name, config, num_steps, first_step=0, wandb_mode="off", wandb_id=None, enabled=True
     ):
-        """first_step: the step resumed from; later rows of `metrics.jsonl` are cut off. enabled: False on all ranks but 0."""
+        """first_step: the step resumed from; later rows of `metrics.jsonl` are cut off. enabled: False on all ranks
+        but 0.
+        """
         self.enabled, self.num_steps, self.wandb, self.wandb_id = enabled, num_steps, None, wandb_id
         self._last_line = 0.0
         if not enabled:
@@ -29,32 +31,33 @@ class Tracker:
         Path(run_dir).mkdir(parents=True, exist_ok=True)
         path = Path(run_dir) / "metrics.jsonl"
         _cut_back(path, first_step)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._file = open(path, "a", encoding="utf-8")
         self.is_terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=num_steps, initial=first_step, unit="step", disable=not self.is_terminal, dynamic_ncols=True,
-                        bar_format="{n_fmt}/{total_fmt} {bar} {remaining} left{postfix}")  # fmt: skip
+        self.bar = tqdm(
+            total=num_steps,
+            initial=first_step,
+            disable=not self.is_terminal,
+            dynamic_ncols=True,
+            bar_format="{n_fmt}/{total_fmt} {bar} {remaining} left{postfix}",
+        )
         if wandb_mode != "off":
             self._start_wandb(run_dir, run_name, config, wandb_mode)
 
     def _start_wandb(self, run_dir, run_name, config, mode):
         try:
             import wandb  # slow to import, and off by default
-
-            settings = wandb.Settings(init_timeout=30, silent=True)
+        except ImportError as error:
+            self.event(f"wandb is off: {error}")
+            return
+        options = {"project": "nanotrain", "name": run_name, "id": self.wandb_id, "config": config, "dir": str(run_dir)}
+        for attempt in dict.fromkeys((mode, "offline")):
             try:
-                self.wandb = wandb.init(project="nanotrain", name=run_name, id=self.wandb_id, resume="allow", config=config,
-                                        mode=mode, dir=str(run_dir), settings=settings)  # fmt: skip
-            except Exception as error:
-                if mode == "offline":
-                    raise
-                self.event(
-                    f"wandb is not reachable ({type(error).__name__}), logging offline: `wandb sync` sends it later"
-                )
-                self.wandb = wandb.init(project="nanotrain", name=run_name, id=self.wandb_id, config=config,
-                                        mode="offline", dir=str(run_dir), settings=settings)  # fmt: skip
-            self.wandb_id = self.wandb.id
-        except Exception as error:  # a tracker must never end a run
-            self.event(f"wandb is off: {type(error).__name__}: {error}")
+                settings = wandb.Settings(init_timeout=30, silent=True)
+                self.wandb = wandb.init(**options, mode=attempt, resume="allow", settings=settings)
+                self.wandb_id = self.wandb.id
+                return
+            except Exception as error:  # a tracker must never end a run
+                self.event(f"wandb {attempt} does not work: {type(error).__name__}: {error}")
 
     def set_num_steps(self, num_steps):
         """The horizon, once it is known or corrected."""
@@ -64,7 +67,9 @@ class Tracker:
             self.bar.refresh()
 
     def step(self, step, metrics, seconds_left):
-        """Record a finished step; `metrics` must hold train/loss, train/lr and train/tok_per_sec. seconds_left: of training, for the line."""
+        """Record a finished step; `metrics` must hold train/loss, train/lr and train/tok_per_sec. seconds_left: of
+        training, for the line.
+        """
         if not self.enabled:
             return
         self.record(step, metrics)

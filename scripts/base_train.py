@@ -3,7 +3,8 @@
     python -m scripts.base_train --depth=4 --target-minutes=5          one process
     torchrun --standalone --nproc_per_node=8 -m scripts.base_train     eight GPUs
 
-Without a horizon it trains --target-param-data-ratio tokens per weight. Ctrl-C saves and stops; the same command with --resume goes on.
+Without a horizon it trains --target-param-data-ratio tokens per weight. Ctrl-C saves and stops; the same command with
+--resume goes on.
 """
 
 import json
@@ -89,8 +90,8 @@ WANDB = "off"  # off, offline or online
 IDENTITY = ("SEED", "MAX_SEQ_LEN", "LANES", "DEPTH", "ASPECT_RATIO", "HEAD_DIM")
 HORIZON = ("NUM_ITERATIONS", "TARGET_FLOPS", "TARGET_MINUTES", "TARGET_PARAM_DATA_RATIO")
 TRAJECTORY = (
-    *HORIZON, "TOTAL_BATCH_SIZE", "MATRIX_LR", "EMBEDDING_LR", "UNEMBEDDING_LR", "SCALAR_LR", "WEIGHT_DECAY", "GRAD_CLIP", "SCHEDULE",
-    "WARMUP_RATIO", "WARMDOWN_RATIO", "FINAL_LR_FRAC", "DTYPE",
+    *HORIZON, "TOTAL_BATCH_SIZE", "MATRIX_LR", "EMBEDDING_LR", "UNEMBEDDING_LR", "SCALAR_LR", "WEIGHT_DECAY",
+    "GRAD_CLIP", "SCHEDULE", "WARMUP_RATIO", "WARMDOWN_RATIO", "FINAL_LR_FRAC", "DTYPE",
 )  # fmt: skip
 
 REFIT_PROGRESS = 0.25  # with TARGET_MINUTES the number of steps is corrected once here, where the learning rate is flat
@@ -165,7 +166,7 @@ def main():
         "scalar": SCALAR_LR,
     }
     muon_dtype = torch.bfloat16 if rt.dtype == torch.bfloat16 else torch.float32
-    muon, adamw = optimizers = optim.build(model.parameters_by_role(), rates, WEIGHT_DECAY, muon_dtype)
+    _, adamw = optimizers = optim.build(model.parameters_by_role(), rates, WEIGHT_DECAY, muon_dtype)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
     if saved:
         checkpoint.load_weights(model, model_tensors)
@@ -207,6 +208,7 @@ def main():
             "run": {**asdict(run), "seconds": spent, "best_bpb": run.best_bpb if run.best_step >= 0 else 1e9},
             "loader": loader_state,
             "total_batch_size": plan.total_batch_size,
+            "data_dir": str(shards.folder),
             "updates": adamw.updates,
             "scaler": scaler.state_dict(),
             **identity,
@@ -241,7 +243,8 @@ def main():
                 scaler.unscale_(optimizer)
             norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
 
-            # ---- what all ranks must know, in one reduction and one read; the hash in halves that float64 adds exactly ----
+            # ---- what all ranks must know, in one reduction and one read; the hash in halves that float64 adds
+            # exactly ----
             status = [
                 loss_sum,
                 norm,
@@ -330,7 +333,9 @@ def main():
 
 
 class StopRequest:
-    """SIGTERM and Ctrl-C only set a flag, which all ranks share at the end of the step; a second Ctrl-C ends the process at once."""
+    """SIGTERM and Ctrl-C only set a flag, which all ranks share at the end of the step; a second Ctrl-C ends the
+    process at once.
+    """
 
     def __init__(self):
         self.requested, self.since = False, 0.0
@@ -470,13 +475,15 @@ def describe(rt, plan, run, shards, tokenizer, run_dir):
     on_disk = sum(shard.text_bytes for shard in shards.train) / bytes_per_token
     tokens = run.num_steps * plan.total_batch_size
     tables = sum(count for role, count in plan.parameters.items() if "embedding" in role and role != "unembedding")
+    width = scaling.model_width(DEPTH, ASPECT_RATIO, HEAD_DIM)[0]
     lowered = f" (lowered from {DEVICE_BATCH_SIZE})" if plan.device_rows < DEVICE_BATCH_SIZE else ""
     minutes = TARGET_MINUTES or plan.seconds / 60
     lines = [
         f"run        {run_dir}",
         f"device     {rt.world_size} x {runtime.device_name(rt.device)}",
         f"precision  {str(rt.dtype).removeprefix('torch.')} ({rt.dtype_reason})",
-        f"model      depth {DEPTH}, {plan.parameters['matrix']:,} matrix, {plan.parameters['unembedding']:,} head, {tables:,} table weights",
+        f"model      depth {DEPTH}, width {width}, weights: {plan.parameters['matrix']:,} in matrices,"
+        f" {plan.parameters['unembedding']:,} in the head, {tables:,} in tables",
         f"batch      {plan.total_batch_size:,} tokens = {plan.device_rows} rows{lowered} of {MAX_SEQ_LEN}"
         f" x {plan.accumulation} micro-steps x {rt.world_size} ranks",
         f"horizon    {'about ' if TARGET_MINUTES else ''}{run.num_steps:,} steps, {tokens / 1e6:,.1f} M tokens,"
@@ -491,7 +498,9 @@ def describe(rt, plan, run, shards, tokenizer, run_dir):
 
 
 def warm_up(rt, model, rows):
-    """Compile what can be compiled, and return the seconds of one forward and backward pass afterwards. No weight changes."""
+    """Compile what can be compiled, and return the seconds of one forward and backward pass afterwards. No weight
+    changes.
+    """
     tokens = torch.zeros(rows, MAX_SEQ_LEN, dtype=torch.int64, device=rt.device)
 
     def one_pass():
@@ -572,7 +581,7 @@ def non_finite_message(model, step, loss):
     )
     return (
         f"step {step}: loss {loss}, first parameter with a bad gradient: {bad}; {NON_FINITE_LIMIT} steps in a row. "
-        f"The last checkpoint is intact. Lower the learning rates (--matrix-lr={MATRIX_LR / 2:g}) or try --dtype=float32"
+        f"The last checkpoint is intact. Lower the rates (--matrix-lr={MATRIX_LR / 2:g}) or use --dtype=float32"
     )
 
 

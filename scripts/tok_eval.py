@@ -1,0 +1,57 @@
+"""How well the tokenizer packs text: UTF-8 bytes per token, where single bytes as tokens would give 1.
+
+python -m scripts.tok_eval --data-dir=D
+"""
+
+from nanotrain import config, dataset, errors, paths
+from nanotrain.tokenizer import BPETokenizer
+
+# --- settings
+DATA_DIR = ""  # folder of shards; empty: the only data set in NANOTRAIN_DIR/data
+TOKENIZER_DIR = ""  # folder of tokenizer.json; empty: NANOTRAIN_DIR/tokenizer
+MAX_CHARS = 2_000_000  # of train and of validation text to measure on
+# ------------
+
+KINDS = {
+    "english": "The harbour was quiet that morning. A few boats had gone out before dawn, and the others lay at "
+    "their ropes, waiting for the wind that the old men said would come by noon.",
+    "code": "def moving_average(values, width):\n    total = sum(values[:width])\n"
+    "    for i in range(width, len(values)):\n        yield total / width\n        total += values[i] - values[i - width]\n",
+    "german": "Am Abend saßen sie noch lange vor dem Haus und sprachen über die Ernte, "
+    "die in diesem Jahr später kam als sonst.",
+    "chinese": "今天早上港口很安静，几条船在天亮以前就出海了，其余的还在等风。",
+    "numbers": "1024 2048 4096, 3.14159, 2026-01-31 12:45:00, 192.0.2.17, 0xdeadbeef, -17.5e-3, 99.95 %",
+    "emoji": "Fine weather ☀️, a good wind 🌬️ and a full net 🐟🐟🐟: what more could one want? 😀",
+}
+
+
+def main():
+    tokenizer = BPETokenizer.load(paths.tokenizer_dir(TOKENIZER_DIR))
+    shards = dataset.open_shards(paths.data_dir(DATA_DIR))
+    kinds = {
+        "train": beginning([shard.path for shard in shards.train]),
+        "validation": beginning([shards.validation.path]),
+        **{kind: [text] for kind, text in KINDS.items()},
+    }
+    print(f"vocabulary {tokenizer.vocab_size}\n{'text':<12}{'bytes':>11}{'tokens':>11}{'bytes/token':>13}")
+    for kind, texts in kinds.items():
+        num_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
+        num_tokens = sum(map(len, tokenizer.encode_batch(texts)))
+        print(f"{kind:<12}{num_bytes:>11,}{num_tokens:>11,}{num_bytes / max(num_tokens, 1):>13.3f}")
+    print(f"{'bytes alone':<12}{'':>22}{1:>13.3f}")
+
+
+def beginning(shard_paths):
+    """The first texts of the shards, about MAX_CHARS characters of them."""
+    texts, chars = [], 0
+    for group in dataset.row_groups(shard_paths):
+        for text in group:
+            if chars >= MAX_CHARS:
+                return texts
+            texts.append(text)
+            chars += len(text)
+    return texts
+
+
+if __name__ == "__main__":
+    errors.run(lambda: config.override(globals()), main)

@@ -1,0 +1,145 @@
+#!/usr/bin/env bash
+# The whole pipeline: environment, data, tokenizer, training, evaluation with samples, summary.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+usage() {
+    cat << 'HELP'
+bash speedrun.sh        from nothing to an evaluated model
+
+With a CUDA device it trains depth 20 on FineWeb-Edu, on all visible GPUs. Without one it trains a small model on the embedded corpus (the
+sources of your Python's standard library) in a few minutes. Run again after a stop, it goes on where it was.
+
+Choices, as environment variables (MINUTES=3 bash speedrun.sh):
+
+  DATASET        stdlib (embedded, no network), fineweb-edu or climbmix
+  DATA_DIR       a folder of your own parquet shards instead of DATASET
+  TRAIN_SHARDS   shards to download of a hosted data set (240 of about 100 MB)
+  MINUTES        all-in after data are there: tokenizer, compilation, training,
+                 evaluation (6 without CUDA; with CUDA the model's size decides)
+  DEPTH          layers (3 without CUDA, 20 with)
+  VOCAB_SIZE     tokens of the vocabulary (4096 without CUDA, 32768 with)
+  RUN_NAME       folder of the run (speedrun-d<depth>-<minutes>)
+  NPROC          processes on this machine (all GPUs, or 1)
+  WANDB          off, offline or online (off)
+  NANOTRAIN_DIR  where data, tokenizer and runs go (~/.cache/nanotrain)
+HELP
+}
+
+case "${1:-}" in
+    "") ;;
+    -h | --help) usage; exit 0 ;;
+    *) echo "error: $1: choices are environment variables, see bash speedrun.sh --help" >&2; exit 2 ;;
+esac
+
+stopped=""
+child=""
+names=()
+seconds=()
+
+# A stage runs in the background, so that Ctrl-C and SIGTERM reach this script at once; it passes them on.
+on_signal() {
+    stopped=yes
+    if [ -n "$child" ]; then kill -TERM "$child" 2> /dev/null || true; fi
+}
+trap on_signal INT TERM
+
+stage() { # stage NAME COMMAND...
+    local name=$1 begin=$SECONDS status=0
+    shift
+    printf '\n== %s\n' "$name"
+    "$@" &
+    child=$!
+    wait "$child" || status=$?
+    while [ -n "$stopped" ] && kill -0 "$child" 2> /dev/null; do # the first wait ends with the signal
+        status=0
+        wait "$child" || status=$?
+    done
+    child=""
+    if [ -n "$stopped" ]; then
+        printf '\nstopped in stage "%s". To go on, run the same command again:\n\n    %sbash speedrun.sh\n' "$name" "$chosen"
+        exit 0
+    fi
+    if [ "$status" -ne 0 ]; then
+        echo "error: stage \"$name\" failed with exit code $status" >&2
+        exit "$status"
+    fi
+    names+=("$name")
+    seconds+=($((SECONDS - begin)))
+}
+
+chosen="" # the choices, to say how to go on
+for name in DATASET DATA_DIR TRAIN_SHARDS MINUTES DEPTH VOCAB_SIZE RUN_NAME NPROC WANDB NANOTRAIN_DIR; do
+    if [ -n "${!name:-}" ]; then chosen+="$name=${!name} "; fi
+done
+
+. dev/environment.sh
+printf '== environment\n'
+make_environment report || exit 1
+"$PYTHON" -m nanotrain.runtime
+
+gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+export NANOTRAIN_DIR=${NANOTRAIN_DIR:-$HOME/.cache/nanotrain}
+nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
+if [ "$gpus" -gt 0 ]; then
+    dataset=${DATASET:-fineweb-edu} depth=${DEPTH:-20} vocab_size=${VOCAB_SIZE:-32768} minutes=${MINUTES:-}
+    preset=(--max-seq-len=2048 --device-batch-size=16 --matrix-lr=0.02 --weight-decay=0.1 --eval-tokens=10485760)
+    eval_tokens=10485760
+else
+    dataset=${DATASET:-stdlib} depth=${DEPTH:-3} vocab_size=${VOCAB_SIZE:-4096} minutes=${MINUTES:-6}
+    preset=(--max-seq-len=256 --device-batch-size=16 --total-batch-size=4096 --aspect-ratio=$((256 / depth > 64 ? 256 / depth : 64)))
+    eval_tokens=262144
+fi
+data_dir=${DATA_DIR:-$NANOTRAIN_DIR/data/$dataset}
+run_name=${RUN_NAME:-speedrun-d$depth${minutes:+-${minutes}min}}
+run_dir=$NANOTRAIN_DIR/runs/$run_name
+
+if [ -z "${DATA_DIR:-}" ]; then
+    if [ "$dataset" = stdlib ]; then
+        stage data "$PYTHON" -m nanotrain.dataset --dataset=stdlib
+    else
+        stage data "$PYTHON" -m nanotrain.dataset "--dataset=$dataset" -n "${TRAIN_SHARDS:-240}"
+    fi
+fi
+
+clock=$SECONDS
+stage tokenizer "$PYTHON" -m scripts.tok_train "--data-dir=$data_dir" "--vocab-size=$vocab_size"
+
+horizon=()
+if [ -n "$minutes" ]; then
+    # What is left of MINUTES after the tokenizer and before the evaluation; a run that goes on keeps the time it was given.
+    left=$("$PYTHON" - "$run_dir/config.json" "$minutes" $((SECONDS - clock)) << 'LEFT'
+import json, pathlib, sys
+
+config, minutes, spent = pathlib.Path(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
+if config.exists():
+    print(json.loads(config.read_text())["settings"]["TARGET_MINUTES"])
+else:
+    print(max(minutes - (spent + 10) / 60 - 0.03 * minutes, 0.3 * minutes))
+LEFT
+    )
+    horizon=("--target-minutes=$left")
+fi
+launch=("$PYTHON")
+if [ "$nproc" -gt 1 ]; then
+    launch=("$PYTHON" -m torch.distributed.run --standalone "--nproc_per_node=$nproc")
+fi
+stage training "${launch[@]}" -m scripts.base_train --resume "--run-name=$run_name" "--data-dir=$data_dir" "--depth=$depth" \
+    "--wandb=${WANDB:-off}" "${preset[@]}" "${horizon[@]}"
+stage evaluation "${launch[@]}" -m scripts.base_eval "--run-name=$run_name" "--eval-tokens=$eval_tokens"
+
+printf '\n== summary\n'
+"$PYTHON" - "$run_dir/evaluation.json" << 'SUMMARY'
+import json, sys
+
+result = json.load(open(sys.argv[1]))
+print(f"bits per byte   {result['val_bpb']:.4f} on validation text, {result['train_bpb']:.4f} on train text")
+print(f"trained on      {result['tokens']:,} tokens in {result['step']:,} steps")
+SUMMARY
+printf 'time            '
+for i in "${!names[@]}"; do printf '%s %d s, ' "${names[$i]}" "${seconds[$i]}"; done
+printf 'in all %d s\n' "$SECONDS"
+cat << END
+files           $run_dir
+talk to it      NANOTRAIN_DIR=$NANOTRAIN_DIR $PYTHON -m scripts.generate --run-name=$run_name
+END

@@ -1,0 +1,96 @@
+"""Shared by all tests: no network, a folder of its own for every test, and tiny generated data."""
+
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanotrain import dataset
+from nanotrain.tokenizer import BPETokenizer
+
+ROOT = Path(__file__).parent.parent
+WORDS = (
+    "river",
+    "stone",
+    "light",
+    "walks",
+    "under",
+    "the",
+    "a",
+    "seven",
+    "12",
+    "blue",
+    "ships",
+    "über",
+    "日",
+    "🙂",
+    "never",
+    "old",
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    """A connection to anything but loopback fails the test."""
+    connect = socket.socket.connect
+
+    def guarded(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise AssertionError(f"a test tried to reach {address}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(autouse=True)
+def base_dir(tmp_path, monkeypatch):
+    """NANOTRAIN_DIR of this test."""
+    folder = tmp_path / "nanotrain"
+    monkeypatch.setenv("NANOTRAIN_DIR", str(folder))
+    return folder
+
+
+def make_texts(count, seed=0):
+    """`count` documents of some 20 to 120 words, all different."""
+    draw = random.Random(seed)
+    return [" ".join(draw.choice(WORDS) for _ in range(draw.randint(20, 120))) + f" end{n}." for n in range(count)]
+
+
+def make_shards(folder, train=2, documents=40, rows_per_group=5):
+    """Write `train` train shards and a validation shard, without a manifest; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(train + 1):
+        texts = make_texts(documents, seed=number)
+        dataset.write_shard(folder / f"shard_{number:05d}.parquet", texts, rows_per_group)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """A folder with two train shards and a validation shard."""
+    return make_shards(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A small tokenizer that knows the words of the test texts."""
+    return BPETokenizer.train(make_texts(50), 320)
+
+
+@pytest.fixture
+def run_script(base_dir):
+    """Run `python -m MODULE ARGUMENTS` as a user would; returns the CompletedProcess with text output."""
+
+    def run(module, *arguments, timeout=100, ranks=1, **environment):
+        launch = [sys.executable]
+        if ranks > 1:
+            launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        settings = {**os.environ, "NANOTRAIN_DIR": str(base_dir), **environment}
+        command = [*launch, "-m", module, *arguments]
+        return subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=timeout)
+
+    return run
