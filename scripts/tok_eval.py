@@ -16,7 +16,8 @@ KINDS = {
     "english": "The harbour was quiet that morning. A few boats had gone out before dawn, and the others lay at "
     "their ropes, waiting for the wind that the old men said would come by noon.",
     "code": "def moving_average(values, width):\n    total = sum(values[:width])\n"
-    "    for i in range(width, len(values)):\n        yield total / width\n        total += values[i] - values[i - width]\n",
+    "    for i in range(width, len(values)):\n        yield total / width\n"
+    "        total += values[i] - values[i - width]\n",
     "german": "Am Abend saßen sie noch lange vor dem Haus und sprachen über die Ernte, "
     "die in diesem Jahr später kam als sonst.",
     "chinese": "今天早上港口很安静，几条船在天亮以前就出海了，其余的还在等风。",
