@@ -22,7 +22,7 @@ EVAL_TOKENS = 262144  # of each kind of text, or all of it where there is less
 SAMPLE_TOKENS = 96  # of each sample
 # ------------
 
-PROMPTS = ("import ", "def __init__(self", "class ", "The ", "If the ")
+PROMPTS = ("import os\n", "def __init__(self", "class", "The", "If the")
 
 
 def main():

@@ -97,7 +97,7 @@ TRAJECTORY = (
 REFIT_PROGRESS = 0.25  # with TARGET_MINUTES the number of steps is corrected once here, where the learning rate is flat
 TYPICAL_EFFICIENCY = 0.2  # share of the measured matmul rate that training reaches; only for the estimate of time
 NON_FINITE_LIMIT = 3  # steps in a row
-PROMPTS = ("The ", "def __init__(self", "import ", "If the ")
+PROMPTS = ("import os\n", "def __init__(self", "The", "If the")
 
 
 @dataclass
