@@ -12,6 +12,7 @@ safetensors, the rest is JSON.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -40,7 +41,7 @@ def save(run_dir, step, model_tensors, optimizer_tensors, state):
     """Write the checkpoint of `step`: tensors by name (float32 weights, whole optimizer state) and `state`, a
     JSON-like dict.
 
-    It is there as a whole or not at all, whatever happens. An OSError (a full disk) leaves nothing of it behind.
+    It is there as a whole or not at all, whatever happens. A full disk raises OSError and leaves nothing behind.
     """
     folder = Path(run_dir) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +97,7 @@ def read(run_dir, step):
             if hashlib.sha256(contents[name]).hexdigest() != manifest["files"][name]["sha256"]:
                 raise CheckpointError(f"{folder}: {name} does not match its hash")
         return contents
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder}: {type(error).__name__}: {error}") from None
 
 
@@ -121,7 +122,7 @@ def unpack(files):
     """(model tensors, optimizer tensors, state) of the verified files of a checkpoint."""
     try:
         return load_tensors(files[MODEL]), load_tensors(files[OPTIMIZER]), json.loads(files[STATE])
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise CheckpointError(f"a verified file cannot be read ({error}): was it written by another program?") from None
 
 
@@ -135,8 +136,10 @@ def clean(run_dir, keep_last, keep_every, best_step, resumed_step):
     for leftover in folder.glob(".tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     known = steps(run_dir)
-    newest_good = [step for step in known if _verifies(run_dir, step)][: max(keep_last, 1)]
-    newer = [step for step in newest_good if resumed_step is not None and step > resumed_step]
+    # only as many are read as the rules need: the others may be many, and large
+    good = list(itertools.islice((step for step in known if _verifies(run_dir, step)), max(keep_last, 2)))
+    newest_good = good[: max(keep_last, 1)]
+    newer = [step for step in good if resumed_step is not None and step > resumed_step]
     for step in known:
         kept = step in newest_good or step == best_step or (keep_every and step % keep_every == 0)
         if kept or not newest_good or (step == resumed_step and len(newer) < 2):

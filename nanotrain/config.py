@@ -42,7 +42,7 @@ def override(namespace, argv=None, positional=False, short=()):
         if argument == "--":  # torchrun's users write `-m scripts.base_train -- --depth=24`
             continue
         if argument in ("-h", "--help"):
-            print(help_text(namespace, short))
+            print(help_text(namespace, short), flush=True)
             sys.exit(0)
         if argument in short:
             value = next(arguments, None)

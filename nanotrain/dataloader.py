@@ -11,6 +11,7 @@ batches is n and three integers per lane.
     N rows of a batch   T tokens of a row   L lanes   W ranks
 """
 
+import contextlib
 import hashlib
 import itertools
 import math
@@ -62,6 +63,7 @@ class UnitSequence:
 
     def __init__(self, units, seed):
         self.units, self.seed, self._orders = units, seed, {}
+        self.empty = set()  # the units that were found to hold no text
 
     def __getitem__(self, position):
         """The unit at `position` of the sequence."""
@@ -93,14 +95,11 @@ class Lane:
     def take_texts(self, num_tokens):
         """The next (position, piece, text)s, about `num_tokens` tokens of them and at least one."""
         taken, chars = [], 0
-        start = self.position
         while not taken or chars < num_tokens * CHARS_PER_TOKEN:
             if self.pieces is None:
                 self.pieces = self._read()
             if self.piece >= len(self.pieces):
                 self.position, self.piece, self.pieces = self.position + self.lanes, 0, None
-                if not taken and self.position - start > self.lanes * len(self.sequence.units):
-                    raise DataError("the train shards hold no text: every document is null or empty")
                 continue
             text, first = self.pieces[self.piece]
             taken.append((self.position, self.piece, first, text))
@@ -109,14 +108,18 @@ class Lane:
         return taken
 
     def _read(self):
-        unit = self.sequence[self.position]
+        unit, empty = self.sequence[self.position], self.sequence.empty
         pieces = []
-        for text in read_texts(unit.path, unit.group)[unit.start : unit.stop]:
+        for text in () if unit in empty else read_texts(unit.path, unit.group)[unit.start : unit.stop]:
             if not text:
                 self.skipped_documents += 1
                 continue
             for begin in range(0, len(text), MAX_PIECE_CHARS):
                 pieces.append((text[begin : begin + MAX_PIECE_CHARS], begin == 0))
+        if not pieces:
+            empty.add(unit)
+            if len(empty) == len(self.sequence.units):
+                raise DataError("the train shards hold no text: every document is null or empty")
         return pieces
 
     def append(self, position, piece, tokens):
@@ -233,10 +236,9 @@ class RowReader:
         """
         return {"row": self.next_row, "lanes": {str(number): list(lane.state()) for number, lane in self.lanes.items()}}
 
-    @property
-    def epoch(self):
-        """How many times the data has been read, in whole epochs (of the lane that is furthest)."""
-        return max(lane.state()[0] for lane in self.lanes.values()) // self.num_units
+    def epoch(self, state):
+        """How many times the data had been read at `state`, in whole epochs (of the lane that was furthest)."""
+        return max(position for position, _, _ in state["lanes"].values()) // self.num_units
 
     @property
     def skipped_documents(self):
@@ -302,6 +304,8 @@ class DataLoader:
         """End the thread."""
         self._stopped.set()
         self._free.put((None, None))
+        with contextlib.suppress(queue.Empty):
+            self._ready.get_nowait()  # the thread may be waiting to put the next one
         self._thread.join(timeout=10)
 
     def __enter__(self):

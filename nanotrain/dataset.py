@@ -8,6 +8,7 @@ A data folder holds `shard_<digits>.parquet` files with a string column `text`. 
 `manifest.json` names, or else the last by name. Files of any other name are ignored.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -49,7 +50,7 @@ STDLIB_EXCLUDED = {
     "encodings",
     "pydoc_data",
 }
-MIN_CHARS, MAX_CHARS = 500, 4000  # of a document cut from a longer text
+MAX_CHARS = 4000  # of a document cut from a longer text
 DOWNLOAD_WORKERS = 4
 DOWNLOAD_ATTEMPTS = 5
 
@@ -136,10 +137,10 @@ def _open_shard(path):
         raise DataError(f"{path} has no column 'text', only: {', '.join(schema.names) or 'none'}")
     kind = schema.field("text").type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
         raise DataError(f"{path}: the column 'text' must hold strings, not {kind}")
-    column = schema.names.index("text")
-    text_bytes = sum(group.column(column).total_uncompressed_size for group in groups)
+    leaf = [details.schema.column(leaf).path for leaf in range(details.num_columns)].index("text")
+    text_bytes = sum(group.column(leaf).total_uncompressed_size for group in groups)
     return Shard(path.name, path, tuple(group.num_rows for group in groups), text_bytes)
 
 
@@ -328,11 +329,10 @@ def _order(kind, text):
     return hashlib.sha256(f"{STDLIB_SEED} {kind} {text}".encode("utf-8", "replace")).digest()
 
 
-def cut(text, min_chars=MIN_CHARS, max_chars=MAX_CHARS):
+def cut(text, max_chars=MAX_CHARS):
     """`text` as documents of at most `max_chars`, cut at blank lines where possible, else at line ends, else anywhere.
 
-    A document shorter than `min_chars` is joined to the one before where both fit, and stays only where nothing else
-    is left.
+    Each document is as long as what follows allows; nothing but blank lines is lost.
     """
     documents, current = [], ""
     for paragraph in re.split(r"\n(?:[ \t]*\n)+", text):
@@ -341,11 +341,7 @@ def cut(text, min_chars=MIN_CHARS, max_chars=MAX_CHARS):
                 documents.append(current)
                 current = ""
             current = f"{current}\n\n{part}" if current else part
-    if current.strip():
-        if documents and len(current) < min_chars and len(documents[-1]) + 2 + len(current) <= max_chars:
-            documents[-1] = f"{documents[-1]}\n\n{current}"
-        else:
-            documents.append(current)
+    documents.append(current)
     return [document for document in documents if document.strip()]
 
 
@@ -399,6 +395,9 @@ def download(dataset, train_shards, folder):
                 failed[name] = str(error)
                 if "cannot be reached" in failed[name]:
                     stop.set()  # the next shards would only wait for the same
+            except OSError as error:  # a full disk
+                failed[name] = f"{folder}: {error.strerror or error}"
+                stop.set()
 
         try:
             list(pool.map(fetch, missing))
@@ -406,6 +405,8 @@ def download(dataset, train_shards, folder):
             stop.set()
             raise
     if failed:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # nothing was had, and an empty folder is no data set
         names = ", ".join(sorted(failed)[:10])
         reason = next(iter(failed.values()))
         raise DataError(f"{len(failed)} of {len(numbers)} shards are missing ({names}): {reason}")
@@ -445,7 +446,10 @@ def _fetch(url, path, on_bytes, stop):
                 expected = int(response.headers.get("Content-Length", received))
                 if received != expected:
                     raise requests.ConnectionError(f"{received} of {expected} bytes")
-                _open_shard(temporary)
+                try:
+                    _open_shard(temporary)
+                except DataError:
+                    raise DataError(f"what {host} sent as {path.name} is no shard") from None
             return
         except requests.ConnectionError:
             on_bytes(-received)

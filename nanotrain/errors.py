@@ -4,6 +4,7 @@ The message says what is wrong, the value, and the command that fixes it. What o
 `assert`.
 """
 
+import errno
 import os
 import sys
 
@@ -43,6 +44,7 @@ def run(*functions):
     try:
         for function in functions:
             function()
+        sys.stdout.flush()  # here, where a reader that went away is caught
     except UserError as error:
         _end(f"error: {error}", error.exit_code)
     except KeyboardInterrupt:
@@ -51,9 +53,9 @@ def run(*functions):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:  # an unwritable folder, a full disk
-        if error.filename is None:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _end(f"error: {error.strerror}: {error.filename}", 1)
+        _end(f"error: {error.strerror}" + (f": {error.filename}" if error.filename else ""), 1)
 
 
 def _end(message, exit_code):

@@ -52,8 +52,8 @@ class GPTConfig:
 
 
 def norm(x):
-    """RMSNorm over the last dimension, without parameters (arXiv:1910.07467)."""
-    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+    """RMSNorm over the last dimension, without parameters (arXiv:1910.07467); the result has x's dtype."""
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS).to(x.dtype)  # CUDA's autocast would give float32
 
 
 def rotate(x, cos, sin):
@@ -78,7 +78,7 @@ class Attention(nn.Module):
         self.value = nn.Linear(config.model_dim, kv_dim, bias=False)
         self.output = nn.Linear(config.model_dim, config.model_dim, bias=False)
         if has_value_embedding:
-            self.value_gate = nn.Linear(GATE_CHANNELS, config.num_kv_heads, bias=False)
+            self.value_gate = nn.Linear(min(GATE_CHANNELS, config.model_dim), config.num_kv_heads, bias=False)
 
     def forward(self, x, value_embedding, cos, sin):
         """x (B, T, C), value_embedding (B, T, K * D) or None -> (B, T, C)."""

@@ -62,7 +62,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(stack, dtype):
-    """(N, R, C) with R <= C -> (N, R, C) float32: the nearest matrices with all singular values 1, to about 10 %."""
+    """(N, R, C) with R <= C -> (N, R, C) float32: the nearest matrices with all singular values 1, to about 15 %."""
     norms = stack.flatten(1).norm(dim=1)[:, None, None]  # in float32: a bfloat16 sum of squares is too coarse
     x = (stack / (norms * POLAR_SAFETY + 1e-7)).to(dtype)
     for a, b, c in POLAR_EXPRESS:
@@ -72,12 +72,10 @@ def orthogonalize(stack, dtype):
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW (arXiv:1711.05101) with torch's fused kernel. Groups are {"names", "params", "lr", "betas",
-    "weight_decay"}.
-    """
+    """AdamW (arXiv:1711.05101) with torch's fused kernel, over groups of {"names", "params", "lr", "betas"}."""
 
-    def __init__(self, groups, eps=1e-10):
-        super().__init__(groups, {"weight_decay": 0.0, "eps": eps})
+    def __init__(self, groups):
+        super().__init__(groups, {"weight_decay": 0.0, "eps": 1e-10})
         self.updates = 0
         for group in self.param_groups:
             group["base_lr"] = group["lr"]
@@ -115,21 +113,18 @@ def build(roles, rates, weight_decay, dtype):
     roles: {role: {name: parameter}} as `GPT.parameters_by_role` gives. rates: {"matrix", "embedding", "unembedding",
     "scalar": learning rate}. dtype: of Muon's products. The rate of each role follows from those four.
     """
-    adamw_rates = {
-        "embedding": (rates["embedding"], (0.8, 0.99)),
-        "value_embedding": (rates["embedding"] / 2, (0.8, 0.99)),
-        "unembedding": (rates["unembedding"], (0.8, 0.98)),
-        "residual": (rates["scalar"] / 10, (0.9, 0.95)),  # a hundredth of it moves the whole stream
-        "x0": (rates["scalar"], (0.9, 0.95)),
-        "gate": (rates["scalar"], (0.9, 0.95)),
+    # At step 1 the gradient of the scalars is zero but for rounding, which a tiny eps would blow up to a full update.
+    scalar = {"betas": (0.9, 0.95), "eps": 1e-6}
+    options = {
+        "embedding": {"lr": rates["embedding"], "betas": (0.8, 0.99)},
+        "value_embedding": {"lr": rates["embedding"] / 2, "betas": (0.8, 0.99)},
+        "unembedding": {"lr": rates["unembedding"], "betas": (0.8, 0.98)},
+        "residual": {"lr": rates["scalar"] / 10, **scalar},  # a small change of it moves the whole stream
+        "x0": {"lr": rates["scalar"], **scalar},
+        "gate": {"lr": rates["scalar"], **scalar},
     }
     groups = [
-        {
-            "names": list(named),
-            "params": list(named.values()),
-            "lr": adamw_rates[role][0],
-            "betas": adamw_rates[role][1],
-        }
+        {"names": list(named), "params": list(named.values()), **options[role]}
         for role, named in roles.items()
         if role != "matrix"
     ]

@@ -30,6 +30,7 @@ PEAK_FLOPS = {
     "B200": 2.25e15,
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "GH200": 989e12,
     "A100": 312e12,
@@ -114,10 +115,7 @@ class Runtime:
 
     def synchronize(self):
         """Wait until the device has done all its work, so that a clock reading means something."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
+        _synchronize(self.device)
 
     def peak_memory_bytes(self):
         """The most memory this process has held so far: on the GPU, or for the others of the process itself."""
@@ -142,7 +140,7 @@ def start(device="auto", dtype="auto", seed=1337, deterministic=True):
     """
     config.choice("DEVICE", device, ("auto", "cuda", "mps", "cpu"))
     config.choice("DTYPE", dtype, ("auto", *DTYPES))
-    rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in _RANK_VARIABLES)
+    rank, local_rank, world_size = _place()
     found = _device(device, local_rank)
     if world_size > 1:
         _join(found, world_size)
@@ -152,14 +150,25 @@ def start(device="auto", dtype="auto", seed=1337, deterministic=True):
         _keep_freed_memory()
     if deterministic or found.type == "cpu":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        if found.type == "cuda":
+            torch.use_deterministic_algorithms(True)
+        else:
+            torch.set_deterministic_debug_mode("error")  # the same flag, without a second of imports for the compiler
         torch.utils.deterministic.fill_uninitialized_memory = False
     torch.manual_seed(seed)
     compute_dtype, reason = _dtype(dtype, found)
     return Runtime(rank, local_rank, world_size, found, compute_dtype, reason)
 
 
-_RANK_VARIABLES = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+def _place():
+    """[rank, local rank, world size], as torchrun gives them to its processes."""
+    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    given = {name: os.environ.get(name) or default for name, default in defaults.items()}
+    place = [int(value) if value.isdecimal() else -1 for value in given.values()]
+    if min(place) < 0 or place[0] >= place[2]:
+        written = " ".join(f"{name}={value}" for name, value in given.items())
+        raise UserError(f"{written}: no place among ranks; start the ranks with torchrun, or unset all three")
+    return place
 
 
 def _device(name, local_rank):
@@ -185,8 +194,9 @@ def _device(name, local_rank):
 def _join(device, world_size):
     if device.type == "mps":
         raise UserError(f"--device=mps runs one process, not {world_size}: use --device=cpu or one process")
-    if "MASTER_ADDR" not in os.environ:
-        raise UserError(f"WORLD_SIZE={world_size} without a MASTER_ADDR: start the ranks with torchrun")
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UserError(f"WORLD_SIZE={world_size} without {' and '.join(missing)}: start the ranks with torchrun")
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
@@ -225,8 +235,8 @@ def seconds_since_start():
     """Seconds since this process was started by the system, so that imports count."""
     with contextlib.suppress(OSError, IndexError, ValueError):
         ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
-        uptime = float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])
-        return uptime - ticks / os.sysconf("SC_CLK_TCK")
+        # not /proc/uptime, which in some containers counts from the container's start and not from the system's
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     with contextlib.suppress(OSError, ValueError):
         found = subprocess.run(
             ["ps", "-o", "etime=", "-p", str(os.getpid())], capture_output=True, text=True, check=False
@@ -258,10 +268,16 @@ def matmul_flops(device, dtype, seconds=0.2):
     while time.perf_counter() < end or len(times) < 5:
         begin = time.perf_counter()
         torch.mm(a, b, out=out)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        _synchronize(device)
         times.append(time.perf_counter() - begin)
     return 2 * 4096 * 256 * 1024 / statistics.median(times)
+
+
+def _synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def memory_bytes(device):

@@ -88,7 +88,7 @@ class BPETokenizer:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def encode(self, text):
-        """str -> list of ids, without BOS. Lone surrogates become U+FFFD."""
+        """str -> list of ids, without BOS. A lone surrogate becomes U+FFFD."""
         return self.inner.encode(_clean(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts):
@@ -118,4 +118,4 @@ def _clean(text):
         text.encode()
         return text
     except UnicodeEncodeError:
-        return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

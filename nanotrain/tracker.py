@@ -25,7 +25,7 @@ class Tracker:
         but 0.
         """
         self.enabled, self.num_steps, self.wandb, self.wandb_id = enabled, num_steps, None, wandb_id
-        self._last_line = 0.0
+        self._last_line, self._write_failed = 0.0, False
         if not enabled:
             return
         Path(run_dir).mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ class Tracker:
     def _start_wandb(self, run_dir, run_name, config, mode):
         try:
             import wandb  # slow to import, and off by default
-        except ImportError as error:
+        except Exception as error:  # missing, or broken by another package
             self.event(f"wandb is off: {error}")
             return
         options = {"project": "nanotrain", "name": run_name, "id": self.wandb_id, "config": config, "dir": str(run_dir)}
@@ -93,8 +93,13 @@ class Tracker:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in metrics.items()
         }
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **row}) + "\n")
+            self._file.flush()
+        except OSError as error:  # a full disk must not end a run
+            if not self._write_failed:
+                self.event(f"metrics.jsonl could not be written ({error.strerror}); training goes on")
+            self._write_failed = True
         if self.wandb:
             try:
                 self.wandb.log({"step": step, **row})
@@ -122,7 +127,8 @@ class Tracker:
         if not self.enabled:
             return
         self.bar.close()
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
         if self.wandb:
             with contextlib.suppress(Exception):
                 self.wandb.finish()
@@ -135,13 +141,13 @@ class Tracker:
 
 
 def _cut_back(path, step):
-    """Drop the rows after `step`, and a last line that was cut by a crash."""
+    """Drop the rows after `step` (all of them where nothing is resumed), and a last line that was cut by a crash."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(ValueError):
-            if json.loads(line)["step"] <= step:
+            if step and json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
     temporary = path.with_suffix(".part")
     temporary.write_text("".join(kept), encoding="utf-8")

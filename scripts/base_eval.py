@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from nanotrain import checkpoint, config, dataloader, dataset, errors, loss_eval, paths, runtime
 from nanotrain.engine import generate
+from nanotrain.errors import UserError
 
 # --- settings
 RUN_NAME = ""  # folder under NANOTRAIN_DIR/runs; empty: the run that was saved last
@@ -35,6 +36,10 @@ def main():
         print(f"{run_dir}, step {meta['step']}{'' if same_data else ', on other data than it was trained on'}")
     token_bytes = tokenizer.token_bytes()
     seq_len = model.config.max_seq_len
+    if EVAL_TOKENS < seq_len:
+        raise UserError(f"--eval-tokens={EVAL_TOKENS}: less than one row of this model, which has {seq_len}")
+    if DEVICE_BATCH_SIZE < 1:
+        raise UserError(f"--device-batch-size={DEVICE_BATCH_SIZE}: at least 1")
     result = {"step": meta["step"], "tokens": meta["step"] * meta["total_batch_size"]}
     for split, path in (("train", shards.train[0].path), ("val", shards.validation.path)):
         rows = rt.together(lambda path=path: dataloader.validation_rows(path, tokenizer, seq_len, EVAL_TOKENS))

@@ -126,7 +126,7 @@ def main():
     tokenizer = BPETokenizer.load(paths.tokenizer_dir(TOKENIZER_DIR))
     shards = rt.together(lambda: dataset.open_shards(paths.data_dir(DATA_DIR)))
     data = rt.on_main(lambda: dataset.fingerprint(shards))
-    validation = rt.together(
+    validation = EVAL_EVERY and rt.together(
         lambda: dataloader.validation_rows(shards.validation.path, tokenizer, MAX_SEQ_LEN, EVAL_TOKENS)
     )
 
@@ -146,8 +146,10 @@ def main():
     model = checkpoint.build_model(model_config, "meta")
     plan = make_plan(rt, model, saved)
     run = Run(**saved["run"]) if saved else Run(plan.num_steps, horizon_fixed=not TARGET_MINUTES)
-    if not saved or any(saved["settings"][name] != globals()[name] for name in HORIZON):
-        run.num_steps = plan.num_steps
+    new_horizon = not saved or any(saved["settings"].get(name) != globals()[name] for name in HORIZON)
+    if new_horizon:
+        run.num_steps = max(plan.num_steps, run.step + 1) if TARGET_MINUTES else plan.num_steps
+        run.horizon_fixed = not TARGET_MINUTES
     say(rt, describe(rt, plan, run, shards, tokenizer, run_dir))
     if DRY_RUN or run.step >= run.num_steps:
         if not DRY_RUN:
@@ -174,7 +176,7 @@ def main():
         adamw.updates = saved["updates"]
         scaler.load_state_dict(saved["scaler"])
     pass_seconds = warm_up(rt, model, plan.device_rows)
-    if not run.horizon_fixed and not saved:
+    if new_horizon and not run.horizon_fixed:
         run.num_steps = rt.broadcast(
             steps_in_time(run, 1.25 * pass_seconds * plan.accumulation, evaluation_seconds=0.0)
         )
@@ -216,7 +218,7 @@ def main():
         rt.on_main(lambda: save_checkpoint(run_dir, run, model, optimizers, state, resumed_step, tracker))
 
     with tracker, dataloader.DataLoader(reader, plan.device_rows, rt.device) as loader:
-        batches = LookAhead(loader)
+        batches = rt.together(lambda: LookAhead(loader))
         if EVAL_EVERY and run.step == 0:
             evaluation_seconds = evaluate(rt, run, model, validation, token_bytes, tracker)
         while run.step < run.num_steps:
@@ -292,7 +294,7 @@ def main():
                 "train/lr": MATRIX_LR * rate,
                 "train/grad_norm": grad_norm,
                 "train/tok_per_sec": plan.total_batch_size / seconds,
-                "train/epoch": reader.epoch,
+                "train/epoch": reader.epoch(batch.state),
                 "train/skipped_steps": run.skipped_steps,
                 "data_hash": f"{(int(hash_low) + (int(hash_high) << 32)) % 2**64:016x}",
             }
@@ -387,6 +389,8 @@ def check_settings():
     if len(horizons) > 1:
         given = " ".join(f"{config.flag_of(name)}={value}" for name, value in horizons.items())
         raise UserError(f"{given}: two horizons at once; give one of them")
+    if not horizons and not TARGET_PARAM_DATA_RATIO:
+        raise UserError("--target-param-data-ratio=0 and no other horizon: give one, as in --num-iterations=1000")
     for name, value in config.settings(globals()).items():
         if isinstance(value, (int, float)) and value < 0:
             raise UserError(f"{config.flag_of(name)}={value}: must not be negative")
@@ -438,7 +442,8 @@ def check_same(saved, identity):
     allowed = {name.strip().replace("-", "_").upper() for name in ALLOW_CHANGE.split(",")}
     lines = []
     for name in (*IDENTITY, *TRAJECTORY):
-        was, now = saved["settings"][name], globals()[name]
+        now = globals()[name]
+        was = saved["settings"].get(name, now)  # a setting may be newer than the checkpoint
         if was != now and name in IDENTITY:
             lines.append(f"{config.flag_of(name)} was {was}, is {now}: it cannot change within a run")
         elif was != now and name not in allowed:
@@ -544,11 +549,12 @@ def evaluate(rt, run, model, validation, token_bytes, tracker):
         tracker.progress("evaluation", -(-len(validation) // rt.world_size)) as bar,
         torch.compiler.set_stance("force_eager"),
     ):
-        run.val_bpb = loss_eval.bits_per_byte(model, validation, token_bytes, rt, DEVICE_BATCH_SIZE, bar)
-    tracker.record(run.step, {"val/bpb": run.val_bpb})
-    if run.val_bpb < run.best_bpb:
-        run.best_bpb, run.best_step = run.val_bpb, run.step
-    tracker.event(f"step {run.step}: val bpb {run.val_bpb:.4f}")
+        val_bpb = loss_eval.bits_per_byte(model, validation, token_bytes, rt, DEVICE_BATCH_SIZE, bar)
+    run.val_bpb = val_bpb if math.isfinite(val_bpb) else None  # a checkpoint holds no NaN
+    tracker.record(run.step, {"val/bpb": val_bpb})
+    if val_bpb < run.best_bpb:
+        run.best_bpb, run.best_step = val_bpb, run.step
+    tracker.event(f"step {run.step}: val bpb {val_bpb:.4f}")
     return time.monotonic() - begin
 
 

@@ -1,0 +1,759 @@
+"""The training loop: what it records, that a resume changes nothing, what it refuses, and several ranks."""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import struct
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import make_shards, make_texts
+
+from nanotrain import checkpoint, dataset, errors, loss, loss_eval, runtime, schedule
+from nanotrain.errors import CheckpointError, DataError, MemoryLimitError, NonFiniteError, UserError
+from nanotrain.tokenizer import BPETokenizer
+from scripts import base_train
+
+TINY = {
+    "DEPTH": 1,
+    "ASPECT_RATIO": 16,
+    "HEAD_DIM": 16,
+    "MAX_SEQ_LEN": 16,
+    "LANES": 4,
+    "DEVICE_BATCH_SIZE": 4,
+    "TOTAL_BATCH_SIZE": 128,
+    "NUM_ITERATIONS": 6,
+    "COMPILE": "off",
+    "DTYPE": "float32",
+    "EVAL_TOKENS": 64,
+}
+
+
+def main(**settings):
+    """Run base_train in this process with TINY and the given settings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "matmul_flops", lambda device, dtype: 1e11)  # measuring it takes longer than a run
+        for setting, value in {**TINY, **settings}.items():
+            assert hasattr(base_train, setting)
+            patch.setattr(base_train, setting, value)
+        base_train.main_within_memory()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _global_state():
+    """Puts back what a run changes in its process. One thread, because the matrices are tiny and the cores shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def train(base_dir, data_dir, tokenizer):
+    """train("name", DEPTH=2) runs base_train with TINY and the given settings; returns the folder of the run."""
+    tokenizer.save(base_dir / "tokenizer")
+
+    def run(name="r", **settings):
+        main(**{"RUN_NAME": name, "DATA_DIR": str(data_dir), **settings})
+        return base_dir / "runs" / name
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, data_dir, tokenizer):
+    """A run with TINY that nothing has disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    tokenizer.save(folder / "tokenizer")
+    main(RUN_NAME=str(folder / "run"), DATA_DIR=str(data_dir), TOKENIZER_DIR=str(folder / "tokenizer"))
+    return folder / "run"
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """at_step(3, action) calls `action()` when the third step from now begins, at_step() does nothing any more."""
+    momentum, planned = schedule.momentum, {}
+
+    def hooked(*arguments):
+        planned["step"] = planned.get("step", 0) - 1
+        if planned["step"] == 0:
+            planned["action"]()
+        return momentum(*arguments)
+
+    monkeypatch.setattr(schedule, "momentum", hooked)
+    return lambda step=0, action=None: planned.update(step=step, action=action)
+
+
+def terminate():
+    signal.raise_signal(signal.SIGTERM)
+
+
+def kill():
+    raise ZeroDivisionError("killed")
+
+
+def rows(run_dir, key="train/loss"):
+    """The rows of metrics.jsonl that have `key`."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if key in row]
+
+
+def column(run_dir, key):
+    return [row[key] for row in rows(run_dir, key)]
+
+
+def timeless(run_dir):
+    """Everything in metrics.jsonl but the times."""
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in row.items() if key != "train/tok_per_sec"} for row in lines]
+
+
+def saved(run_dir, step=None):
+    """(weights, optimizer tensors, state without times and names) of a checkpoint, the newest by default."""
+    weights, moments, state = checkpoint.unpack(checkpoint.read(run_dir, step or checkpoint.newest(run_dir)[0]))
+    del state["run"]["seconds"]
+    for name in ("RUN_NAME", "TOKENIZER_DIR", "RESUME", "SAVE_EVERY"):
+        del state["settings"][name]
+    return weights, moments, state
+
+
+def equal(first, second):
+    """Whether two dicts of tensors are the same to the bit."""
+    return first.keys() == second.keys() and all(
+        torch.equal(tensor.flatten().view(torch.uint8), second[name].flatten().view(torch.uint8))
+        for name, tensor in first.items()
+    )
+
+
+def same_run(first, second):
+    """Whether two runs ended in the same weights, the same optimizer state, the same place, with the same record."""
+    ours, theirs = saved(first), saved(second)
+    return (
+        equal(ours[0], theirs[0])
+        and equal(ours[1], theirs[1])
+        and ours[2] == theirs[2]
+        and timeless(first) == timeless(second)
+    )
+
+
+# ---- what a run does and records ----
+
+
+def test_the_loss_falls(train):
+    losses = column(train(NUM_ITERATIONS=30), "train/loss")
+    assert losses[0] == pytest.approx(math.log(320), abs=0.05)  # weights know nothing: all tokens are equally likely
+    assert sum(losses[-5:]) / 5 < 0.6 * losses[0]
+    assert losses[-1] < losses[len(losses) // 2] < losses[0]
+
+
+def test_every_step_has_a_row_and_the_evaluations_have_theirs(train):
+    run = train(EVAL_EVERY=4)  # so many steps, and the last
+    steps = rows(run)
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    for row in steps:
+        assert {"train/loss", "train/lr", "train/grad_norm", "train/tok_per_sec", "data_hash"} <= row.keys()
+        assert 0 < row["train/lr"] <= base_train.MATRIX_LR
+        assert re.fullmatch("[0-9a-f]{16}", row["data_hash"])
+    evaluations = rows(run, "val/bpb")
+    assert [row["step"] for row in evaluations] == [0, 4, 6]
+    assert evaluations[0]["val/bpb"] > evaluations[1]["val/bpb"] > evaluations[2]["val/bpb"] > 0
+    assert saved(run)[2]["val_bpb"] == evaluations[-1]["val/bpb"]
+
+
+def test_without_evaluation_there_are_no_rows_of_it(train):
+    run = train(EVAL_EVERY=0)
+    assert rows(run, "val/bpb") == []
+    assert saved(run)[2]["val_bpb"] is None
+
+
+def test_the_first_evaluation_is_that_of_untrained_weights(train, data_dir, tokenizer):
+    """Almost equal logits give log2(V) bits a token, whatever the text; the bytes are counted in the text itself."""
+    (bpb, *_) = column(train(EVAL_TOKENS=10**6, NUM_ITERATIONS=1), "val/bpb")
+    texts = pq.read_table(data_dir / "shard_00002.parquet").column("text").to_pylist()
+    num_tokens = sum(len(tokenizer.encode(text)) for text in texts)
+    num_bytes = sum(len(text.encode()) for text in texts)
+    assert bpb == pytest.approx(num_tokens * math.log2(tokenizer.vocab_size) / num_bytes, rel=0.01)
+
+
+def test_the_same_command_gives_the_same_run_and_another_seed_does_not(train, whole):
+    other = train("other", SEED=1)
+    assert same_run(train("again"), whole)
+    assert not equal(saved(other)[0], saved(whole)[0])
+    assert set(column(other, "data_hash")).isdisjoint(column(whole, "data_hash"))
+
+
+def test_the_run_folder_is_whole_by_itself(whole, tokenizer):
+    names = sorted(path.name for path in whole.iterdir())
+    assert names == ["checkpoints", "config.json", "metrics.jsonl", "tokenizer.json"]
+    model, loaded, meta = checkpoint.load_model(whole)
+    assert loaded.to_json() == tokenizer.to_json()
+    assert model.logits(torch.tensor([[0, 5, 7]])).shape == (1, 3, tokenizer.vocab_size)
+    assert (meta["step"], meta["total_batch_size"]) == (6, 128)
+
+
+def test_checkpoints_are_saved_on_time_and_kept_by_rule(train):
+    assert checkpoint.steps(train("a", EVAL_EVERY=0, SAVE_EVERY=0)) == [6]
+    assert checkpoint.steps(train("b", EVAL_EVERY=0, SAVE_EVERY=1, KEEP_LAST=2, KEEP_EVERY=2)) == [6, 5, 4, 2]
+    best = train("d", EVAL_EVERY=1, SAVE_EVERY=0, KEEP_LAST=1)
+    bpb = column(best, "val/bpb")
+    assert checkpoint.steps(best) == sorted({6, bpb.index(min(bpb))}, reverse=True)
+
+
+def test_a_dry_run_prints_the_plan_and_leaves_no_trace(train, base_dir, capsys):
+    train(DRY_RUN=True)
+    printed = capsys.readouterr().out
+    assert "4 rows of 16 x 2 micro-steps x 1 ranks" in printed
+    assert "6 steps" in printed
+    assert not (base_dir / "runs").exists()
+
+
+def planned_steps(capsys):
+    return int(re.search(r"^horizon +(?:about )?([\d,]+) steps", capsys.readouterr().out, re.M)[1].replace(",", ""))
+
+
+def test_the_other_horizons_are_tokens_per_weight_and_operations(train, capsys, tokenizer):
+    width, vocabulary = 16, tokenizer.vocab_size
+    matrices = 4 * width * width + 2 * 4 * width * width  # attention and the MLP of one layer
+    weights = matrices + vocabulary * width
+    train(NUM_ITERATIONS=0, TARGET_PARAM_DATA_RATIO=10.0, DRY_RUN=True)
+    assert planned_steps(capsys) == round(10 * weights / 128)
+    train(NUM_ITERATIONS=0, TARGET_FLOPS=1e9, DRY_RUN=True)
+    assert planned_steps(capsys) == round(1e9 / (6 * weights + 12 * 1 * width * 16) / 128)
+
+
+@pytest.mark.usefixtures("whole")  # after a first run, which imports much
+def test_target_minutes_ends_in_time_and_the_horizon_is_recorded(train, monkeypatch):
+    begin = time.monotonic()
+    monkeypatch.setattr(runtime, "seconds_since_start", lambda: time.monotonic() - begin)
+    run = train(NUM_ITERATIONS=0, TARGET_MINUTES=0.025)
+    assert time.monotonic() - begin < 1.5 + 2
+    steps = [row["step"] for row in rows(run)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(steps) >= 10
+    state = saved(run)[2]
+    assert state["step"] == state["run"]["num_steps"] == len(steps)
+    assert state["run"]["horizon_fixed"] is True
+
+
+def test_float16_trains_through_the_gradient_scaler(train):
+    run = train(NUM_ITERATIONS=30, DTYPE="float16")
+    losses, state = column(run, "train/loss"), saved(run)[2]
+    assert losses[-1] < 0.6 * losses[0]
+    assert state["scaler"]["scale"] > 1
+    assert state["run"]["skipped_steps"] < 10
+    assert {tensor.dtype for tensor in saved(run)[0].values()} == {torch.float32}
+
+
+# ---- the data of a run ----
+
+
+def data_hashes(folder, tokenizer, num_steps, rows_per_step, offset=0):
+    """The data_hash of each step by the definition: lanes of units in the order of their hashes, rows dealt in turn.
+
+    offset: shifts every row by so many tokens, for the twin.
+    """
+    lanes, seq_len = TINY["LANES"], TINY["MAX_SEQ_LEN"]
+    units = {}
+    for shard in ("shard_00000.parquet", "shard_00001.parquet"):
+        file = pq.ParquetFile(folder / shard)
+        for group in range(file.num_row_groups):
+            units[f"{shard}:{group}:0"] = file.read_row_group(group).column("text").to_pylist()
+    sequence = []
+    for epoch in range(3):
+        keys = {unit: hashlib.sha256(f"{base_train.SEED} {epoch} {unit}".encode()).digest() for unit in units}
+        sequence += sorted(units, key=keys.get)
+    streams = []
+    for lane in range(lanes):
+        texts = [text for unit in sequence[lane::lanes] for text in units[unit]]
+        streams.append([token for text in texts for token in (tokenizer.bos, *tokenizer.encode(text))][offset:])
+    hashes = []
+    for step in range(num_steps):
+        total = 0
+        for number in range(step * rows_per_step, (step + 1) * rows_per_step):
+            start = number // lanes * seq_len
+            row = streams[number % lanes][start : start + seq_len + 1]
+            packed = struct.pack("<q", number) + struct.pack(f"<{seq_len + 1}i", *row)
+            total += int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
+        hashes.append(f"{total % 2**64:016x}")
+    return hashes
+
+
+def test_the_rows_are_those_of_the_definition_over_more_than_one_epoch(train, data_dir, tokenizer):
+    run = train(NUM_ITERATIONS=14, TOTAL_BATCH_SIZE=1024, DEVICE_BATCH_SIZE=32, EVAL_EVERY=0)
+    assert rows(run)[-1]["train/epoch"] >= 1
+    assert column(run, "data_hash") == data_hashes(data_dir, tokenizer, 14, 64)
+    assert set(column(run, "data_hash")).isdisjoint(data_hashes(data_dir, tokenizer, 14, 64, offset=1))
+
+
+def test_the_number_of_micro_steps_changes_neither_rows_nor_losses(train):
+    runs = [train(f"r{size}", DEVICE_BATCH_SIZE=size, NUM_ITERATIONS=8) for size in (1, 4, 8)]
+    losses, norms, hashes = (
+        [column(run, key) for run in runs] for key in ("train/loss", "train/grad_norm", "data_hash")
+    )
+    for other in (1, 2):
+        assert hashes[other] == hashes[0]
+        assert losses[other] == pytest.approx(losses[0], rel=2e-6)
+        assert norms[other] == pytest.approx(norms[0], rel=1e-4)
+
+
+def test_a_device_batch_that_does_not_divide_is_lowered_and_said(train, whole, capsys):
+    run = train(DEVICE_BATCH_SIZE=7)
+    assert "4 rows (lowered from 7) of 16 x 2 micro-steps" in capsys.readouterr().out
+    assert equal(saved(run)[0], saved(whole)[0])
+
+
+# ---- stopping and resuming ----
+
+
+@pytest.mark.parametrize(
+    ("step", "number"), [(1, signal.SIGTERM), (3, signal.SIGTERM), (5, signal.SIGTERM), (3, signal.SIGINT)]
+)
+def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(train, whole, at_step, capsys, step, number):
+    at_step(step, lambda: signal.raise_signal(number))
+    stopped = train("stopped", SAVE_EVERY=0)
+    assert column(stopped, "train/loss") == column(whole, "train/loss")[:step]
+    assert checkpoint.newest(stopped)[0] == step
+    assert f"stopped and saved at step {step} of 6" in capsys.readouterr().out
+    assert not same_run(whole, stopped)
+    at_step()
+    train("stopped", SAVE_EVERY=0, RESUME=True)
+    assert same_run(whole, stopped)
+
+
+def test_a_run_that_was_killed_twice_loses_only_the_steps_since_its_checkpoints(train, whole, at_step, base_dir):
+    victim = base_dir / "runs" / "victim"
+    for step in (4, 6):
+        at_step(4, kill)  # of this process, which does steps 1 to 4, and then 3 to 6
+        with pytest.raises(ZeroDivisionError):
+            train("victim", SAVE_EVERY=2, RESUME=True)  # with nothing to resume this is a start
+        assert checkpoint.newest(victim)[0] == step - 2
+        assert column(victim, "train/loss") == column(whole, "train/loss")[: step - 1]
+    at_step()
+    train("victim", SAVE_EVERY=2, RESUME=True)
+    assert same_run(whole, victim)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over(train, whole, at_step):
+    at_step(3, kill)
+    with pytest.raises(ZeroDivisionError):
+        train("victim", SAVE_EVERY=0)
+    at_step()
+    assert same_run(whole, train("victim"))
+
+
+def test_a_broken_checkpoint_is_named_and_the_older_one_gives_the_same_run(train, whole, capsys):
+    run = train("broken", SAVE_EVERY=2)
+    path = run / "checkpoints" / "step_00000006" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    capsys.readouterr()
+    train("broken", SAVE_EVERY=2, RESUME=True)
+    printed = capsys.readouterr().out
+    assert re.search("not used: .*step_00000006: model.safetensors does not match its hash", printed)
+    assert "resume     broken at step 4" in printed
+    assert same_run(whole, run)
+
+
+@pytest.fixture(scope="module")
+def stopped_once(whole, data_dir):
+    """The run `whole`, stopped after its third step."""
+    run, momentum = whole.parent / "stopped", schedule.momentum
+    steps = iter((None, None, terminate))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedule, "momentum", lambda *progress: ((next(steps) or int)(), momentum(*progress))[1])
+        main(RUN_NAME=str(run), DATA_DIR=str(data_dir), TOKENIZER_DIR=str(whole.parent / "tokenizer"))
+    assert checkpoint.newest(run)[0] == 3
+    return run
+
+
+@pytest.fixture
+def stopped(stopped_once, base_dir):
+    """A copy of that run under its name."""
+    return Path(shutil.copytree(stopped_once, base_dir / "runs" / "stopped"))
+
+
+@pytest.mark.parametrize("forgotten", ["momentum", "loader", "updates", "weights"])
+def test_the_comparison_notices_a_resume_that_forgets_something(train, whole, stopped, monkeypatch, forgotten):
+    unpack = checkpoint.unpack
+
+    def forgetful(files):
+        weights, moments, state = unpack(files)
+        if forgotten == "momentum":
+            moments = {name: torch.zeros_like(tensor) for name, tensor in moments.items()}
+        elif forgotten == "loader":
+            state["loader"] = None
+        elif forgotten == "updates":
+            state["updates"] = 0
+        else:
+            weights["head.weight"].view(torch.int32)[0, 0] ^= 1
+        return weights, moments, state
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "unpack", forgetful)
+        train("stopped", RESUME=True)
+    assert not same_run(whole, stopped)
+    assert not equal(saved(whole)[0], saved(stopped)[0])
+
+
+@pytest.fixture
+def finished(whole, base_dir):
+    """A copy of the run `whole` under this name."""
+    return Path(shutil.copytree(whole, base_dir / "runs" / "finished"))
+
+
+def test_resuming_at_the_last_step_says_that_there_is_nothing_to_do(train, finished, capsys):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    train("finished", RESUME=True)
+    assert "nothing to do: the newest checkpoint of finished is at step 6 of 6" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+
+def test_a_longer_horizon_goes_on_from_the_last_step(train, whole, finished):
+    train("finished", RESUME=True, NUM_ITERATIONS=8, ALLOW_CHANGE="num_iterations")
+    assert column(finished, "train/loss")[:6] == column(whole, "train/loss")
+    assert [row["step"] for row in rows(finished)] == list(range(1, 9))
+    assert checkpoint.newest(finished)[0] == 8
+
+
+@pytest.mark.usefixtures("whole")
+def test_a_run_by_minutes_that_was_stopped_goes_on_by_steps_and_the_other_way_round(train, at_step, monkeypatch):
+    begin = time.monotonic()
+    monkeypatch.setattr(runtime, "seconds_since_start", lambda: time.monotonic() - begin)
+    at_step(1, terminate)
+    run = train(NUM_ITERATIONS=0, TARGET_MINUTES=0.1, EVAL_EVERY=0)
+    assert saved(run)[2]["run"]["horizon_fixed"] is False
+    at_step(5, terminate)
+    train(NUM_ITERATIONS=12, RESUME=True, EVAL_EVERY=0, ALLOW_CHANGE="num_iterations,target_minutes")
+    assert [(state["run"]["num_steps"], state["step"]) for state in [saved(run)[2]]] == [(12, 6)]
+    at_step()
+    minutes = (time.monotonic() - begin + 1.6) / 60  # of which a second is kept for the last save
+    allowed = {"RESUME": True, "EVAL_EVERY": 0, "ALLOW_CHANGE": "num_iterations,target_minutes"}
+    train(NUM_ITERATIONS=0, TARGET_MINUTES=minutes, **allowed)
+    assert time.monotonic() - begin < 60 * minutes + 2
+    assert saved(run)[2]["run"]["num_steps"] == len(rows(run)) > 20
+
+
+def test_a_run_that_has_a_checkpoint_is_refused_without_resume(train, whole, finished):
+    with pytest.raises(UserError, match=r"already at step 6: go on with --resume, or choose another --run-name") as it:
+        train("finished")
+    assert it.value.exit_code == 2
+    assert same_run(whole, finished)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("SEED", 1), ("MAX_SEQ_LEN", 32), ("LANES", 8), ("DEPTH", 2), ("ASPECT_RATIO", 9), ("HEAD_DIM", 8)],
+)
+@pytest.mark.usefixtures("stopped")
+def test_what_a_run_is_cannot_change_even_if_asked_for(train, name, value):
+    flag = "--" + name.lower().replace("_", "-")
+    with pytest.raises(UserError, match=f"{flag} was .*, is {value}: it cannot change"):
+        train("stopped", RESUME=True, ALLOW_CHANGE=name.lower(), **{name: value})
+
+
+CHANGES = {
+    "NUM_ITERATIONS": 4,
+    "TOTAL_BATCH_SIZE": 64,
+    "MATRIX_LR": 0.03,
+    "EMBEDDING_LR": 0.1,
+    "UNEMBEDDING_LR": 0.004,
+    "SCALAR_LR": 0.01,
+    "WEIGHT_DECAY": 0.1,
+    "GRAD_CLIP": 1.0,
+    "SCHEDULE": "linear",
+    "WARMUP_RATIO": 0.1,
+    "WARMDOWN_RATIO": 0.5,
+    "FINAL_LR_FRAC": 0.1,
+    "DTYPE": "bfloat16",
+}
+
+
+@pytest.mark.parametrize(("name", "value"), CHANGES.items())
+@pytest.mark.usefixtures("stopped")
+def test_what_changes_the_training_is_refused_unless_it_is_allowed(train, name, value):
+    flag = "--" + name.lower().replace("_", "-")
+    with pytest.raises(UserError, match=f"{flag} was .*, is {value}: allow it with --allow-change={name.lower()}"):
+        train("stopped", RESUME=True, **{name: value})
+
+
+def test_each_change_must_be_allowed_by_name(train, stopped):
+    names = [*map(str.lower, CHANGES)]
+    with pytest.raises(UserError) as caught:
+        train("stopped", RESUME=True, ALLOW_CHANGE=",".join(names[2:]), **CHANGES)
+    assert re.findall(r"--allow-change=(.*)", str(caught.value)) == names[:2]
+    train("stopped", RESUME=True, ALLOW_CHANGE=", ".join(names).replace("_", "-"), **CHANGES)
+    assert [row["step"] for row in rows(stopped)] == [1, 2, 3, 4]
+
+
+def test_what_changes_nothing_about_the_training_is_free(train, whole, stopped):
+    train("stopped", RESUME=True, EVAL_EVERY=5, EVAL_TOKENS=32, SAVE_EVERY=1, KEEP_LAST=4, SAMPLE_EVERY=6)
+    assert equal(saved(stopped)[0], saved(whole)[0])
+    assert equal(saved(stopped)[1], saved(whole)[1])
+
+
+@pytest.mark.usefixtures("stopped")
+def test_another_tokenizer_or_other_data_are_refused_on_resume(train, base_dir, tmp_path, tokenizer):
+    with pytest.raises(DataError, match="--data-dir"):
+        train("stopped", RESUME=True, DATA_DIR=str(make_shards(tmp_path / "other", documents=30)))
+    BPETokenizer.train(make_texts(60, seed=9), tokenizer.vocab_size).save(base_dir / "tokenizer")
+    with pytest.raises(DataError, match="--tokenizer-dir"):
+        train("stopped", RESUME=True)
+
+
+# ---- non-finite numbers ----
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """poison(steps, value) makes every loss of these steps `value`."""
+    momentum, mean_loss = schedule.momentum, loss.mean_loss
+    planned = {"step": 0, "steps": set(), "value": math.nan}
+
+    def counting(*arguments):
+        planned["step"] += 1
+        return momentum(*arguments)
+
+    def poisoned(*arguments):
+        result = mean_loss(*arguments)
+        return result * planned["value"] if planned["step"] in planned["steps"] else result
+
+    monkeypatch.setattr(schedule, "momentum", counting)
+    monkeypatch.setattr(loss, "mean_loss", poisoned)
+    return lambda steps, value=math.nan: planned.update(steps=steps, value=value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_leaves_weights_and_moments_alone(train, poison, value, capsys):
+    poison({3}, value)
+    run = train(SAVE_EVERY=1, KEEP_LAST=9, EVAL_EVERY=0)
+    before, after, later = (saved(run, step) for step in (2, 3, 4))
+    assert equal(before[0], after[0])
+    assert equal(before[1], after[1])
+    assert before[2]["updates"] == after[2]["updates"] == 2
+    assert not equal(after[0], later[0])
+    assert [row["train/skipped_steps"] for row in rows(run)] == [0, 0, 1, 1, 1, 1]
+    assert [row["train/loss"] is None for row in rows(run)] == [False, False, True, False, False, False]
+    assert "step 3: loss" in capsys.readouterr().out
+    assert all(tensor.isfinite().all() for tensor in saved(run)[0].values())
+
+
+def test_skipped_steps_that_are_not_in_a_row_end_nothing(train, poison):
+    poison({1, 2, 4, 5})
+    assert rows(train())[-1]["train/skipped_steps"] == 4
+
+
+def test_three_in_a_row_end_the_run_and_the_checkpoint_stays_as_it_was(train, poison, base_dir):
+    poison({4, 5, 6})
+    with pytest.raises(NonFiniteError, match=r"step 6: loss nan.*--matrix-lr=0.02") as caught:
+        train(SAVE_EVERY=3)
+    assert caught.value.exit_code == 7
+    run = base_dir / "runs" / "r"
+    step, files, complaints = checkpoint.newest(run)
+    assert (step, complaints) == (3, [])
+    assert all(tensor.isfinite().all() for tensor in checkpoint.unpack(files)[0].values())
+
+
+def test_an_evaluation_that_is_not_finite_is_recorded_as_nothing_and_never_the_best(train, monkeypatch):
+    measured = iter((2.0, math.nan, 1.5, math.nan))
+    monkeypatch.setattr(loss_eval, "bits_per_byte", lambda *arguments: next(measured))
+    run = train(EVAL_EVERY=2)
+    assert column(run, "val/bpb") == [2.0, None, 1.5, None]
+    state = saved(run)[2]
+    assert (state["val_bpb"], state["run"]["best_bpb"], state["run"]["best_step"]) == (None, 1.5, 4)
+
+
+# ---- what goes wrong ----
+
+
+def folder_without_text(folder):
+    folder.mkdir()
+    for number in range(2):
+        pq.write_table(pa.table({"body": ["x"]}), folder / f"shard_{number:05d}.parquet")
+    return folder
+
+
+def folder_of_nulls(folder):
+    folder.mkdir()
+    for number in range(2):
+        texts = make_texts(9) if number else [None, "", None]
+        pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), folder / f"shard_{number:05d}.parquet")
+    return folder
+
+
+def folder_of_one_shard(folder):
+    folder.mkdir()
+    dataset.write_shard(folder / "shard_00000.parquet", make_texts(9))
+    return folder
+
+
+def empty_folder(folder):
+    folder.mkdir()
+    return folder
+
+
+BAD_DATA = [
+    (lambda folder: folder, r"no data folder .*python -m nanotrain.dataset"),
+    (empty_folder, r"holds no shard_<digits>.parquet: python -m nanotrain.dataset"),
+    (folder_without_text, r"has no column 'text', only: body"),
+    (folder_of_one_shard, r"holds only the validation shard shard_00000.parquet: add"),
+    (folder_of_nulls, r"every document is null or empty"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), BAD_DATA, ids=["missing", "empty", "no text", "one shard", "nulls"])
+def test_bad_data_is_a_data_error_that_says_what_is_wrong(train, tmp_path, make, message):
+    with pytest.raises(DataError, match=message) as caught:
+        train(DATA_DIR=str(make(tmp_path / "folder")))
+    assert caught.value.exit_code == 6
+
+
+def test_a_shard_that_breaks_in_the_middle_ends_the_run_with_its_name(train, tmp_path):
+    folder = make_shards(tmp_path / "folder")
+    path = folder / "shard_00000.parquet"
+    place = pq.ParquetFile(path).metadata.row_group(7).column(0).data_page_offset
+    data = bytearray(path.read_bytes())
+    data[place : place + 40] = b"\xff" * 40
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"shard_00000.parquet, row group 7, cannot be read .*get it again"):
+        train(DATA_DIR=str(folder), NUM_ITERATIONS=200, EVAL_EVERY=0)
+
+
+def test_no_data_set_no_tokenizer_and_a_broken_one_say_which_command_helps(train, base_dir):
+    with pytest.raises(DataError, match=r"no data set in .*python -m nanotrain.dataset --dataset=stdlib"):
+        train(DATA_DIR="")
+    (base_dir / "tokenizer" / "tokenizer.json").write_text("{")
+    with pytest.raises(DataError, match=r"cannot be read .*python -m scripts.tok_train"):
+        train()
+    with pytest.raises(DataError, match=r"no tokenizer at .*python -m scripts.tok_train"):
+        train(TOKENIZER_DIR=str(base_dir))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"TARGET_FLOPS": 1e9}, r"--num-iterations=6 --target-flops=1000000000.0: two horizons"),
+        ({"TARGET_MINUTES": 5.0}, r"--num-iterations=6 --target-minutes=5.0: two horizons"),
+        ({"EVAL_TOKENS": 15}, r"--eval-tokens=15: less than one row of --max-seq-len=16"),
+        ({"MATRIX_LR": -0.1}, r"--matrix-lr=-0.1: must not be negative"),
+        ({"SAVE_EVERY": -1}, r"--save-every=-1: must not be negative"),
+        ({"MAX_SEQ_LEN": 0}, r"--max-seq-len=0: at least 1"),
+        ({"LANES": 0}, r"--lanes=0: at least 1"),
+        ({"KEEP_LAST": 0}, r"--keep-last=0: at least 1"),
+        ({"DEVICE_BATCH_SIZE": 0}, r"--device-batch-size=0: at least 1"),
+        ({"DEPTH": 0}, r"--depth=0 .*must be positive"),
+        ({"HEAD_DIM": 15}, r"--head-dim=15: .*even"),
+        ({"WARMUP_RATIO": 1.5}, r"--warmup-ratio=1.5: a share, at most 1"),
+        ({"WARMUP_RATIO": 0.5, "WARMDOWN_RATIO": 0.6}, r"overlap: together at most 1"),
+        ({"SCHEDULE": "constant"}, r"--schedule=constant: must be one of trapezoid, cosine, linear"),
+        ({"COMPILE": "maybe"}, r"--compile=maybe: must be one of auto, on, off"),
+        ({"WANDB": "yes"}, r"--wandb=yes: must be one of off, offline, online"),
+        ({"DTYPE": "fp8"}, r"--dtype=fp8: must be one of auto, bfloat16, float16, float32"),
+        ({"DEVICE": "tpu"}, r"--device=tpu: must be one of auto, cuda, mps, cpu"),
+        ({"RUN_NAME": "a b"}, r"run name 'a b': use 1 to 100 letters"),
+        ({"NUM_ITERATIONS": 0, "TARGET_PARAM_DATA_RATIO": 0.0}, r"--target-param-data-ratio=0 and no other horizon"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_settings_are_a_usage_error_that_names_the_setting_and_the_value(train, base_dir, settings, message):
+    with pytest.raises(UserError, match=message) as caught:
+        train(**settings)
+    assert caught.value.exit_code == 2
+    assert not (base_dir / "runs").exists()
+
+
+def test_a_batch_that_does_not_divide_comes_with_three_that_work(train):
+    with pytest.raises(UserError, match="--total-batch-size=100 is no multiple of 16 tokens") as caught:
+        train(TOTAL_BATCH_SIZE=100)
+    sizes = [int(size) for size in re.search("three that work are (.*)", str(caught.value))[1].split(", ")]
+    assert len(set(sizes)) == 3
+    for size in sizes:
+        train(TOTAL_BATCH_SIZE=size, DRY_RUN=True)
+
+
+def test_memory_that_runs_out_is_a_sentence_with_what_to_lower(train):
+    with pytest.raises(MemoryLimitError, match="out of memory: try --device-batch-size=2") as caught:
+        train(HEAD_DIM=2**24)  # a matrix of 2^50 bytes
+    assert caught.value.exit_code == 5
+
+
+def test_a_full_disk_ends_a_run_only_at_its_last_save(train, whole, monkeypatch, capsys):
+    save, full = checkpoint.save, {2, 4}
+
+    def saving(run_dir, step, *arguments):
+        if step in full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(run_dir, step, *arguments)
+
+    monkeypatch.setattr(checkpoint, "save", saving)
+    run = train(SAVE_EVERY=2)
+    assert checkpoint.steps(run) == [6]
+    assert same_run(whole, run)
+    printed = capsys.readouterr().out
+    assert "step 2: the checkpoint could not be written (No space left on device); training goes on" in printed
+    full.add(6)
+    with pytest.raises(CheckpointError, match="the last checkpoint could not be written: No space left on device"):
+        train("second", SAVE_EVERY=5)
+    assert checkpoint.newest(run.parent / "second")[0] == 5
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence(train, base_dir, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("NANOTRAIN_DIR", str(tmp_path / "file" / "below"))
+    with pytest.raises(SystemExit) as caught:
+        errors.run(lambda: train(TOKENIZER_DIR=str(base_dir / "tokenizer")))
+    assert caught.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"error: Not a directory: {tmp_path}/file/below", line)
+
+
+# ---- several ranks ----
+
+
+SLOW = pytest.mark.skipif("NANOTRAIN_SLOW_TESTS" not in os.environ, reason="NANOTRAIN_SLOW_TESTS=1 runs it, in 10 s")
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=SLOW)])
+def test_ranks_train_as_one_process_does_and_hold_the_same_weights(train, run_script, data_dir, tmp_path, ranks):
+    num_steps, nudged, stopped = 20, 17, 19
+    settings = {**TINY, "NUM_ITERATIONS": num_steps, "TOTAL_BATCH_SIZE": 192, "DEVICE_BATCH_SIZE": 2}
+    settings.update(SAVE_EVERY=10, KEEP_LAST=9)
+    alone = train("alone", **settings)
+    flags = [f"--{name.lower().replace('_', '-')}={value}" for name, value in settings.items()]
+    files = ("--run-name=many", f"--data-dir={data_dir}")
+    done = run_script("tests.ranks", str(tmp_path), str(nudged), str(stopped), *flags, *files, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+
+    many = alone.parent / "many"
+    hashes = [(tmp_path / f"rank{rank}").read_text().split() for rank in range(ranks)]
+    assert [len(rank) for rank in hashes] == [stopped + 1] * ranks  # before each step, and at the end
+    assert len(set(hashes[0])) == stopped + 1
+    same = [len(set(step)) == 1 for step in zip(*hashes, strict=True)]
+    assert all(same[: nudged - 1])
+    assert not any(same[nudged - 1 :])  # the twin: one weight of one rank was nudged by a millionth
+    assert checkpoint.steps(many) == [stopped, 10]
+    assert column(many, "data_hash") == column(alone, "data_hash")[:stopped]
+    assert column(many, "train/loss")[: nudged - 1] == close(column(alone, "train/loss")[: nudged - 1])
+    assert column(many, "val/bpb")[0] == close(column(alone, "val/bpb")[0])
+
+    shutil.rmtree(many / "checkpoints" / f"step_{stopped:08d}")  # go on in one process where the ranks were at step 10
+    train("many", RESUME=True, **settings)
+    assert column(many, "data_hash") == column(alone, "data_hash")
+    assert column(many, "train/loss") == close(column(alone, "train/loss"))
+    assert column(many, "val/bpb") == close(column(alone, "val/bpb"))
+
+
+def close(values):
+    return pytest.approx(values, rel=1e-5)

@@ -1,0 +1,374 @@
+"""The model against its definition written out in NumPy, and the promises of its interface."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from nanotrain import gpt, scaling
+from nanotrain.gpt import GPT, GPTConfig
+
+SHAPES = {
+    "one layer": GPTConfig(37, 12, 1, 2, 2, 8),
+    "four layers": GPTConfig(50, 16, 4, 2, 2, 8),
+    "five layers": GPTConfig(41, 16, 5, 3, 3, 8),
+    "grouped queries": GPTConfig(50, 16, 6, 4, 2, 8),
+    "one key for all": GPTConfig(33, 9, 2, 3, 1, 6),
+    "narrower than the gate": GPTConfig(20, 8, 2, 1, 1, 8),
+}
+shapes = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
+
+
+def fresh_model(config, seed=0):
+    """As training begins."""
+    with torch.device("meta"):
+        model = GPT(config)
+    model.to_empty(device="cpu")
+    model.init_weights(seed)
+    return model
+
+
+def random_model(config, seed=0):
+    """With every weight away from zero, so that no path is silent."""
+    model = fresh_model(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 0:
+                parameter.uniform_(0.4, 1.4, generator=generator)
+            else:
+                parameter.normal_(0, 1.5 * parameter.size(-1) ** -0.5, generator=generator)
+    return model
+
+
+def random_tokens(config, rows=2, length=None, seed=0):
+    shape = (rows, length or config.max_seq_len)
+    return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- the definition, in float64 ----
+
+
+def rms_norm(x):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)
+
+
+def rotary(x):
+    """(T, H, D): pairs of channels D / 2 apart are complex numbers, turned by minus position times frequency."""
+    T, _, D = x.shape
+    frequencies = 10_000.0 ** (-2.0 * np.arange(D // 2) / D)
+    turned = (x[..., : D // 2] + 1j * x[..., D // 2 :]) * np.exp(-1j * np.outer(np.arange(T), frequencies))[:, None]
+    return np.concatenate((turned.real, turned.imag), -1)
+
+
+def causal_attention(x, table_row, weights, config):
+    """(T, C) -> (T, C), one query and one head at a time. table_row (T, K * D) or None."""
+    T, H, K, D = len(x), config.num_heads, config.num_kv_heads, config.head_dim
+    q = rms_norm(rotary((x @ weights["query.weight"].T).reshape(T, H, D)))
+    k = rms_norm(rotary((x @ weights["key.weight"].T).reshape(T, K, D)))
+    v = (x @ weights["value.weight"].T).reshape(T, K, D)
+    if table_row is not None:
+        gate = 2 / (1 + np.exp(-x[:, :16] @ weights["value_gate.weight"].T))
+        v = v + gate[..., None] * table_row.reshape(T, K, D)
+    y = np.empty((T, H, D))
+    for t in range(T):
+        for head in range(H):
+            kv_head = head // (H // K)
+            scores = np.exp(1.44 / math.sqrt(D) * k[: t + 1, kv_head] @ q[t, head])
+            y[t, head] = scores / scores.sum() @ v[: t + 1, kv_head]
+    return y.reshape(T, H * D) @ weights["output.weight"].T
+
+
+def reference(model, row):
+    """(hidden (T, C), logits (T, V)) of one row of tokens."""
+    config = model.config
+    w = {name: parameter.detach().double().numpy() for name, parameter in model.named_parameters()}
+    x = x0 = rms_norm(w["embedding.weight"][row])
+    for layer in range(config.num_layers):
+        if layer == config.num_layers // 2:
+            middle = x
+        block = f"blocks.{layer}."
+        attention = {name.split("attention.")[1]: w[name] for name in w if name.startswith(block + "attention.")}
+        table = w.get(f"value_embeddings.{layer}.weight")
+        x = w[block + "residual_scale"] * x + w[block + "x0_scale"] * x0
+        x = x + causal_attention(rms_norm(x), None if table is None else table[row], attention, config)
+        x = x + np.maximum(rms_norm(x) @ w[block + "expand.weight"].T, 0) ** 2 @ w[block + "contract.weight"].T
+    hidden = rms_norm(x - w["backout_scale"] * middle)
+    return hidden, 15 * np.tanh(hidden @ w["head.weight"].T / 15)
+
+
+@shapes
+def test_model_equals_its_definition(config):
+    model, tokens = random_model(config), random_tokens(config)
+    expected = [reference(model, row.numpy()) for row in tokens]
+    hidden, logits = (torch.from_numpy(np.stack(part)).float() for part in zip(*expected, strict=True))
+    torch.testing.assert_close(model.hidden(tokens).detach(), hidden, rtol=0, atol=2e-5)
+    torch.testing.assert_close(model.logits(tokens), logits, rtol=0, atol=5e-5)
+
+
+@shapes
+def test_attention_equals_a_written_out_softmax(config):
+    model = random_model(config)
+    attention, T = model.blocks[-1].attention, config.max_seq_len
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, T, config.model_dim, generator=generator)
+    rows = torch.randn(2, T, config.num_kv_heads * config.head_dim, generator=generator)
+    weights = {name: parameter.detach().double().numpy() for name, parameter in attention.named_parameters()}
+    with torch.no_grad():
+        with_values, without = attention(x, rows, model.cos, model.sin), attention(x, None, model.cos, model.sin)
+    for n in range(2):
+        plain, values = x[n].double().numpy(), rows[n].double().numpy()
+        for got, value_rows in ((with_values, values), (without, None)):
+            expected = torch.from_numpy(causal_attention(plain, value_rows, weights, config)).float()
+            torch.testing.assert_close(got[n], expected, rtol=0, atol=2e-5)
+
+
+def test_rotation_equals_complex_multiplication():
+    model = fresh_model(SHAPES["four layers"])
+    x = torch.randn(16, 2, 8, generator=torch.Generator().manual_seed(0))
+    turned = gpt.rotate(x[None], model.cos, model.sin)[0]
+    torch.testing.assert_close(turned, torch.from_numpy(rotary(x.double().numpy())).float(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
+    torch.testing.assert_close(turned[0], x[0])  # position 0 is not turned
+
+
+def test_rotated_products_depend_on_the_distance_alone():
+    model = fresh_model(GPTConfig(20, 64, 1, 1, 1, 16))
+    q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0)).expand(2, 1, 64, 1, 16).unbind()
+    products = gpt.rotate(q, model.cos, model.sin)[0, :, 0] @ gpt.rotate(k, model.cos, model.sin)[0, :, 0].T
+    for distance in (0, 1, 7, 40):
+        diagonal = products.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=0, atol=1e-5)
+    assert products[0].std() > 0.1
+
+
+# ---- weights ----
+
+
+@shapes
+def test_init_weights_overwrites_every_parameter_and_buffer(config):
+    with torch.device("meta"):
+        model = GPT(config)
+    model.to_empty(device="cpu")
+    everything = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    with torch.no_grad():
+        for tensor in everything.values():
+            tensor.fill_(math.nan)
+    model.init_weights(seed=5)
+    again = fresh_model(config, seed=5)
+    expected = {**dict(again.named_parameters()), **dict(again.named_buffers())}
+    assert everything.keys() == expected.keys()
+    for name, tensor in everything.items():
+        assert tensor.isfinite().all(), name
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_the_seed_decides_the_weights_and_nothing_else_does():
+    config = SHAPES["five layers"]
+    torch.manual_seed(1)
+    first = fresh_model(config, seed=7).state_dict()
+    torch.manual_seed(2)
+    second, other = fresh_model(config, seed=7).state_dict(), fresh_model(config, seed=8).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["embedding.weight"], other["embedding.weight"])
+    assert not torch.equal(first["blocks.4.expand.weight"], other["blocks.4.expand.weight"])
+
+
+def test_layers_begin_as_the_identity():
+    model = fresh_model(SHAPES["five layers"])
+    x, x0 = torch.randn(2, 1, 16, 24, generator=torch.Generator().manual_seed(0)).unbind()
+    for block in model.blocks:
+        mixed = block.residual_scale * x + block.x0_scale * x0
+        assert torch.equal(block(x, x0, None, model.cos, model.sin), mixed)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "layers"), [(1, "0"), (2, "01"), (4, "0123"), (5, "024"), (6, "135"), (7, "0246")]
+)
+def test_value_embeddings_are_in_every_layer_or_every_other_with_the_last(num_layers, layers):
+    with torch.device("meta"):
+        model = GPT(GPTConfig(20, 8, num_layers, 2, 2, 8))
+    assert list(model.value_embeddings) == list(layers)
+    gates = [str(layer) for layer, block in enumerate(model.blocks) if hasattr(block.attention, "value_gate")]
+    assert gates == list(layers)
+
+
+# ---- causality ----
+
+
+def assert_causal(model, seed=0):
+    """Changing the tokens from t on leaves the logits before t, and changes some after."""
+    tokens = random_tokens(model.config, rows=2, seed=seed)
+    logits = model.logits(tokens)
+    for t in sorted({1, 2, tokens.size(1) // 2, tokens.size(1) - 1}):
+        changed = tokens.clone()
+        changed[:, t:] = (changed[:, t:] + 1) % model.config.vocab_size
+        other = model.logits(changed)
+        torch.testing.assert_close(other[:, :t], logits[:, :t], rtol=0, atol=1e-6)
+        assert (other[:, t:] - logits[:, t:]).abs().amax() > 1e-3
+        shorter = model.logits(tokens[:, :t])
+        torch.testing.assert_close(shorter, logits[:, :t], rtol=0, atol=1e-5)
+
+
+@shapes
+def test_logits_do_not_depend_on_later_tokens(config):
+    assert_causal(random_model(config))
+
+
+@shapes
+def test_the_causality_check_notices_a_look_ahead(config, monkeypatch):
+    attend = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        gpt.F, "scaled_dot_product_attention", lambda *args, **options: attend(*args, **{**options, "is_causal": False})
+    )
+    with pytest.raises(AssertionError):
+        assert_causal(random_model(config))
+
+
+# ---- precision ----
+
+
+class ProductTypes(TorchDispatchMode):
+    """Collects the dtypes of the two factors of each matrix product and attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(part in function.name() for part in ("mm", "attention")):
+            self.seen |= {factor.dtype for factor in args[:2]}
+        return function(*args, **(kwargs or {}))
+
+
+def product_types(config, dtype):
+    """The dtypes seen by the products of a forward and a backward pass with autocast to `dtype`."""
+    model, tokens = random_model(config), random_tokens(config)
+    with ProductTypes() as products, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        model(tokens, tokens).backward()
+    return products.seen
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_product_forward_and_backward_runs_in_the_autocast_dtype(dtype):
+    assert product_types(SHAPES["five layers"], dtype) == {dtype}
+
+
+def test_products_stay_in_bfloat16_where_autocast_makes_norms_float32(monkeypatch):
+    """As it does on CUDA, not on the CPU."""
+    rms_norm = F.rms_norm
+    monkeypatch.setattr(gpt.F, "rms_norm", lambda x, *args, **options: rms_norm(x.float(), *args, **options))
+    assert product_types(SHAPES["five layers"], torch.bfloat16) == {torch.bfloat16}
+
+
+def test_logits_are_float32_even_inside_autocast():
+    config = SHAPES["grouped queries"]
+    model, tokens = random_model(config), random_tokens(config)
+    outside = model.logits(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.hidden(tokens).dtype == torch.bfloat16
+        inside = model.logits(tokens)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, outside)
+
+
+@shapes
+def test_bfloat16_comes_close_to_float32(config):
+    model, tokens = random_model(config), random_tokens(config, rows=4)
+    targets = tokens.roll(-1, 1)
+    losses, gradients = [], []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = model(tokens, targets)
+            by_token = model.token_losses(tokens, targets)
+        loss.backward()
+        assert loss.dtype == by_token.dtype == torch.float32
+        torch.testing.assert_close(by_token.mean(), loss.detach(), rtol=1e-3 if enabled else 1e-6, atol=0)
+        losses.append(loss.detach())
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.02, atol=0)
+    assert F.cosine_similarity(*gradients, dim=0) > 0.98
+    assert not torch.equal(*gradients)
+
+
+# ---- the interface ----
+
+
+@shapes
+def test_a_fresh_model_knows_nothing(config):
+    tokens = random_tokens(config, rows=8)
+    loss = fresh_model(config)(tokens, tokens.roll(-1, 1)).item()
+    assert loss == pytest.approx(math.log(config.vocab_size), abs=0.01)
+
+
+@shapes
+def test_loss_is_the_mean_cross_entropy_of_the_logits(config):
+    model, tokens = random_model(config), random_tokens(config)
+    targets = tokens.roll(-1, 1)
+    expected = F.cross_entropy(model.logits(tokens).flatten(0, 1), targets.flatten(), reduction="none")
+    torch.testing.assert_close(model.token_losses(tokens, targets), expected.view_as(targets), rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(tokens, targets).detach(), expected.mean(), rtol=0, atol=1e-5)
+
+
+def test_roles_hold_each_parameter_once():
+    model = fresh_model(SHAPES["five layers"])
+    roles = model.parameters_by_role()
+    listed = [(name, parameter) for named in roles.values() for name, parameter in named.items()]
+    assert sorted(name for name, _ in listed) == sorted(name for name, _ in model.named_parameters())
+    assert all(parameter is dict(model.named_parameters())[name] for name, parameter in listed)
+    blocks = [f"blocks.{layer}." for layer in range(5)]
+    expected = {
+        "embedding": {"embedding.weight"},
+        "unembedding": {"head.weight"},
+        "value_embedding": {f"value_embeddings.{layer}.weight" for layer in (0, 2, 4)},
+        "gate": {f"blocks.{layer}.attention.value_gate.weight" for layer in (0, 2, 4)},
+        "residual": {block + "residual_scale" for block in blocks},
+        "x0": {"backout_scale", *(block + "x0_scale" for block in blocks)},
+        "matrix": {
+            f"{block}{name}.weight"
+            for block in blocks
+            for name in (
+                "attention.query",
+                "attention.key",
+                "attention.value",
+                "attention.output",
+                "expand",
+                "contract",
+            )
+        },
+    }
+    assert {role: set(named) for role, named in roles.items()} == expected
+
+
+def test_too_many_tokens_are_refused_with_both_numbers():
+    config = SHAPES["four layers"]
+    model = fresh_model(config)
+    assert model.logits(random_tokens(config, length=16)).shape == (2, 16, 50)
+    for use in (model.hidden, model.logits):
+        with pytest.raises(ValueError, match=r"17.*16"):
+            use(random_tokens(config, length=17))
+
+
+def test_the_config_survives_a_dict():
+    config = SHAPES["grouped queries"]
+    assert GPTConfig(**config.to_dict()) == config
+    assert config.model_dim == 32
+
+
+@shapes
+def test_planned_operations_are_those_a_counter_counts(config):
+    model, tokens = random_model(config), random_tokens(config, rows=3)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(tokens, tokens).backward()
+    sizes = {role: sum(p.numel() for p in named.values()) for role, named in model.parameters_by_role().items()}
+    planned = scaling.training_flops_per_token(
+        sizes["matrix"] + sizes["unembedding"], config.num_layers, config.model_dim, config.max_seq_len
+    )
+    gates = 6 * sizes["gate"]  # left out of the plan: a thousandth of it and less at any real width
+    assert counter.get_total_flops() == tokens.numel() * (planned + gates)

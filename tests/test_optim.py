@@ -1,0 +1,332 @@
+"""Muon and AdamW against other implementations and against their definitions, and their state."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from nanotrain import optim
+from nanotrain.gpt import GPT, GPTConfig
+from nanotrain.optim import AdamW, Muon, orthogonalize
+
+SHAPES = ((8, 8), (6, 16), (16, 6), (16, 6), (1, 5), (5, 1))
+RATES = {"matrix": 0.02, "embedding": 0.3, "unembedding": 0.004, "scalar": 0.05}
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def parameters(shapes=SHAPES):
+    return {f"matrix {n}": torch.nn.Parameter(draw(*shape, seed=n)) for n, shape in enumerate(shapes)}
+
+
+def step(optimizers, named, seed):
+    """One step on gradients that are a function of the seed."""
+    for number, parameter in enumerate(named.values()):
+        parameter.grad = draw(*parameter.shape, seed=1000 * seed + number)
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+def small_model(seed=0):
+    with torch.device("meta"):
+        model = GPT(GPTConfig(23, 8, 3, 2, 2, 8))
+    model.to_empty(device="cpu")
+    model.init_weights(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():  # away from zero, so that every gradient flows
+            parameter += 0.2 * draw(*parameter.shape, seed=seed)
+    return model
+
+
+# ---- AdamW ----
+
+
+@pytest.mark.parametrize(("betas", "weight_decay", "eps"), [((0.8, 0.99), 0.0, 1e-10), ((0.9, 0.95), 0.3, 1e-6)])
+def test_adamw_equals_the_one_of_torch(betas, weight_decay, eps):
+    shapes = ((7, 5), (3,), ())
+    ours, theirs = parameters(shapes), parameters(shapes)
+    group = {
+        "names": list(ours),
+        "params": list(ours.values()),
+        "lr": 0.05,
+        "betas": betas,
+        "weight_decay": weight_decay,
+        "eps": eps,
+    }
+    optimizer = AdamW([group])
+    other = torch.optim.AdamW(
+        theirs.values(), lr=0.05, betas=betas, weight_decay=weight_decay, eps=eps, foreach=False, fused=False
+    )
+    for number in range(1, 21):
+        step([optimizer], ours, number)
+        step([other], theirs, number)
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-6)
+    assert (ours["matrix 0"] - draw(7, 5, seed=0)).abs().amax() > 0.1
+
+
+# ---- orthogonalisation ----
+
+
+def polar_factor(matrix):
+    """The nearest matrix whose singular values are all 1."""
+    u, _, vt = np.linalg.svd(matrix, full_matrices=False)
+    return u @ vt
+
+
+def polar_express(matrix):
+    """What the iteration gives without rounding: the singular vectors stay, each value goes through the polynomials."""
+    u, values, vt = np.linalg.svd(matrix, full_matrices=False)
+    values = values / (1.01 * np.linalg.norm(matrix) + 1e-7)
+    for a, b, c in optim.POLAR_EXPRESS:
+        values = a * values + b * values**3 + c * values**5
+    return u * values @ vt
+
+
+def test_the_polynomials_bring_every_singular_value_near_one():
+    values = np.logspace(-3, 0, 1000)
+    ends = [polar_express(np.diag([value, math.sqrt(1 - value**2)]))[0, 0] for value in values]
+    assert 0.85 < min(ends)
+    assert max(ends) < 1.15
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (6, 16), (12, 40), (1, 5)])
+def test_orthogonalize_keeps_singular_vectors_and_sets_values_near_one(shape):
+    stack = draw(3, *shape) * torch.tensor([1e-4, 1.0, 1e4])[:, None, None]  # the size plays no part
+    for matrix, result in zip(stack, orthogonalize(stack, torch.float32), strict=True):
+        exact = matrix.double().numpy()
+        torch.testing.assert_close(result, torch.from_numpy(polar_express(exact)).float(), rtol=0, atol=2e-5)
+        values = np.linalg.svd(result.double().numpy(), compute_uv=False)
+        assert 0.85 < values.min() <= values.max() < 1.15
+        assert np.abs(result.numpy() - polar_factor(exact)).max() < 0.15
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (6, 16), (12, 40), (1, 5)])
+def test_orthogonalize_in_bfloat16_stays_in_the_band(shape):
+    stack = draw(3, *shape)
+    result = orthogonalize(stack, torch.bfloat16)
+    assert result.dtype == torch.float32
+    for matrix, low in zip(stack, result.double().numpy(), strict=True):
+        values = np.linalg.svd(low, compute_uv=False)
+        assert 0.8 < values.min() <= values.max() < 1.2
+        exact = polar_factor(matrix.double().numpy())
+        assert (low * exact).sum() > 0.97 * np.linalg.norm(low) * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_orthogonalize_survives_zero_and_rank_one(dtype):
+    column, row = draw(6, 1), draw(1, 16, seed=1)
+    stack = torch.stack([torch.zeros(6, 16), column @ row])
+    zero, one = orthogonalize(stack, dtype)
+    assert not zero.any()
+    values = torch.linalg.svdvals(one)
+    assert 0.8 < values[0] < 1.2
+
+
+# ---- Muon ----
+
+
+def muon_steps(named, seeds, lr, momentum, weight_decay):
+    """The definition, in float64: {name: matrix} after a step for each seed."""
+    weights = {name: parameter.detach().double().numpy() for name, parameter in named.items()}
+    averages = {name: np.zeros_like(weight) for name, weight in weights.items()}
+    for seed in seeds:
+        for number, (name, weight) in enumerate(weights.items()):
+            gradient = draw(*weight.shape, seed=1000 * seed + number).double().numpy()
+            averages[name] = momentum * averages[name] + (1 - momentum) * gradient
+            update = polar_express((1 - momentum) * gradient + momentum * averages[name])
+            rate = lr * math.sqrt(max(1, weight.shape[0] / weight.shape[1]))
+            decay = np.where(update * weight >= 0, weight_decay * weight, 0)
+            weights[name] = weight - rate * decay - rate * update
+    return weights
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.4])
+def test_muon_equals_its_definition(weight_decay):
+    named = parameters()
+    expected = muon_steps(named, range(1, 6), 0.1, 0.9, weight_decay)
+    optimizer = Muon(named, lr=0.1, momentum=0.9, weight_decay=weight_decay)
+    for seed in range(1, 6):
+        step([optimizer], named, seed)
+    for name, parameter in named.items():
+        torch.testing.assert_close(parameter.detach(), torch.from_numpy(expected[name]).float(), rtol=0, atol=1e-4)
+
+
+def test_muon_equals_the_one_of_torch_with_its_coefficients_and_precision(monkeypatch):
+    monkeypatch.setattr(optim, "POLAR_EXPRESS", ((3.4445, -4.7750, 2.0315),) * 5)
+    monkeypatch.setattr(optim, "POLAR_SAFETY", 1.0)
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)  # torch's knows no other precision
+    ours, theirs = parameters(), parameters()
+    optimizer = Muon(ours, lr=0.1, momentum=0.9)
+    other = torch.optim.Muon(theirs.values(), lr=0.1, momentum=0.9, weight_decay=0.0, nesterov=True)
+    for seed in range(1, 11):
+        step([optimizer], ours, seed)
+        step([other], theirs, seed)
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-4)
+
+
+def test_cautious_decay_acts_only_where_it_agrees_with_the_update():
+    weight = torch.nn.Parameter(torch.tensor([[1.0, -1.0], [1.0, 1.0]]))
+    with_decay = {"w": weight}
+    without = {"w": torch.nn.Parameter(weight.detach().clone())}
+    gradient = torch.tensor([[3.0, 2.0], [-2.0, 3.0]])  # its polar factor has these signs
+    for named, decay in ((with_decay, 0.5), (without, 0.0)):
+        named["w"].grad = gradient.clone()
+        Muon(named, lr=0.1, weight_decay=decay).step()
+    # the update is subtracted: it agrees with a decay of entries that have its sign
+    expected = torch.tensor([[-0.05, 0.0], [0.0, -0.05]])
+    torch.testing.assert_close((with_decay["w"] - without["w"]).detach(), expected, rtol=0, atol=1e-6)
+
+
+def test_a_stack_changes_nothing_for_its_members():
+    together = parameters()
+    step([Muon(together, lr=0.1)], together, 1)
+    for number, name in enumerate(together):
+        alone = {name: parameters()[name]}
+        alone[name].grad = draw(*alone[name].shape, seed=1000 + number)
+        Muon(alone, lr=0.1).step()
+        torch.testing.assert_close(alone[name], together[name], rtol=0, atol=1e-5)
+
+
+# ---- groups, schedule, state ----
+
+
+def test_build_puts_every_parameter_in_one_group_with_the_rate_of_its_role():
+    model = small_model()
+    muon, adamw = optim.build(model.parameters_by_role(), RATES, weight_decay=0.1, dtype=torch.float32)
+    named = dict(model.named_parameters())
+    held = {}
+    for optimizer in (muon, adamw):
+        for group in optimizer.param_groups:
+            for name, parameter in zip(group["names"], group["params"], strict=True):
+                assert name not in held
+                assert parameter is named[name]
+                held[name] = (type(optimizer), group["lr"], group.get("betas"), group["weight_decay"])
+    assert held.keys() == named.keys()
+    expected = {
+        "embedding.weight": (AdamW, 0.3, (0.8, 0.99), 0.0),
+        "value_embeddings.2.weight": (AdamW, 0.15, (0.8, 0.99), 0.0),
+        "head.weight": (AdamW, 0.004, (0.8, 0.98), 0.0),
+        "blocks.1.residual_scale": (AdamW, 0.005, (0.9, 0.95), 0.0),
+        "blocks.1.x0_scale": (AdamW, 0.05, (0.9, 0.95), 0.0),
+        "backout_scale": (AdamW, 0.05, (0.9, 0.95), 0.0),
+        "blocks.0.attention.value_gate.weight": (AdamW, 0.05, (0.9, 0.95), 0.0),
+        "blocks.2.contract.weight": (Muon, 0.02, None, 0.1),
+        "blocks.0.attention.query.weight": (Muon, 0.02, None, 0.1),
+    }
+    assert {name: held[name] for name in expected} == expected
+    assert {name for name in held if held[name][0] is Muon} == set(model.parameters_by_role()["matrix"])
+
+
+def test_set_schedule_scales_every_rate_from_its_own_base():
+    model = small_model()
+    optimizers = optim.build(model.parameters_by_role(), RATES, weight_decay=0.1, dtype=torch.float32)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    base = [group["lr"] for group in groups]
+    for rate in (0.5, 0.25):  # the second does not build on the first
+        optim.set_schedule(optimizers, rate, momentum=0.87, weight_decay=0.03)
+        assert [group["lr"] for group in groups] == [rate * lr for lr in base]
+    for group in optimizers[0].param_groups:
+        assert (group["momentum"], group["weight_decay"]) == (0.87, 0.03)
+    for group in optimizers[1].param_groups:
+        assert group["weight_decay"] == 0.0
+        assert "momentum" not in group
+
+
+def trained(steps):
+    """A model and its optimizers after so many steps on fixed gradients."""
+    model = small_model()
+    optimizers = optim.build(model.parameters_by_role(), RATES, weight_decay=0.1, dtype=torch.float32)
+    for seed in range(1, steps + 1):
+        step(optimizers, dict(model.named_parameters()), seed)
+    return model, optimizers
+
+
+def assert_goes_on_equal(restore):
+    """Three steps, a new model and optimizers given the old state by `restore`, two steps more: as five without a
+    break, to the bit.
+    """
+    straight, _ = trained(5)
+    model, optimizers = trained(3)
+    fresh, fresh_optimizers = trained(0)
+    fresh.load_state_dict(model.state_dict())
+    saved = {name: tensor.clone() for name, tensor in optim.state_tensors(optimizers).items()}
+    restore(fresh_optimizers, saved, optimizers[1].updates)
+    for seed in (4, 5):
+        step(fresh_optimizers, dict(fresh.named_parameters()), seed)
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(tensor, fresh.state_dict()[name]), name
+
+
+def load(optimizers, tensors, updates):
+    optim.load_state_tensors(optimizers, tensors)
+    optimizers[1].updates = updates
+
+
+def test_restored_state_makes_the_next_steps_bit_equal():
+    assert_goes_on_equal(load)
+
+
+@pytest.mark.parametrize("lost", ["momentum", "exp_avg", "exp_avg_sq", "updates"])
+def test_the_restore_check_notices_what_is_lost(lost):
+    def forgetful(optimizers, tensors, updates):
+        kept = {name: tensor * (not name.endswith("/" + lost)) for name, tensor in tensors.items()}
+        load(optimizers, kept, 0 if lost == "updates" else updates)
+
+    with pytest.raises(AssertionError):
+        assert_goes_on_equal(forgetful)
+
+
+def test_state_is_named_whole_and_in_float32():
+    model, optimizers = trained(1)
+    tensors = optim.state_tensors(optimizers)
+    expected = {}
+    for role, named in model.parameters_by_role().items():
+        for name, parameter in named.items():
+            for key in ("momentum",) if role == "matrix" else ("exp_avg", "exp_avg_sq"):
+                expected[f"{name}/{key}"] = parameter.shape
+    assert {name: tensor.shape for name, tensor in tensors.items()} == expected
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+def test_wrong_state_is_refused_with_the_name_of_the_tensor():
+    _, optimizers = trained(1)
+    good = dict(optim.state_tensors(optimizers))
+    name = "blocks.0.expand.weight/momentum"
+    missing = {key: tensor for key, tensor in good.items() if key != name}
+    for bad in (missing, {**missing, "other/momentum": good[name]}, {**good, "other/momentum": good[name]}):
+        with pytest.raises(ValueError, match=r"blocks\.0\.expand|other/momentum"):
+            optim.load_state_tensors(optimizers, bad)
+    with pytest.raises(ValueError, match=r"blocks\.0\.expand\.weight/momentum.*\(2, 2\).*\(64, 16\)"):
+        optim.load_state_tensors(optimizers, {**good, name: torch.zeros(2, 2)})
+
+
+# ---- accumulation ----
+
+
+def gradients(model, inputs, targets, micro_steps):
+    """As the training loop accumulates them: the mean over equal micro-steps."""
+    model.zero_grad()
+    for part, wanted in zip(inputs.chunk(micro_steps), targets.chunk(micro_steps), strict=True):
+        (model(part, wanted) / micro_steps).backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("micro_steps", [2, 4, 8])
+def test_accumulated_gradients_and_the_next_muon_step_equal_those_of_the_whole_batch(micro_steps):
+    tokens = torch.randint(23, (8, 9), generator=torch.Generator().manual_seed(0))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    models = [small_model(), small_model()]
+    whole = gradients(models[0], inputs, targets, 1)
+    parts = gradients(models[1], inputs, targets, micro_steps)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().amax().item())
+        assert gradient.any(), name
+    for model in models:  # AdamW's first step is a sign, which rounding may turn
+        optim.build(model.parameters_by_role(), RATES, weight_decay=0.0, dtype=torch.float32)[0].step()
+    for (name, one), two in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")

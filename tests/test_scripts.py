@@ -1,0 +1,262 @@
+"""The scripts as a user runs them, from text to samples, and how every program ends on an error."""
+
+import errno
+import io
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import ROOT, make_shards
+
+from nanotrain import checkpoint, dataset, engine, errors
+from nanotrain.gpt import GPTConfig
+from nanotrain.tokenizer import BPETokenizer
+from scripts import base_eval, generate
+
+PROMPT = "🙂 the old über"
+
+
+@pytest.fixture(autouse=True)
+def _global_state():
+    """Puts back what a script that runs in this process changes in it."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.set_deterministic_debug_mode("error" if deterministic else "default")
+
+
+def texts_of(path):
+    return pq.read_table(path).column("text").to_pylist()
+
+
+def bits_per_byte(model, tokenizer, texts):
+    """By the definition: -log2 of the probability of every target that is text, over the bytes of those targets."""
+    stream = [token for text in texts for token in (tokenizer.bos, *tokenizer.encode(text))]
+    length = model.config.max_seq_len
+    rows = [stream[start : start + length + 1] for start in range(0, len(stream) - length, length)]
+    rows, sizes = torch.tensor(rows), tokenizer.token_bytes()
+    logarithms = torch.log_softmax(model.logits(rows[:, :-1]).double(), -1)
+    of_targets = logarithms.gather(-1, rows[:, 1:, None]).squeeze(-1)
+    is_text = rows[:, 1:] != tokenizer.bos
+    return -of_targets[is_text].sum().item() / math.log(2) / sizes[rows[:, 1:]].sum().item()
+
+
+def test_from_text_to_samples_as_a_user_would(run_script, base_dir, data_dir):
+    shutil.copytree(data_dir, base_dir / "data" / "tiny")
+    train_texts, val_texts = (texts_of(data_dir / f"shard_0000{number}.parquet") for number in (0, 2))
+
+    def succeeds(module, *arguments):
+        done = run_script(module, *arguments, OMP_NUM_THREADS="1")  # more would wait for each other
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
+
+    printed = succeeds("scripts.tok_train", "--vocab-size=300")
+    assert f"{base_dir / 'tokenizer'}: 300 tokens" in printed
+    tokenizer = BPETokenizer.load(base_dir / "tokenizer")
+    assert tokenizer.vocab_size == 300
+
+    printed = succeeds("scripts.tok_eval")
+    table = dict(line.split(maxsplit=1) for line in printed.replace(",", "").splitlines()[2:])
+    num_bytes = sum(len(text.encode()) for text in val_texts)
+    num_tokens = sum(len(tokenizer.encode(text)) for text in val_texts)
+    assert table["validation"].split() == [str(num_bytes), str(num_tokens), f"{num_bytes / num_tokens:.3f}"]
+
+    shape = ("--depth=1", "--aspect-ratio=16", "--head-dim=16", "--max-seq-len=16", "--lanes=4")
+    batch = ("--total-batch-size=128", "--device-batch-size=8", "--num-iterations=20")
+    succeeds("scripts.base_train", *shape, *batch, "--dtype=float32", "--compile=off", "--run-name=tiny")
+    run = base_dir / "runs" / "tiny"
+    model, _, meta = checkpoint.load_model(run)
+    assert meta["step"] == 20
+    assert meta["val_bpb"] == pytest.approx(bits_per_byte(model, tokenizer, val_texts), rel=1e-5)
+
+    printed = succeeds("scripts.base_eval", "--dtype=float32", "--sample-tokens=5")
+    result = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    assert (result["step"], result["tokens"]) == (20, 20 * 128)
+    for split, texts in (("train", train_texts), ("val", val_texts)):
+        assert result[f"{split}_bpb"] == pytest.approx(bits_per_byte(model, tokenizer, texts), rel=1e-5)
+        assert re.search(rf"^{split} +bpb {result[f'{split}_bpb']:.4f} on ", printed, re.M)
+    assert [sample.startswith(prompt) for sample, prompt in zip(result["samples"], base_eval.PROMPTS, strict=True)]
+    assert all(sample in printed for sample in result["samples"])
+
+    printed = succeeds("scripts.generate", "--run-name=tiny", PROMPT, "--max-new-tokens=12", "--seed=5")
+    ids = [tokenizer.bos, *tokenizer.encode(PROMPT)]
+    tokens = engine.generate(model, ids, 12, generate.TEMPERATURE, generate.TOP_K, 5, stop=(tokenizer.bos,))
+    assert printed == PROMPT + tokenizer.decode(list(tokens)) + "\n"
+
+
+# ---- errors ----
+
+
+def assert_no_traceback(done, code, *expected):
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    for text in expected:
+        assert text in done.stderr
+
+
+def test_a_misspelt_setting_gets_the_nearest_name(run_script):
+    assert_no_traceback(run_script("scripts.base_train", "--detph=4"), 2, "--detph", "did you mean --depth?")
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence(run_script, tmp_path, data_dir):
+    (tmp_path / "file").write_text("")
+    done = run_script("scripts.tok_train", f"--data-dir={data_dir}", NANOTRAIN_DIR=str(tmp_path / "file" / "below"))
+    assert_no_traceback(done, 1, "error: Not a directory: ", str(tmp_path / "file"))
+
+
+def test_a_reader_that_goes_away_is_no_error_message():
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}  # as users have it: the pipe is met only at the end
+    command = [sys.executable, "-m", "scripts.tok_train", "--help"]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+@pytest.mark.parametrize("script", [base_eval, generate], ids=["base_eval", "generate"])
+def test_without_a_run_there_is_no_usable_checkpoint(script, capsys):
+    with pytest.raises(SystemExit) as caught:
+        errors.run(script.main)
+    assert caught.value.code == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: no run in ")
+    assert "python -m scripts.base_train" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (errors.UserError("a"), 2, "error: a"),
+        (errors.CheckpointError("b"), 3, "error: b"),
+        (errors.MemoryLimitError("c"), 5, "error: c"),
+        (errors.DataError("d"), 6, "error: d"),
+        (errors.NonFiniteError("e"), 7, "error: e"),
+        (KeyboardInterrupt(), 130, "stopped"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x/y"), 1, "error: Permission denied: /x/y"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "error: No space left on device"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_every_error_a_user_can_cause_has_its_exit_code_and_one_line(error, code, message, capsys, monkeypatch):
+    def fail():
+        raise error
+
+    for rank, prefix in (("0", ""), ("3", "[rank 3] ")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as caught:
+            errors.run(int, fail)
+        assert caught.value.code == code
+        assert capsys.readouterr().err == f"{prefix}{message}\n"
+
+
+@pytest.mark.parametrize("error", [AssertionError("x"), ValueError("x"), ConnectionError("x")])
+def test_the_errors_of_programmers_keep_their_traceback(error):
+    def fail():
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        errors.run(fail)
+    assert caught.value is error
+
+
+def test_a_program_that_succeeds_calls_its_parts_in_turn_and_does_not_exit():
+    called = []
+    errors.run(lambda: called.append(1), lambda: called.append(2))
+    assert called == [1, 2]
+
+
+# ---- evaluation and generation ----
+
+
+@pytest.fixture
+def trained(base_dir, data_dir, tokenizer):
+    """(run folder, model) of random weights in a run named `tiny`."""
+    run, config = base_dir / "runs" / "tiny", GPTConfig(tokenizer.vocab_size, 16, 1, 2, 2, 8)
+    model = checkpoint.build_model(config, "cpu")
+    model.init_weights(0)
+    tokenizer.save(run)
+    state = {
+        "step": 4,
+        "model_config": config.to_dict(),
+        "tokenizer_sha256": tokenizer.sha256(),
+        "total_batch_size": 64,
+        "data_dir": str(data_dir),
+        "data": dataset.fingerprint(dataset.open_shards(data_dir)),
+    }
+    checkpoint.save(run, 4, model.state_dict(), {}, state)
+    return run, model
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"EVAL_TOKENS": 15}, "--eval-tokens=15: less than one row"), ({"DEVICE_BATCH_SIZE": 0}, "--device-batch-size=0")],
+    ids=["tokens", "rows"],
+)
+@pytest.mark.usefixtures("trained")
+def test_an_evaluation_of_nothing_is_refused(monkeypatch, settings, message):
+    for name, value in settings.items():
+        monkeypatch.setattr(base_eval, name, value)
+    with pytest.raises(errors.UserError, match=message):
+        base_eval.main()
+
+
+def test_an_evaluation_on_other_data_says_so(trained, monkeypatch, tmp_path, capsys, tokenizer):
+    run, model = trained
+    other = make_shards(tmp_path / "other", documents=12)
+    for name, value in {"DATA_DIR": str(other), "DTYPE": "float32", "SAMPLE_TOKENS": 1}.items():
+        monkeypatch.setattr(base_eval, name, value)
+    base_eval.main()
+    assert "on other data than it was trained on" in capsys.readouterr().out
+    result = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    expected = bits_per_byte(model, tokenizer, texts_of(other / "shard_00002.parquet"))
+    assert result["val_bpb"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_characters_of_several_tokens_are_printed_whole_and_once(tokenizer, monkeypatch):
+    text, printed = "a日🙂\u0301é\n", []
+    tokens = [tokenizer.inner.token_to_id(character) for character in byte_characters(text + "日")[:-1]]
+    monkeypatch.setattr(generate, "generate", lambda *arguments, **options: iter(tokens))
+    monkeypatch.setattr(generate, "print", lambda text, **options: printed.append(text), raising=False)
+    generate.answer(None, tokenizer, PROMPT)
+    assert printed == [PROMPT, *text, "\ufffd"]  # the last character was cut off and is shown as such
+
+
+def byte_characters(text):
+    """The characters that stand for the bytes of `text` in the byte-level alphabet of GPT-2."""
+    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    moved = [byte for byte in range(256) if byte not in kept]
+    alphabet = {byte: chr(byte) for byte in kept} | {byte: chr(256 + place) for place, byte in enumerate(moved)}
+    return [alphabet[byte] for byte in text.encode()]
+
+
+@pytest.mark.usefixtures("trained")
+def test_prompts_come_from_standard_input_up_to_an_empty_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the river\nüber\n\nnever\n"))
+    monkeypatch.setattr(generate, "MAX_NEW_TOKENS", 0)
+    generate.main()
+    captured = capsys.readouterr()
+    assert captured.out == "the river\nüber\n"
+    assert "tiny, step 4" in captured.err
+
+
+def test_each_sample_of_a_prompt_has_a_seed_of_its_own(trained, tokenizer, monkeypatch, capsys):
+    _, model = trained
+    monkeypatch.setattr(generate, "NUM_SAMPLES", 2)
+    monkeypatch.setattr(generate, "MAX_NEW_TOKENS", 8)
+    generate.answer(model, tokenizer, PROMPT)
+    ids = [tokenizer.bos, *tokenizer.encode(PROMPT)]
+    first, second = (
+        PROMPT + tokenizer.decode(list(engine.generate(model, ids, 8, seed=generate.SEED + number))) + "\n"
+        for number in (0, 1)
+    )
+    assert first != second
+    assert capsys.readouterr().out == first + second

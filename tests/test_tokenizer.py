@@ -1,0 +1,240 @@
+"""The tokenizer: round trips, special tokens, exact bytes, the saved file, and what cannot be trained or loaded."""
+
+import hashlib
+import itertools
+import json
+
+import pytest
+import tokenizers
+from conftest import make_texts
+
+from nanotrain.errors import DataError, UserError
+from nanotrain.tokenizer import BPETokenizer
+
+ODD_TEXTS = [
+    "",
+    " ",
+    "\n\n\n",
+    "\r\n\t \r",
+    "   leading and trailing   ",
+    "a\x00b\x7f\x1b[0m",
+    "don't I'LL we've 'tis",
+    "price: 12345.67 or 2024-01-31, ½ ² ٣٤ १२",
+    "日本語のテキスト、漢字。",
+    "🙂👩‍👩‍👧‍👦🇩🇪 emoji",
+    "über naïve e\u0301 n\u0303",
+    "שלום مرحبا \u202e reversed",
+    "\ufeff\u200b\u2028\u00a0\u3000",
+    "\ufffd replacement \U0010ffff last",
+    "<|bos|>",
+    "<|bos|><|bos|> <|bos|>x",
+    "a" * 5000,
+    " " * 3000,
+    "é" * 999,
+    "".join(chr(code) for code in range(0x20, 0x3000) if not 0xD800 <= code < 0xE000),
+]
+
+
+@pytest.fixture
+def loaded(tokenizer, tmp_path):
+    """The tokenizer as another process finds it."""
+    tokenizer.save(tmp_path / "saved")
+    return BPETokenizer.load(tmp_path / "saved")
+
+
+def alphabet():
+    """{character of the byte-level alphabet: byte}, as GPT-2 defined it."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def bytes_of(tokenizer, token):
+    """The bytes a token stands for, by the definition of the alphabet."""
+    return bytes(map(alphabet().get, tokenizer.inner.id_to_token(token)))
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS)
+def test_text_survives_the_round_trip(tokenizer, loaded, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert loaded.encode(text) == tokenizer.encode(text)
+    assert loaded.decode(loaded.encode(text)) == text
+
+
+def test_a_batch_gives_what_its_texts_give_alone(tokenizer):
+    texts = ODD_TEXTS + make_texts(20, seed=9)
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+
+
+def test_merges_were_learned(tokenizer):
+    assert tokenizer.vocab_size == 320
+    text = make_texts(1)[0]
+    assert len(tokenizer.encode(text)) < 0.7 * len(text.encode())
+
+
+@pytest.mark.parametrize("text", ["<|bos|>", "before<|bos|>after", " <|bos|> <|bos|>"])
+def test_the_literal_name_of_bos_is_text_and_stays_so_after_load(tokenizer, loaded, text):
+    for tried in (tokenizer, loaded):
+        assert tried.bos not in tried.encode(text)
+        assert tried.bos not in tried.encode_batch([text])[0]
+        assert tried.decode(tried.encode(text)) == text
+    plain = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    assert tokenizer.bos in plain.encode(text).ids, "without the switch it is the token: this test can fail"
+
+
+def test_encode_gives_no_bos_and_decode_shows_it(tokenizer):
+    ids = tokenizer.encode("river")
+    assert tokenizer.bos == 0
+    assert 0 not in ids
+    assert tokenizer.decode([0, *ids, 0]) == "<|bos|>river<|bos|>"
+
+
+@pytest.mark.parametrize("text", [*ODD_TEXTS, *make_texts(5, seed=3)])
+def test_token_bytes_sum_to_the_utf8_length(tokenizer, loaded, text):
+    for tried in (tokenizer, loaded):
+        sizes = tried.token_bytes()
+        assert sizes[tried.encode(text)].sum().item() == len(text.encode())
+
+
+def test_token_bytes_are_those_of_the_alphabet_and_bos_has_none(tokenizer):
+    sizes = tokenizer.token_bytes()
+    assert sizes.shape == (tokenizer.vocab_size,)
+    assert str(sizes.dtype) == "torch.int64"
+    assert sizes[tokenizer.bos] == 0
+    for token in range(1, tokenizer.vocab_size):
+        assert sizes[token] == len(bytes_of(tokenizer, token)) > 0
+    singles = {bytes_of(tokenizer, token) for token in range(1, tokenizer.vocab_size) if sizes[token] == 1}
+    assert singles == {bytes([byte]) for byte in range(256)}
+
+
+def test_token_bytes_are_exact_for_parts_of_characters(tokenizer):
+    text = "漢🦑"  # not in the training text, so that their bytes are tokens of their own
+    ids = tokenizer.encode(text)
+    sizes = tokenizer.token_bytes()
+    assert b"".join(bytes_of(tokenizer, token) for token in ids) == text.encode()
+    assert sizes[ids].tolist() == [len(bytes_of(tokenizer, token)) for token in ids]
+    by_decoding = sum(len(tokenizer.decode([token]).encode()) for token in ids)
+    assert by_decoding != len(text.encode()), "decoded text would count wrongly here: this test can fail"
+
+
+def test_bytes_that_are_no_utf8_decode_to_replacement_characters(tokenizer):
+    (first, *_) = ids = tokenizer.encode("🦑")
+    assert len(ids) > 1
+    assert tokenizer.decode([first]) == "\ufffd"
+    assert tokenizer.decode([first, *tokenizer.encode("a")]) == "\ufffda"
+
+
+@pytest.mark.parametrize(
+    ("text", "becomes"),
+    [("a\ud800b", "a\ufffdb"), ("\udc80\udcff", "\ufffd\ufffd"), ("x\ud83d", "x\ufffd"), ("\ud83d\ude00", "😀")],
+)
+def test_a_lone_surrogate_becomes_a_replacement_character(tokenizer, text, becomes):
+    assert tokenizer.decode(tokenizer.encode(text)) == becomes
+    assert tokenizer.encode_batch([text, "a"]) == [tokenizer.encode(becomes), tokenizer.encode("a")]
+
+
+def test_the_saved_file_gives_the_same_ids_in_the_plain_library(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    assert [path.name for path in tmp_path.glob("*") if path.is_file()] == ["tokenizer.json"]
+    plain = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in [text for text in ODD_TEXTS if "<|bos|>" not in text] + make_texts(20, seed=4):
+        assert plain.encode(text).ids == tokenizer.encode(text)
+        assert plain.decode(tokenizer.encode(text)) == text
+
+
+def test_ids_are_the_merges_applied_by_rank(tokenizer):
+    saved = json.loads(tokenizer.to_json())["model"]
+    ranks = {tuple(pair): rank for rank, pair in enumerate(saved["merges"])}
+    to_character = {byte: character for character, byte in alphabet().items()}
+
+    def merged(word):
+        parts = [to_character[byte] for byte in word.encode()]
+        while pairs := [(ranks[pair], n) for n, pair in enumerate(itertools.pairwise(parts)) if pair in ranks]:
+            _, n = min(pairs)
+            parts[n : n + 2] = ["".join(parts[n : n + 2])]
+        return [saved["vocab"][part] for part in parts]
+
+    # split by hand: words with the space before them, one or two digits, signs with line ends, spaces but the last
+    words = ["river", " stone", " ", "12", "3", " walks", ",", " under", "!\n", "never", "  ", " über"]
+    assert tokenizer.encode("".join(words)) == [token for word in words for token in merged(word)]
+
+
+def test_numbers_are_split_into_one_or_two_digits():
+    tokenizer = BPETokenizer.train(["in 2024 and 1999, 100000 of 2024 in 2024."] * 20, 400)
+    tokens = [bytes_of(tokenizer, token).decode(errors="replace") for token in range(1, tokenizer.vocab_size)]
+    digits = [token for token in tokens if any(character.isdigit() for character in token)]
+    assert "20" in digits
+    assert all(len(token) <= 2 and token.isdigit() for token in digits)
+    assert [tokenizer.decode([token]) for token in tokenizer.encode("20240")] == ["20", "24", "0"]
+
+
+def test_training_twice_gives_the_same_file(tokenizer):
+    again = BPETokenizer.train(iter(make_texts(50)), 320)
+    in_lists = BPETokenizer.train(iter([make_texts(50)[:20], make_texts(50)[20:]]), 320)
+    assert again.to_json() == in_lists.to_json() == tokenizer.to_json()
+    assert BPETokenizer.train(make_texts(50, seed=1), 320).to_json() != tokenizer.to_json()
+
+
+def test_the_hash_is_that_of_the_saved_file(tokenizer, loaded, tmp_path):
+    in_file = hashlib.sha256((tmp_path / "saved" / "tokenizer.json").read_bytes()).hexdigest()
+    assert tokenizer.sha256() == loaded.sha256() == in_file
+
+
+@pytest.mark.parametrize("size", [-1, 0, 256])
+def test_a_vocabulary_without_room_for_the_bytes_is_refused(size):
+    with pytest.raises(UserError, match=f"--vocab-size={size}: at least 257") as caught:
+        BPETokenizer.train(["text"], size)
+    assert caught.value.exit_code == 2
+
+
+def test_the_smallest_vocabulary_is_bos_and_the_bytes():
+    tokenizer = BPETokenizer.train(["text text text"], 257)
+    assert tokenizer.vocab_size == 257
+    assert tokenizer.decode(tokenizer.encode("日 text")) == "日 text"
+    assert len(tokenizer.encode("日 text")) == len("日 text".encode())
+
+
+@pytest.mark.parametrize(("texts", "size"), [([], 257), (["ab"], 258), (["abab abab"], 260)])
+def test_too_little_text_gives_fewer_tokens(texts, size):
+    tokenizer = BPETokenizer.train(texts, 1000)
+    assert tokenizer.vocab_size == len(tokenizer.token_bytes()) == size
+
+
+def nothing(path):
+    path.unlink()
+
+
+def without_bos(path):
+    tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(path))
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (nothing, "no tokenizer at"),
+        (lambda path: path.write_bytes(b""), "cannot be read"),
+        (lambda path: path.write_bytes(path.read_bytes()[:1000]), "cannot be read"),
+        (lambda path: path.write_text('{"a": 1}'), "cannot be read"),
+        (lambda path: path.write_bytes(b"\xff\xfe\x00"), "cannot be read"),
+        (without_bos, r"has no <\|bos\|> token"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_loaded_is_a_data_error_with_the_command(tokenizer, tmp_path, harm, says):
+    tokenizer.save(tmp_path)
+    harm(tmp_path / "tokenizer.json")
+    with pytest.raises(DataError, match=says) as caught:
+        BPETokenizer.load(tmp_path)
+    assert caught.value.exit_code == 6
+    assert "python -m scripts.tok_train" in str(caught.value)
+
+
+def test_a_missing_folder_is_a_data_error(tmp_path):
+    with pytest.raises(DataError, match="no tokenizer at"):
+        BPETokenizer.load(tmp_path / "nowhere")
+
+
+def test_save_replaces_the_file_and_leaves_nothing_else(tokenizer, tmp_path):
+    BPETokenizer.train(["other"], 300).save(tmp_path / "a" / "b")
+    tokenizer.save(tmp_path / "a" / "b")
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["tokenizer.json"]
+    assert BPETokenizer.load(tmp_path / "a" / "b").to_json() == tokenizer.to_json()
