@@ -322,6 +322,8 @@ def main():
                 save()
             if stopping:
                 break
+        if reader.skipped_documents:
+            tracker.event(f"{reader.skipped_documents} documents without text were left out")
         if run.step < run.num_steps:
             tracker.event(
                 f"stopped and saved at step {run.step} of {run.num_steps}: the same command with --resume goes on"

@@ -28,7 +28,7 @@ WITH_SETTINGS = ["nanotrain.dataset", *(NAMES[path] for path in SCRIPTS)]
 # What may be read from the environment, and where; runtime.py, which finds this process's place, may read anything.
 ENVIRONMENT = {
     "nanotrain.paths": {"NANOTRAIN_DIR"},
-    "nanotrain.errors": {"RANK"},
+    "nanotrain.errors": {"RANK", "WORLD_SIZE"},
     "nanotrain.dataset": {"HF_ENDPOINT", "HF_TOKEN"},
     "scripts.base_train": {"RANK"},
 }
