@@ -7,8 +7,10 @@ usage() {
     cat << 'HELP'
 bash speedrun.sh        from nothing to an evaluated model
 
-With a CUDA device it trains depth 20 on FineWeb-Edu, on all visible GPUs. Without one it trains a small model on the embedded corpus (the
-sources of your Python's standard library) in a few minutes. Run again after a stop, it goes on where it was.
+With a CUDA device it trains depth 20 on FineWeb-Edu, on all visible GPUs.
+Without one it trains a small model on the embedded corpus (the sources of your
+Python's standard library) in a few minutes. Run again after a stop, it goes on
+where it was.
 
 Choices, as environment variables (MINUTES=3 bash speedrun.sh):
 
