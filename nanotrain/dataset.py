@@ -1,8 +1,9 @@
-"""Parquet shards of text: where they come from, what a folder of them holds, and reading them by row group.
+"""Parquet shards of text: what a folder of them holds, reading them by row group, and the commands that prepare one.
 
-    python -m nanotrain.dataset --dataset=stdlib            build the embedded corpus from this Python installation
-    python -m nanotrain.dataset -n 8 --dataset=fineweb-edu  download 8 train shards and the validation shard
-    python -m nanotrain.dataset --verify --dataset=stdlib   hash what is on disk again and compare with the manifest
+    python -m nanotrain.dataset --dataset=stdlib              build the embedded corpus from this Python installation
+    python -m nanotrain.dataset -n 8 --dataset=fineweb-edu    download 8 train shards and the validation shard
+    python -m nanotrain.dataset --from=PATH --name=mine       make shards of your own .txt, .md, .jsonl, .parquet files
+    python -m nanotrain.dataset --verify                      hash what is on disk again and compare with the manifests
 
 A data folder holds `shard_<digits>.parquet` files with a string column `text`. One of them is validation: the one that
 `manifest.json` names, or else the last by name. Files of any other name are ignored.
@@ -13,9 +14,8 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
-import sysconfig
-import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -26,33 +26,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from nanotrain import config, errors, paths
+from nanotrain import config, corpus, download, errors, paths
 from nanotrain.errors import DataError, UserError
 
-# --- data
+# --- which data
 DATASET = ""  # stdlib, fineweb-edu or climbmix
-TRAIN_SHARDS = 0  # how many train shards to download
-VERIFY = False  # hash the data set's shards again and compare with its manifest
+FROM = ""  # a file or folder of your own text to make shards of
+BASE_URL = ""  # another host of shards, as in https://host/path
+NAME = ""  # of the data set, for --from, --base-url and --verify: its folder under NANOTRAIN_DIR/data
+# --- how much of it, and how it is read
+TRAIN_SHARDS = 0  # how many train shards to download; 0: all (with --base-url)
+NUM_SHARDS = 0  # with --base-url: how many shards the host has, the last of them for validation
+TEXT_COLUMN = "text"  # with --from: the field of .jsonl rows or the column of .parquet files
+VERIFY = False  # hash the shards again and compare with the manifest
 # -----------
 
 MANIFEST = "manifest.json"
+CHECKED = "checked.json"  # which files were hashed, so that an unchanged one is not hashed again
 SHARD_NAME = re.compile(r"shard_\d{1,12}\.parquet")
-STDLIB_SEED = 1337
-STDLIB_SHARDS = 4
-STDLIB_VALIDATION_SHARE = 1 / 16
-STDLIB_EXCLUDED = {
-    "test",
-    "tests",
-    "idle_test",
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
-    "encodings",
-    "pydoc_data",
-}
-MAX_CHARS = 4000  # of a document cut from a longer text
+MAX_GROUP_BYTES = 2 << 30  # of text in one row group, as its footer declares it: more is a mistake or an attack
+THRIFT_LIMITS = {"thrift_string_size_limit": 100 << 20, "thrift_container_size_limit": 10 << 20}
 DOWNLOAD_WORKERS = 4
-DOWNLOAD_ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
@@ -61,15 +55,13 @@ class Source:
 
     url: str
     num_shards: int
-    shard_megabytes: int
+    shard_megabytes: int  # about; 0: not known
     licence: str
 
 
 SOURCES = {
     "fineweb-edu": Source("datasets/karpathy/fineweb-edu-100b-shuffle/resolve/main", 1823, 100, "ODC-By"),
-    "climbmix": Source(
-        "datasets/karpathy/climbmix-400b-shuffle/resolve/main", 6543, 90, "CC-BY-NC: not for commercial use"
-    ),
+    "climbmix": Source("datasets/karpathy/climbmix-400b-shuffle/resolve/main", 6543, 90, "CC-BY-NC"),
 }
 
 
@@ -117,21 +109,29 @@ def open_shards(folder):
     train = [name for name in names if name != validation]
     if not train:
         raise DataError(f"{folder} holds only the validation shard {validation}: add at least one train shard")
+    sizes = {entry["name"]: entry["bytes"] for entry in manifest["shards"]} if manifest else {}
     with ThreadPoolExecutor(8) as pool:
-        opened = dict(zip(names, pool.map(lambda name: _open_shard(folder / name), names), strict=True))
+        opened = dict(zip(names, pool.map(lambda name: open_shard(folder / name, sizes.get(name)), names), strict=True))
     if not any(sum(opened[name].group_rows) for name in train):
         raise DataError(f"the train shards of {folder} hold no rows")
     return Shards(folder, tuple(opened[name] for name in train), opened[validation])
 
 
-def _open_shard(path):
+def open_shard(path, size=None):
+    """The Shard at `path`, its footer and schema checked, and its size in bytes where `size` is given.
+
+    Raises DataError that says what is wrong with it.
+    """
+    found = path.stat().st_size if path.is_file() else 0
+    if size is not None and found != size:
+        raise DataError(f"{path} has {found} bytes, its manifest says {size}: delete it and get it again")
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, **THRIFT_LIMITS) as file:
             schema, details = file.schema_arrow, file.metadata
             groups = [details.row_group(group) for group in range(details.num_row_groups)]
     except (pa.ArrowException, OSError) as error:
         raise DataError(
-            f"{path} is not a readable parquet file ({_first_line(error)}): delete it and get it again"
+            f"{path} is not a readable parquet file ({found} bytes, {_first_line(error)}): delete it and get it again"
         ) from None
     if "text" not in schema.names:
         raise DataError(f"{path} has no column 'text', only: {', '.join(schema.names) or 'none'}")
@@ -141,18 +141,33 @@ def _open_shard(path):
         raise DataError(f"{path}: the column 'text' must hold strings, not {kind}")
     leaf = [details.schema.column(leaf).path for leaf in range(details.num_columns)].index("text")
     text_bytes = sum(group.column(leaf).total_uncompressed_size for group in groups)
+    largest = max((group.column(leaf).total_uncompressed_size for group in groups), default=0)
+    if largest > MAX_GROUP_BYTES:
+        raise DataError(f"{path} declares a row group of {largest / 2**30:.1f} GiB of text: use smaller row groups")
     return Shard(path.name, path, tuple(group.num_rows for group in groups), text_bytes)
 
 
 def read_texts(path, group):
     """The texts of one row group in order, None for nulls. Raises DataError that names the place."""
     try:
-        with pq.ParquetFile(path, memory_map=False) as file:
-            return file.read_row_group(group, columns=["text"]).column("text").to_pylist()
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        with pq.ParquetFile(path, memory_map=False, **THRIFT_LIMITS) as file:
+            column = file.read_row_group(group, columns=["text"]).column("text")
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        row = next(row for row, value in enumerate(column) if not _is_utf8(value))
+        raise DataError(f"{path}, row group {group}, row {row}: the text is not UTF-8; make this shard again") from None
+    except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{path}, row group {group}, cannot be read ({_first_line(error)}): delete the file and get it again"
         ) from None
+
+
+def _is_utf8(value):
+    try:
+        value.as_py()
+        return True
+    except UnicodeDecodeError:
+        return False
 
 
 def row_groups(shard_paths, start=0, step=1):
@@ -161,7 +176,7 @@ def row_groups(shard_paths, start=0, step=1):
     """
     number = 0
     for path in shard_paths:
-        for group in range(len(_open_shard(Path(path)).group_rows)):
+        for group in range(len(open_shard(Path(path)).group_rows)):
             if number % step == start:
                 yield [text for text in read_texts(path, group) if text]
             number += 1
@@ -176,15 +191,15 @@ def fingerprint(shards):
     known = {entry["name"]: entry for entry in manifest["shards"]} if manifest else {}
     files = {}
     everything = (*shards.train, shards.validation)
-    unknown = [shard for shard in everything if shard.name not in known]
-    for shard in everything:
-        size = shard.path.stat().st_size
-        entry = known.get(shard.name)
+    for shard in tqdm(everything, "hashing shards", disable=not sys.stderr.isatty(), leave=False):
+        size, entry = shard.path.stat().st_size, known.get(shard.name)
         if entry and entry["bytes"] != size:
             raise DataError(f"{shard.path} has {size} bytes, its manifest says {entry['bytes']}: get it again")
-        files[shard.name] = {"bytes": size, "sha256": entry["sha256"] if entry else None}
-    for shard in tqdm(unknown, "hashing shards", disable=not sys.stderr.isatty(), leave=False):
-        files[shard.name]["sha256"] = file_sha256(shard.path)
+        files[shard.name] = {"bytes": size, "sha256": entry["sha256"] if entry else file_sha256(shard.path)}
+    validation = files[shards.validation.name]["sha256"]
+    same = [shard.name for shard in shards.train if files[shard.name]["sha256"] == validation]
+    if same:
+        raise DataError(f"{shards.folder}: {same[0]} has the same content as the validation shard: remove one of them")
     return {"validation": shards.validation.name, "files": files}
 
 
@@ -212,30 +227,43 @@ def read_manifest(folder):
         raise DataError(f"{path} is broken ({_first_line(error)}): prepare this data set again") from None
 
 
-def write_manifest(folder, dataset, validation):
-    """Hash every shard of `folder` and write its manifest; `validation` is the name of the validation shard."""
-    shards = []
+def write_manifest(folder, dataset, validation, hashes=()):
+    """Write the manifest of the shards in `folder`; `validation` is the name of the validation shard, there or not.
+
+    hashes: {name: SHA-256} of files that are known already; the others are hashed.
+    """
+    shards, hashes = [], dict(hashes)
     for path in sorted(path for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name)):
-        rows = sum(_open_shard(path).group_rows)
-        shards.append({"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path), "rows": rows})
-    manifest = {"dataset": dataset, "validation": validation, "shards": shards}
-    with atomic_file(folder / MANIFEST) as temporary:
-        temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        digest = hashes.get(path.name) or file_sha256(path)
+        rows = sum(open_shard(path).group_rows)
+        shards.append({"name": path.name, "bytes": path.stat().st_size, "sha256": digest, "rows": rows})
+    _write_json(folder / MANIFEST, {"dataset": dataset, "validation": validation, "shards": shards})
+
+
+def _write_json(path, value):
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def verify(folder):
-    """The names of the shards of `folder` that differ from the manifest: missing, of another size, or of another
-    hash.
-    """
-    manifest = read_manifest(folder)
+    """[what is wrong] of every shard of `folder` that is not as the manifest says, each with its name."""
+    folder, manifest = Path(folder), read_manifest(folder)
     if manifest is None:
         raise DataError(f"{folder} has no {MANIFEST} to compare with")
     bad = []
-    for entry in tqdm(manifest["shards"], "verifying", unit="shard", leave=False):
-        path = Path(folder) / entry["name"]
-        if not path.is_file() or path.stat().st_size != entry["bytes"] or file_sha256(path) != entry["sha256"]:
-            bad.append(entry["name"])
-    return bad
+    for entry in tqdm(manifest["shards"], "verifying", unit="shard", leave=False, disable=not sys.stderr.isatty()):
+        path = folder / entry["name"]
+        if not path.is_file():
+            bad.append(f"{entry['name']} is missing")
+        elif path.stat().st_size != entry["bytes"]:
+            bad.append(f"{entry['name']} has {path.stat().st_size} bytes of {entry['bytes']}")
+        elif file_sha256(path) != entry["sha256"]:
+            bad.append(f"{entry['name']} has another SHA-256")
+    listed = {entry["name"] for entry in manifest["shards"]}
+    extra = sorted(
+        path.name for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name) and path.name not in listed
+    )
+    return bad + [f"{name} is not in the manifest" for name in extra]
 
 
 def file_sha256(path):
@@ -267,199 +295,170 @@ class atomic_file:
             self.temporary.unlink(missing_ok=True)
 
 
-# ---- the embedded corpus ----
+# ---- preparing a data set ----
+
+
+@contextlib.contextmanager
+def new_folder(folder):
+    """`with new_folder(path) as temporary:` fill it; at the end it becomes `path`, or vanishes on an error."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.parent / f".tmp-{folder.name}-{uuid.uuid4().hex}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        old = folder.parent / f".old-{folder.name}-{uuid.uuid4().hex}"
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def build_stdlib(folder):
-    """Write the embedded corpus to `folder`: the sources of this Python's standard library and the help topics of
-    pydoc.
+    """Write the embedded corpus to `folder`: the sources of this Python's standard library and the help of pydoc.
 
     The same Python (and pyarrow) gives the same bytes. Returns (train documents, validation documents).
     """
-    sources = _stdlib_sources()
-    validation_names, validation_chars = set(), 0
-    goal = STDLIB_VALIDATION_SHARE * sum(map(len, sources.values()))
-    for name in sorted(sources, key=lambda name: _order("file", name)):
-        if validation_chars >= goal:
-            break
-        validation_names.add(name)
-        validation_chars += len(sources[name])
-    documents, seen = {True: [], False: []}, set()
-    for name in sorted(
-        sources, key=lambda name: (name in validation_names, name)
-    ):  # a text on both sides stays in train
-        for document in cut(sources[name]):
-            if document not in seen:
-                seen.add(document)
-                documents[name in validation_names].append(document)
-    train, validation = (sorted(documents[side], key=lambda text: _order("text", text)) for side in (False, True))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)  # what it says stops being true now
-    for old in folder.iterdir():
-        if SHARD_NAME.fullmatch(old.name):
-            old.unlink()
-    for number in range(STDLIB_SHARDS):
-        write_shard(folder / f"shard_{number:05d}.parquet", train[number::STDLIB_SHARDS])
-    last = folder / f"shard_{STDLIB_SHARDS:05d}.parquet"
-    write_shard(last, validation)
-    write_manifest(folder, "stdlib", last.name)
+    train, validation = corpus.stdlib_documents()
+    with new_folder(folder) as temporary:
+        for number in range(corpus.STDLIB_SHARDS):
+            write_shard(temporary / f"shard_{number:05d}.parquet", train[number :: corpus.STDLIB_SHARDS])
+        last = temporary / f"shard_{corpus.STDLIB_SHARDS:05d}.parquet"
+        write_shard(last, validation)
+        write_manifest(temporary, "stdlib", last.name)
     return len(train), len(validation)
-
-
-def _stdlib_sources():
-    """{name: text} of the corpus: each source file of the standard library without its tests, and each pydoc topic."""
-    root = Path(sysconfig.get_path("stdlib"))
-    texts = {}
-    for folder, children, files in os.walk(root):
-        children[:] = [child for child in children if child not in STDLIB_EXCLUDED]
-        for file in files:
-            path = Path(folder) / file
-            if file.endswith(".py") and not file.startswith("_sysconfigdata"):  # those differ from machine to machine
-                texts[path.relative_to(root).as_posix()] = path.read_text(encoding="utf-8", errors="replace")
-    if not texts:
-        raise DataError(f"no standard library sources in {root}: use another Python, or your own text with --data-dir")
-    from pydoc_data import topics  # a large module, needed only here
-
-    texts.update((f"topics/{name}", text) for name, text in topics.topics.items())
-    return texts
-
-
-def _order(kind, text):
-    """A key that shuffles: the same on every machine and in every version."""
-    return hashlib.sha256(f"{STDLIB_SEED} {kind} {text}".encode("utf-8", "replace")).digest()
-
-
-def cut(text, max_chars=MAX_CHARS):
-    """`text` as documents of at most `max_chars`, cut at blank lines where possible, else at line ends, else anywhere.
-
-    Each document is as long as what follows allows; nothing but blank lines is lost.
-    """
-    documents, current = [], ""
-    for paragraph in re.split(r"\n(?:[ \t]*\n)+", text):
-        for part in _cut_lines(paragraph, max_chars):
-            if current and len(current) + 2 + len(part) > max_chars:
-                documents.append(current)
-                current = ""
-            current = f"{current}\n\n{part}" if current else part
-    documents.append(current)
-    return [document for document in documents if document.strip()]
-
-
-def _cut_lines(paragraph, max_chars):
-    while len(paragraph) > max_chars:
-        end = paragraph.rfind("\n", 1, max_chars)
-        end = end if end > 0 else max_chars
-        yield paragraph[:end]
-        paragraph = paragraph[end:].removeprefix("\n")
-    yield paragraph
 
 
 def write_shard(path, texts, rows_per_group=16):
     """Write `texts` as one shard, whole or not at all."""
     with atomic_file(path) as temporary:
-        pq.write_table(
-            pa.table({"text": pa.array(texts, pa.string())}),
-            temporary,
-            row_group_size=rows_per_group,
-            compression="zstd",
-        )
+        table = pa.table({"text": pa.array(texts, pa.string())})
+        pq.write_table(table, temporary, row_group_size=rows_per_group, compression="zstd")
 
 
-# ---- download ----
+def import_text(source, folder, text_column="text"):
+    """Make the data set `folder` of the text in `source`; returns (documents, Counter of what was skipped)."""
+    with new_folder(folder) as temporary:
+        validation, documents, skipped = corpus.import_text(source, temporary, text_column)
+        write_manifest(temporary, folder.name, validation)
+    return documents, skipped
 
 
-def download(dataset, train_shards, folder):
+def fetch(name, source, train_shards, folder, clock=None):
     """Fetch the first `train_shards` train shards and the validation shard of a hosted data set into `folder`.
 
-    Files that are there stay. Raises DataError with the list of what could not be had; what was fetched is kept.
+    Good files that are there stay, bad ones are fetched again. Raises DataError with the list of what could not be had;
+    what was fetched is kept.
     """
-    source = SOURCES[dataset]
     if not 1 <= train_shards < source.num_shards:
-        raise UserError(f"-n {train_shards}: {dataset} has 1 to {source.num_shards - 1} train shards, as in -n 8")
+        raise UserError(f"-n {train_shards}: {name} has 1 to {source.num_shards - 1} train shards, as in -n 8")
+    token = os.environ.get("HF_TOKEN")
+    base = source.url
+    if "://" not in base:
+        base = f"{(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/')}/{base}"
+    download.check_url(base)
     numbers = [*range(train_shards), source.num_shards - 1]
-    missing = [name for name in map("shard_{:05d}.parquet".format, numbers) if not (folder / name).is_file()]
-    base = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    host = base.partition("://")[2]
-    print(f"{dataset} (licence {source.licence}): {len(missing)} of {len(numbers)} shards to fetch from {host}, "
-          f"about {len(missing) * source.shard_megabytes / 1000:.1f} GB, into {folder}")  # fmt: skip
-    failed, stop = {}, threading.Event()
-    with (
-        tqdm(unit="B", unit_scale=True, desc="download", disable=not missing) as bar,
-        ThreadPoolExecutor(DOWNLOAD_WORKERS) as pool,
-    ):
-
-        def fetch(name):
-            try:
-                _fetch(f"{base}/{source.url}/{name}", folder / name, bar.update, stop)
-            except DataError as error:
-                failed[name] = str(error)
-                if "cannot be reached" in failed[name]:
-                    stop.set()  # the next shards would only wait for the same
-            except OSError as error:  # a full disk
-                failed[name] = f"{folder}: {error.strerror or error}"
-                stop.set()
-
+    names = [f"shard_{number:05d}.parquet" for number in numbers]
+    clock = clock or download.Clock()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
         try:
-            list(pool.map(fetch, missing))
-        except KeyboardInterrupt:
-            stop.set()
-            raise
-    if failed:
+            remote = download.json_beside(f"{base}/{MANIFEST}", token, clock)
+        except DataError as error:
+            raise DataError(f"{error}. Without it: --dataset=stdlib (DATASET=stdlib bash speedrun.sh)") from None
+        entries = {entry["name"]: entry for entry in _checked_entries(remote)} if remote else {}
+        validation = remote["validation"] if remote else names[-1]
+        names = [*names[:-1], validation]
+        hashes = {shard: entry["sha256"] for shard, entry in entries.items()}
+        good = _good_files(folder, names, hashes)
+        missing = [shard for shard in names if shard not in good]
+        items = [
+            download.Item(shard, f"{base}/{shard}", entries.get(shard, {}).get("bytes"), hashes.get(shard))
+            for shard in missing
+        ]
+        known = sum(item.size or source.shard_megabytes * 1e6 for item in items)
+        if items and not known:
+            known = len(items) * download.size_of(items[0], token, clock)
+        print(f"{name} (licence: {source.licence}): {len(items)} of {len(names)} shards to fetch from ", end="")
+        print(f"{download.host_of(base)}, about {known / 1e9:.2f} GB, into {folder}", flush=True)
+        seconds = 0.1 if sys.stderr.isatty() else 30  # between updates: a log file needs fewer
+        with tqdm(
+            None, "download", int(known), unit="B", unit_scale=True, disable=not items, mininterval=seconds
+        ) as bar:
+            failed = download.fetch_all(items, folder, open_shard, bar.update, DOWNLOAD_WORKERS, token, clock)
+        good |= {item.name: item.sha256 for item in items if item.name not in failed}
+        if good:
+            write_manifest(folder, name, validation, good)
+            _remember(folder)
+    finally:
+        for left in folder.glob(".bad-*"):
+            left.unlink()
         with contextlib.suppress(OSError):
             folder.rmdir()  # nothing was had, and an empty folder is no data set
-        names = ", ".join(sorted(failed)[:10])
-        reason = next(iter(failed.values()))
-        raise DataError(f"{len(failed)} of {len(numbers)} shards are missing ({names}): {reason}")
-    write_manifest(folder, dataset, f"shard_{numbers[-1]:05d}.parquet")
+    if failed:
+        reasons = "; ".join(sorted(set(failed.values()))[:3])
+        listed = ", ".join(sorted(failed)[:20]) + (", ..." if len(failed) > 20 else "")
+        raise DataError(f"{len(failed)} of {len(names)} shards are missing ({listed}): {reasons}")
 
 
-def _fetch(url, path, on_bytes, stop):
-    import requests  # slow to import, and most uses of this module never download
+def _checked_entries(manifest):
+    """The entries of a manifest from a host, which is not trusted."""
+    try:
+        if not SHARD_NAME.fullmatch(manifest["validation"]):
+            raise ValueError(manifest["validation"])
+        for entry in manifest["shards"]:
+            hashed = download.SHA256.fullmatch(entry["sha256"])
+            if not SHARD_NAME.fullmatch(entry["name"]) or not isinstance(entry["bytes"], int) or not hashed:
+                raise ValueError(entry)
+        return manifest["shards"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"the host's {MANIFEST} is broken: {_first_line(error)!r}") from None
 
-    token = os.environ.get("HF_TOKEN")
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    host = url.split("/")[2]
-    reason = "stopped"
-    for attempt in range(DOWNLOAD_ATTEMPTS):
-        if stop.wait(min(60, 2**attempt) if attempt else 0):
-            break
-        received = 0
+
+def _good_files(folder, names, expected):
+    """{name: SHA-256} of the shards that are there and right; a wrong one is set aside.
+
+    Right is what the host's or else our own manifest says, or where there is neither, a file that opens.
+    """
+    manifest = read_manifest(folder)
+    own = {entry["name"]: entry["sha256"] for entry in manifest["shards"]} if manifest else {}
+    checked, good = _read_checked(folder), {}
+    for name in tqdm(names, "checking", unit="shard", leave=False, disable=not sys.stderr.isatty()):
+        path = folder / name
+        if not path.is_file():
+            continue
+        stamp = _stamp(path)
+        digest = checked[name][1] if checked.get(name, [None])[0] == stamp else file_sha256(path)
+        wanted = expected.get(name) or own.get(name)
         try:
-            with (
-                atomic_file(path) as temporary,
-                requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as response,
-            ):
-                if response.status_code in (401, 403):
-                    raise DataError(
-                        f"{host} answers {response.status_code}: set HF_TOKEN to a token that may read this data set"
-                    )
-                if 400 <= response.status_code < 500 and response.status_code not in (408, 429):
-                    raise DataError(f"{host} answers {response.status_code} for {path.name}")
-                response.raise_for_status()
-                with open(temporary, "wb") as file:
-                    for block in response.iter_content(1 << 20):
-                        if stop.is_set():
-                            raise DataError("stopped")
-                        file.write(block)
-                        received += len(block)
-                        on_bytes(len(block))
-                expected = int(response.headers.get("Content-Length", received))
-                if received != expected:
-                    raise requests.ConnectionError(f"{received} of {expected} bytes")
-                try:
-                    _open_shard(temporary)
-                except DataError:
-                    raise DataError(f"what {host} sent as {path.name} is no shard") from None
-            return
-        except requests.ConnectionError:
-            on_bytes(-received)
-            reason = f"{host} cannot be reached; without it use --dataset=stdlib (bash speedrun.sh: DATASET=stdlib)"
-            if attempt == 1 and not received:
-                break
-        except requests.RequestException as error:
-            on_bytes(-received)
-            reason = f"{host}: {type(error).__name__}"
-    raise DataError(reason)
+            if wanted and digest != wanted:
+                raise DataError("another SHA-256 than expected")
+            open_shard(path)
+            good[name] = digest
+        except DataError:
+            path.rename(folder / f".bad-{name}-{uuid.uuid4().hex}")
+    return good
+
+
+def _stamp(path):
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ino]
+
+
+def _read_checked(folder):
+    with contextlib.suppress(OSError, ValueError):
+        checked = json.loads((folder / CHECKED).read_text(encoding="utf-8"))
+        return checked if isinstance(checked, dict) else {}
+    return {}
+
+
+def _remember(folder):
+    """Note the hashes of the manifest together with size, time and inode of each file."""
+    entries = read_manifest(folder)["shards"]
+    _write_json(
+        folder / CHECKED, {entry["name"]: [_stamp(folder / entry["name"]), entry["sha256"]] for entry in entries}
+    )
 
 
 def _first_line(error):
@@ -467,28 +466,58 @@ def _first_line(error):
 
 
 def main():
-    names = ("stdlib", *SOURCES)
-    if DATASET not in names:
-        raise UserError(f"--dataset={DATASET}: choose one of {', '.join(names)}, as in --dataset=stdlib")
-    folder = paths.dataset_dir(DATASET)
+    if sum(map(bool, (DATASET, FROM, BASE_URL))) > 1:
+        raise UserError("--dataset, --from and --base-url: one of them at a time")
     if VERIFY:
-        bad = verify(folder)
-        if bad:
-            raise DataError(
-                f"{len(bad)} bad shards in {folder}: {', '.join(bad)}. Delete them and run the download again"
+        verify_command()
+    elif FROM:
+        begin, folder = time.monotonic(), _named_folder("--from")
+        documents, skipped = import_text(FROM, folder, TEXT_COLUMN)
+        left_out = "".join(f", {count:,} left out: {reason}" for reason, count in skipped.most_common())
+        print(f"{folder}: {documents:,} documents in {time.monotonic() - begin:.1f} s{left_out}")
+        print(f"train on it with --data-dir={folder}, or DATA_DIR={folder} bash speedrun.sh")
+    elif BASE_URL:
+        if NUM_SHARDS < 2:
+            raise UserError(
+                "--base-url needs --num-shards, the number of shards there (at least 2), the last for validation"
             )
-        print(f"{folder}: every shard is as the manifest says")
+        folder = _named_folder("--base-url")
+        source = Source(BASE_URL.rstrip("/"), NUM_SHARDS, 0, "see the host")
+        fetch(folder.name, source, TRAIN_SHARDS or NUM_SHARDS - 1, folder)
     elif DATASET == "stdlib":
-        begin = time.monotonic()
+        begin, folder = time.monotonic(), paths.dataset_dir(NAME or DATASET)
         train, validation = build_stdlib(folder)
-        size = sum(path.stat().st_size for path in folder.glob("shard_*.parquet"))
-        print(
-            f"{folder}: {train} train and {validation} validation documents, "
-            f"{size / 1e6:.1f} MB, {time.monotonic() - begin:.1f} s"
-        )
+        size = sum(path.stat().st_size for path in folder.glob("shard_*.parquet")) / 1e6
+        seconds = time.monotonic() - begin
+        print(f"{folder}: {train} train and {validation} validation documents, {size:.1f} MB, {seconds:.1f} s")
+    elif DATASET in SOURCES:
+        if DATASET == "climbmix":
+            print("climbmix is licensed CC-BY-NC: it may not be used commercially", flush=True)
+        fetch(DATASET, SOURCES[DATASET], TRAIN_SHARDS, paths.dataset_dir(NAME or DATASET))
     else:
-        download(DATASET, TRAIN_SHARDS, folder)
-        print(f"{folder}: complete")
+        names = ", ".join(("stdlib", *SOURCES))
+        raise UserError(
+            f"--dataset={DATASET}: choose one of {names}, as in --dataset=stdlib, or --from=PATH --name=mine"
+        )
+
+
+def _named_folder(flag):
+    if not NAME:
+        raise UserError(f"{flag} needs a name for the data set, as in --name=mine")
+    return paths.dataset_dir(NAME)
+
+
+def verify_command():
+    """Verify one data set, or all that have a manifest."""
+    name, parent = NAME or DATASET, paths.base_dir() / "data"
+    folders = [paths.dataset_dir(name)] if name else sorted(path.parent for path in parent.glob(f"*/{MANIFEST}"))
+    if not folders:
+        raise DataError(f"no data set with a {MANIFEST} in {parent}")
+    bad = {folder: verify(folder) for folder in folders}
+    for folder in folders:
+        print(f"{folder}: {'; '.join(bad[folder]) or 'every shard is as the manifest says'}")
+    if any(bad.values()):
+        raise DataError(f"{sum(map(len, bad.values()))} bad shards: delete them and prepare the data set again")
 
 
 if __name__ == "__main__":

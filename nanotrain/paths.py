@@ -26,7 +26,7 @@ def data_dir(path=""):
     if path:
         return Path(path).expanduser().absolute()
     parent = base_dir() / "data"
-    found = sorted(folder for folder in parent.iterdir() if folder.is_dir()) if parent.is_dir() else []
+    found = sorted({shard.parent for shard in parent.glob("[!.]*/shard_*.parquet")})
     if not found:
         raise DataError(f"no data set in {parent}: python -m nanotrain.dataset --dataset=stdlib builds one")
     if len(found) > 1:

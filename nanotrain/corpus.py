@@ -1,0 +1,351 @@
+"""Making shards: cutting text into documents, and the streaming import of a user's own files.
+
+The import reads every file once and never holds the whole: each document goes to one of many buckets on disk by a
+hash of its text, then bucket after bucket is sorted by that hash and written out. That shuffles, finds exact duplicates
+(they have one hash), and gives the same shards for the same documents, whatever the order or the names of the files.
+"""
+
+import codecs
+import gzip
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import struct
+import sys
+import sysconfig
+import uuid
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from nanotrain.errors import DataError
+
+MAX_CHARS = 4000  # of a document cut from a longer text
+VALIDATION_SHARE, MAX_VALIDATION_BYTES = 1 / 16, 32 << 20
+STDLIB_SEED, STDLIB_SHARDS = 1337, 4
+STDLIB_EXCLUDED = {
+    "test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data",
+}  # fmt: skip
+SEED = b"nanotrain"  # of the import's shuffle
+PLAIN_SUFFIXES = {
+    ".txt", ".md", ".rst", ".tex", ".org", ".html", ".xml", ".csv", ".py", ".js", ".ts", ".c", ".h", ".cc", ".cpp",
+    ".hpp", ".java", ".go", ".rs", ".rb", ".php", ".sh", ".sql", ".lua", ".pl", ".r", ".jl", ".scala", ".kt", ".swift",
+}  # fmt: skip
+BLOCK_CHARS = 1 << 20  # of a plain text file read at a time
+BUCKET_BYTES = 64 << 20  # of text that are sorted in memory at a time
+SHARD_BYTES = 200 << 20  # of text, about 100 MB as parquet
+GROUP_BYTES = 4 << 20  # of text in a row group, at most
+MIN_TRAIN_SHARDS, MIN_GROUPS = 4, 100  # a small corpus is spread so that many lanes find something to read
+
+
+def cut(text, max_chars=MAX_CHARS):
+    """`text` as documents of at most `max_chars`, cut at blank lines where possible, else at line ends, else anywhere.
+
+    Each document is as long as what follows allows; nothing but blank lines is lost.
+    """
+    documents, current = [], ""
+    for paragraph in re.split(r"\n(?:[ \t]*\n)+", text):
+        for part in _cut_lines(paragraph, max_chars):
+            if current and len(current) + 2 + len(part) > max_chars:
+                documents.append(current)
+                current = ""
+            current = f"{current}\n\n{part}" if current else part
+    documents.append(current)
+    return [document for document in documents if document.strip()]
+
+
+def _cut_lines(paragraph, max_chars):
+    while len(paragraph) > max_chars:
+        end = paragraph.rfind("\n", 1, max_chars)
+        end = end if end > 0 else max_chars
+        yield paragraph[:end]
+        paragraph = paragraph[end:].removeprefix("\n")
+    yield paragraph
+
+
+# ---- the embedded corpus ----
+
+
+def stdlib_documents():
+    """(train documents, validation documents) of the embedded corpus, shuffled; no source file is on both sides.
+
+    Exact duplicates are dropped; a text that both sides have stays in train.
+    """
+    sources = stdlib_sources()
+    validation_names, validation_chars = set(), 0
+    goal = VALIDATION_SHARE * sum(map(len, sources.values()))
+    for name in sorted(sources, key=lambda name: _order("file", name)):
+        if validation_chars >= goal:
+            break
+        validation_names.add(name)
+        validation_chars += len(sources[name])
+    documents, seen = {True: [], False: []}, set()
+    for name in sorted(sources, key=lambda name: (name in validation_names, name)):
+        for document in cut(sources[name]):
+            if document not in seen:
+                seen.add(document)
+                documents[name in validation_names].append(document)
+    return tuple(sorted(documents[side], key=lambda text: _order("text", text)) for side in (False, True))
+
+
+def stdlib_sources():
+    """{name: text}: each source file of the standard library without its tests, and each help topic of pydoc."""
+    root = Path(sysconfig.get_path("stdlib"))
+    texts = {}
+    for folder, children, files in os.walk(root):
+        children[:] = [child for child in children if child not in STDLIB_EXCLUDED]
+        for file in files:
+            path = Path(folder) / file
+            if file.endswith(".py") and not file.startswith("_sysconfigdata"):  # those differ from machine to machine
+                texts[path.relative_to(root).as_posix()] = path.read_text(encoding="utf-8", errors="replace")
+    if not texts:
+        raise DataError(f"no standard library sources in {root}: use another Python, or your own text (--from=PATH)")
+    from pydoc_data import topics  # a large module, needed only here
+
+    texts.update((f"topics/{name}", text) for name, text in topics.topics.items())
+    return texts
+
+
+def _order(kind, text):
+    """A key that shuffles: the same on every machine and in every version."""
+    return hashlib.sha256(f"{STDLIB_SEED} {kind} {text}".encode("utf-8", "replace")).digest()
+
+
+# ---- import ----
+
+
+def import_text(source, folder, text_column="text"):
+    """Make shuffled shards of the text in `source` (a file or a folder of them) in `folder`.
+
+    Returns (validation shard name, documents written, Counter of what was skipped by reason). Plain text is cut into
+    documents; rows of .jsonl (.gz, .zst) and .parquet files are documents as they are.
+    Raises DataError if there is nothing to read or a file is broken.
+    """
+    source, folder = Path(source), Path(folder)
+    files = _files(source)
+    if not files:
+        raise DataError(
+            f"{source}: no .txt, .md, .py, .jsonl, .jsonl.gz, .jsonl.zst, .parquet or other text file there"
+        )
+    skipped = Counter()
+    buckets = folder / f".tmp-{uuid.uuid4().hex}"
+    buckets.mkdir(parents=True)
+    try:
+        count = min(max(math.ceil(2 * sum(path.stat().st_size for path in files) / BUCKET_BYTES), 1), 1024)
+        handles = [open(buckets / f"{number:04d}", "wb") for number in range(count)]
+        text_bytes = 0
+        try:
+            with _bar("reading", sum(path.stat().st_size for path in files)) as bar:
+                for path in files:
+                    for text in _documents(path, text_column, skipped, bar):
+                        text_bytes += _put(text, handles, skipped)
+        finally:
+            for handle in handles:
+                handle.close()
+        if not text_bytes:
+            raise DataError(f"{source}: no text in {len(files)} files ({_reasons(skipped)})")
+        paths = [Path(handle.name) for handle in handles]
+        sizes = [_sort_bucket(path, skipped) for path in tqdm(paths, "sorting", leave=False, disable=_quiet())]
+        documents, text_bytes = (sum(column) for column in zip(*sizes, strict=True))
+        if documents < 2:
+            raise DataError(f"{source}: a single document; at least two are needed, one of them for validation")
+        names = _write_shards(folder, paths, documents, text_bytes)
+    finally:
+        shutil.rmtree(buckets, ignore_errors=True)
+    return names[-1], documents, skipped
+
+
+def _files(source):
+    if not source.exists():
+        raise DataError(f"--from={source}: no such file or folder")
+    found = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
+    return [path for path in found if _kind(path) and (path == source or not _is_hidden(path, source))]
+
+
+def _is_hidden(path, source):
+    return any(part.startswith(".") for part in path.relative_to(source).parts)
+
+
+def _kind(path):
+    """How a file is read: jsonl, parquet or plain; None for a file that is not text."""
+    name = path.name.lower()
+    if name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
+        return "jsonl"
+    if name.endswith(".parquet"):
+        return "parquet"
+    return "plain" if path.suffix.lower() in PLAIN_SUFFIXES else None
+
+
+def _documents(path, text_column, skipped, bar):
+    """Yield the documents of one file; `bar.update` is told of the bytes read."""
+    readers = {"jsonl": _json_documents, "parquet": _parquet_documents, "plain": _plain_documents}
+    try:
+        yield from readers[_kind(path)](path, text_column, skipped, bar)
+    except (OSError, EOFError, pa.ArrowException) as error:
+        raise DataError(f"{path} cannot be read: {str(error).splitlines()[0][:160]}") from None
+
+
+def _plain_documents(path, text_column, skipped, bar):
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    rest = ""
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK_CHARS):
+            bar.update(len(block))
+            try:
+                rest += decoder.decode(block)
+            except UnicodeDecodeError:
+                skipped["not UTF-8 (the rest of the file)"] += 1
+                break
+            end = rest.rfind("\n\n")  # what follows may go on in the next block
+            if end > 0:
+                yield from cut(rest[:end].replace("\r\n", "\n"))
+                rest = rest[end:]
+            elif len(rest) > 4 * BLOCK_CHARS:  # a file without blank lines
+                yield from cut(rest)
+                rest = ""
+    yield from cut(rest.replace("\r\n", "\n"))
+
+
+def _json_documents(path, text_column, skipped, bar):
+    with open(path, "rb") as raw:
+        name = path.name.lower()
+        if name.endswith(".gz"):
+            lines = gzip.open(raw)
+        elif name.endswith(".zst"):
+            lines = _lines(pa.CompressedInputStream(pa.PythonFile(raw), "zstd"))
+        else:
+            lines = raw
+        done = 0
+        for line in lines:
+            bar.update(raw.tell() - done)
+            done = raw.tell()
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                skipped["not JSON"] += 1
+                continue
+            if not isinstance(row, dict) or text_column not in row:
+                skipped[f"no {text_column!r}"] += 1
+                continue
+            yield row[text_column]
+
+
+def _lines(stream):
+    """Yield the lines of a stream that can only be read in blocks."""
+    rest = b""
+    while block := stream.read(1 << 20):
+        *lines, rest = (rest + block).split(b"\n")
+        yield from lines
+    yield rest
+
+
+def _parquet_documents(path, text_column, skipped, bar):
+    with pq.ParquetFile(path, memory_map=False) as file:
+        if text_column not in file.schema_arrow.names:
+            names = ", ".join(file.schema_arrow.names)
+            raise DataError(f"{path} has no column {text_column!r}, only: {names} (--text-column=NAME chooses one)")
+        for group in range(file.num_row_groups):
+            for batch in file.iter_batches(1024, row_groups=[group], columns=[text_column]):
+                yield from batch.column(0).to_pylist()
+            bar.update(path.stat().st_size // file.num_row_groups)
+
+
+def _put(text, handles, skipped):
+    """Write a document to its bucket; returns its bytes, 0 if it was skipped."""
+    if not isinstance(text, str):
+        skipped["null" if text is None else "not a string"] += 1
+        return 0
+    if not text.strip():
+        skipped["empty"] += 1
+        return 0
+    data = text.encode("utf-8", "replace")  # parquet holds no lone surrogates
+    key = hashlib.sha256(SEED + data).digest()[:16]
+    handles[int.from_bytes(key[:4], "big") * len(handles) >> 32].write(key + struct.pack("<Q", len(data)) + data)
+    return len(data)
+
+
+def _sort_bucket(path, skipped):
+    """Put the documents of a bucket in order of their hash, each once; returns (documents, bytes)."""
+    entries = {}
+    for key, data in _read_bucket(path):
+        if key in entries:
+            skipped["duplicate"] += 1
+        entries[key] = data
+    with open(path, "wb") as file:
+        for key in sorted(entries):
+            file.write(key + struct.pack("<Q", len(entries[key])) + entries[key])
+    return len(entries), sum(map(len, entries.values()))
+
+
+def _read_bucket(path):
+    with open(path, "rb") as file:
+        while header := file.read(24):
+            yield header[:16], file.read(struct.unpack("<Q", header[16:])[0])
+
+
+def _write_shards(folder, buckets, documents, text_bytes):
+    """Write the sorted buckets as shards; returns their names. The last one is for validation and never empty."""
+    train_bytes = text_bytes - min(text_bytes * VALIDATION_SHARE, MAX_VALIDATION_BYTES)
+    num_train = max(math.ceil(train_bytes / SHARD_BYTES), MIN_TRAIN_SHARDS)
+    group_bytes = min(max(train_bytes / MIN_GROUPS, 1), GROUP_BYTES)
+    names, shard, left = [], None, documents
+    with _bar("writing", text_bytes) as bar:
+        for bucket in buckets:
+            for _, data in _read_bucket(bucket):
+                full = shard is not None and (shard.num_bytes >= train_bytes / num_train or left == 1)
+                if shard is None or (full and len(names) <= num_train):
+                    if shard is not None:
+                        shard.close()
+                    names.append(f"shard_{len(names):05d}.parquet")
+                    shard = ShardWriter(folder / names[-1], group_bytes)
+                shard.add(data.decode(), len(data))
+                bar.update(len(data))
+                left -= 1
+    shard.close()
+    return names
+
+
+class ShardWriter:
+    """Writes one shard, holding no more than one row group of about `group_bytes` of text."""
+
+    def __init__(self, path, group_bytes):
+        self.schema = pa.schema([("text", pa.string())])
+        self.writer = pq.ParquetWriter(path, self.schema, compression="zstd")
+        self.group_bytes, self.num_bytes, self.group, self.held_bytes = group_bytes, 0, [], 0
+
+    def add(self, text, num_bytes):
+        """Append one document of `num_bytes` in UTF-8."""
+        self.group.append(text)
+        self.num_bytes, self.held_bytes = self.num_bytes + num_bytes, self.held_bytes + num_bytes
+        if self.held_bytes >= self.group_bytes:
+            self._flush()
+
+    def _flush(self):
+        if self.group:
+            self.writer.write_table(pa.table({"text": self.group}, self.schema), row_group_size=len(self.group))
+        self.group, self.held_bytes = [], 0
+
+    def close(self):
+        """Finish the file."""
+        self._flush()
+        self.writer.close()
+
+
+def _reasons(skipped):
+    return ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common()) or "all empty"
+
+
+def _bar(description, total):
+    return tqdm(total=total, desc=description, unit="B", unit_scale=True, leave=False, disable=_quiet())
+
+
+def _quiet():
+    return not sys.stderr.isatty()
