@@ -1,13 +1,16 @@
 """Making shards: cutting text into documents, and the streaming import of a user's own files.
 
 The import reads every file once and never holds the whole: each document goes to one of many buckets on disk by a
-hash of its text, then bucket after bucket is sorted by that hash and written out. That shuffles, finds exact duplicates
-(they have one hash), and gives the same shards for the same documents, whatever the order or the names of the files.
+hash of its text (and a bucket too large for memory to smaller ones), then bucket after bucket is sorted by that hash
+and written out. That shuffles, finds exact duplicates (they have one hash), and gives the same shards for the same
+documents, whatever the order or the names of the files.
 """
 
 import codecs
+import contextlib
 import gzip
 import hashlib
+import io
 import json
 import math
 import os
@@ -17,6 +20,7 @@ import struct
 import sys
 import sysconfig
 import uuid
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -27,6 +31,7 @@ from tqdm import tqdm
 from nanotrain.errors import DataError
 
 MAX_CHARS = 4000  # of a document cut from a longer text
+BLANK_LINES = re.compile(r"\n[ \t\n]*\n")
 VALIDATION_SHARE, MAX_VALIDATION_BYTES = 1 / 16, 32 << 20
 STDLIB_SEED, STDLIB_SHARDS = 1337, 4
 STDLIB_EXCLUDED = {
@@ -37,8 +42,9 @@ PLAIN_SUFFIXES = {
     ".txt", ".md", ".rst", ".tex", ".org", ".html", ".xml", ".csv", ".py", ".js", ".ts", ".c", ".h", ".cc", ".cpp",
     ".hpp", ".java", ".go", ".rs", ".rb", ".php", ".sh", ".sql", ".lua", ".pl", ".r", ".jl", ".scala", ".kt", ".swift",
 }  # fmt: skip
-BLOCK_CHARS = 1 << 20  # of a plain text file read at a time
+BLOCK_BYTES = 1 << 20  # of a plain text file read at a time
 BUCKET_BYTES = 64 << 20  # of text that are sorted in memory at a time
+BUCKET_BITS, LEVELS = 6, 4  # 64 files are open at a time; a bucket that is too large is divided again, 3 times at most
 SHARD_BYTES = 200 << 20  # of text, about 100 MB as parquet
 GROUP_BYTES = 4 << 20  # of text in a row group, at most
 MIN_TRAIN_SHARDS, MIN_GROUPS = 4, 100  # a small corpus is spread so that many lanes find something to read
@@ -50,7 +56,7 @@ def cut(text, max_chars=MAX_CHARS):
     Each document is as long as what follows allows; nothing but blank lines is lost.
     """
     documents, current = [], ""
-    for paragraph in re.split(r"\n(?:[ \t]*\n)+", text):
+    for paragraph in BLANK_LINES.split(text):
         for part in _cut_lines(paragraph, max_chars):
             if current and len(current) + 2 + len(part) > max_chars:
                 documents.append(current)
@@ -61,12 +67,13 @@ def cut(text, max_chars=MAX_CHARS):
 
 
 def _cut_lines(paragraph, max_chars):
-    while len(paragraph) > max_chars:
-        end = paragraph.rfind("\n", 1, max_chars)
-        end = end if end > 0 else max_chars
-        yield paragraph[:end]
-        paragraph = paragraph[end:].removeprefix("\n")
-    yield paragraph
+    begin = 0
+    while len(paragraph) - begin > max_chars:
+        end = paragraph.rfind("\n", begin + 1, begin + max_chars)
+        end = end if end > 0 else begin + max_chars
+        yield paragraph[begin:end]
+        begin = end + paragraph.startswith("\n", end)
+    yield paragraph[begin:]
 
 
 # ---- the embedded corpus ----
@@ -127,32 +134,23 @@ def import_text(source, folder, text_column="text"):
     documents; rows of .jsonl (.gz, .zst) and .parquet files are documents as they are.
     Raises DataError if there is nothing to read or a file is broken.
     """
-    source, folder = Path(source), Path(folder)
+    source, folder = Path(source).expanduser(), Path(folder)
     files = _files(source)
     if not files:
         raise DataError(
             f"{source}: no .txt, .md, .py, .jsonl, .jsonl.gz, .jsonl.zst, .parquet or other text file there"
         )
     skipped = Counter()
+    folder.mkdir(parents=True, exist_ok=True)
     buckets = folder / f".tmp-{uuid.uuid4().hex}"
-    buckets.mkdir(parents=True)
     try:
-        count = min(max(math.ceil(2 * sum(path.stat().st_size for path in files) / BUCKET_BYTES), 1), 1024)
-        handles = [open(buckets / f"{number:04d}", "wb") for number in range(count)]
-        text_bytes = 0
-        try:
-            with _bar("reading", sum(path.stat().st_size for path in files)) as bar:
-                for path in files:
-                    for text in _documents(path, text_column, skipped, bar):
-                        text_bytes += _put(text, handles, skipped)
-        finally:
-            for handle in handles:
-                handle.close()
-        if not text_bytes:
-            raise DataError(f"{source}: no text in {len(files)} files ({_reasons(skipped)})")
-        paths = [Path(handle.name) for handle in handles]
+        with _bar("reading", sum(path.stat().st_size for path in files)) as bar:
+            texts = (text for path in files for text in _documents(path, text_column, skipped, bar))
+            paths = _spread(_keyed(texts, skipped), buckets)
         sizes = [_sort_bucket(path, skipped) for path in tqdm(paths, "sorting", leave=False, disable=_quiet())]
         documents, text_bytes = (sum(column) for column in zip(*sizes, strict=True))
+        if not documents:
+            raise DataError(f"{source}: no text in {len(files)} files ({_reasons(skipped)})")
         if documents < 2:
             raise DataError(f"{source}: a single document; at least two are needed, one of them for validation")
         names = _write_shards(folder, paths, documents, text_bytes)
@@ -187,29 +185,48 @@ def _documents(path, text_column, skipped, bar):
     readers = {"jsonl": _json_documents, "parquet": _parquet_documents, "plain": _plain_documents}
     try:
         yield from readers[_kind(path)](path, text_column, skipped, bar)
-    except (OSError, EOFError, pa.ArrowException) as error:
-        raise DataError(f"{path} cannot be read: {str(error).splitlines()[0][:160]}") from None
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:160]
+        raise DataError(f"{path} cannot be read: {reason}") from None
 
 
 def _plain_documents(path, text_column, skipped, bar):
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    rest = ""
+    """What `cut` makes of the whole file, without holding it."""
     with open(path, "rb") as file:
-        while block := file.read(BLOCK_CHARS):
-            bar.update(len(block))
-            try:
-                rest += decoder.decode(block)
-            except UnicodeDecodeError:
-                skipped["not UTF-8 (the rest of the file)"] += 1
-                break
-            end = rest.rfind("\n\n")  # what follows may go on in the next block
-            if end > 0:
-                yield from cut(rest[:end].replace("\r\n", "\n"))
-                rest = rest[end:]
-            elif len(rest) > 4 * BLOCK_CHARS:  # a file without blank lines
-                yield from cut(rest)
-                rest = ""
-    yield from cut(rest.replace("\r\n", "\n"))
+        for document in _cut_blocks(_decoded(file, bar)):
+            if _is_utf8(document) and "\0" not in document:
+                yield document
+            else:
+                skipped["not UTF-8 text"] += 1
+
+
+def _decoded(file, bar):
+    """Yield the text of a file in blocks, line ends as \\n, bytes that are not UTF-8 as lone surrogates."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
+    decoder = io.IncrementalNewlineDecoder(decoder, translate=True)
+    while block := file.read(BLOCK_BYTES):
+        bar.update(len(block))
+        yield decoder.decode(block)
+    yield decoder.decode(b"", final=True)
+
+
+def _cut_blocks(blocks):
+    rest = ""
+    for block in blocks:
+        rest += block
+        end, keep = _last_blank_lines(rest), None
+        if len(rest) - end > 4 * BLOCK_BYTES:  # a very long paragraph, or very many blanks
+            end, keep = len(rest.rstrip()), MAX_CHARS
+        *done, last = cut(rest[:end]) or [""]
+        yield from done
+        rest = last + rest[end:][:keep]  # what follows may still belong to the last document
+    yield from cut(rest)
+
+
+def _last_blank_lines(text):
+    """Where the last blank lines of a text begin, 0 if there are none or nothing is before them."""
+    body = text[: text.rfind("\n\n") + 1].rstrip(" \t\n")
+    return text.find("\n", len(body)) if body else 0
 
 
 def _json_documents(path, text_column, skipped, bar):
@@ -218,7 +235,7 @@ def _json_documents(path, text_column, skipped, bar):
         if name.endswith(".gz"):
             lines = gzip.open(raw)
         elif name.endswith(".zst"):
-            lines = _lines(pa.CompressedInputStream(pa.PythonFile(raw), "zstd"))
+            lines = io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw), "zstd"), 1 << 20)
         else:
             lines = raw
         done = 0
@@ -233,47 +250,71 @@ def _json_documents(path, text_column, skipped, bar):
                 skipped["not JSON"] += 1
                 continue
             if not isinstance(row, dict) or text_column not in row:
-                skipped[f"no {text_column!r}"] += 1
+                skipped[f"no {text_column!r} in the row (--text-column=NAME chooses another field)"] += 1
                 continue
             yield row[text_column]
 
 
-def _lines(stream):
-    """Yield the lines of a stream that can only be read in blocks."""
-    rest = b""
-    while block := stream.read(1 << 20):
-        *lines, rest = (rest + block).split(b"\n")
-        yield from lines
-    yield rest
-
-
 def _parquet_documents(path, text_column, skipped, bar):
-    with pq.ParquetFile(path, memory_map=False) as file:
+    with pq.ParquetFile(path, memory_map=False, buffer_size=1 << 20) as file:
         if text_column not in file.schema_arrow.names:
             names = ", ".join(file.schema_arrow.names)
             raise DataError(f"{path} has no column {text_column!r}, only: {names} (--text-column=NAME chooses one)")
         for group in range(file.num_row_groups):
-            for batch in file.iter_batches(1024, row_groups=[group], columns=[text_column]):
-                yield from batch.column(0).to_pylist()
+            for batch in file.iter_batches(256, row_groups=[group], columns=[text_column]):
+                for value in batch.column(0):
+                    try:
+                        yield value.as_py()
+                    except UnicodeDecodeError:
+                        skipped["not UTF-8 text"] += 1
             bar.update(path.stat().st_size // file.num_row_groups)
 
 
-def _put(text, handles, skipped):
-    """Write a document to its bucket; returns its bytes, 0 if it was skipped."""
-    if not isinstance(text, str):
-        skipped["null" if text is None else "not a string"] += 1
-        return 0
-    if not text.strip():
-        skipped["empty"] += 1
-        return 0
-    data = text.encode("utf-8", "replace")  # parquet holds no lone surrogates
-    key = hashlib.sha256(SEED + data).digest()[:16]
-    handles[int.from_bytes(key[:4], "big") * len(handles) >> 32].write(key + struct.pack("<Q", len(data)) + data)
-    return len(data)
+def _keyed(texts, skipped):
+    """Yield (key, UTF-8) of the texts that are documents; keys are random, and equal for equal texts only."""
+    for text in texts:
+        if not isinstance(text, str):
+            skipped["null" if text is None else "not a string"] += 1
+        elif not text.strip():
+            skipped["empty"] += 1
+        else:
+            if not _is_utf8(text):  # lone surrogates, which no file can hold
+                text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+            data = text.encode()
+            yield hashlib.sha256(SEED + data).digest()[:16], data
+
+
+def _is_utf8(text):
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+# ---- buckets: files of entries (key, length, UTF-8) ----
+
+
+def _spread(entries, folder, level=0):
+    """Write entries to buckets by the leading bits of their key; returns the paths of the buckets, in order of key."""
+    folder.mkdir()
+    paths = [folder / f"{number:02d}" for number in range(1 << BUCKET_BITS)]
+    with contextlib.ExitStack() as stack:
+        handles = [stack.enter_context(open(path, "wb")) for path in paths]
+        for key, data in entries:
+            number = int.from_bytes(key[:4], "big") >> (32 - (level + 1) * BUCKET_BITS) & (1 << BUCKET_BITS) - 1
+            handles[number].write(key + struct.pack("<Q", len(data)) + data)
+    spread = []
+    for path in paths:
+        if path.stat().st_size > BUCKET_BYTES and level + 1 < LEVELS:
+            spread += _spread(_read_bucket(path), folder / f"{path.name}-divided", level + 1)
+            path.unlink()
+        else:
+            spread.append(path)
+    return spread
 
 
 def _sort_bucket(path, skipped):
-    """Put the documents of a bucket in order of their hash, each once; returns (documents, bytes)."""
+    """Put the documents of a bucket in order of their key, each once; returns (documents, bytes)."""
     entries = {}
     for key, data in _read_bucket(path):
         if key in entries:

@@ -18,6 +18,7 @@ import math
 import queue
 import threading
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +30,7 @@ from nanotrain.errors import DataError
 MAX_PIECE_CHARS = (
     100_000  # longer documents are tokenized in pieces, which bounds memory; the cut is part of the data order
 )
+AHEAD_ROWS = 8  # of each lane that are tokenized at a time
 CHARS_PER_TOKEN = 3  # a first guess of how much text to tokenize; a wrong one costs time, never changes a row
 
 
@@ -88,12 +90,13 @@ class Lane:
         self.sequence, self.lanes = sequence, lanes
         self.position, self.piece, self.skip = state or (lane, 0, 0)
         self.pieces = None  # the texts of the unit at `position`, once it is read
+        self.taken = deque()  # (sequence position, piece) of what is being tokenized
         self.tokens = deque()  # [sequence position, piece, offset, array] of what is tokenized and not yet used
         self.available = 0
         self.skipped_documents = 0
 
     def take_texts(self, num_tokens):
-        """The next (position, piece, text)s, about `num_tokens` tokens of them and at least one."""
+        """The next (whether it begins a document, text)s, about `num_tokens` tokens of them and at least one."""
         taken, chars = [], 0
         while not taken or chars < num_tokens * CHARS_PER_TOKEN:
             if self.pieces is None:
@@ -102,7 +105,8 @@ class Lane:
                 self.position, self.piece, self.pieces = self.position + self.lanes, 0, None
                 continue
             text, first = self.pieces[self.piece]
-            taken.append((self.position, self.piece, first, text))
+            taken.append((first, text))
+            self.taken.append((self.position, self.piece))
             chars += len(text)
             self.piece += 1
         return taken
@@ -122,8 +126,9 @@ class Lane:
                 raise DataError("the train shards hold no text: every document is null or empty")
         return pieces
 
-    def append(self, position, piece, tokens):
-        """Add the tokens of a piece that `take_texts` gave."""
+    def append(self, tokens):
+        """Add the tokens of the next of the pieces that `take_texts` gave."""
+        position, piece = self.taken.popleft()
         offset, self.skip = self.skip, 0  # only the first piece after a resume is begun in its middle
         tokens = tokens[offset:]
         if len(tokens):
@@ -157,7 +162,7 @@ class Lane:
         """(sequence position, piece, token offset) of the first token not yet used."""
         if self.tokens:
             return tuple(self.tokens[0][:3])
-        return self.position, self.piece, self.skip
+        return *(self.taken[0] if self.taken else (self.position, self.piece)), self.skip
 
 
 @dataclass(frozen=True)
@@ -193,6 +198,10 @@ class RowReader:
         self.next_row = state["row"] if state else 0
         sequence = UnitSequence(units, seed)
         self.num_units = len(units)
+        self._ahead = AHEAD_ROWS * seq_len
+        self._begun = {}  # the lanes that were read from so far, in order
+        self._encoding = None  # (what is being tokenized, its Future)
+        self._worker = ThreadPoolExecutor(1)
         shared = math.gcd(world_size, lanes)
         self.lanes = {
             lane: Lane(sequence, lane, lanes, tuple(state["lanes"][str(lane)]) if state else None)
@@ -215,20 +224,36 @@ class RowReader:
         return total % 2**64
 
     def _tokenize(self, numbers):
-        """Have enough tokens in every lane for the rows `numbers`, in as few calls as possible."""
-        needed = dict.fromkeys(self.lanes, 0)
+        """Have enough tokens in every lane for the rows `numbers`; the next texts are tokenized meanwhile."""
+        needed = dict.fromkeys(self.lanes, 1)  # the last target of a row stays, as the first input of the next
         for number in numbers:
             needed[number % self.num_lanes] += self.seq_len
-        needed = {lane: count + 1 for lane, count in needed.items() if count}
-        while any(self.lanes[lane].available < count for lane, count in needed.items()):
-            work = []
-            for number in needed:
-                lane = self.lanes[number]
-                if lane.available < 2 * needed[number]:  # those that are nearly empty ride along
-                    work += [(lane, *taken) for taken in lane.take_texts(2 * needed[number] - lane.available)]
-            encoded = self.tokenizer.encode_batch([text for *_, text in work])
-            for (lane, position, piece, first, _), ids in zip(work, encoded, strict=True):
-                lane.append(position, piece, np.array([self.tokenizer.bos, *ids] if first else ids, dtype=np.int32))
+        first = not self._begun
+        while short := [lane for lane, count in needed.items() if 1 < count > self.lanes[lane].available]:
+            if self._encoding is None:
+                most = max(needed[lane] for lane in short)
+                self._encode(short, most if first else max(most, self._ahead))  # the first batch should come soon
+            self._collect()
+        if self._encoding is None:
+            begun = [lane for lane in self._begun if self.lanes[lane].available < self._ahead // 2]
+            if len(begun) * 4 >= len(self._begun):  # few texts at a time would leave cores idle
+                self._encode(begun, self._ahead)
+
+    def _encode(self, lanes, num_tokens):
+        """Begin to tokenize the next texts of `lanes`, so that each has about `num_tokens` tokens."""
+        self._begun.update(dict.fromkeys(lanes))
+        work = []
+        for number in lanes:
+            lane = self.lanes[number]
+            work += [(lane, *taken) for taken in lane.take_texts(num_tokens - lane.available)]
+        texts = [text for *_, text in work]
+        self._encoding = (work, self._worker.submit(self.tokenizer.encode_batch, texts))
+
+    def _collect(self):
+        """Wait for the texts that are being tokenized and give their tokens to the lanes."""
+        (work, encoded), self._encoding = self._encoding, None
+        for (lane, first, _), ids in zip(work, encoded.result(), strict=True):
+            lane.append(np.array([self.tokenizer.bos, *ids] if first else ids, dtype=np.int32))
 
     def state(self):
         """The state between two batches as plain JSON: the row counter and, for each lane of this rank, where it

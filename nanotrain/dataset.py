@@ -156,7 +156,7 @@ def read_texts(path, group):
     except UnicodeDecodeError:
         row = next(row for row, value in enumerate(column) if not _is_utf8(value))
         raise DataError(f"{path}, row group {group}, row {row}: the text is not UTF-8; make this shard again") from None
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, KeyError) as error:  # KeyError: another file is there now, without the column
         raise DataError(
             f"{path}, row group {group}, cannot be read ({_first_line(error)}): delete the file and get it again"
         ) from None
@@ -353,13 +353,10 @@ def fetch(name, source, train_shards, folder, clock=None):
     """
     if not 1 <= train_shards < source.num_shards:
         raise UserError(f"-n {train_shards}: {name} has 1 to {source.num_shards - 1} train shards, as in -n 8")
-    token = os.environ.get("HF_TOKEN")
-    base = source.url
-    if "://" not in base:
-        base = f"{(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/')}/{base}"
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    base = source.url if "://" in source.url else f"{endpoint}/{source.url}"
     download.check_url(base)
-    numbers = [*range(train_shards), source.num_shards - 1]
-    names = [f"shard_{number:05d}.parquet" for number in numbers]
+    token = os.environ.get("HF_TOKEN") if download.host_of(base) == download.host_of(endpoint) else None
     clock = clock or download.Clock()
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -367,37 +364,41 @@ def fetch(name, source, train_shards, folder, clock=None):
             remote = download.json_beside(f"{base}/{MANIFEST}", token, clock)
         except DataError as error:
             raise DataError(f"{error}. Without it: --dataset=stdlib (DATASET=stdlib bash speedrun.sh)") from None
-        entries = {entry["name"]: entry for entry in _checked_entries(remote)} if remote else {}
-        validation = remote["validation"] if remote else names[-1]
-        names = [*names[:-1], validation]
-        hashes = {shard: entry["sha256"] for shard, entry in entries.items()}
-        good = _good_files(folder, names, hashes)
-        missing = [shard for shard in names if shard not in good]
+        entries = {} if remote is None else {entry["name"]: entry for entry in _checked_entries(remote)}
+        shards = [f"shard_{number:05d}.parquet" for number in range(source.num_shards)]
+        validation = shards[-1] if remote is None else remote["validation"]
+        names = [shard for shard in shards if shard != validation][:train_shards] + [validation]
+        expected = {shard: entry["sha256"] for shard, entry in entries.items()}
+        own = _own_hashes(folder)
+        good = _good_files(folder, names, {**own, **expected})
         items = [
-            download.Item(shard, f"{base}/{shard}", entries.get(shard, {}).get("bytes"), hashes.get(shard))
-            for shard in missing
+            download.Item(shard, f"{base}/{shard}", entries.get(shard, {}).get("bytes"), expected.get(shard))
+            for shard in names
+            if shard not in good
         ]
         known = sum(item.size or source.shard_megabytes * 1e6 for item in items)
         if items and not known:
             known = len(items) * download.size_of(items[0], token, clock)
         print(f"{name} (licence: {source.licence}): {len(items)} of {len(names)} shards to fetch from ", end="")
         print(f"{download.host_of(base)}, about {known / 1e9:.2f} GB, into {folder}", flush=True)
+        if known > shutil.disk_usage(folder).free:
+            raise DataError(download.full_disk(folder, known))
         seconds = 0.1 if sys.stderr.isatty() else 30  # between updates: a log file needs fewer
         with tqdm(
             None, "download", int(known), unit="B", unit_scale=True, disable=not items, mininterval=seconds
         ) as bar:
-            failed = download.fetch_all(items, folder, open_shard, bar.update, DOWNLOAD_WORKERS, token, clock)
-        good |= {item.name: item.sha256 for item in items if item.name not in failed}
+            fetched, failed = download.fetch_all(items, folder, open_shard, bar.update, DOWNLOAD_WORKERS, token, clock)
+        good |= fetched
         if good:
-            write_manifest(folder, name, validation, good)
-            _remember(folder)
+            write_manifest(folder, name, validation, {**own, **good})
+            _remember(folder, good)
     finally:
         for left in folder.glob(".bad-*"):
-            left.unlink()
+            left.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             folder.rmdir()  # nothing was had, and an empty folder is no data set
     if failed:
-        reasons = "; ".join(sorted(set(failed.values()))[:3])
+        reasons = "; ".join(sorted(set(failed.values()) - {download.NOT_TRIED})[:3])
         listed = ", ".join(sorted(failed)[:20]) + (", ..." if len(failed) > 20 else "")
         raise DataError(f"{len(failed)} of {len(names)} shards are missing ({listed}): {reasons}")
 
@@ -416,23 +417,29 @@ def _checked_entries(manifest):
         raise DataError(f"the host's {MANIFEST} is broken: {_first_line(error)!r}") from None
 
 
+def _own_hashes(folder):
+    """{name: SHA-256} of our own manifest; of a broken one nothing, for it is about to be written anew."""
+    with contextlib.suppress(DataError):
+        manifest = read_manifest(folder)
+        return {entry["name"]: entry["sha256"] for entry in manifest["shards"]} if manifest else {}
+    return {}
+
+
 def _good_files(folder, names, expected):
     """{name: SHA-256} of the shards that are there and right; a wrong one is set aside.
 
-    Right is what the host's or else our own manifest says, or where there is neither, a file that opens.
+    Right is a file that opens and has the expected SHA-256, where there is one.
     """
-    manifest = read_manifest(folder)
-    own = {entry["name"]: entry["sha256"] for entry in manifest["shards"]} if manifest else {}
     checked, good = _read_checked(folder), {}
     for name in tqdm(names, "checking", unit="shard", leave=False, disable=not sys.stderr.isatty()):
         path = folder / name
         if not path.is_file():
             continue
-        stamp = _stamp(path)
-        digest = checked[name][1] if checked.get(name, [None])[0] == stamp else file_sha256(path)
-        wanted = expected.get(name) or own.get(name)
+        stamp, digest = checked.get(name, (None, None))
+        if stamp != _stamp(path):
+            digest = file_sha256(path)
         try:
-            if wanted and digest != wanted:
+            if digest != expected.get(name, digest):
                 raise DataError("another SHA-256 than expected")
             open_shard(path)
             good[name] = digest
@@ -447,18 +454,17 @@ def _stamp(path):
 
 
 def _read_checked(folder):
-    with contextlib.suppress(OSError, ValueError):
+    """{name: (stamp, SHA-256)} of files that were hashed before."""
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
         checked = json.loads((folder / CHECKED).read_text(encoding="utf-8"))
-        return checked if isinstance(checked, dict) else {}
+        return {name: (stamp, digest) for name, (stamp, digest) in checked.items()}
     return {}
 
 
-def _remember(folder):
-    """Note the hashes of the manifest together with size, time and inode of each file."""
-    entries = read_manifest(folder)["shards"]
-    _write_json(
-        folder / CHECKED, {entry["name"]: [_stamp(folder / entry["name"]), entry["sha256"]] for entry in entries}
-    )
+def _remember(folder, hashes):
+    """Note these hashes together with size, time and inode of each file, beside those noted before."""
+    noted = {name: (_stamp(folder / name), digest) for name, digest in hashes.items()}
+    _write_json(folder / CHECKED, {**_read_checked(folder), **noted})
 
 
 def _first_line(error):

@@ -10,6 +10,7 @@ import email.utils
 import errno
 import hashlib
 import json
+import logging
 import os
 import random
 import re
@@ -19,23 +20,28 @@ import tempfile
 import threading
 import time
 import uuid
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
 from nanotrain.errors import DataError, UserError
 
-ATTEMPTS = 5  # in a row without progress
+ATTEMPTS = 5  # for one file
+WRONG_CONTENT_ATTEMPTS = 2
+FIRST_CONTACT_SECONDS = 2.0  # after which a host that nobody has reached yet is given up
+CONNECT_SECONDS, READ_SECONDS = 10.0, 60.0
 MAX_PAUSE_SECONDS = 60.0
 MAX_SERVER_PAUSE_SECONDS = 15 * 60.0
 SLOW_BYTES_PER_SECOND, SLOW_SECONDS = 10_000, 60.0
 BLOCK_BYTES = 1 << 18
 MAX_REDIRECTS = 5
 STALE_SECONDS = 3600.0
+NOT_TRIED = "not tried"
 TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SHA256 = re.compile(r"[0-9a-f]{64}")
-PART_NAME = re.compile(r"\.(?P<name>.+)\.(?P<host>[^.]+)\.(?P<pid>\d+)\.[0-9a-f]{32}\.part")
+PART_NAME = re.compile(r"\..+?(?:\.(?P<host>[^.]+)\.(?P<pid>\d+))?\.[0-9a-f]{32}\.part")
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,11 @@ class TransientError(Exception):
 
 
 class ConnectError(TransientError):
-    """The host did not answer."""
+    """There is no connection to the host."""
+
+
+class WrongContentError(TransientError):
+    """A whole answer that is not the file, as the login page of a hotel is."""
 
 
 class StoppedError(Exception):
@@ -86,17 +96,22 @@ class Clock:
 
 
 def fetch_all(items, folder, check, on_bytes=None, workers=4, token=None, clock=None):
-    """Fetch the items into `folder`, several at a time. Returns {name: reason} of what could not be had.
+    """Fetch the items into `folder`, several at a time.
 
-    check(path) raises DataError for a file that is not what it should be; on_bytes(n) is told of progress, with n < 0
-    when a try is lost. `token` goes to the items' own host and nowhere else. On KeyboardInterrupt no temporary file
-    stays.
+    Returns ({name: SHA-256} of what was fetched, {name: reason} of what could not be had). check(path) raises DataError
+    for a file that is not what it should be; on_bytes(n) is told of progress, with n < 0 when a try is lost. `token`
+    goes to the items' own host and nowhere else. On KeyboardInterrupt no temporary file stays.
     """
     clock = clock or Clock()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     remove_stale_parts(folder, clock)
-    waiting, failed, parts, lock = list(items)[::-1], {}, set(), threading.Lock()
+    waiting, done, failed, parts, lock = list(items)[::-1], {}, {}, set(), threading.Lock()
+
+    def report(count):
+        with lock:
+            if on_bytes:
+                on_bytes(count)
 
     def work():
         while True:
@@ -105,15 +120,13 @@ def fetch_all(items, folder, check, on_bytes=None, workers=4, token=None, clock=
                     return
                 item = waiting.pop()
             try:
-                _fetch(item, folder, check, on_bytes or (lambda count: None), token, clock, parts)
+                done[item.name] = _fetch(item, folder, check, report, token, clock, parts)
             except DataError as error:
-                with lock:
-                    failed[item.name] = str(error)
+                failed[item.name] = str(error)
                 if isinstance(error, FullDiskError):
                     clock.stop.set()
             except StoppedError:
-                with lock:
-                    failed[item.name] = "stopped"
+                return
 
     # Not a pool: its threads are waited for at exit, and one may sit in a read for a minute.
     threads = [threading.Thread(target=work, daemon=True) for _ in range(min(workers, len(waiting)))]
@@ -128,12 +141,11 @@ def fetch_all(items, folder, check, on_bytes=None, workers=4, token=None, clock=
         deadline = time.monotonic() + 1
         for thread in threads:
             thread.join(max(deadline - time.monotonic(), 0))
+        raise
+    finally:
         for part in list(parts):
             part.unlink(missing_ok=True)
-        raise
-    for item in waiting:
-        failed[item.name] = "not tried"
-    return failed
+    return done, {item.name: failed.get(item.name, NOT_TRIED) for item in items if item.name not in done}
 
 
 class FullDiskError(DataError):
@@ -141,79 +153,94 @@ class FullDiskError(DataError):
 
 
 class AbsentError(DataError):
-    """The host does not have it."""
+    """The host does not have it, or does not show it."""
 
 
-def _fetch(item, folder, check, on_bytes, token, clock, parts, connect_attempts=ATTEMPTS):
-    """Fetch one item, with retries; of a host that does not even answer no more than `connect_attempts`."""
-    host = urlsplit(item.url).hostname
-    failures, rejected = 0, 0
+def _fetch(item, folder, check, on_bytes, token, clock, parts, first_contact=False):
+    """Fetch one item, with retries; returns its SHA-256. At the first contact a silent host is given up soon."""
+    host, begin, failures = host_of(item.url), clock.now(), Counter()
     while True:
         part = folder / f".{item.name}.{socket.gethostname().replace('.', '-')}.{os.getpid()}.{uuid.uuid4().hex}.part"
         parts.add(part)
-        counted = 0
-
-        def count(received):
-            nonlocal counted
-            counted += received
-            on_bytes(received)
-
+        counted = []
         try:
             clock.pass_gate()
-            _fetch_once(item, part, token, clock, count)
-            try:
-                check(part)
-            except DataError as error:
-                rejected += 1
-                if rejected >= 2:
-                    raise DataError(f"{item.name} from {host} is not what it should be: {error}") from None
-                raise TransientError(str(error)) from None
+            connect_seconds = FIRST_CONTACT_SECONDS if first_contact else CONNECT_SECONDS
+            digest = _fetch_once(item, part, check, token, clock, counted, on_bytes, connect_seconds)
             os.replace(part, folder / item.name)
-            return
+            counted.clear()
+            return digest
         except TransientError as error:
-            on_bytes(-counted)
-            failures += 1
-            if failures >= (connect_attempts if isinstance(error, ConnectError) else ATTEMPTS):
-                raise DataError(f"{item.name} from {host}: {error} ({failures} attempts)") from None
-            clock.sleep(min(MAX_PAUSE_SECONDS, 2.0 ** (failures - 1)) * (0.5 + 0.5 * clock.jitter()))
+            failures[type(error)] += 1
+            pause = min(MAX_PAUSE_SECONDS, 2.0 ** (failures.total() - 1)) * (0.5 + 0.5 * clock.jitter())
+            silent = first_contact and isinstance(error, ConnectError)
+            if (
+                failures.total() >= ATTEMPTS
+                or failures[WrongContentError] >= WRONG_CONTENT_ATTEMPTS
+                or (silent and clock.now() + pause > begin + FIRST_CONTACT_SECONDS)
+            ):
+                raise DataError(f"{item.name} from {host}: {error} ({failures.total()} attempts)") from None
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise FullDiskError(_full_disk(folder, item.size)) from None
+                raise FullDiskError(full_disk(folder, item.size)) from None
             raise DataError(f"{item.name}: {error.strerror}: {folder}") from None
         finally:
+            on_bytes(-sum(counted))
             part.unlink(missing_ok=True)
             parts.discard(part)
+        clock.sleep(pause)
 
 
-def _fetch_once(item, part, token, clock, on_bytes):
-    """One attempt: request, body, size and hash."""
+def _fetch_once(item, part, check, token, clock, counted, on_bytes, connect_seconds):
+    """One attempt: request, body, size, hash and the caller's check; returns the SHA-256."""
+    with _plain_errors(item), contextlib.closing(_open(item.url, token, clock, connect_seconds)) as response:
+        size, sha256 = _expected(item, response)
+        if size is not None and shutil.disk_usage(part.parent).free < size:
+            raise FullDiskError(full_disk(part.parent, size))
+        received, digest = _receive(response, part, size, clock, counted, on_bytes)
+        kind = response.headers.get("Content-Type", "no content type")
+    if size is not None and received != size:
+        wrong = f"{received} of {size} bytes"
+    elif sha256 is not None and digest != sha256:
+        wrong = f"{received} bytes with another SHA-256 than expected"
+    else:
+        try:
+            check(part)
+            return digest
+        except DataError as error:
+            wrong = str(error).replace(str(part), "it")
+    with open(part, "rb") as file:
+        start = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in file.read(80))
+    page = kind.startswith(("text/html", "application/json")) and not item.name.endswith(".json")
+    whole = size is None or received == size
+    raise (WrongContentError if whole or page else TransientError)(f"{wrong}; {_printable(kind)}, begins {start!r}")
+
+
+@contextlib.contextmanager
+def _plain_errors(item):
+    """Turn the errors of requests and urllib3, whose texts hold URLs, into ours, which do not."""
     import requests  # both are slow to import, and most programs never download
     import urllib3
 
     try:
-        with contextlib.closing(_open(item.url, token, clock)) as response:
-            size, sha256 = _expected(item, response)
-            if size is not None and shutil.disk_usage(part.parent).free < size:
-                raise FullDiskError(_full_disk(part.parent, size))
-            received, digest = _receive(response, part, clock, on_bytes)
-            kind = response.headers.get("Content-Type", "no content type")
-    except (requests.ConnectionError, requests.ConnectTimeout) as error:
-        raise ConnectError(f"{host_of(item.url)} cannot be reached ({type(error).__name__})") from None
+        yield
+    except requests.ConnectionError as error:
+        cause = error.args[0] if error.args else error
+        if isinstance(cause, urllib3.exceptions.ProtocolError):  # there was a connection
+            raise TransientError(f"the connection broke ({type(cause).__name__})") from None
+        reason = type(getattr(cause, "reason", cause)).__name__
+        raise ConnectError(f"{host_of(item.url)} cannot be reached ({reason})") from None
     except (requests.Timeout, urllib3.exceptions.HTTPError) as error:
-        raise TransientError(type(error).__name__) from None
-    except requests.RequestException as error:
+        raise TransientError(f"the connection broke ({type(error).__name__})") from None
+    except (requests.RequestException, ValueError) as error:  # a redirect to what is no URL
         raise DataError(f"{item.name}: {type(error).__name__}") from None
-    if size is not None and received != size:
-        raise TransientError(f"{received} of {size} bytes, {kind}")
-    if sha256 is not None and digest != sha256:
-        raise TransientError(f"{received} bytes with another SHA-256 than expected, {kind}")
 
 
 def check_url(url):
     """Raise UserError if `url` is not an https one (or one of this machine), or carries a password."""
     parsed = urlsplit(url)
     local = parsed.scheme == "http" and parsed.hostname in LOOPBACK
-    if not parsed.hostname or parsed.username or not (parsed.scheme == "https" or local):
+    if not parsed.hostname or "@" in parsed.netloc or not (parsed.scheme == "https" or local):
         raise UserError("the host of shards must be given as https://host/path, without a user name or password")
 
 
@@ -224,44 +251,52 @@ def host_of(url):
 
 def json_beside(url, token, clock):
     """The JSON document at `url`, or None where the host has none. Raises DataError, soon if the host is silent."""
-    with tempfile.TemporaryDirectory() as folder:
-        item, found = Item(Path(urlsplit(url).path).name, url), []
+    item, found = Item(Path(urlsplit(url).path).name, url), []
 
-        def keep(path):
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(path.read_bytes()))
-
+    def keep(path):
         try:
-            _fetch(item, Path(folder), keep, lambda count: None, token, clock, set(), connect_attempts=2)
-        except AbsentError:
-            return None
-    return found[0] if found and isinstance(found[0], dict) else None
+            found.append(json.loads(path.read_bytes()))
+        except (ValueError, RecursionError):
+            raise DataError("not JSON") from None
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(AbsentError):
+        _fetch(item, Path(folder), keep, lambda count: None, token, clock, set(), first_contact=True)
+    return found[-1] if found else None
 
 
 def size_of(item, token, clock):
     """The size in bytes that the host announces for an item; 0 if it does not, or is not in the mood."""
-    with contextlib.suppress(TransientError, DataError), contextlib.closing(_open(item.url, token, clock)) as response:
-        return _expected(item, response)[0] or 0
+    with contextlib.suppress(TransientError, DataError), _plain_errors(item):
+        with contextlib.closing(_open(item.url, token, clock)) as response:
+            return _expected(item, response)[0] or 0
     return 0
 
 
-def _open(url, token, clock):
+def _open(url, token, clock, connect_seconds=CONNECT_SECONDS):
     """The response to a GET, after redirects. Raises TransientError or DataError for any status but 200."""
     import requests
 
-    own_host, name = urlsplit(url).netloc, Path(urlsplit(url).path).name
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # a warning of it shows the URL
+    own, name = urlsplit(url), Path(urlsplit(url).path).name
     linked = {}
     for _ in range(MAX_REDIRECTS + 1):
         parsed = urlsplit(url)
-        if parsed.scheme != "https" and parsed.hostname not in LOOPBACK:
-            raise DataError(f"{name}: {parsed.hostname} without https is refused")
+        if parsed.scheme != "https" and (own.scheme == "https" or parsed.hostname not in LOOPBACK):
+            raise DataError(f"{name}: a redirect to {_printable(parsed.hostname)} without https is refused")
         headers = {"Accept-Encoding": "identity"}
-        if token and parsed.netloc == own_host:
+        if token and parsed.netloc == own.netloc:
             headers["Authorization"] = f"Bearer {token}"
-        response = requests.get(url, headers=headers, stream=True, timeout=(10, 60), allow_redirects=False)
+        response = requests.get(
+            url,
+            headers=headers,
+            stream=True,
+            timeout=(connect_seconds, READ_SECONDS),
+            allow_redirects=False,
+            auth=lambda request: request,  # none: requests would look into ~/.netrc
+        )
         for header in ("X-Linked-Size", "X-Linked-Etag"):
             if header in response.headers:
-                linked[header] = response.headers[header]
+                linked.setdefault(header, response.headers[header])  # the word of the first host counts
         if response.status_code == 200:
             response.headers.update(linked)
             return response
@@ -276,44 +311,48 @@ def _open(url, token, clock):
 def _refuse(response, name, host, clock):
     status = response.status_code
     if status in TRANSIENT_STATUS:
-        pause = _asked_pause(response.headers, clock)
-        if pause:
+        if pause := _asked_pause(status, response.headers, clock):
             clock.pause_everyone(min(pause, MAX_SERVER_PAUSE_SECONDS) * (1 + 0.1 * clock.jitter()))
         raise TransientError(f"{host} answers {status}")
-    if status in (404, 410):
-        raise AbsentError(f"{host} answers {status} for {name}")
     fix = ": set HF_TOKEN to a token that may read this data set" if status in (401, 403) else ""
-    raise DataError(f"{host} answers {status} for {name}{fix}")
+    absent = status in (403, 404, 410)  # some hosts say 403 for what is not there
+    raise (AbsentError if absent else DataError)(f"{_printable(host)} answers {status} for {name}{fix}")
 
 
-def _asked_pause(headers, clock):
-    """The seconds that Retry-After (a number or a date) or RateLimit (t=seconds) ask for, else 0."""
-    asked = headers.get("Retry-After", "")
-    if asked.strip().isdigit():
+def _printable(text):
+    return "".join(character if character.isprintable() else "." for character in str(text)[:80])
+
+
+def _asked_pause(status, headers, clock):
+    """The seconds that Retry-After (a number or a date) or, with 429, RateLimit (t=seconds) ask for, else 0."""
+    asked = headers.get("Retry-After", "").strip()
+    if asked.isdecimal():
         return float(asked)
-    with contextlib.suppress(TypeError, ValueError):
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         return max(email.utils.parsedate_to_datetime(asked).timestamp() - clock.wall(), 0.0)
-    limit = re.search(r"\bt=(\d+)", headers.get("RateLimit", ""))
+    limit = re.search(r"\bt=(\d+)", headers.get("RateLimit", "")) if status == 429 else None
     return float(limit[1]) if limit else 0.0
 
 
 def _expected(item, response):
     """(size, sha256) that the body must have, as far as the item or the host's headers say."""
     size, sha256 = item.size, item.sha256
-    if size is None and response.headers.get("X-Linked-Size", "").isdigit():
+    if size is None and response.headers.get("X-Linked-Size", "").isdecimal():
         size = int(response.headers["X-Linked-Size"])
     etag = response.headers.get("X-Linked-Etag", "").removeprefix("W/").strip('"')
     if sha256 is None and SHA256.fullmatch(etag):
         sha256 = etag
-    if size is None and response.headers.get("Content-Length", "").isdigit():
+    if size is None and response.headers.get("Content-Length", "").isdecimal():
         size = int(response.headers["Content-Length"])
     return size, sha256
 
 
-def _receive(response, part, clock, on_bytes):
-    """Write the body to `part`, synced; returns (bytes, SHA-256 in hex)."""
+def _receive(response, part, size, clock, counted, on_bytes):
+    """Write the body to `part`, synced, and stop beyond `size`; returns (bytes, SHA-256 in hex)."""
     digest, received = hashlib.sha256(), 0
     window_start, window_bytes = clock.now(), 0
+    if clock.stop.is_set():
+        raise StoppedError
     handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o644)
     with open(handle, "wb") as file:
         while block := response.raw.read1(BLOCK_BYTES):  # what is there: a full block may take a slow host for ever
@@ -323,7 +362,10 @@ def _receive(response, part, clock, on_bytes):
             digest.update(block)
             received += len(block)
             window_bytes += len(block)
+            counted.append(len(block))
             on_bytes(len(block))
+            if size is not None and received > size:
+                break
             elapsed = clock.now() - window_start
             if elapsed >= SLOW_SECONDS:
                 if window_bytes < SLOW_BYTES_PER_SECOND * elapsed:
@@ -334,24 +376,22 @@ def _receive(response, part, clock, on_bytes):
     return received, digest.hexdigest()
 
 
-def _full_disk(folder, needed):
+def full_disk(folder, needed):
+    """What to say of a disk that has no room for `needed` bytes, where that is known."""
     free = shutil.disk_usage(folder).free
     asked = f"{needed / 1e6:.1f} MB needed, " if needed else ""
     return f"the disk is full: {asked}{free / 1e6:.1f} MB free in {folder}"
 
 
 def remove_stale_parts(folder, clock):
-    """Remove temporary files of processes that are gone: dead on this host, or untouched for an hour on another."""
+    """Remove temporary files that nobody writes to: of a dead process of this host, or untouched for an hour."""
     for path in folder.glob(".*.part"):
         match = PART_NAME.fullmatch(path.name)
         if not match:
             continue
         with contextlib.suppress(FileNotFoundError):
-            if match["host"] == socket.gethostname().replace(".", "-"):
-                gone = not _alive(int(match["pid"]))
-            else:
-                gone = clock.wall() - path.stat().st_mtime > STALE_SECONDS
-            if gone:
+            dead = match["host"] == socket.gethostname().replace(".", "-") and not _alive(int(match["pid"]))
+            if dead or clock.wall() - path.stat().st_mtime > STALE_SECONDS:
                 path.unlink()
 
 

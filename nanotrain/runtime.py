@@ -231,6 +231,11 @@ def _keep_freed_memory():
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: no private mapping for blocks below 1 GiB
 
 
+def use_tokenizer_threads(parallel):
+    """Let the tokenizers library use all cores, or one."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if parallel else "false"
+
+
 def seconds_since_start():
     """Seconds since this process was started by the system, so that imports count."""
     with contextlib.suppress(OSError, IndexError, ValueError):

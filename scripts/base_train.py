@@ -199,9 +199,9 @@ def main():
     resumed_step = run.step if saved else None
     step_seconds, evaluation_seconds, bad_in_a_row = [], 0.0, 0
 
-    def save():
-        loader_state = {**batches.next.state, "lanes": {}}
-        for part in rt.gather(batches.next.state["lanes"]):
+    def save(next_batch):
+        loader_state = {**next_batch.state, "lanes": {}}
+        for part in rt.gather(next_batch.state["lanes"]):
             loader_state["lanes"].update(part)
         spent = run.seconds + runtime.seconds_since_start()
         state = {
@@ -232,6 +232,7 @@ def main():
 
             # ---- gradients of the whole batch ----
             loss_sum, row_hash = torch.zeros((), device=rt.device), 0
+            first_batch = batches.next
             for micro_step in range(plan.accumulation):
                 batch = batches.take()
                 row_hash += batch.row_hash
@@ -258,6 +259,8 @@ def main():
             loss_total, norm_total, stops, data_errors, hash_low, hash_high = rt.sum(status)
             mean_loss, grad_norm = loss_total / rt.world_size, norm_total / rt.world_size
             if data_errors:
+                if run.step > (resumed_step or 0):
+                    save(first_batch)  # of this step, which does not count
                 rt.together(batches.raise_error)
 
             # ---- update ----
@@ -319,7 +322,7 @@ def main():
             if due(SAMPLE_EVERY, run.step, last) and not stopping and rt.is_main:
                 sample(model, tokenizer, tracker)
             if due(SAVE_EVERY, run.step, last) or last or stopping or run.best_step == run.step:
-                save()
+                save(batches.next)
             if stopping:
                 break
         if reader.skipped_documents:

@@ -631,6 +631,23 @@ def test_a_shard_that_breaks_in_the_middle_ends_the_run_with_its_name(train, tmp
         train(DATA_DIR=str(folder), NUM_ITERATIONS=200, EVAL_EVERY=0)
 
 
+def test_a_shard_that_vanishes_costs_no_step(train, tmp_path, at_step):
+    """DA12: the last finished step is saved, and the run goes on from there once the shard is back."""
+    folder = make_shards(tmp_path / "folder")
+    shard, hidden = folder / "shard_00001.parquet", tmp_path / "hidden"
+    settings = {"DATA_DIR": str(folder), "NUM_ITERATIONS": 40, "SAVE_EVERY": 0, "EVAL_EVERY": 0}
+    undisturbed = train("undisturbed", **settings)
+    at_step(4, lambda: shard.rename(hidden))
+    with pytest.raises(DataError, match=r"shard_00001.parquet, row group \d+, cannot be read"):
+        train("disturbed", **settings)
+    disturbed = undisturbed.parent / "disturbed"
+    assert checkpoint.newest(disturbed)[0] == len(column(disturbed, "train/loss")) in range(4, 40)
+    hidden.rename(shard)
+    at_step()
+    train("disturbed", RESUME=True, **settings)
+    assert same_run(undisturbed, disturbed)
+
+
 def test_no_data_set_no_tokenizer_and_a_broken_one_say_which_command_helps(train, base_dir):
     with pytest.raises(DataError, match=r"no data set in .*python -m nanotrain.dataset --dataset=stdlib"):
         train(DATA_DIR="")
