@@ -185,7 +185,7 @@ def _documents(path, text_column, skipped, bar):
     readers = {"jsonl": _json_documents, "parquet": _parquet_documents, "plain": _plain_documents}
     try:
         yield from readers[_kind(path)](path, text_column, skipped, bar)
-    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error, pa.ArrowException) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:160]
         raise DataError(f"{path} cannot be read: {reason}") from None
 

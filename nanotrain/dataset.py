@@ -43,7 +43,7 @@ VERIFY = False  # hash the shards again and compare with the manifest
 
 MANIFEST = "manifest.json"
 CHECKED = "checked.json"  # which files were hashed, so that an unchanged one is not hashed again
-SHARD_NAME = re.compile(r"shard_\d{1,12}\.parquet")
+SHARD_NAME = re.compile(r"shard_[0-9]{1,12}\.parquet")
 MAX_GROUP_BYTES = 2 << 30  # of text in one row group, as its footer declares it: more is a mistake or an attack
 THRIFT_LIMITS = {"thrift_string_size_limit": 100 << 20, "thrift_container_size_limit": 10 << 20}
 DOWNLOAD_WORKERS = 4
@@ -129,7 +129,8 @@ def open_shard(path, size=None):
         with pq.ParquetFile(path, **THRIFT_LIMITS) as file:
             schema, details = file.schema_arrow, file.metadata
             groups = [details.row_group(group) for group in range(details.num_row_groups)]
-    except (pa.ArrowException, OSError) as error:
+            leaves = [details.schema.column(leaf).path for leaf in range(details.num_columns)]
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path} is not a readable parquet file ({found} bytes, {_first_line(error)}): delete it and get it again"
         ) from None
@@ -139,7 +140,7 @@ def open_shard(path, size=None):
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
         raise DataError(f"{path}: the column 'text' must hold strings, not {kind}")
-    leaf = [details.schema.column(leaf).path for leaf in range(details.num_columns)].index("text")
+    leaf = leaves.index("text")
     text_bytes = sum(group.column(leaf).total_uncompressed_size for group in groups)
     largest = max((group.column(leaf).total_uncompressed_size for group in groups), default=0)
     if largest > MAX_GROUP_BYTES:
@@ -367,7 +368,7 @@ def fetch(name, source, train_shards, folder, clock=None):
         entries = {} if remote is None else {entry["name"]: entry for entry in _checked_entries(remote)}
         shards = [f"shard_{number:05d}.parquet" for number in range(source.num_shards)]
         validation = shards[-1] if remote is None else remote["validation"]
-        names = [shard for shard in shards if shard != validation][:train_shards] + [validation]
+        names = [*[shard for shard in shards if shard != validation][:train_shards], validation]
         expected = {shard: entry["sha256"] for shard, entry in entries.items()}
         own = _own_hashes(folder)
         good = _good_files(folder, names, {**own, **expected})
@@ -487,6 +488,7 @@ def main():
             raise UserError(
                 "--base-url needs --num-shards, the number of shards there (at least 2), the last for validation"
             )
+        download.check_url(BASE_URL)
         folder = _named_folder("--base-url")
         source = Source(BASE_URL.rstrip("/"), NUM_SHARDS, 0, "see the host")
         fetch(folder.name, source, TRAIN_SHARDS or NUM_SHARDS - 1, folder)

@@ -208,7 +208,7 @@ def _fetch_once(item, part, check, token, clock, counted, on_bytes, connect_seco
             check(part)
             return digest
         except DataError as error:
-            wrong = str(error).replace(str(part), "it")
+            wrong = str(error).replace(str(part), "it").removesuffix(": delete it and get it again")
     with open(part, "rb") as file:
         start = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in file.read(80))
     page = kind.startswith(("text/html", "application/json")) and not item.name.endswith(".json")
@@ -224,6 +224,8 @@ def _plain_errors(item):
 
     try:
         yield
+    except ValueError as error:  # a redirect to what is no URL
+        raise DataError(f"{item.name}: {type(error).__name__}") from None
     except requests.ConnectionError as error:
         cause = error.args[0] if error.args else error
         if isinstance(cause, urllib3.exceptions.ProtocolError):  # there was a connection
@@ -232,7 +234,7 @@ def _plain_errors(item):
         raise ConnectError(f"{host_of(item.url)} cannot be reached ({reason})") from None
     except (requests.Timeout, urllib3.exceptions.HTTPError) as error:
         raise TransientError(f"the connection broke ({type(error).__name__})") from None
-    except (requests.RequestException, ValueError) as error:  # a redirect to what is no URL
+    except requests.RequestException as error:
         raise DataError(f"{item.name}: {type(error).__name__}") from None
 
 
@@ -254,10 +256,10 @@ def json_beside(url, token, clock):
     item, found = Item(Path(urlsplit(url).path).name, url), []
 
     def keep(path):
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             found.append(json.loads(path.read_bytes()))
-        except (ValueError, RecursionError):
-            raise DataError("not JSON") from None
+        if not found or not isinstance(found[-1], dict):
+            raise DataError("no JSON object")
 
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(AbsentError):
         _fetch(item, Path(folder), keep, lambda count: None, token, clock, set(), first_contact=True)
@@ -278,10 +280,12 @@ def _open(url, token, clock, connect_seconds=CONNECT_SECONDS):
 
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # a warning of it shows the URL
     own, name = urlsplit(url), Path(urlsplit(url).path).name
-    linked = {}
+    linked, secure = {}, False
     for _ in range(MAX_REDIRECTS + 1):
         parsed = urlsplit(url)
-        if parsed.scheme != "https" and (own.scheme == "https" or parsed.hostname not in LOOPBACK):
+        if parsed.scheme == "https":
+            secure = True
+        elif secure or parsed.hostname not in LOOPBACK:
             raise DataError(f"{name}: a redirect to {_printable(parsed.hostname)} without https is refused")
         headers = {"Accept-Encoding": "identity"}
         if token and parsed.netloc == own.netloc:
@@ -384,14 +388,17 @@ def full_disk(folder, needed):
 
 
 def remove_stale_parts(folder, clock):
-    """Remove temporary files that nobody writes to: of a dead process of this host, or untouched for an hour."""
+    """Remove temporary files of processes that are gone: dead on this host, or untouched for an hour on another."""
     for path in folder.glob(".*.part"):
         match = PART_NAME.fullmatch(path.name)
         if not match:
             continue
         with contextlib.suppress(FileNotFoundError):
-            dead = match["host"] == socket.gethostname().replace(".", "-") and not _alive(int(match["pid"]))
-            if dead or clock.wall() - path.stat().st_mtime > STALE_SECONDS:
+            if match["host"] == socket.gethostname().replace(".", "-"):
+                gone = not _alive(int(match["pid"]))
+            else:
+                gone = clock.wall() - path.stat().st_mtime > STALE_SECONDS
+            if gone:
                 path.unlink()
 
 

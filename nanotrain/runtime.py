@@ -95,7 +95,7 @@ class Runtime:
             try:
                 result = function()
             except UserError as raised:
-                error = (type(raised).__name__, str(raised))
+                error = _portable(raised)
         result, error = self.broadcast((result, error))
         if error:
             raise getattr(errors, error[0])(error[1])
@@ -107,7 +107,7 @@ class Runtime:
         try:
             result = function()
         except UserError as raised:
-            error = (type(raised).__name__, str(raised))
+            error = _portable(raised)
         first = next((found for found in self.gather(error) if found), None)
         if first:
             raise getattr(errors, first[0])(first[1])
@@ -158,6 +158,11 @@ def start(device="auto", dtype="auto", seed=1337, deterministic=True):
     torch.manual_seed(seed)
     compute_dtype, reason = _dtype(dtype, found)
     return Runtime(rank, local_rank, world_size, found, compute_dtype, reason)
+
+
+def _portable(error):
+    """(name of the kind of error in nanotrain.errors, message), which another rank can raise."""
+    return next(kind.__name__ for kind in type(error).__mro__ if hasattr(errors, kind.__name__)), str(error)
 
 
 def _place():

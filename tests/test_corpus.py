@@ -2,9 +2,12 @@
 
 import gzip
 import hashlib
+import itertools
 import json
 import random
 import re
+import time
+import tracemalloc
 from collections import Counter
 from pydoc_data import topics
 
@@ -202,3 +205,479 @@ def test_real_corpus_is_ten_megabytes_of_short_documents_and_the_same_in_every_p
     }
 
 
+# ---- import ----
+
+
+def json_lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def rows_of(texts):
+    return [{"text": text} for text in texts]
+
+
+def write_plain(path, texts):
+    """Files of their own, since a plain text file is cut into documents."""
+    path.mkdir()
+    for number, text in enumerate(texts):
+        (path / f"{number}.txt").write_text(text, encoding="utf-8")
+
+
+def write_jsonl(path, texts):
+    path.write_bytes(json_lines(rows_of(texts)))
+
+
+def write_gz(path, texts):
+    middle = len(texts) // 2  # as `cat a.gz b.gz` makes it
+    path.write_bytes(b"".join(gzip.compress(json_lines(rows_of(part))) for part in (texts[:middle], texts[middle:])))
+
+
+def write_zst(path, texts):
+    middle = len(texts) // 2
+    for part in (texts[:middle], texts[middle:]):
+        with open(path, "ab") as file, pa.CompressedOutputStream(file, "zstd") as packed:
+            packed.write(json_lines(rows_of(part)))
+
+
+def write_parquet(path, texts):
+    pq.write_table(pa.table({"number": range(len(texts)), "text": texts}), path, row_group_size=7)
+
+
+WRITERS = {"plain": write_plain, "a.jsonl": write_jsonl, "a.jsonl.gz": write_gz, "a.JSONL.zst": write_zst,
+           "a.parquet": write_parquet}  # fmt: skip
+
+
+def imported(source, folder, **settings):
+    """([documents of each train shard], documents of validation, Counter of what was skipped)."""
+    folder.mkdir()
+    validation, count, skipped = corpus.import_text(source, folder, **settings)
+    shards = read_all(folder)
+    assert names_in(folder) == [f"shard_{number:05d}.parquet" for number in range(len(shards))]
+    assert validation == max(shards)
+    assert count == sum(map(len, shards.values()))
+    *train, last = shards.values()
+    return train, last, skipped
+
+
+def all_of(train, validation, skipped=None):
+    return [text for texts in (*train, validation) for text in texts]
+
+
+def hashes(folder):
+    return {path.name: sha256(path) for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_import_gives_the_documents_that_were_written(tmp_path, name):
+    texts = [*make_texts(40), "line\nline\n\n\n\nline", "  indented", "日" * 3000, "<|bos|>", "a\r\nb\x0bc"]
+    if name == "plain":
+        texts = [*texts[:40], *texts[41:44]]  # what cutting and reading as text would change is tested below
+    WRITERS[name](tmp_path / name, texts)
+    found = imported(tmp_path / name, tmp_path / "shards")
+    assert sorted(all_of(*found)) == sorted(texts)
+    assert found[2] == Counter()
+
+
+def test_import_of_a_folder_takes_every_kind_of_file_at_every_depth_and_nothing_hidden(tmp_path):
+    source, texts = tmp_path / "source", make_texts(70)
+    for number, name in enumerate(WRITERS):
+        parent = source / "/".join("abcde"[:number])
+        parent.mkdir(parents=True, exist_ok=True)
+        WRITERS[name](parent / name, texts[10 * number : 10 * number + 10])
+    (source / "READ.ME.MD").write_text(texts[50])
+    (source / "code.py").write_text(texts[51])
+    (source / ".git").mkdir()
+    for name in (".hidden.txt", ".git/config.txt", "picture.png", "archive.zip", "no_suffix", "a.jsonl.part"):
+        (source / name).write_text(f"not to be read {name}")
+    found = imported(source, tmp_path / "shards")
+    assert sorted(all_of(*found)) == sorted(texts[:52])
+
+
+def test_import_of_the_same_documents_gives_the_same_bytes_whatever_holds_them(tmp_path):
+    texts = make_texts(200)
+    for number, name in enumerate(WRITERS):
+        (tmp_path / f"{number}").mkdir()
+        shuffled = random.Random(number).sample(texts, 200)
+        WRITERS[name](tmp_path / f"{number}" / f"{9 - number}-{name}", shuffled[:120])
+        WRITERS["a.jsonl"](tmp_path / f"{number}" / "b.jsonl", shuffled[100:])
+        imported(tmp_path / f"{number}", tmp_path / f"shards{number}")
+    assert all(hashes(tmp_path / f"shards{number}") == hashes(tmp_path / "shards0") for number in range(len(WRITERS)))
+    write_jsonl(tmp_path / "less.jsonl", texts[1:])
+    imported(tmp_path / "less.jsonl", tmp_path / "less")
+    assert hashes(tmp_path / "less") != hashes(tmp_path / "shards0")
+
+
+def test_import_shuffles(tmp_path):
+    texts = make_texts(400)
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    places = [texts.index(text) for text in all_of(*imported(tmp_path / "a.jsonl", tmp_path / "shards"))]
+    rising = sum(a < b for a, b in itertools.pairwise(places))
+    assert 150 < rising < 250, "about half of 399 steps go up in a random order"
+    assert sum(abs(place - number) for number, place in enumerate(places)) > 400 * 400 / 4, "about n^2 / 3"
+    by_text = sorted(texts)
+    assert [by_text.index(texts[place]) for place in places] != list(range(400))
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 6, 17, 60, 1000])
+def test_import_always_has_train_and_validation_and_no_text_in_both(tmp_path, count):
+    """DA10."""
+    texts = make_texts(count)
+    write_jsonl(tmp_path / "a.jsonl", [*texts, *texts[: count // 2]])
+    train, validation, skipped = imported(tmp_path / "a.jsonl", tmp_path / "shards")
+    assert min(map(len, [*train, validation])) >= 1
+    assert sorted(all_of(train, validation)) == sorted(texts)
+    assert skipped == {"duplicate": count // 2}
+    if count == 1000:
+        assert 0.7 * 1000 / 16 < len(validation) < 1.3 * 1000 / 16
+        assert max(map(len, train)) < 1.2 * min(map(len, train))
+
+
+def test_import_drops_exact_duplicates_only(tmp_path):
+    near = ["the same", "the same ", "The same", "the same\n", "the  same"]
+    write_jsonl(tmp_path / "a.jsonl", [*near, *near, "other"])
+    write_parquet(tmp_path / "b.parquet", near[:2])
+    *found, skipped = imported(tmp_path, tmp_path / "shards")
+    assert sorted(all_of(*found)) == sorted([*near, "other"])
+    assert skipped == {"duplicate": 7}
+
+
+@pytest.mark.parametrize(("bits", "bucket_bytes"), [(1, 1 << 20), (1, 1), (2, 3000), (6, 4000)])
+def test_import_in_any_number_of_buckets_gives_the_same_bytes(tmp_path, monkeypatch, bits, bucket_bytes):
+    write_jsonl(tmp_path / "a.jsonl", make_texts(300) + make_texts(20) + ["one text"] * 50)
+    imported(tmp_path / "a.jsonl", tmp_path / "expected")
+    monkeypatch.setattr(corpus, "BUCKET_BITS", bits)
+    monkeypatch.setattr(corpus, "BUCKET_BYTES", bucket_bytes)
+    sort_bucket, sizes = corpus._sort_bucket, []
+
+    def watching(path, skipped):
+        sizes.append(path.stat().st_size)
+        return sort_bucket(path, skipped)
+
+    monkeypatch.setattr(corpus, "_sort_bucket", watching)
+    *_, skipped = imported(tmp_path / "a.jsonl", tmp_path / "shards")
+    assert skipped == {"duplicate": 69}
+    assert hashes(tmp_path / "shards") == hashes(tmp_path / "expected")
+    if bucket_bytes == 1:
+        assert len(sizes) == 2**corpus.LEVELS, "even so it ends"
+    elif bits > 1:
+        assert len(sizes) > 2**bits, "some were divided again"
+        assert sum(size > bucket_bytes for size in sizes) <= 1, "but that of equal texts"
+
+
+@pytest.mark.parametrize("group_bytes", [2000, 9000])
+def test_import_bounds_the_text_of_row_groups_and_shards(tmp_path, monkeypatch, group_bytes):
+    texts = make_texts(600)
+    longest = max(len(text.encode()) for text in texts)
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    monkeypatch.setattr(corpus, "GROUP_BYTES", group_bytes)
+    monkeypatch.setattr(corpus, "MIN_GROUPS", 1)
+    monkeypatch.setattr(corpus, "SHARD_BYTES", 30_000)
+    imported(tmp_path / "a.jsonl", tmp_path / "shards")
+    shards = sorted((tmp_path / "shards").iterdir())
+    assert len(shards) >= 8
+    for path in shards:
+        file = pq.ParquetFile(path)
+        groups = [file.read_row_group(n)["text"].to_pylist() for n in range(file.num_row_groups)]
+        sizes = [sum(len(text.encode()) for text in texts) for texts in groups]
+        assert max(sizes) < group_bytes + longest
+        assert min(sizes[:-1], default=group_bytes) >= group_bytes
+        assert sum(sizes) < 30_000 + longest
+
+
+def test_import_of_little_text_still_has_many_row_groups(tmp_path):
+    """DA9: lanes and ranks find something to read."""
+    write_jsonl(tmp_path / "a.jsonl", make_texts(1000))
+    imported(tmp_path / "a.jsonl", tmp_path / "shards")
+    *train, _ = sorted((tmp_path / "shards").iterdir())
+    assert len(train) == 4
+    assert 80 < sum(pq.read_metadata(path).num_row_groups for path in train) <= 110
+
+
+# ---- import of plain text ----
+
+
+def plain_documents(tmp_path, data):
+    """The documents of a plain text file, sorted; two more documents are there so that there are enough."""
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "a.txt").write_bytes(data)
+    write_jsonl(tmp_path / "source" / "b.jsonl", ["first of two", "second of two"])
+    *found, skipped = imported(tmp_path / "source", tmp_path / "shards")
+    return sorted(set(all_of(*found)) - {"first of two", "second of two"}), skipped
+
+
+@pytest.mark.parametrize(
+    ("data", "documents"),
+    [
+        (b"one\n\ntwo", ["one\n\ntwo"]),
+        (b"one\r\n\r\n\r\ntwo\r\nthree", ["one\n\ntwo\nthree"]),
+        (b"one\rtwo", ["one\ntwo"]),
+        (b"\xef\xbb\xbfone \xef\xbb\xbf", ["one \ufeff"]),  # a byte order mark is one only at the start
+        ("ünï日🙂".encode(), ["ünï日🙂"]),
+        (b"<|bos|>", ["<|bos|>"]),
+        (b"", []),
+        (b" \n\n\t\r\n ", []),
+    ],
+)
+def test_import_of_plain_text_by_hand(tmp_path, data, documents):
+    assert plain_documents(tmp_path, data) == (documents, {})
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("block", [1, 2, 3, 5, 7, 4096, 1 << 20])
+def test_import_of_plain_text_does_not_show_the_edges_of_blocks(tmp_path, monkeypatch, block, newline):
+    """Paragraphs of which no two fit in a document are the documents."""
+    monkeypatch.setattr(corpus, "BLOCK_BYTES", block)
+    draw = random.Random(block)
+    paragraphs = ["".join(draw.choices("ab é日🙂", k=2200)).strip() + f"\nend {n}" for n in range(4)]
+    data = "\n\n".join(paragraphs).replace("\n", newline).encode()
+    assert plain_documents(tmp_path, data) == (sorted(paragraphs), {})
+
+
+@pytest.mark.parametrize("longest_line", [50, 3000, 30_000])
+@pytest.mark.parametrize("block", [1501, 5003])
+def test_import_cuts_a_long_file_as_if_it_were_read_whole(tmp_path, monkeypatch, block, longest_line):
+    monkeypatch.setattr(corpus, "BLOCK_BYTES", block)
+    text = odd_text(5, longest_line)[:200_000] + " \n\n\t\n" + odd_text(6, 40) * 10
+    documents, skipped = plain_documents(tmp_path, text.encode())
+    expected = Counter(corpus.cut(text))
+    assert len(expected) >= 4
+    assert documents == sorted(expected)
+    assert skipped["duplicate"] == expected.total() - len(expected)
+
+
+def test_import_of_a_file_without_blank_lines_cuts_it_at_line_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "BLOCK_BYTES", 2000)
+    lines = [f"line {number} " + "word " * (number % 40) for number in range(3000)]
+    documents, _ = plain_documents(tmp_path, "\n".join(lines).encode())
+    in_order = sorted(documents, key=lambda document: int(document.split()[1]))
+    assert all(3700 < len(document) <= 4000 for document in in_order[:-1])
+    assert "\n".join(in_order).split("\n") == lines
+
+
+def test_import_leaves_out_only_the_documents_that_are_not_utf8(tmp_path):
+    """DA6: bytes that are no UTF-8, one of UTF-16, and the end of a file in the middle of a character."""
+    good = [letter * 3000 for letter in "abc"]
+    bad = [b"caf\xe9 " + b"x" * 3000, "y".encode("utf-16") * 900, b"z" * 3000 + "日".encode()[:2]]
+    parts = [good[0].encode(), bad[0], good[1].encode(), bad[1], good[2].encode(), bad[2]]
+    assert plain_documents(tmp_path, b"\n\n".join(parts)) == (good, {"not UTF-8 text": 3})
+
+
+# ---- import: time and memory ----
+
+
+@pytest.mark.parametrize("text", ["a" * 20_000_000, "\n" * 20_000_000, " " * 20_000_000, "\n " * 10_000_000])
+def test_cut_takes_time_and_memory_in_proportion_to_the_text(text):
+    """DA5: a slice of what is left at each cut would be 50 GB of copies."""
+    begin = time.process_time()
+    documents = corpus.cut(text)
+    assert time.process_time() - begin < 2
+    assert len(documents) == (5000 if "a" in text else 0)
+    tracemalloc.start()
+    corpus.cut(text)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * len(text)
+
+
+@pytest.mark.parametrize("text", ["a", "\n", "ab \n", "word\n\n"])
+def test_import_holds_a_few_blocks_of_a_file_and_not_all_of_it(tmp_path, monkeypatch, text):
+    """DA5: whatever it consists of."""
+    monkeypatch.setattr(corpus, "BLOCK_BYTES", 1 << 13)
+    (tmp_path / "a.txt").write_bytes((text * 500_000).encode()[:500_000])
+
+    def read():
+        skipped = Counter()
+        with corpus._bar("reading", 0) as bar:
+            return Counter(corpus._documents(tmp_path / "a.txt", "text", skipped, bar))
+
+    tracemalloc.start()
+    documents = read()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 250_000
+    characters = sum(count * len(document.replace("\n", "")) for document, count in documents.items())
+    assert characters == len((text * 500_000)[:500_000].replace("\n", ""))
+
+
+def test_import_takes_long_rows_as_they_are(tmp_path):
+    """DA5."""
+    texts = ["a" * 2_000_000, "b" * 4001, "c\n\n" * 5000]
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    assert sorted(all_of(*imported(tmp_path / "a.jsonl", tmp_path / "shards"))) == texts
+
+
+# ---- import: what is left out ----
+
+
+def test_import_counts_what_it_leaves_out_by_reason(tmp_path):
+    """DA4, and DA6 in a column."""
+    good = make_texts(3)
+    bad = [{"text": value} for value in (None, "", " \n\t", 5, ["a"])] + [{"content": "a"}, ["text"]]
+    bad_lines = b'{"text": "cut\n\n  \n' + b'{"text": "\xff"}\n' + b"[" * 100_000
+    (tmp_path / "a.jsonl").write_bytes(json_lines([*rows_of(good), *bad, {"text": good[0]}]) + bad_lines)
+    column = pa.array([None, b"fine", b"\xff\xfe", b"", good[1].encode()]).view(pa.string())
+    pq.write_table(pa.table({"text": column}), tmp_path / "b.parquet")
+    *found, skipped = imported(tmp_path, tmp_path / "shards")
+    assert sorted(all_of(*found)) == sorted([*good, "fine"])
+    assert skipped == {
+        "null": 2, "empty": 3, "not a string": 2, "not JSON": 3, "duplicate": 2, "not UTF-8 text": 1,
+        "no 'text' in the row (--text-column=NAME chooses another field)": 2,
+    }  # fmt: skip
+
+
+def test_import_makes_lone_surrogates_replacement_characters(tmp_path):
+    """DA7: JSON can hold them, parquet cannot."""
+    (tmp_path / "a.jsonl").write_bytes(rb'{"text": "a\ud800b"}' + b"\n" + rb'{"text": "c\ud83d\ude42\udc00"}')
+    assert sorted(all_of(*imported(tmp_path, tmp_path / "shards"))) == ["a\ufffdb", "c🙂\ufffd"]
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_parquet])
+def test_import_of_another_column(tmp_path, write):
+    path = tmp_path / ("a.jsonl" if write is write_jsonl else "a.parquet")
+    texts = make_texts(5)
+    if write is write_jsonl:
+        path.write_bytes(json_lines([{"text": "no", "body": text} for text in texts]))
+    else:
+        pq.write_table(pa.table({"text": ["no"] * 5, "body": pa.array(texts).dictionary_encode()}), path)
+    assert sorted(all_of(*imported(path, tmp_path / "shards", text_column="body"))) == sorted(texts)
+
+
+# ---- import: errors ----
+
+
+def damaged(write, harm):
+    def make(path):
+        write(path, make_texts(200))
+        path.write_bytes(harm(path.read_bytes()))
+
+    return make
+
+
+def half(data):
+    return data[: len(data) // 2]
+
+
+def scrambled(data):
+    middle = len(data) // 2
+    return data[:middle] + bytes(byte ^ 0x5A for byte in data[middle : middle + 400]) + data[middle + 400 :]
+
+
+def of_another_kind(path):
+    write_jsonl(path, ["a", "b"])
+
+
+def without_rows(path):
+    path.write_bytes(json_lines([{"text": ""}, {"body": "a"}]))
+
+
+def other_columns(path):
+    pq.write_table(pa.table({"id": [1, 2], "body": ["a", "b"]}), path)
+
+
+BAD_SOURCES = {
+    "missing": ("a.txt", lambda path: None, r"--from=.*a.txt: no such file or folder"),
+    "nothing to read": ("folder", lambda path: path.mkdir(), r"folder: no .txt, .* or other text file there"),
+    "another kind": ("a.png", lambda path: path.write_bytes(b"x"), r"a.png: no .txt, .* or other text file there"),
+    "empty file": ("a.txt", lambda path: path.write_bytes(b""), r"no text in 1 files \(all empty\)"),
+    "no good row": ("a.jsonl", without_rows, r"no text in 1 files \(1 empty, 1 no 'text' .*--text-column"),
+    "one document": ("a.txt", lambda path: path.write_text("one"), r"a single document; at least two are needed"),
+    "equal documents": ("a.jsonl", lambda path: write_jsonl(path, ["a", "a"]), r"a single document; at least two"),
+    "missing column": ("a.parquet", other_columns, r"no column 'text', only: id, body \(--text-column=NAME"),
+    "cut gz": ("a.jsonl.gz", damaged(write_gz, half), r"a.jsonl.gz cannot be read: Compressed file ended"),
+    "scrambled gz": ("a.jsonl.gz", damaged(write_gz, scrambled), r"a.jsonl.gz cannot be read: .*(invalid|CRC)"),
+    "no gz": ("a.jsonl.gz", of_another_kind, r"a.jsonl.gz cannot be read: Not a gzipped file"),
+    "cut zst": ("a.jsonl.zst", damaged(write_zst, half), r"a.jsonl.zst cannot be read: "),
+    "no zst": ("a.jsonl.zst", of_another_kind, r"a.jsonl.zst cannot be read: ZSTD decompress"),
+    "cut parquet": ("a.parquet", damaged(write_parquet, half), r"a.parquet cannot be read: Parquet magic bytes"),
+    "no parquet": ("a.parquet", of_another_kind, r"a.parquet cannot be read: Parquet magic bytes"),
+}
+
+
+@pytest.mark.parametrize(("name", "make", "says"), BAD_SOURCES.values(), ids=BAD_SOURCES)
+def test_import_says_what_is_wrong_and_keeps_the_data_set_that_was_there(tmp_path, name, make, says):
+    """DA1 and DA3 of a user's own files."""
+    mine = make_shards(tmp_path / "data" / "mine")
+    before = hashes(mine)
+    make(tmp_path / name)
+    with pytest.raises(DataError, match=says) as caught:
+        dataset.import_text(tmp_path / name, mine)
+    assert "\n" not in str(caught.value)
+    assert names_in(tmp_path / "data") == ["mine"]
+    assert hashes(mine) == before
+
+
+PLACES = {
+    "reading": (corpus, "_is_utf8"),
+    "sorting": (corpus, "_sort_bucket"),
+    "writing": (corpus.ShardWriter, "add"),
+    "closing": (corpus.ShardWriter, "close"),
+    "manifest": (dataset, "file_sha256"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_import_that_ends_in_the_middle_leaves_what_was_there_and_nothing_else(tmp_path, monkeypatch, place, error):
+    mine = make_shards(tmp_path / "data" / "mine")
+    before = hashes(mine)
+    write_jsonl(tmp_path / "a.jsonl", make_texts(50))
+    real, calls, seen = getattr(*place), [], []
+
+    def failing(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            seen.append([path.name[:5] for path in sorted((tmp_path / "data").iterdir())])
+            raise error
+        return real(*arguments)
+
+    monkeypatch.setattr(*place, failing)
+    with pytest.raises(type(error)):
+        dataset.import_text(tmp_path / "a.jsonl", mine)
+    assert seen == [[".tmp-", "mine"]], "it was in the middle of it"
+    assert names_in(tmp_path / "data") == ["mine"]
+    assert hashes(mine) == before
+    dataset.import_text(tmp_path / "a.jsonl", mine)
+    assert names_in(tmp_path / "data") == ["mine"]
+    assert sorted(all_of(read_all(mine).values(), [])) == sorted(make_texts(50))
+    assert names_in(mine) == ["manifest.json", *(f"shard_{number:05d}.parquet" for number in range(5))]
+    assert dataset.verify(mine) == []
+
+
+def test_import_command_end_to_end(run_script, base_dir, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    write_jsonl(source / "a.jsonl", [*make_texts(100), None])
+    (source / "b.txt").write_text("my own text\n\nin two paragraphs")
+    done = run_script("nanotrain.dataset", f"--from={source}", "--name=mine")
+    assert (done.returncode, done.stderr) == (0, "")
+    folder = base_dir / "data" / "mine"
+    first, second = done.stdout.splitlines()
+    assert re.fullmatch(rf"{folder}: 101 documents in \d+\.\d s, 1 left out: null", first)
+    assert f"--data-dir={folder}" in second
+    assert names_in(base_dir / "data") == ["mine"]
+    shards = dataset.open_shards(folder)
+    found = [text for shard in (*shards.train, shards.validation) for group in range(len(shard.group_rows))
+             for text in dataset.read_texts(shard.path, group)]  # fmt: skip
+    assert sorted(found) == sorted([*make_texts(100), "my own text\n\nin two paragraphs"])
+    assert shards.validation.name == dataset.read_manifest(folder)["validation"] == "shard_00004.parquet"
+    done = run_script("nanotrain.dataset", f"--from={source / 'none'}", "--name=mine")
+    assert (done.returncode, done.stdout) == (6, "")
+    assert done.stderr == f"error: --from={source / 'none'}: no such file or folder\n"
+    assert dataset.verify(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"FROM": "x"}, "--from needs a name for the data set, as in --name=mine"),
+        ({"FROM": "x", "NAME": "../mine"}, "data set name '../mine'"),
+        ({"FROM": "x", "NAME": "mine", "DATASET": "stdlib"}, "--dataset, --from and --base-url: one of them at a time"),
+    ],
+)
+def test_import_command_says_what_is_missing(monkeypatch, base_dir, settings, says):
+    for name, value in settings.items():
+        monkeypatch.setattr(dataset, name, value)
+    with pytest.raises(UserError, match=re.escape(says)) as caught:
+        dataset.main()
+    assert caught.value.exit_code == 2
+    assert not base_dir.exists()

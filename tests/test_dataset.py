@@ -1,31 +1,15 @@
-"""Shards: cutting, the embedded corpus, opening and verifying folders, and downloads from a loopback server."""
+"""Shards: opening, reading and verifying folders of them."""
 
 import hashlib
-import http.server
-import json
-import os
 import random
-import re
-import signal
-import socket
-import subprocess
-import sys
-import threading
-from pydoc_data import topics
-from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, make_shards, make_texts
+from conftest import make_shards, make_texts
 
 from nanotrain import dataset, paths
-from nanotrain.errors import DataError, UserError
-
-
-def read_all(folder):
-    """{shard name: its texts}, read with pyarrow alone."""
-    return {path.name: pq.read_table(path)["text"].to_pylist() for path in sorted(folder.glob("*.parquet"))}
+from nanotrain.errors import DataError
 
 
 def names_in(folder):
@@ -79,6 +63,15 @@ def test_every_kind_of_string_column_is_read(tmp_path, kind):
     assert dataset.read_texts(shard.path, 0) == texts
 
 
+def test_validation_stays_pinned_when_shards_are_added(tmp_path):
+    make_shards(tmp_path)
+    dataset.write_manifest(tmp_path, "mine", "shard_00002.parquet")
+    dataset.write_shard(tmp_path / "shard_99999.parquet", ["later"])
+    shards = dataset.open_shards(tmp_path)
+    assert shards.validation.name == "shard_00002.parquet"
+    assert [shard.name for shard in shards.train] == [f"shard_{number:05d}.parquet" for number in (0, 1, 99999)]
+
+
 def test_files_of_other_names_are_ignored(tmp_path):
     make_shards(tmp_path)
     for name in ("shard_a.parquet", "shard_00009.parquet.part", ".shard_00009.parquet", "Shard_00009.parquet", "a.txt"):
@@ -123,6 +116,11 @@ def with_bytes(change):
     return write
 
 
+def shorter(folder):
+    dataset.write_manifest(make_shards(folder), "mine", "shard_00002.parquet")
+    (folder / "shard_00001.parquet").write_bytes(bytes(100))
+
+
 def validation_gone(folder):
     dataset.write_manifest(make_shards(folder), "mine", "shard_00002.parquet")
     (folder / "shard_00002.parquet").unlink()
@@ -144,10 +142,18 @@ def with_manifest(text):
         (no_rows, "hold no rows"),
         (with_table({"content": ["a"], "id": [1]}), "shard_00001.parquet has no column 'text', only: content, id"),
         (with_table({"text": [1, 2]}), "shard_00001.parquet.*must hold strings, not int64"),
+        (with_table({"text": [b"a", b"b"]}), "shard_00001.parquet.*must hold strings, not binary"),
         (with_table({"text": [["a"], ["b"]]}), "shard_00001.parquet.*must hold strings, not list"),
+        (with_table({"text": [{"text": "a"}]}), "shard_00001.parquet.*must hold strings, not struct"),
         (with_bytes(lambda data: b"<html>sorry</html>"), "shard_00001.parquet is not a readable parquet file"),
         (with_bytes(lambda data: data[: len(data) // 2]), "shard_00001.parquet is not a readable parquet file"),
-        (with_bytes(lambda data: b""), "shard_00001.parquet is not a readable parquet file"),
+        (with_bytes(lambda data: b""), "shard_00001.parquet is not a readable parquet file .0 bytes, .*get it again"),
+        (
+            with_bytes(lambda data: data[:-400] + bytes(392) + data[-8:]),
+            "shard_00001.parquet is not a readable parquet",
+        ),
+        (with_bytes(lambda data: data[:-8] + b"\xff" * 4 + b"PAR1"), "shard_00001.parquet is not a readable parquet"),
+        (shorter, r"shard_00001.parquet has 100 bytes, its manifest says \d+: delete it and get it again"),
         (validation_gone, "the validation shard shard_00002.parquet is missing"),
         (with_manifest('{"validation": "shard_0'), "manifest.json is broken"),
         (with_manifest('{"shards": []}'), "manifest.json is broken"),
@@ -159,6 +165,7 @@ def with_manifest(text):
     ],
 )
 def test_open_shards_says_what_is_wrong(tmp_path, prepare, says):
+    """DA1, DA3, DA10."""
     folder = tmp_path / "shards"
     folder.mkdir()
     prepare(folder)
@@ -168,23 +175,58 @@ def test_open_shards_says_what_is_wrong(tmp_path, prepare, says):
     assert "\n" not in str(caught.value)
 
 
-def not_utf8(path):
-    table = pa.table({"text": pa.array([b"\xff\xfe\xfd"]).view(pa.string())})
-    pq.write_table(table, path)
-
-
 def damaged_page(path):
     data = bytearray(path.read_bytes())
-    data[4:200] = bytes(196)
+    data[4 : len(data) // 2] = bytes(len(data) // 2 - 4)
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("harm", [not_utf8, damaged_page, lambda path: path.unlink()])
+def another_file(path):
+    pq.write_table(pa.table({"body": ["x"]}), path)
+
+
+def fewer_row_groups(path):
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
+
+
+HARMS = [damaged_page, another_file, fewer_row_groups, lambda path: path.write_bytes(b""), lambda path: path.unlink()]
+
+
+@pytest.mark.parametrize("harm", HARMS)
 def test_a_row_group_that_cannot_be_read_is_named(tmp_path, harm):
+    """DA2, and DA12: a shard that is replaced or vanishes after it was opened."""
     path = make_shards(tmp_path) / "shard_00000.parquet"
     harm(path)
-    with pytest.raises(DataError, match=r"shard_00000.parquet, row group 0, cannot be read"):
-        dataset.read_texts(path, 0)
+    with pytest.raises(DataError, match=r"shard_00000.parquet, row group 1, cannot be read .*get it again"):
+        dataset.read_texts(path, 1)
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_text_that_is_not_utf8_is_named_to_the_row(tmp_path, kind):
+    """DA6."""
+    raw = pa.array([b"fine", None, "é".encode(), b"\xff\xfe\xfd", b"\xff"])
+    text = raw.dictionary_encode() if pa.types.is_dictionary(kind) else raw
+    if pa.types.is_dictionary(kind):
+        text = pa.DictionaryArray.from_arrays(text.indices, text.dictionary.view(pa.string()))
+    else:
+        text = raw.cast(pa.large_binary()).view(kind) if kind == pa.large_string() else raw.view(kind)
+    pq.write_table(pa.table({"text": text}), tmp_path / "shard_00000.parquet")
+    with pytest.raises(DataError, match=r"shard_00000.parquet, row group 0, row 3: the text is not UTF-8"):
+        dataset.read_texts(tmp_path / "shard_00000.parquet", 0)
+
+
+def test_a_row_group_that_declares_too_much_text_is_refused(tmp_path, monkeypatch):
+    """DA14: before it is decompressed."""
+    make_shards(tmp_path)
+    dataset.write_shard(tmp_path / "shard_00001.parquet", ["a", "a" * 1_000_000, "b"], rows_per_group=1)
+    assert (tmp_path / "shard_00001.parquet").stat().st_size < 5000
+    assert dataset.MAX_GROUP_BYTES == 2 * 1024**3
+    dataset.open_shards(tmp_path)
+    monkeypatch.setattr(dataset, "MAX_GROUP_BYTES", 1_100_000)
+    dataset.open_shards(tmp_path)
+    monkeypatch.setattr(dataset, "MAX_GROUP_BYTES", 900_000)
+    with pytest.raises(DataError, match=r"shard_00001.parquet declares a row group of 0.0 GiB of text: use smaller"):
+        dataset.open_shards(tmp_path)
 
 
 # ---- hashes ----
@@ -208,32 +250,91 @@ def test_fingerprint_notices_a_shard_of_another_size_than_in_its_manifest(tmp_pa
         dataset.fingerprint(dataset.open_shards(tmp_path))
 
 
-def test_verify_names_a_flipped_byte_a_missing_and_a_shorter_shard(tmp_path):
-    make_shards(tmp_path, train=4)
-    dataset.write_manifest(tmp_path, "mine", "shard_00004.parquet")
-    assert dataset.verify(tmp_path) == []
-    path = tmp_path / "shard_00002.parquet"
+@pytest.mark.parametrize("with_manifest", [False, True])
+def test_a_train_shard_equal_to_the_validation_shard_is_an_error(tmp_path, with_manifest):
+    """DA10: whatever its name."""
+    make_shards(tmp_path, train=3)
+    (tmp_path / "shard_00001.parquet").write_bytes((tmp_path / "shard_00003.parquet").read_bytes())
+    if with_manifest:
+        dataset.write_manifest(tmp_path, "mine", "shard_00003.parquet")
+    shards = dataset.open_shards(tmp_path)
+    with pytest.raises(DataError, match=r"shard_00001.parquet has the same content as the validation shard: remove"):
+        dataset.fingerprint(shards)
+    (tmp_path / "shard_00001.parquet").write_bytes((tmp_path / "shard_00000.parquet").read_bytes())
+    (tmp_path / "manifest.json").unlink(missing_ok=True)
+    assert len(dataset.fingerprint(dataset.open_shards(tmp_path))["files"]) == 4, "two equal train shards are not"
+
+
+def flip(path, place):
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[place] ^= 1
     path.write_bytes(data)
-    assert dataset.verify(tmp_path) == ["shard_00002.parquet"]
+
+
+def test_verify_names_every_bad_shard_and_what_is_wrong_with_it(tmp_path):
+    make_shards(tmp_path, train=6)
+    dataset.write_manifest(tmp_path, "mine", "shard_00006.parquet")
+    assert dataset.verify(tmp_path) == []
+    sizes = [path.stat().st_size for path in sorted(tmp_path.glob("*.parquet"))]
     (tmp_path / "shard_00000.parquet").unlink()
-    last = tmp_path / "shard_00004.parquet"
+    flip(tmp_path / "shard_00002.parquet", sizes[2] // 2)
+    last = tmp_path / "shard_00006.parquet"
     last.write_bytes(last.read_bytes()[:-1])
-    assert dataset.verify(tmp_path) == ["shard_00000.parquet", "shard_00002.parquet", "shard_00004.parquet"]
+    dataset.write_shard(tmp_path / "shard_00007.parquet", ["new"])
+    (tmp_path / "notes.txt").write_text("no shard")
+    assert dataset.verify(tmp_path) == [
+        "shard_00000.parquet is missing",
+        "shard_00002.parquet has another SHA-256",
+        f"shard_00006.parquet has {sizes[6] - 1} bytes of {sizes[6]}",
+        "shard_00007.parquet is not in the manifest",
+    ]
 
 
-def test_verify_command_ends_with_a_data_error_that_names_the_shard(monkeypatch, capsys):
-    folder = make_shards(paths.dataset_dir("stdlib"))
-    monkeypatch.setattr(dataset, "DATASET", "stdlib")
+def test_verify_notices_any_flipped_bit_and_reading_gives_text_or_a_data_error(tmp_path):
+    """DA2: pages have no checksum of their own, so only the hash of the whole file is sure to notice."""
+    path = make_shards(tmp_path, train=1) / "shard_00000.parquet"
+    dataset.write_manifest(tmp_path, "mine", "shard_00001.parquet")
+    good = path.read_bytes()
+    texts = list(dataset.row_groups([path]))
+    unnoticed = 0
+    for place in range(0, len(good), 97):
+        flip(path, place)
+        assert dataset.verify(tmp_path) == ["shard_00000.parquet has another SHA-256"]
+        try:
+            unnoticed += list(dataset.row_groups([path])) != texts
+        except DataError as error:
+            assert "shard_00000.parquet" in str(error)  # noqa: PT017
+        path.write_bytes(good)
+    assert dataset.verify(tmp_path) == []
+    assert unnoticed > 0, "this is why there are hashes"
+
+
+def test_verify_command_names_every_bad_shard_of_one_or_all_data_sets(monkeypatch, capsys):
     monkeypatch.setattr(dataset, "VERIFY", True)
-    with pytest.raises(DataError, match=r"has no manifest.json"):
+    with pytest.raises(DataError, match=r"no data set with a manifest.json in .*data"):
         dataset.main()
-    dataset.write_manifest(folder, "stdlib", "shard_00002.parquet")
+    one, two, without = (make_shards(paths.dataset_dir(name)) for name in ("one", "two", "without"))
+    for folder in (one, two):
+        dataset.write_manifest(folder, folder.name, "shard_00002.parquet")
     dataset.main()
-    assert "every shard is as the manifest says" in capsys.readouterr().out
-    (folder / "shard_00001.parquet").unlink()
-    with pytest.raises(DataError, match=r"1 bad shards .*shard_00001.parquet"):
+    assert capsys.readouterr().out == "".join(f"{f}: every shard is as the manifest says\n" for f in (one, two))
+    (two / "shard_00001.parquet").unlink()
+    flip(two / "shard_00002.parquet", 100)
+    bad = f"{two}: shard_00001.parquet is missing; shard_00002.parquet has another SHA-256\n"
+    with pytest.raises(DataError, match="2 bad shards: delete them and prepare the data set again") as caught:
+        dataset.main()
+    assert caught.value.exit_code == 6
+    assert capsys.readouterr().out == f"{one}: every shard is as the manifest says\n{bad}"
+    monkeypatch.setattr(dataset, "NAME", "one")
+    dataset.main()
+    assert capsys.readouterr().out == f"{one}: every shard is as the manifest says\n"
+    monkeypatch.setattr(dataset, "NAME", "")
+    monkeypatch.setattr(dataset, "DATASET", "two")
+    with pytest.raises(DataError, match="2 bad shards"):
+        dataset.main()
+    assert capsys.readouterr().out == bad
+    monkeypatch.setattr(dataset, "DATASET", without.name)
+    with pytest.raises(DataError, match=r"without has no manifest.json to compare with"):
         dataset.main()
 
 
@@ -255,242 +356,3 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert (names_in(path.parent), path.read_text()) == (["file"], "first")
     write("third")
     assert (names_in(path.parent), path.read_text()) == (["file"], "third")
-
-
-# ---- download ----
-
-
-class Hub:
-    """A hosted data set on loopback. `answers` maps a shard to functions that answer its next requests otherwise."""
-
-    prefix = "/" + dataset.SOURCES["fineweb-edu"].url + "/"
-    validation = "shard_01822.parquet"
-
-    def __init__(self, folder):
-        make_shards(folder, train=2)
-        (folder / "shard_00002.parquet").rename(folder / self.validation)
-        self.files = {path.name: path.read_bytes() for path in folder.iterdir()}
-        self.answers, self.requests = {}, []
-        hub = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                assert self.path.startswith(hub.prefix)
-                name = self.path.removeprefix(hub.prefix)
-                hub.requests.append((name, self.headers.get("Authorization")))
-                answer = hub.answers[name].pop(0) if hub.answers.get(name) else send
-                answer(self, hub.files[name])
-
-            def log_message(self, *arguments):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01})
-        self.thread.start()
-
-    def close(self):
-        self.server.shutdown()
-        self.thread.join()
-        self.server.server_close()
-
-
-def send(handler, body, length=None, status=200):
-    handler.send_response(status)
-    handler.send_header("Content-Length", str(len(body) if length is None else length))
-    handler.end_headers()
-    handler.wfile.write(body)
-
-
-def status(code):
-    return lambda handler, body: send(handler, b"no", status=code)
-
-
-def half(handler, body):
-    send(handler, body[: len(body) // 2], length=len(body))
-
-
-def web_page(handler, body):
-    send(handler, b"<html>please log in</html>")
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    hub = Hub(tmp_path / "hub")
-    monkeypatch.setenv("HF_ENDPOINT", hub.url)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    yield hub
-    hub.close()
-
-
-@pytest.fixture
-def waits(monkeypatch):
-    """The seconds that downloads would have waited between attempts; they do not wait."""
-    seconds = []
-
-    class Event(threading.Event):
-        def wait(self, timeout=None):
-            seconds.append(timeout)
-            return self.is_set()
-
-    monkeypatch.setattr(dataset, "threading", SimpleNamespace(Event=Event))
-    return seconds
-
-
-ALL = ["shard_00000.parquet", "shard_00001.parquet", Hub.validation]
-
-
-def test_download_gives_the_files_of_the_source_and_a_true_manifest(hub, tmp_path, capsys):
-    folder = tmp_path / "here"
-    dataset.download("fineweb-edu", 2, folder)
-    assert names_in(folder) == ["manifest.json", *ALL]
-    assert {name: (folder / name).read_bytes() for name in ALL} == hub.files
-    assert sorted(hub.requests) == [(name, None) for name in ALL]
-    assert dataset.verify(folder) == []
-    shards = dataset.open_shards(folder)
-    assert [shard.name for shard in shards.train] == ALL[:2]
-    assert shards.validation.name == Hub.validation
-    assert "ODC-By" in capsys.readouterr().out
-
-
-def test_download_does_not_fetch_what_is_there(hub, tmp_path):
-    folder = tmp_path / "here"
-    dataset.download("fineweb-edu", 1, folder)
-    assert sorted(name for name, _ in hub.requests) == [ALL[0], ALL[2]]
-    hub.requests.clear()
-    dataset.download("fineweb-edu", 2, folder)
-    assert hub.requests == [(ALL[1], None)]
-    hub.requests.clear()
-    dataset.download("fineweb-edu", 2, folder)
-    assert hub.requests == []
-    assert [entry["name"] for entry in dataset.read_manifest(folder)["shards"]] == ALL
-
-
-def test_a_shard_that_the_source_lacks_is_named_and_not_asked_for_again(hub, waits, tmp_path):
-    hub.answers[ALL[1]] = [status(404)]
-    folder = tmp_path / "here"
-    with pytest.raises(DataError, match=r"1 of 3 shards are missing \(shard_00001.parquet\).* answers 404") as caught:
-        dataset.download("fineweb-edu", 2, folder)
-    assert caught.value.exit_code == 6
-    assert names_in(folder) == [ALL[0], ALL[2]], "what was had is kept, and nothing else"
-    assert sum(waits) == 0
-    dataset.download("fineweb-edu", 2, folder)
-    assert dataset.verify(folder) == []
-
-
-def test_a_download_that_got_nothing_leaves_no_folder(hub, waits, tmp_path):
-    hub.answers = {name: [status(404)] for name in ALL}
-    with pytest.raises(DataError, match="3 of 3 shards are missing"):
-        dataset.download("fineweb-edu", 2, tmp_path / "here")
-    assert names_in(tmp_path) == ["hub"]
-
-
-@pytest.mark.parametrize("trouble", [half, status(500), status(503), status(429), status(408)])
-def test_passing_trouble_is_tried_again(hub, waits, tmp_path, trouble):
-    hub.answers[ALL[0]] = [trouble, trouble, trouble]
-    folder = tmp_path / "here"
-    dataset.download("fineweb-edu", 1, folder)
-    assert (folder / ALL[0]).read_bytes() == hub.files[ALL[0]]
-    assert names_in(folder) == ["manifest.json", ALL[0], ALL[2]]
-    assert [name for name, _ in hub.requests].count(ALL[0]) == 4
-    assert 3 <= sum(waits) < 120
-
-
-@pytest.mark.parametrize("trouble", [half, status(500), web_page])
-def test_lasting_trouble_ends_and_leaves_nothing_of_the_shard(hub, waits, tmp_path, trouble):
-    hub.answers[ALL[0]] = [trouble] * 100
-    folder = tmp_path / "here"
-    with pytest.raises(DataError, match=r"\(shard_00000.parquet\): .*127.0.0.1"):
-        dataset.download("fineweb-edu", 1, folder)
-    assert names_in(folder) == [ALL[2]]
-    assert len(hub.requests) <= 10
-    assert sum(waits) < 300
-
-
-def test_an_unreachable_host_is_told_soon_with_the_way_to_do_without(waits, tmp_path, monkeypatch):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # and not listening: nobody answers at this port
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
-        monkeypatch.setenv("no_proxy", "127.0.0.1")
-        with pytest.raises(DataError, match=r"127.0.0.1:\d+ cannot be reached.*--dataset=stdlib"):
-            dataset.download("fineweb-edu", 50, tmp_path / "here")
-    assert sum(waits) <= 4 * dataset.DOWNLOAD_WORKERS, "for 51 shards, and the workers wait side by side"
-    assert names_in(tmp_path) == []
-
-
-def test_a_token_is_sent_and_a_refusal_asks_for_one(hub, waits, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    hub.answers = {name: [status(401)] for name in ALL}
-    with pytest.raises(DataError, match="answers 401: set HF_TOKEN"):
-        dataset.download("fineweb-edu", 1, tmp_path / "here")
-    assert sorted(hub.requests) == [(name, "Bearer hf_secret") for name in (ALL[0], ALL[2])]
-
-
-@pytest.mark.parametrize(("code", "says"), [(404, "answers 404 for shard_00001.parquet"), (403, "set HF_TOKEN")])
-def test_the_command_ends_with_6_and_never_shows_the_token(hub, run_script, base_dir, code, says):
-    hub.answers[ALL[1]] = [status(code)]
-    done = run_script("nanotrain.dataset", "-n", "2", "--dataset=fineweb-edu", HF_TOKEN="hf_secret")
-    assert done.returncode == 6
-    assert done.stderr.splitlines()[-1].startswith("error: 1 of 3 shards are missing (shard_00001.parquet)")
-    assert says in done.stderr
-    assert "Traceback" not in done.stderr
-    assert (ALL[0], "Bearer hf_secret") in hub.requests
-    assert "hf_secret" not in done.stdout + done.stderr
-    assert names_in(base_dir / "data" / "fineweb-edu") == [ALL[0], ALL[2]]
-
-
-def test_ctrl_c_leaves_no_piece_of_a_shard(hub, base_dir):
-    arrived, release = threading.Event(), threading.Event()
-
-    def stall(handler, body):
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(len(body)))
-        handler.end_headers()
-        handler.wfile.write(body[:100])
-        arrived.set()
-        release.wait(60)
-
-    hub.answers = {name: [stall] for name in ALL[:2]}
-    command = [sys.executable, "-m", "nanotrain.dataset", "-n", "2", "--dataset=fineweb-edu"]
-    environment = {**os.environ, "NANOTRAIN_DIR": str(base_dir)}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    try:
-        assert arrived.wait(60)
-        process.send_signal(signal.SIGINT)
-        release.set()
-        _, errors = process.communicate(timeout=60)
-    finally:
-        release.set()
-        process.kill()
-    assert process.returncode == 130
-    assert b"Traceback" not in errors
-    folder = base_dir / "data" / "fineweb-edu"
-    left = names_in(folder) if folder.exists() else []
-    assert left in ([], [Hub.validation])
-
-
-def test_a_full_disk_ends_the_download_with_its_reason(hub, base_dir):
-    command = [sys.executable, "-m", "nanotrain.dataset", "-n", "2", "--dataset=fineweb-edu"]
-    environment = {**os.environ, "NANOTRAIN_DIR": str(base_dir)}
-    limited = ["sh", "-c", 'ulimit -f 1 && exec "$@"', "sh", *command]  # writes fail as they do on a full disk
-    done = subprocess.run(limited, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 6
-    assert done.stderr.splitlines()[-1].startswith("error: 3 of 3 shards are missing")
-    assert done.stderr.splitlines()[-1].endswith("fineweb-edu: File too large")
-    assert "Traceback" not in done.stderr
-    assert not (base_dir / "data" / "fineweb-edu").exists()
-
-
-@pytest.mark.parametrize("count", [0, -1, 1823])
-def test_a_number_of_shards_that_the_source_does_not_have_is_refused(tmp_path, count):
-    with pytest.raises(UserError, match=f"-n {count}: fineweb-edu has 1 to 1822 train shards") as caught:
-        dataset.download("fineweb-edu", count, tmp_path / "here")
-    assert caught.value.exit_code == 2
-    assert names_in(tmp_path) == []
-
-
-def test_an_unknown_data_set_is_refused_with_the_known_ones(monkeypatch):
-    monkeypatch.setattr(dataset, "DATASET", "fineweb")
-    with pytest.raises(UserError, match=r"--dataset=fineweb: choose one of stdlib, fineweb-edu, climbmix"):
-        dataset.main()
