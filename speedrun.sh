@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
 # The whole pipeline: environment, data, tokenizer, training, evaluation with samples, summary.
 set -euo pipefail
+for name in DATA_DIR NANOTRAIN_DIR; do # a relative path means the folder this was called from
+    if [ -n "${!name:-}" ] && [[ ${!name} != /* ]]; then export "$name=$PWD/${!name}"; fi
+done
 cd "$(dirname "$0")"
 
 usage() {
@@ -21,7 +24,7 @@ Choices, as environment variables (MINUTES=3 bash speedrun.sh):
                  evaluation (6 without CUDA; with CUDA the model's size decides)
   DEPTH          layers (3 without CUDA, 20 with)
   VOCAB_SIZE     tokens of the vocabulary (4096 without CUDA, 32768 with)
-  RUN_NAME       folder of the run (speedrun-d<depth>-<minutes>)
+  RUN_NAME       folder of the run (<data set>-d<depth>-v<vocab size>-<minutes>)
   NPROC          processes on this machine (all GPUs, or 1)
   WANDB          off, offline or online (off)
   NANOTRAIN_DIR  where data, tokenizer and runs go (~/.cache/nanotrain)
@@ -46,9 +49,15 @@ on_signal() {
 }
 trap on_signal INT TERM
 
+say_how_to_go_on() {
+    printf '\nstopped. To go on, run the same command again:\n\n    %sbash %q\n' "$chosen" "$PWD/speedrun.sh"
+    exit 0
+}
+
 stage() { # stage NAME COMMAND...
     local name=$1 begin=$SECONDS status=0
     shift
+    if [ -n "$stopped" ]; then say_how_to_go_on; fi
     printf '\n== %s\n' "$name"
     "$@" &
     child=$!
@@ -58,10 +67,7 @@ stage() { # stage NAME COMMAND...
         wait "$child" || status=$?
     done
     child=""
-    if [ -n "$stopped" ]; then
-        printf '\nstopped in stage "%s". To go on, run the same command again:\n\n    %sbash speedrun.sh\n' "$name" "$chosen"
-        exit 0
-    fi
+    if [ -n "$stopped" ]; then say_how_to_go_on; fi
     if [ "$status" -ne 0 ]; then
         echo "error: stage \"$name\" failed with exit code $status" >&2
         exit "$status"
@@ -72,12 +78,23 @@ stage() { # stage NAME COMMAND...
 
 chosen="" # the choices, to say how to go on
 for name in DATASET DATA_DIR TRAIN_SHARDS MINUTES DEPTH VOCAB_SIZE RUN_NAME NPROC WANDB NANOTRAIN_DIR; do
-    if [ -n "${!name:-}" ]; then chosen+="$name=${!name} "; fi
+    if [ -n "${!name:-}" ]; then chosen+=$(printf '%s=%q ' "$name" "${!name}"); fi
 done
+for name in TRAIN_SHARDS DEPTH VOCAB_SIZE NPROC; do
+    if [ -n "${!name:-}" ] && ! [[ ${!name} =~ ^[1-9][0-9]{0,8}$ ]]; then
+        echo "error: $name=${!name}: must be a whole number above 0" >&2
+        exit 2
+    fi
+done
+if [ -n "${MINUTES:-}" ] && ! [[ $MINUTES =~ ^[0-9]*\.?[0-9]+$ ]]; then
+    echo "error: MINUTES=$MINUTES: must be a number, as in MINUTES=2.5" >&2
+    exit 2
+fi
 
 . dev/environment.sh
 printf '== environment\n'
 make_environment report || exit 1
+if [ -n "$stopped" ]; then say_how_to_go_on; fi
 "$PYTHON" -m nanotrain.runtime
 
 gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
@@ -93,7 +110,7 @@ else
     eval_tokens=262144
 fi
 data_dir=${DATA_DIR:-$NANOTRAIN_DIR/data/$dataset}
-run_name=${RUN_NAME:-speedrun-d$depth${minutes:+-${minutes}min}}
+run_name=${RUN_NAME:-$(basename "$data_dir")-d$depth-v$vocab_size${minutes:+-${minutes}min}}
 run_dir=$NANOTRAIN_DIR/runs/$run_name
 
 if [ -z "${DATA_DIR:-}" ]; then
@@ -143,5 +160,5 @@ for i in "${!names[@]}"; do printf '%s %d s, ' "${names[$i]}" "${seconds[$i]}"; 
 printf 'in all %d s\n' "$SECONDS"
 cat << END
 files           $run_dir
-talk to it      NANOTRAIN_DIR=$NANOTRAIN_DIR $PYTHON -m scripts.generate --run-name=$run_name
+talk to it      cd $PWD && $PYTHON -m scripts.generate --run-name=$run_dir
 END

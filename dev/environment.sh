@@ -23,7 +23,7 @@ make_environment() {
         return 1
     fi
     echo "installing nanotrain[$extras] into .venv (a few minutes the first time)"
-    [ -x "$PYTHON" ] || "$base" -m venv .venv || return 1
+    "$PYTHON" -m pip --version > /dev/null 2>&1 || "$base" -m venv .venv || return 1 # also one that was left half made
     log=.venv/install.log
     "$PYTHON" -m pip install --disable-pip-version-check --editable ".[$extras]" > "$log" 2>&1 &
     local pip=$!

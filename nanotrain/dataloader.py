@@ -1,7 +1,7 @@
 """Row groups -> documents -> tokens -> rows of T + 1 -> pinned buffers -> device, in an order that no process count
 changes.
 
-Units, lanes, rows (DESIGN in one paragraph): a unit is a row group of a train shard (or a slice of one, where there
+Units, lanes, rows: a unit is a row group of a train shard (or a slice of one, where there
 are few). The endless sequence of units is epoch after epoch, each a permutation by hash. Lane l of L reads the units
 at positions l, l + L, l + 2L, ... as one stream of BOS + document tokens. Row n of the run is the next T + 1 tokens of
 lane n mod L, which then advances by T, so that the last target of a row is the first input of that lane's next one.
@@ -114,7 +114,7 @@ class Lane:
     def _read(self):
         unit, empty = self.sequence[self.position], self.sequence.empty
         pieces = []
-        for text in () if unit in empty else read_texts(unit.path, unit.group)[unit.start : unit.stop]:
+        for text in () if unit in empty else read_texts(unit.path, unit.group, unit.start, unit.stop):
             if not text:
                 self.skipped_documents += 1
                 continue

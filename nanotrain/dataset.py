@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import sys
@@ -42,6 +43,8 @@ VERIFY = False  # hash the shards again and compare with the manifest
 # -----------
 
 MANIFEST = "manifest.json"
+STDLIB = "stdlib of Python"  # with its version: what the manifest of the embedded corpus calls it
+STALE_SECONDS = 3600.0
 CHECKED = "checked.json"  # which files were hashed, so that an unchanged one is not hashed again
 SHARD_NAME = re.compile(r"shard_[0-9]{1,12}\.parquet")
 MAX_GROUP_BYTES = 2 << 30  # of text in one row group, as its footer declares it: more is a mistake or an attack
@@ -106,6 +109,9 @@ def open_shards(folder):
     validation = manifest["validation"] if manifest else names[-1]
     if validation not in names:
         raise DataError(f"{folder}: the validation shard {validation} is missing; prepare this data set again")
+    lost = [entry["name"] for entry in manifest["shards"] if entry["name"] not in names] if manifest else []
+    if lost:
+        raise DataError(f"{folder}: {', '.join(lost[:5])} of its manifest is missing; prepare this data set again")
     train = [name for name in names if name != validation]
     if not train:
         raise DataError(f"{folder} holds only the validation shard {validation}: add at least one train shard")
@@ -148,14 +154,15 @@ def open_shard(path, size=None):
     return Shard(path.name, path, tuple(group.num_rows for group in groups), text_bytes)
 
 
-def read_texts(path, group):
-    """The texts of one row group in order, None for nulls. Raises DataError that names the place."""
+def read_texts(path, group, start=0, stop=None):
+    """The texts of rows `start` to `stop` of a row group, None for nulls. Raises DataError that names the place."""
     try:
         with pq.ParquetFile(path, memory_map=False, **THRIFT_LIMITS) as file:
             column = file.read_row_group(group, columns=["text"]).column("text")
+            column = column.slice(start, None if stop is None else stop - start)
         return column.to_pylist()
     except UnicodeDecodeError:
-        row = next(row for row, value in enumerate(column) if not _is_utf8(value))
+        row = start + next(row for row, value in enumerate(column) if not _is_utf8(value))
         raise DataError(f"{path}, row group {group}, row {row}: the text is not UTF-8; make this shard again") from None
     except (pa.ArrowException, OSError, KeyError) as error:  # KeyError: another file is there now, without the column
         raise DataError(
@@ -233,12 +240,16 @@ def write_manifest(folder, dataset, validation, hashes=()):
 
     hashes: {name: SHA-256} of files that are known already; the others are hashed.
     """
+    _write_json(folder / MANIFEST, _manifest(folder, dataset, validation, hashes))
+
+
+def _manifest(folder, dataset, validation, hashes):
     shards, hashes = [], dict(hashes)
     for path in sorted(path for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name)):
         digest = hashes.get(path.name) or file_sha256(path)
         rows = sum(open_shard(path).group_rows)
         shards.append({"name": path.name, "bytes": path.stat().st_size, "sha256": digest, "rows": rows})
-    _write_json(folder / MANIFEST, {"dataset": dataset, "validation": validation, "shards": shards})
+    return {"dataset": dataset, "validation": validation, "shards": shards}
 
 
 def _write_json(path, value):
@@ -251,7 +262,8 @@ def verify(folder):
     folder, manifest = Path(folder), read_manifest(folder)
     if manifest is None:
         raise DataError(f"{folder} has no {MANIFEST} to compare with")
-    bad = []
+    listed = {entry["name"] for entry in manifest["shards"]}
+    bad = [] if manifest["validation"] in listed else [f"{manifest['validation']}, the validation shard, is missing"]
     for entry in tqdm(manifest["shards"], "verifying", unit="shard", leave=False, disable=not sys.stderr.isatty()):
         path = folder / entry["name"]
         if not path.is_file():
@@ -260,7 +272,6 @@ def verify(folder):
             bad.append(f"{entry['name']} has {path.stat().st_size} bytes of {entry['bytes']}")
         elif file_sha256(path) != entry["sha256"]:
             bad.append(f"{entry['name']} has another SHA-256")
-    listed = {entry["name"] for entry in manifest["shards"]}
     extra = sorted(
         path.name for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name) and path.name not in listed
     )
@@ -303,6 +314,9 @@ class atomic_file:
 def new_folder(folder):
     """`with new_folder(path) as temporary:` fill it; at the end it becomes `path`, or vanishes on an error."""
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".*-{folder.name}-*"):  # of a process that was killed
+        if time.time() - left.stat().st_mtime > STALE_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
     temporary = folder.parent / f".tmp-{folder.name}-{uuid.uuid4().hex}"
     temporary.mkdir()
     try:
@@ -327,8 +341,18 @@ def build_stdlib(folder):
             write_shard(temporary / f"shard_{number:05d}.parquet", train[number :: corpus.STDLIB_SHARDS])
         last = temporary / f"shard_{corpus.STDLIB_SHARDS:05d}.parquet"
         write_shard(last, validation)
-        write_manifest(temporary, "stdlib", last.name)
+        write_manifest(temporary, f"{STDLIB} {platform.python_version()}", last.name)
     return len(train), len(validation)
+
+
+def refuse_other(folder, dataset):
+    """Raise UserError if `folder` holds another data set than `dataset`, the beginning of its manifest's word."""
+    manifest = None
+    with contextlib.suppress(DataError):  # a broken one says nothing
+        manifest = read_manifest(folder)
+    if manifest and not str(manifest.get("dataset", dataset)).startswith(dataset):
+        held = manifest["dataset"]
+        raise UserError(f"{folder} holds another data set ({held}): choose another --name, or delete it")
 
 
 def write_shard(path, texts, rows_per_group=16):
@@ -338,11 +362,19 @@ def write_shard(path, texts, rows_per_group=16):
         pq.write_table(table, temporary, row_group_size=rows_per_group, compression="zstd")
 
 
+def is_stdlib(folder):
+    """Whether `folder` holds the embedded corpus of this very Python, undamaged."""
+    with contextlib.suppress(DataError):
+        manifest = read_manifest(folder)
+        return bool(manifest) and manifest["dataset"] == f"{STDLIB} {platform.python_version()}" and not verify(folder)
+    return False
+
+
 def import_text(source, folder, text_column="text"):
     """Make the data set `folder` of the text in `source`; returns (documents, Counter of what was skipped)."""
     with new_folder(folder) as temporary:
         validation, documents, skipped = corpus.import_text(source, temporary, text_column)
-        write_manifest(temporary, folder.name, validation)
+        write_manifest(temporary, "own text", validation)
     return documents, skipped
 
 
@@ -359,6 +391,7 @@ def fetch(name, source, train_shards, folder, clock=None):
     download.check_url(base)
     token = os.environ.get("HF_TOKEN") if download.host_of(base) == download.host_of(endpoint) else None
     clock = clock or download.Clock()
+    refuse_other(folder, name)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         try:
@@ -368,7 +401,7 @@ def fetch(name, source, train_shards, folder, clock=None):
         entries = {} if remote is None else {entry["name"]: entry for entry in _checked_entries(remote)}
         shards = [f"shard_{number:05d}.parquet" for number in range(source.num_shards)]
         validation = shards[-1] if remote is None else remote["validation"]
-        names = [*[shard for shard in shards if shard != validation][:train_shards], validation]
+        names = [validation, *[shard for shard in shards if shard != validation][:train_shards]]
         expected = {shard: entry["sha256"] for shard, entry in entries.items()}
         own = _own_hashes(folder)
         good = _good_files(folder, names, {**own, **expected})
@@ -384,6 +417,7 @@ def fetch(name, source, train_shards, folder, clock=None):
         print(f"{download.host_of(base)}, about {known / 1e9:.2f} GB, into {folder}", flush=True)
         if known > shutil.disk_usage(folder).free:
             raise DataError(download.full_disk(folder, known))
+        _write_json(folder / MANIFEST, _manifest(folder, name, validation, {**own, **good}))  # pins it from here on
         seconds = 0.1 if sys.stderr.isatty() else 30  # between updates: a log file needs fewer
         with tqdm(
             None, "download", int(known), unit="B", unit_scale=True, disable=not items, mininterval=seconds
@@ -396,6 +430,8 @@ def fetch(name, source, train_shards, folder, clock=None):
     finally:
         for left in folder.glob(".bad-*"):
             left.unlink(missing_ok=True)
+        if not any(folder.glob("shard_*.parquet")):
+            (folder / MANIFEST).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             folder.rmdir()  # nothing was had, and an empty folder is no data set
     if failed:
@@ -479,6 +515,8 @@ def main():
         verify_command()
     elif FROM:
         begin, folder = time.monotonic(), _named_folder("--from")
+        if any(folder.glob("shard_*.parquet")):
+            raise UserError(f"{folder} holds a data set: choose another --name, or delete that folder first")
         documents, skipped = import_text(FROM, folder, TEXT_COLUMN)
         left_out = "".join(f", {count:,} left out: {reason}" for reason, count in skipped.most_common())
         print(f"{folder}: {documents:,} documents in {time.monotonic() - begin:.1f} s{left_out}")
@@ -494,6 +532,10 @@ def main():
         fetch(folder.name, source, TRAIN_SHARDS or NUM_SHARDS - 1, folder)
     elif DATASET == "stdlib":
         begin, folder = time.monotonic(), paths.dataset_dir(NAME or DATASET)
+        if is_stdlib(folder):
+            print(f"{folder}: there already, every shard is as the manifest says")
+            return
+        refuse_other(folder, STDLIB)
         train, validation = build_stdlib(folder)
         size = sum(path.stat().st_size for path in folder.glob("shard_*.parquet")) / 1e6
         seconds = time.monotonic() - begin
@@ -504,9 +546,8 @@ def main():
         fetch(DATASET, SOURCES[DATASET], TRAIN_SHARDS, paths.dataset_dir(NAME or DATASET))
     else:
         names = ", ".join(("stdlib", *SOURCES))
-        raise UserError(
-            f"--dataset={DATASET}: choose one of {names}, as in --dataset=stdlib, or --from=PATH --name=mine"
-        )
+        given = f"--dataset={DATASET}" if DATASET else "which data?"
+        raise UserError(f"{given}: choose one of {names}, as in --dataset=stdlib, or --from=PATH --name=mine")
 
 
 def _named_folder(flag):

@@ -4,8 +4,10 @@ The message says what is wrong, the value, and the command that fixes it. What o
 `assert`.
 """
 
+import contextlib
 import errno
 import os
+import signal
 import sys
 
 
@@ -33,6 +35,12 @@ class DataError(UserError):
     exit_code = 6
 
 
+class FileError(UserError):
+    """A file or folder cannot be read or written."""
+
+    exit_code = 1
+
+
 class NonFiniteError(UserError):
     """Loss or gradients were NaN or infinite several steps in a row."""
 
@@ -41,6 +49,10 @@ class NonFiniteError(UserError):
 
 def run(*functions):
     """Call `functions` in turn and end the process the way every nanotrain program ends."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # a test's replacement
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character gets a question mark
     try:
         for function in functions:
             function()
@@ -57,6 +69,11 @@ def run(*functions):
             raise
         _end(f"error: {error.strerror}" + (f": {error.filename}" if error.filename else ""), 1)
     _leave(0)
+
+
+def _interrupt(number, frame):
+    """SIGTERM ends a program as Ctrl-C does, so that it takes its temporary files along."""
+    raise KeyboardInterrupt
 
 
 def _end(message, exit_code):

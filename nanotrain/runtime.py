@@ -89,12 +89,12 @@ class Runtime:
         return boxes
 
     def on_main(self, function):
-        """The result of `function()`, which only rank 0 runs; a UserError it raises is raised on every rank."""
+        """The result of `function()`, which only rank 0 runs; a UserError or OSError of it is raised on every rank."""
         result, error = None, None
         if self.is_main:
             try:
                 result = function()
-            except UserError as raised:
+            except (UserError, OSError) as raised:
                 error = _portable(raised)
         result, error = self.broadcast((result, error))
         if error:
@@ -102,11 +102,11 @@ class Runtime:
         return result
 
     def together(self, function):
-        """This rank's result of `function()`, after every rank has run it; a UserError on any rank is raised on all."""
+        """This rank's result of `function()`, after all have run it; a UserError or OSError on any is raised on all."""
         result, error = None, None
         try:
             result = function()
-        except UserError as raised:
+        except (UserError, OSError) as raised:
             error = _portable(raised)
         first = next((found for found in self.gather(error) if found), None)
         if first:
@@ -162,6 +162,8 @@ def start(device="auto", dtype="auto", seed=1337, deterministic=True):
 
 def _portable(error):
     """(name of the kind of error in nanotrain.errors, message), which another rank can raise."""
+    if isinstance(error, OSError):
+        return "FileError", f"{error.strerror}: {error.filename}" if error.filename else str(error)
     return next(kind.__name__ for kind in type(error).__mro__ if hasattr(errors, kind.__name__)), str(error)
 
 

@@ -9,9 +9,12 @@ MOMENTUM_START, MOMENTUM_PEAK, MOMENTUM_END = 0.85, 0.95, 0.90
 MOMENTUM_WARMUP = 0.30
 
 
-def progress(step, num_steps):
-    """Where step 1 <= step <= num_steps stands in the run."""
-    return (step - 0.5) / num_steps
+def progress(step, num_steps, from_step=0, from_progress=0.0):
+    """Where step 1 <= step <= num_steps stands in the run.
+
+    After `from_step`, where progress was `from_progress`, num_steps was corrected; the rest is spread evenly.
+    """
+    return from_progress + (1 - from_progress) * (step - from_step - 0.5) / (num_steps - from_step)
 
 
 def trapezoid(progress, warmup, warmdown, final):

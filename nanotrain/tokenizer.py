@@ -13,7 +13,7 @@ from nanotrain.errors import DataError, UserError
 
 BOS = "<|bos|>"
 FILE_NAME = "tokenizer.json"
-MIN_VOCAB_SIZE = 257  # BOS and the bytes
+MIN_VOCAB_SIZE, MAX_VOCAB_SIZE = 257, 2**24
 
 # Words with the sign or space before them, numbers in groups of one or two digits, runs of signs, line ends, spaces:
 # the manner of GPT-4's split, with shorter numbers, which suit small vocabularies.
@@ -28,11 +28,9 @@ class BPETokenizer:
     characters.
     """
 
-    def __init__(self, inner):
-        """`inner`: a tokenizers.Tokenizer with byte-level alphabet that knows BOS. Raises DataError if it is not
-        one.
-        """
-        self.inner = inner
+    def __init__(self, inner, text=None):
+        """inner: a byte-level tokenizers.Tokenizer that knows BOS (else DataError). text: the file it was read from."""
+        self.inner, self.text = inner, text
         self.inner.encode_special_tokens = True  # the file does not keep this
         self.bos = inner.token_to_id(BOS)
         if self.bos is None:
@@ -44,8 +42,9 @@ class BPETokenizer:
         """Train on an iterator of texts (or of lists of texts). With too little text there are fewer tokens than asked
         for: see `vocab_size`.
         """
-        if vocab_size < MIN_VOCAB_SIZE:
-            raise UserError(f"--vocab-size={vocab_size}: at least {MIN_VOCAB_SIZE}, for BOS and the 256 bytes")
+        if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
+            limits = f"{MIN_VOCAB_SIZE} (BOS and the 256 bytes) to {MAX_VOCAB_SIZE}"
+            raise UserError(f"--vocab-size={vocab_size}: must be {limits}")
         inner = Tokenizer(models.BPE())
         split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
         inner.pre_tokenizer = pre_tokenizers.Sequence(
@@ -66,10 +65,11 @@ class BPETokenizer:
         if not path.is_file():
             raise DataError(f"no tokenizer at {path}: train one with python -m scripts.tok_train")
         try:
-            inner = Tokenizer.from_file(str(path))
+            text = path.read_text(encoding="utf-8")
+            inner = Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exceptions
             raise DataError(f"{path} cannot be read ({error}): train one with python -m scripts.tok_train") from None
-        return cls(inner)
+        return cls(inner, text)
 
     def save(self, folder):
         """Write `tokenizer.json` into `folder`, whole or not at all."""
@@ -80,8 +80,8 @@ class BPETokenizer:
         temporary.replace(folder / FILE_NAME)
 
     def to_json(self):
-        """The text of `tokenizer.json`."""
-        return self.inner.to_str(pretty=True)
+        """The text of `tokenizer.json`: of a loaded one as it was read, whatever this version of the library writes."""
+        return self.text or self.inner.to_str(pretty=True)
 
     def sha256(self):
         """The SHA-256 of `tokenizer.json`, in hex: two tokenizers with the same hash give the same ids."""

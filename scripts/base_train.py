@@ -107,6 +107,8 @@ class Run:
     num_steps: int
     horizon_fixed: bool  # False until a run by TARGET_MINUTES has corrected num_steps
     step: int = 0  # finished optimizer steps
+    corrected_step: int = 0  # after which num_steps was corrected, and how far the run was there
+    corrected_progress: float = 0.0
     seconds: float = 0.0  # that earlier processes spent on this run
     skipped_steps: int = 0
     val_bpb: float | None = None
@@ -146,7 +148,8 @@ def main():
     model = checkpoint.build_model(model_config, "meta")
     plan = make_plan(rt, model, saved)
     run = Run(**saved["run"]) if saved else Run(plan.num_steps, horizon_fixed=not TARGET_MINUTES)
-    new_horizon = not saved or any(saved["settings"].get(name) != globals()[name] for name in HORIZON)
+    planned = (*HORIZON, "TOTAL_BATCH_SIZE")
+    new_horizon = not saved or any(saved["settings"].get(name) != globals()[name] for name in planned)
     if new_horizon:
         run.num_steps = max(plan.num_steps, run.step + 1) if TARGET_MINUTES else plan.num_steps
         run.horizon_fixed = not TARGET_MINUTES
@@ -156,6 +159,10 @@ def main():
             say(rt, f"nothing to do: the newest checkpoint of {run_name} is at step {run.step} of {run.num_steps}")
         rt.close()
         return
+
+    record = {"plan": plan.to_dict(), "environment": runtime.environment(rt), **identity}
+    rt.on_main(lambda: tokenizer.save(run_dir))
+    rt.on_main(lambda: write_json(run_dir / "config.json", record))
 
     # ---- weights and optimizers ----
     model = model.to_empty(device=rt.device)
@@ -174,7 +181,8 @@ def main():
         checkpoint.load_weights(model, model_tensors)
         optim.load_state_tensors(optimizers, optimizer_tensors)
         adamw.updates = saved["updates"]
-        scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"] and scaler.is_enabled():
+            scaler.load_state_dict(saved["scaler"])
     pass_seconds = warm_up(rt, model, plan.device_rows)
     if new_horizon and not run.horizon_fixed:
         run.num_steps = rt.broadcast(
@@ -184,15 +192,12 @@ def main():
     parameters = list(model.parameters())
 
     # ---- the run ----
-    if rt.is_main:
-        tokenizer.save(run_dir)
-        write_json(
-            run_dir / "config.json", {"plan": plan.to_dict(), "environment": runtime.environment(rt), **identity}
-        )
     units = dataloader.units_of(shards.train, LANES)
     loader_state = saved["loader"] if saved else None
     reader = dataloader.RowReader(units, tokenizer, MAX_SEQ_LEN, LANES, SEED, rt.rank, rt.world_size, loader_state)
-    tracker = Tracker(run_dir, run_name, settings, run.num_steps, run.step, WANDB, run.wandb_id, rt.is_main)
+    tracker = rt.together(
+        lambda: Tracker(run_dir, run_name, settings, run.num_steps, run.step, WANDB, run.wandb_id, rt.is_main)
+    )
     run.wandb_id = tracker.wandb_id
     token_bytes = tokenizer.token_bytes()
     peak_flops = runtime.peak_flops(rt.device)
@@ -225,7 +230,7 @@ def main():
             begin = time.monotonic()
 
             # ---- schedule ----
-            progress = schedule.progress(run.step + 1, run.num_steps)
+            progress = schedule.progress(run.step + 1, run.num_steps, run.corrected_step, run.corrected_progress)
             rate = schedule.SHAPES[SCHEDULE](progress, WARMUP_RATIO, WARMDOWN_RATIO, FINAL_LR_FRAC)
             momentum = schedule.momentum(progress, WARMDOWN_RATIO)
             optim.set_schedule(optimizers, rate, momentum, schedule.weight_decay(progress, WEIGHT_DECAY))
@@ -307,6 +312,7 @@ def main():
                 )
             tracker.step(run.step, metrics, (run.num_steps - run.step) * typical_seconds)
             if not run.horizon_fixed and run.step >= REFIT_PROGRESS * run.num_steps:
+                run.corrected_step, run.corrected_progress = run.step, run.step / run.num_steps
                 run.num_steps, run.horizon_fixed = (
                     rt.broadcast(steps_in_time(run, typical_seconds, evaluation_seconds)),
                     True,
@@ -325,17 +331,17 @@ def main():
                 save(batches.next)
             if stopping:
                 break
-        if reader.skipped_documents:
-            tracker.event(f"{reader.skipped_documents} documents without text were left out")
+        left_out = round(rt.sum([reader.skipped_documents])[0])
+        if left_out:
+            tracker.event(f"{left_out} documents without text were left out")
         if run.step < run.num_steps:
             tracker.event(
                 f"stopped and saved at step {run.step} of {run.num_steps}: the same command with --resume goes on"
             )
         else:
             result = f"loss {mean_loss:.4f}" if run.val_bpb is None else f"val bpb {run.val_bpb:.4f}"
-            tracker.event(
-                f"done in {runtime.seconds_since_start():.0f} s: {result} after {run.num_steps} steps, {run_dir}"
-            )
+            used = f"{runtime.seconds_since_start():.0f} s, {rt.peak_memory_bytes() / 2**30:.1f} GiB"
+            tracker.event(f"done in {used}: {result} after {run.num_steps} steps, {run_dir}")
     rt.close()
 
 
@@ -399,6 +405,8 @@ def check_settings():
     for name, value in config.settings(globals()).items():
         if isinstance(value, (int, float)) and value < 0:
             raise UserError(f"{config.flag_of(name)}={value}: must not be negative")
+    if SEED >= 2**63:
+        raise UserError(f"--seed={SEED}: must be below 2^63")
     for name in ("MAX_SEQ_LEN", "LANES", "KEEP_LAST"):
         if globals()[name] < 1:
             raise UserError(f"{config.flag_of(name)}={globals()[name]}: at least 1")
@@ -441,9 +449,15 @@ def load_checkpoint(rt, run_dir, run_name, identity):
 def check_same(saved, identity):
     """Raise an error with a readable difference if the checkpoint was trained with something else than what is here."""
     if saved["tokenizer_sha256"] != identity["tokenizer_sha256"]:
-        raise DataError("the tokenizer is not the one this run was trained with: give its folder with --tokenizer-dir")
+        raise DataError(
+            "the tokenizer is not the one this run was trained with: give --tokenizer-dir (the run's folder has "
+            "a copy), or start another run with --run-name"
+        )
     if saved["data"] != identity["data"]:
-        raise DataError("the data are not those this run was trained with: give their folder with --data-dir")
+        raise DataError(
+            "the data are not those this run was trained with: give their folder with --data-dir, or start another run "
+            "with --run-name"
+        )
     allowed = {name.strip().replace("-", "_").upper() for name in ALLOW_CHANGE.split(",")}
     lines = []
     for name in (*IDENTITY, *TRAJECTORY):

@@ -1,6 +1,7 @@
 """Time and memory tables, each measured in interleaved repetitions; run it on a machine that does nothing else.
 
-    python -m scripts.bench loader --data-dir=D      tokens per second of the loader, against the tokenizer alone
+    python -m scripts.bench            all tables
+    python -m scripts.bench loader     tokens per second of the loader, against the tokenizer alone
 
 Markdown goes to the terminal, the same as JSON to --out.
 """
@@ -30,10 +31,12 @@ SHAPES = ((16, 256), (32, 2048))
 def main(names=()):
     tables = {"loader": loader_table}
     unknown = [name for name in names if name not in tables]
-    if unknown or not names:
-        raise UserError(f"which table? One or more of: {', '.join(tables)} (--help lists the settings)")
+    if unknown:
+        raise UserError(f"no table {unknown[0]!r}: there are {', '.join(tables)}")
+    if REPETITIONS < 1 or LOADER_TOKENS < 1:
+        raise UserError("--repetitions and --loader-tokens must be at least 1")
     found = {}
-    for name in names:
+    for name in names or tables:
         found[name] = tables[name]()
         print(f"\n## {name}\n\n{markdown(found[name])}")
     if OUT:

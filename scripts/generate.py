@@ -8,6 +8,7 @@ import sys
 
 from nanotrain import checkpoint, config, errors, runtime
 from nanotrain.engine import generate
+from nanotrain.errors import UserError
 
 # --- settings
 RUN_NAME = ""  # folder under NANOTRAIN_DIR/runs; empty: the run that was saved last
@@ -21,6 +22,8 @@ SEED = 1337  # of the draws
 
 
 def main(prompts=()):
+    if TEMPERATURE < 0 or TOP_K < 0 or MAX_NEW_TOKENS < 0 or not 0 <= SEED < 2**63:
+        raise UserError("--temperature, --top-k, --max-new-tokens and --seed must not be negative, the seed below 2^63")
     rt = runtime.start(DEVICE, seed=SEED)
     run_dir = checkpoint.find_run(RUN_NAME)
     model, tokenizer, meta = checkpoint.load_model(run_dir, rt.device)

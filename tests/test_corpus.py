@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import platform
 import random
 import re
 import time
@@ -158,7 +159,7 @@ def test_embedded_corpus_gives_validation_its_share(sources, tmp_path):
 def test_embedded_corpus_manifest_is_true(sources, tmp_path):
     dataset.build_stdlib(tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["dataset"] == "stdlib"
+    assert manifest["dataset"] == f"stdlib of Python {platform.python_version()}"
     assert [entry["name"] for entry in manifest["shards"]] == [f"shard_{number:05d}.parquet" for number in range(5)]
     assert manifest["validation"] == "shard_00004.parquet"
     for entry in manifest["shards"]:
@@ -660,9 +661,12 @@ def test_import_command_end_to_end(run_script, base_dir, tmp_path):
              for text in dataset.read_texts(shard.path, group)]  # fmt: skip
     assert sorted(found) == sorted([*make_texts(100), "my own text\n\nin two paragraphs"])
     assert shards.validation.name == dataset.read_manifest(folder)["validation"] == "shard_00004.parquet"
-    done = run_script("nanotrain.dataset", f"--from={source / 'none'}", "--name=mine")
+    done = run_script("nanotrain.dataset", f"--from={source / 'none'}", "--name=other")
     assert (done.returncode, done.stdout) == (6, "")
     assert done.stderr == f"error: --from={source / 'none'}: no such file or folder\n"
+    done = run_script("nanotrain.dataset", f"--from={source}", "--name=mine")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {folder} holds a data set: choose another --name, or delete that folder first\n"
     assert dataset.verify(folder) == []
 
 

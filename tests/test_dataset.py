@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import make_shards, make_texts
 
-from nanotrain import dataset, paths
-from nanotrain.errors import DataError
+from nanotrain import corpus, dataset, paths
+from nanotrain.errors import DataError, UserError
 
 
 def names_in(folder):
@@ -356,3 +356,28 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert (names_in(path.parent), path.read_text()) == (["file"], "first")
     write("third")
     assert (names_in(path.parent), path.read_text()) == (["file"], "third")
+
+
+def test_a_train_shard_that_the_manifest_lists_and_is_gone_is_an_error(tmp_path):
+    folder = make_shards(tmp_path / "data")
+    dataset.write_manifest(folder, "made up", "shard_00002.parquet")
+    (folder / "shard_00001.parquet").unlink()
+    with pytest.raises(DataError, match=r"shard_00001.parquet of its manifest is missing; prepare"):
+        dataset.open_shards(folder)
+
+
+def test_the_embedded_corpus_is_not_built_twice_and_replaces_no_other(monkeypatch, base_dir, capsys):
+    monkeypatch.setattr(dataset, "DATASET", "stdlib")
+    monkeypatch.setattr(corpus, "stdlib_sources", lambda: {f"f{n}.py": text for n, text in enumerate(make_texts(60))})
+    dataset.main()
+    shard = base_dir / "data" / "stdlib" / "shard_00000.parquet"
+    stamp = shard.stat().st_mtime_ns
+    dataset.main()
+    assert "there already" in capsys.readouterr().out
+    assert shard.stat().st_mtime_ns == stamp
+    shard.write_bytes(shard.read_bytes()[:-1])
+    dataset.main()
+    assert dataset.verify(shard.parent) == []
+    dataset.write_manifest(shard.parent, "own text", "shard_00004.parquet")
+    with pytest.raises(UserError, match=r"holds another data set \(own text\): choose another --name"):
+        dataset.main()

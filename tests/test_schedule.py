@@ -1,5 +1,6 @@
 """The schedules by their known values and by laws over many runs."""
 
+import itertools
 import math
 from itertools import pairwise
 
@@ -131,3 +132,13 @@ def test_weight_decay_falls_from_its_peak_to_zero():
     assert values[500] == pytest.approx(0.1)
     assert values[1000] == pytest.approx(0, abs=1e-15)
     assert schedule.weight_decay(0.3, 0.0) == 0
+
+
+@pytest.mark.parametrize("num_steps", [12, 40, 300])
+def test_a_corrected_number_of_steps_makes_no_jump(num_steps):
+    before = schedule.progress(10, 40)
+    after = [schedule.progress(step, num_steps, 10, 10 / 40) for step in range(11, num_steps + 1)]
+    assert before < 10 / 40 < after[0] <= 10 / 40 + 0.75 / (num_steps - 10)
+    assert after[-1] == pytest.approx(1 - 0.375 / (num_steps - 10))
+    gaps = {round(second - first, 9) for first, second in itertools.pairwise(after)}
+    assert gaps == {round(0.75 / (num_steps - 10), 9)}

@@ -180,9 +180,9 @@ def test_the_hash_is_that_of_the_saved_file(tokenizer, loaded, tmp_path):
     assert tokenizer.sha256() == loaded.sha256() == in_file
 
 
-@pytest.mark.parametrize("size", [-1, 0, 256])
+@pytest.mark.parametrize("size", [-1, 0, 256, 2**70])
 def test_a_vocabulary_without_room_for_the_bytes_is_refused(size):
-    with pytest.raises(UserError, match=f"--vocab-size={size}: at least 257") as caught:
+    with pytest.raises(UserError, match=f"--vocab-size={size}: must be 257") as caught:
         BPETokenizer.train(["text"], size)
     assert caught.value.exit_code == 2
 
