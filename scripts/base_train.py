@@ -537,13 +537,18 @@ def warm_up(rt, model, rows):
         return time.monotonic() - begin
 
     failure = None
-    if COMPILE != "off":
+    for attempt in range(0 if COMPILE == "off" else 2):
         model.compile_parts()
         try:
             say(rt, f"compile    ready in {one_pass():.0f} s")
+            failure = None
+            break
         except Exception as error:
-            if COMPILE == "on" or is_out_of_memory(error):
+            if is_out_of_memory(error) or (COMPILE == "on" and attempt):
                 raise
+            # Once more: torch's parallel compilers sometimes meet a precompiled header that is only half written.
+            torch.compiler.reset()
+            model.zero_grad()
             failure = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:100]}"
     failure = next((reason for reason in rt.gather(failure) if reason), None)
     if failure:
