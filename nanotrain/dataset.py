@@ -535,7 +535,7 @@ def main():
         if is_stdlib(folder):
             print(f"{folder}: there already, every shard is as the manifest says")
             return
-        refuse_other(folder, STDLIB)
+        refuse_other(folder, DATASET)
         train, validation = build_stdlib(folder)
         size = sum(path.stat().st_size for path in folder.glob("shard_*.parquet")) / 1e6
         seconds = time.monotonic() - begin
