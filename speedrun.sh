@@ -45,7 +45,7 @@ seconds=()
 # A stage runs in the background, so that Ctrl-C and SIGTERM reach this script at once; it passes them on.
 on_signal() {
     stopped=yes
-    if [ -n "$child" ]; then kill -TERM "$child" 2> /dev/null || true; fi
+    if [ -n "${child:-${pip:-}}" ]; then kill -TERM "${child:-$pip}" 2> /dev/null || true; fi
 }
 trap on_signal INT TERM
 
@@ -93,7 +93,7 @@ fi
 
 . dev/environment.sh
 printf '== environment\n'
-make_environment report || exit 1
+make_environment report || [ -n "$stopped" ] || exit 1
 if [ -n "$stopped" ]; then say_how_to_go_on; fi
 "$PYTHON" -m nanotrain.runtime
 
