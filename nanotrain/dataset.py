@@ -44,7 +44,6 @@ VERIFY = False  # hash the shards again and compare with the manifest
 
 MANIFEST = "manifest.json"
 STDLIB = "stdlib of Python"  # with its version: what the manifest of the embedded corpus calls it
-STALE_SECONDS = 3600.0
 CHECKED = "checked.json"  # which files were hashed, so that an unchanged one is not hashed again
 SHARD_NAME = re.compile(r"shard_[0-9]{1,12}\.parquet")
 MAX_GROUP_BYTES = 2 << 30  # of text in one row group, as its footer declares it: more is a mistake or an attack
@@ -315,7 +314,7 @@ def new_folder(folder):
     """`with new_folder(path) as temporary:` fill it; at the end it becomes `path`, or vanishes on an error."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(f".*-{folder.name}-*"):  # of a process that was killed
-        if time.time() - left.stat().st_mtime > STALE_SECONDS:
+        if time.time() - left.stat().st_mtime > download.STALE_SECONDS:
             shutil.rmtree(left, ignore_errors=True)
     temporary = folder.parent / f".tmp-{folder.name}-{uuid.uuid4().hex}"
     temporary.mkdir()

@@ -112,7 +112,7 @@ class Run:
     seconds: float = 0.0  # that earlier processes spent on this run
     skipped_steps: int = 0
     val_bpb: float | None = None
-    best_bpb: float = math.inf
+    best_bpb: float | None = None
     best_step: int = -1
     wandb_id: str | None = None
 
@@ -212,7 +212,7 @@ def main():
         state = {
             "step": run.step,
             "val_bpb": run.val_bpb,
-            "run": {**asdict(run), "seconds": spent, "best_bpb": run.best_bpb if run.best_step >= 0 else 1e9},
+            "run": {**asdict(run), "seconds": spent},
             "loader": loader_state,
             "total_batch_size": plan.total_batch_size,
             "data_dir": str(shards.folder),
@@ -251,16 +251,9 @@ def main():
                 scaler.unscale_(optimizer)
             norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
 
-            # ---- what all ranks must know, in one reduction and one read; the hash in halves that float64 adds
-            # exactly ----
-            status = [
-                loss_sum,
-                norm,
-                stop.requested,
-                batches.error is not None,
-                row_hash % 2**32,
-                (row_hash >> 32) % 2**32,
-            ]
+            # ---- what all ranks must know, in one reduction and one read ----
+            halves = [row_hash % 2**32, (row_hash >> 32) % 2**32]  # of the hash, which float64 adds exactly
+            status = [loss_sum, norm, stop.requested, batches.error is not None, *halves]
             loss_total, norm_total, stops, data_errors, hash_low, hash_high = rt.sum(status)
             mean_loss, grad_norm = loss_total / rt.world_size, norm_total / rt.world_size
             if data_errors:
@@ -279,9 +272,8 @@ def main():
             else:
                 run.skipped_steps, bad_in_a_row = run.skipped_steps + 1, bad_in_a_row + 1
                 tracker.event(f"step {run.step}: loss {mean_loss}, gradient norm {grad_norm}: the update was skipped")
-                finding_scale = (
-                    scaler.is_enabled() and scaler.get_scale() > 1
-                )  # float16 begins by overflowing a few times
+                # float16 begins by overflowing a few times, until the scale is found
+                finding_scale = scaler.is_enabled() and scaler.get_scale() > 1
                 if bad_in_a_row >= NON_FINITE_LIMIT and not finding_scale:
                     raise NonFiniteError(non_finite_message(model, run.step, mean_loss))
             if scaler.is_enabled():
@@ -313,10 +305,8 @@ def main():
             tracker.step(run.step, metrics, (run.num_steps - run.step) * typical_seconds)
             if not run.horizon_fixed and run.step >= REFIT_PROGRESS * run.num_steps:
                 run.corrected_step, run.corrected_progress = run.step, run.step / run.num_steps
-                run.num_steps, run.horizon_fixed = (
-                    rt.broadcast(steps_in_time(run, typical_seconds, evaluation_seconds)),
-                    True,
-                )
+                run.num_steps = rt.broadcast(steps_in_time(run, typical_seconds, evaluation_seconds))
+                run.horizon_fixed = True
                 tracker.set_num_steps(run.num_steps)
                 tracker.event(f"{1000 * typical_seconds:.0f} ms a step: {run.num_steps} steps end in time")
 
@@ -576,7 +566,7 @@ def evaluate(rt, run, model, validation, token_bytes, tracker):
         val_bpb = loss_eval.bits_per_byte(model, validation, token_bytes, rt, DEVICE_BATCH_SIZE, bar)
     run.val_bpb = val_bpb if math.isfinite(val_bpb) else None  # a checkpoint holds no NaN
     tracker.record(run.step, {"val/bpb": val_bpb})
-    if val_bpb < run.best_bpb:
+    if run.val_bpb is not None and (run.best_bpb is None or val_bpb < run.best_bpb):
         run.best_bpb, run.best_step = val_bpb, run.step
     tracker.event(f"step {run.step}: val bpb {val_bpb:.4f}")
     return time.monotonic() - begin
