@@ -30,7 +30,7 @@ from nanotrain.errors import DataError
 MAX_PIECE_CHARS = (
     100_000  # longer documents are tokenized in pieces, which bounds memory; the cut is part of the data order
 )
-AHEAD_ROWS = 8  # of each lane that are tokenized at a time
+AHEAD_ROWS = 16  # of each lane that are tokenized at a time
 CHARS_PER_TOKEN = 3  # a first guess of how much text to tokenize; a wrong one costs time, never changes a row
 
 
@@ -93,6 +93,7 @@ class Lane:
         self.taken = deque()  # (sequence position, piece) of what is being tokenized
         self.tokens = deque()  # [sequence position, piece, offset, array] of what is tokenized and not yet used
         self.available = 0
+        self.encoding = None  # the Future of the arrays of what is in `taken`, if any
         self.skipped_documents = 0
 
     def take_texts(self, num_tokens):
@@ -187,9 +188,9 @@ def row_hash(number, row):
 class RowReader:
     """The rows of one rank as arrays, in the order of the run, with the exact state between any two batches."""
 
-    def __init__(self, units, tokenizer, seq_len, lanes, seed, rank=0, world_size=1, state=None):
-        """state: what `state()` gave, from any rank count (the union of all ranks' lanes), or None for the start of
-        the run.
+    def __init__(self, units, tokenizer, seq_len, lanes, seed, rank=0, world_size=1, state=None, threads=1):
+        """state: what `state()` gave, from any rank count (the union of all ranks' lanes), or None for the start of the
+        run. threads: how many tokenize ahead.
         """
         if not units:
             raise DataError("the train shards hold no rows")
@@ -200,8 +201,7 @@ class RowReader:
         self.num_units = len(units)
         self._ahead = AHEAD_ROWS * seq_len
         self._begun = {}  # the lanes that were read from so far, in order
-        self._encoding = None  # (what is being tokenized, its Future)
-        self._worker = ThreadPoolExecutor(1)
+        self._workers = ThreadPoolExecutor(threads)
         shared = math.gcd(world_size, lanes)
         self.lanes = {
             lane: Lane(sequence, lane, lanes, tuple(state["lanes"][str(lane)]) if state else None)
@@ -224,36 +224,41 @@ class RowReader:
         return total % 2**64
 
     def _tokenize(self, numbers):
-        """Have enough tokens in every lane for the rows `numbers`; the next texts are tokenized meanwhile."""
-        needed = dict.fromkeys(self.lanes, 1)  # the last target of a row stays, as the first input of the next
+        """Have enough tokens in every lane for the rows `numbers`; the worker threads tokenize ahead meanwhile."""
+        needed = {}
         for number in numbers:
-            needed[number % self.num_lanes] += self.seq_len
-        first = not self._begun
-        while short := [lane for lane, count in needed.items() if 1 < count > self.lanes[lane].available]:
-            if self._encoding is None:
-                most = max(needed[lane] for lane in short)
-                self._encode(short, most if first else max(most, self._ahead))  # the first batch should come soon
-            self._collect()
-        if self._encoding is None:
-            begun = [lane for lane in self._begun if self.lanes[lane].available < self._ahead // 2]
-            if len(begun) * 4 >= len(self._begun):  # few texts at a time would leave cores idle
-                self._encode(begun, self._ahead)
+            lane = self.lanes[number % self.num_lanes]
+            needed[lane] = needed.get(lane, 1) + self.seq_len  # the last target stays: the first input of the next row
+        for lane, count in needed.items():
+            if lane not in self._begun:
+                self._begun[lane] = True
+                self._submit(lane, count)  # the first batch should come soon
+        for lane, count in needed.items():
+            while lane.available < count:
+                if lane.encoding is None:
+                    self._submit(lane, max(count, self._ahead))
+                self._collect(lane)
+        for lane in self._begun:
+            if lane.encoding is None and lane.available < self._ahead // 2:
+                self._submit(lane, self._ahead)
 
-    def _encode(self, lanes, num_tokens):
-        """Begin to tokenize the next texts of `lanes`, so that each has about `num_tokens` tokens."""
-        self._begun.update(dict.fromkeys(lanes))
-        work = []
-        for number in lanes:
-            lane = self.lanes[number]
-            work += [(lane, *taken) for taken in lane.take_texts(num_tokens - lane.available)]
-        texts = [text for *_, text in work]
-        self._encoding = (work, self._worker.submit(self.tokenizer.encode_batch, texts))
+    def _submit(self, lane, num_tokens):
+        """Begin to tokenize the next texts of `lane`, so that it has about `num_tokens` tokens."""
+        lane.encoding = self._workers.submit(self._encode, lane.take_texts(num_tokens - lane.available))
 
-    def _collect(self):
-        """Wait for the texts that are being tokenized and give their tokens to the lanes."""
-        (work, encoded), self._encoding = self._encoding, None
-        for (lane, first, _), ids in zip(work, encoded.result(), strict=True):
-            lane.append(np.array([self.tokenizer.bos, *ids] if first else ids, dtype=np.int32))
+    def _encode(self, taken):
+        """The token arrays of (whether it begins a document, text)s. Runs in a worker thread."""
+        encoded = self.tokenizer.encode_batch([text for _, text in taken])
+        return [
+            np.array([self.tokenizer.bos, *ids] if first else ids, dtype=np.int32)
+            for (first, _), ids in zip(taken, encoded, strict=True)
+        ]
+
+    def _collect(self, lane):
+        """Wait for what is being tokenized of `lane`, and give it its tokens."""
+        encoding, lane.encoding = lane.encoding, None
+        for tokens in encoding.result():
+            lane.append(tokens)
 
     def state(self):
         """The state between two batches as plain JSON: the row counter and, for each lane of this rank, where it

@@ -239,8 +239,13 @@ def _keep_freed_memory():
 
 
 def use_tokenizer_threads(parallel):
-    """Let the tokenizers library use all cores, or one."""
+    """Let each call of the tokenizers library use all cores, or only the thread that makes it."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if parallel else "false"
+
+
+def cores_of_a_rank():
+    """How many cores each rank of this machine may count as its own, at least 1."""
+    return max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1), 1)
 
 
 def seconds_since_start():

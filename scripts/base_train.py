@@ -194,7 +194,11 @@ def main():
     # ---- the run ----
     units = dataloader.units_of(shards.train, LANES)
     loader_state = saved["loader"] if saved else None
-    reader = dataloader.RowReader(units, tokenizer, MAX_SEQ_LEN, LANES, SEED, rt.rank, rt.world_size, loader_state)
+    runtime.use_tokenizer_threads(False)  # the reader has threads of its own
+    threads = runtime.cores_of_a_rank()
+    reader = dataloader.RowReader(
+        units, tokenizer, MAX_SEQ_LEN, LANES, SEED, rt.rank, rt.world_size, loader_state, threads
+    )
     tracker = rt.together(
         lambda: Tracker(run_dir, run_name, settings, run.num_steps, run.step, WANDB, run.wandb_id, rt.is_main)
     )

@@ -55,12 +55,13 @@ def loader_table():
     texts = some_texts(shards)
     rows = []
     for threads in (1, 2):
-        runtime.use_tokenizer_threads(threads > 1)
         for batch_rows, seq_len in SHAPES:
             pairs = []
             for _ in range(REPETITIONS):
+                runtime.use_tokenizer_threads(threads > 1)
                 alone = tokenizer_speed(tokenizer, texts)
-                pairs.append((loader_speed(units, tokenizer, batch_rows, seq_len), alone))
+                runtime.use_tokenizer_threads(False)  # the reader has threads of its own
+                pairs.append((loader_speed(units, tokenizer, batch_rows, seq_len, threads), alone))
             ratios = sorted(loaded / alone for loaded, alone in pairs)
             rows.append(
                 {
@@ -95,9 +96,9 @@ def tokenizer_speed(tokenizer, texts):
     return tokens / (time.perf_counter() - begin)
 
 
-def loader_speed(units, tokenizer, batch_rows, seq_len):
+def loader_speed(units, tokenizer, batch_rows, seq_len, threads):
     """Tokens per second into (B, T + 1) buffers of a reader that starts anew, its first batch not counted."""
-    reader = dataloader.RowReader(units, tokenizer, seq_len, 48, seed=1337)
+    reader = dataloader.RowReader(units, tokenizer, seq_len, 48, seed=1337, threads=threads)
     rows = np.empty((batch_rows, seq_len + 1), dtype=np.int64)
     reader.fill(rows)
     batches = max(LOADER_TOKENS // rows[:, 1:].size, 1)

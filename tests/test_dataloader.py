@@ -354,8 +354,8 @@ def test_the_first_rows_come_without_tokenizing_whole_units(tokenizer, tmp_path)
             return tokenizer.encode_batch(texts)
 
     Ranks(folder, Watching(), 16, 2).step(2)
-    assert len(seen) == 1
-    assert seen[0] < 0.01 * sum(map(len, texts))
+    assert len(seen) >= 2
+    assert sum(seen[:2]) < 0.01 * sum(map(len, texts)), "one job for each lane"
 
 
 # ---- the hash of rows ----
