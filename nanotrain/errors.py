@@ -35,6 +35,18 @@ class DataError(UserError):
     exit_code = 6
 
 
+class SupersededError(UserError):
+    """Another process has taken over this run's folder."""
+
+    exit_code = 1
+
+
+class PeerError(UserError):
+    """Another rank of this run has ended."""
+
+    exit_code = 1
+
+
 class FileError(UserError):
     """A file or folder cannot be read or written."""
 
