@@ -243,6 +243,11 @@ def use_tokenizer_threads(parallel):
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if parallel else "false"
 
 
+def use_compile_cache(folder):
+    """Let torch.compile keep its results in `folder`; call it before anything is compiled."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+
+
 def cores_of_a_rank():
     """How many cores each rank of this machine may count as its own, at least 1."""
     return max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1), 1)
