@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.autograd import DeviceType
 from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint as rerun_in_backward
@@ -62,6 +63,7 @@ OUT = ""  # file for the JSON; empty: none
 
 SHAPES = ((16, 256), (32, 2048))  # of the loader's batches
 DEPTHS = (2, 4, 6, 8, 10, 12)
+STEPS_A_REPETITION = 3  # of the table step, whose medians must agree to a few percent
 LANES = 48
 SECONDS = 0.3  # a shorter measurement is made of several calls
 RATES = {"matrix": 0.02, "embedding": 0.2, "unembedding": 0.004, "scalar": 0.04}  # any that keep the weights finite
@@ -676,7 +678,7 @@ def step_table():
             return batch.inputs, batch.targets
 
         step = prepare_training(rt, work, next_batch)
-        for repetition in progress(range(-1, REPETITIONS), "measuring"):
+        for repetition in progress(range(-1, STEPS_A_REPETITION * REPETITIONS), "measuring"):
             for _ in range(3 if repetition < 0 else 1):
                 seconds, _ = seconds_of(rt, step)
             parts = profiled(rt, step)
@@ -695,7 +697,7 @@ def step_table():
 
 
 def profiled(rt, step):
-    """{part: seconds} of one step."""
+    """{part: seconds} of one step: of the CPU's time, or where the device is a GPU of the GPU's."""
     on_gpu = rt.device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
     with torch.profiler.profile(activities=activities) as profile:
@@ -707,7 +709,7 @@ def profiled(rt, step):
         while above is not None:
             names.append(above.name)
             above = above.cpu_parent
-        if names[-1] == "step" or on_gpu:
+        if event.device_type == DeviceType.CPU and (names[-1] == "step" or on_gpu):
             parts[part_of(names)] += 1e-6 * (event.self_device_time_total if on_gpu else event.self_cpu_time_total)
     parts["rest"] += whole - sum(parts.values())
     return parts
@@ -725,16 +727,14 @@ def part_of(names):
         for scope, part in (("MeanLoss", "loss"), ("optimizer", "optimizer"), ("loader", "loader")):
             if scope in name:
                 return part
-    operation = names[0].removeprefix("aten::")
-    if "scaled_dot_product" in operation and "fused" not in operation.replace("fused_attention", ""):
+    own, operation = names[0], names[0].removeprefix("aten::")
+    if "_fused_" in own and not own.startswith("aten::"):  # a compiled kernel, named by what it does
+        return "attention" if {"exp", "softmax"} & set(own.split("_")) else "norms and residuals"
+    if operation == own:
+        return "rest"
+    if "attention" in operation or operation in ("bmm", "baddbmm"):  # the blocks' other products have two dimensions
         return "attention"
-    if operation in ("bmm", "baddbmm"):  # the blocks' own products are of two dimensions
-        return "attention"
-    if operation in MATMULS:
-        return "matmul"
-    if "_fused_" in operation and {"exp", "softmax"} & set(operation.split("_")):  # a compiled kernel's name
-        return "attention"
-    return "norms and residuals" if names[0].startswith("aten::") or "_fused_" in operation else "rest"
+    return "matmul" if operation in MATMULS else "norms and residuals"
 
 
 def markdown(rows):
