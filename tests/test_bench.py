@@ -38,8 +38,12 @@ def in_this_process(variant):
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
-    """Tiny sizes, no processes, and everything put back that a session changes in this one."""
+    """Tiny sizes, no processes, and everything put back that a session changes in this one. One thread: on a busy
+    machine two wait for each other ten times as long as they work.
+    """
     deterministic, precision = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     for name, value in SETTINGS.items():
         monkeypatch.setattr(bench, name, value)
     monkeypatch.setattr(bench, "worker", in_this_process)
@@ -47,6 +51,7 @@ def _tiny(monkeypatch):
     yield
     torch.set_deterministic_debug_mode("error" if deterministic else "default")
     torch.set_float32_matmul_precision(precision)
+    torch.set_num_threads(threads)
 
 
 def rows_of(printed):
@@ -147,6 +152,7 @@ def test_compile_seconds_are_those_of_a_new_process_cold_and_warm(monkeypatch):
 
 def test_variants_run_in_processes_of_their_own(monkeypatch):
     monkeypatch.undo()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     block = np.ones(100_000_000)  # 800 MB of this process, which must not count as theirs
     arguments = {"tokens": 8, "width": 8, "vocab_size": 300, "compiled": False}
     works = [(partial(bench.prepare_loss, chunk=chunk, **arguments), 8, 1) for chunk in (4, "none")]
