@@ -393,6 +393,7 @@ def worker(variant):
         yield ask
     finally:
         pipe.close()
+        process.terminate()  # after Ctrl-C it may be in the middle of a long call
         process.join()
 
 
