@@ -238,6 +238,12 @@ def _keep_freed_memory():
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: no private mapping for blocks below 1 GiB
 
 
+def is_lost_peer(error):
+    """Whether `error` is what a collective raises when another rank has ended."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or "gloo/transport" in text or "Connection closed by peer" in text
+
+
 def use_tokenizer_threads(parallel):
     """Let each call of the tokenizers library use all cores, or only the thread that makes it."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if parallel else "false"
