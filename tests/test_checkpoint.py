@@ -5,13 +5,12 @@ import hashlib
 import json
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
-from nanotrain import checkpoint, paths
+from nanotrain import checkpoint, paths, store
 from nanotrain.errors import CheckpointError, DataError, UserError
 from nanotrain.gpt import GPTConfig
 from nanotrain.tokenizer import BPETokenizer
@@ -230,7 +229,14 @@ class Crash:
         return self.function(*arguments, **named)
 
 
-CALLS = [*((os, "fsync", at) for at in range(1, 7)), (Path, "rename", 1), (Path, "mkdir", 2)]
+LAST_SYNC = 8  # of the run, its parent, four files, the temporary folder, the folder of checkpoints
+CALLS = [
+    *((os, "fsync", at) for at in range(1, LAST_SYNC + 1)),
+    (os, "replace", 1),
+    (store.Disk, "make_folders", 1),
+    (store.Disk, "make_folder", 1),
+    *((store.Disk, "write", at) for at in range(1, 5)),
+]
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
@@ -245,7 +251,7 @@ def test_an_error_at_any_write_leaves_the_older_checkpoint_and_no_part_of_the_ne
         with pytest.raises(type(error)):
             save(tmp_path, 2)
     assert crash.calls == at
-    if (owner, at) == (os, 6):  # the sync of the parent folder, when the new one has its name and is whole
+    if (name, at) == ("fsync", LAST_SYNC):  # of the parent folder, when the new one has its name and is whole
         assert folders(tmp_path) == ["step_00000001", "step_00000002"]
         assert checkpoint.newest(tmp_path)[0] == 2
     else:
@@ -258,10 +264,12 @@ def test_those_are_all_the_calls_of_a_save(tmp_path, monkeypatch):
     for owner, name in {(owner, name) for owner, name, _ in CALLS}:
         monkeypatch.setattr(owner, name, lambda *a, count=counters[name], **k: count(*a, **k))
     save(tmp_path, 2)
-    assert {name: counter.calls for name, counter in counters.items() if name != "mkdir"} == {"fsync": 6, "rename": 1}
+    assert {name: counter.calls for name, counter in counters.items()} == {
+        name: max(at for _, other, at in CALLS if other == name) for name in counters
+    }
 
 
-@pytest.mark.parametrize(("owner", "name", "at"), CALLS[:7])
+@pytest.mark.parametrize(("owner", "name", "at"), CALLS)
 def test_a_kill_at_any_write_leaves_only_a_temporary_folder_that_the_next_clean_removes(
     tmp_path, monkeypatch, owner, name, at
 ):
@@ -272,7 +280,7 @@ def test_a_kill_at_any_write_leaves_only_a_temporary_folder_that_the_next_clean_
         patch.setattr(shutil, "rmtree", lambda *arguments, **named: None)  # a killed process tidies nothing up
         with pytest.raises(RuntimeError):
             save(tmp_path, 2)
-    newest = 2 if (owner, at) == (os, 6) else 1
+    newest = 2 if (name, at) == ("fsync", LAST_SYNC) else 1
     assert checkpoint.newest(tmp_path)[::2] == (newest, [])
     checkpoint.clean(tmp_path, 1, 0, -1, None)
     assert folders(tmp_path) == [f"step_{newest:08d}"]
@@ -280,10 +288,12 @@ def test_a_kill_at_any_write_leaves_only_a_temporary_folder_that_the_next_clean_
 
 def test_every_file_is_synced_before_the_folder_gets_its_name_and_the_parent_after(tmp_path, monkeypatch):
     events = []
-    fsync, rename = os.fsync, Path.rename
+    fsync, rename = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda handle: (events.append(os.fstat(handle).st_ino), fsync(handle)))
-    monkeypatch.setattr(Path, "rename", lambda self, to: (events.append("rename"), rename(self, to))[1])
+    monkeypatch.setattr(os, "replace", lambda path, to: (events.append("rename"), rename(path, to))[1])
     folder = save(tmp_path, 1)
+    assert events[:2] == [tmp_path.stat().st_ino, tmp_path.parent.stat().st_ino]
+    del events[:2]  # so that the folder of checkpoints is not lost with all in it
     inodes = {path.stat().st_ino for path in folder.iterdir()}
     named = events.index("rename")
     assert set(events[: named - 1]) == inodes
@@ -334,8 +344,8 @@ def test_what_clean_keeps(tmp_path, saved, broken, keep_last, keep_every, best, 
 def test_clean_reads_no_more_checkpoints_than_it_must(tmp_path, monkeypatch):
     for step in range(1, 9):
         save(tmp_path, step)
-    read, asked = checkpoint.read, []
-    monkeypatch.setattr(checkpoint, "read", lambda run, step: (asked.append(step), read(run, step))[1])
+    verify, asked = store.Store.verify, []
+    monkeypatch.setattr(store.Store, "verify", lambda self, step: (asked.append(step), verify(self, step))[1])
     checkpoint.clean(tmp_path, 2, 1, -1, None)
     assert asked == [8, 7]
 
