@@ -326,13 +326,17 @@ class Store:
         return self._hidden("old", final.name)
 
     def _sweep(self):
-        """Remove what is left of writes, and sets that were replaced."""
+        """Remove what is left of writes, and sets that were replaced; one that was not gets its name back."""
         names = self.disk.names(self.folder)
-        for name in names:
+        for name in list(names):
             if name.startswith(".tmp-"):
                 self.disk.remove(self.folder / name)
-            elif (match := SET_NAME.fullmatch(name)) and match["old"] and match["name"] in names:
-                self._discard(name)
+            elif (match := SET_NAME.fullmatch(name)) and match["old"]:
+                if match["name"] in names:
+                    self._discard(name)
+                else:
+                    self.disk.rename(self.folder / name, self.folder / match["name"])
+                    names.append(match["name"])
 
     def _discard(self, name):
         """Remove a set; one that cannot be removed goes another time."""
