@@ -226,7 +226,10 @@ class Store:
         return owner
 
     def check_owner(self, owner):
-        """Raise SupersededError unless the last `claim` of the run returned `owner`; None may always write."""
+        """Raise SupersededError unless the last `claim` of the run returned `owner`; None may always write.
+
+        Raises OSError if the claim cannot be read, as when the run's folder was removed.
+        """
         if owner is None:
             return
         try:
@@ -274,7 +277,8 @@ class Store:
     def _verified(self, path, entry):
         size = self.disk.status(path)[0]
         if size != entry["bytes"]:  # first, so that no file is read that is longer than it says
-            raise CheckpointError(f"{path.parent}: {path.name} has {size} bytes, not {entry['bytes']}")
+            problem = f"it has {size} bytes, not {entry['bytes']}"
+            raise CheckpointError(f"{path.parent}: {path.name} does not match its hash: {problem}")
         data = self.disk.read(path)
         if hashlib.sha256(data).hexdigest() != entry["sha256"]:
             raise CheckpointError(f"{path.parent}: {path.name} does not match its hash")
