@@ -7,6 +7,7 @@ FAULTS, separated by commas; STEP 1 is the first that this process does:
     nan@RANK:STEP         the loss of this rank is NaN
     kill@RANK:STEP        the rank ends itself with SIGKILL, unless torchrun has already started it again
     terminate@RANK:STEP   the rank sends SIGTERM to torchrun, and begins the step when it has got it back
+    late@RANK             the rank starts LATE seconds after the others, where torchrun has started it again
     forget-loader         a resume takes the data from their beginning
     none                  all goes well
 
@@ -28,6 +29,8 @@ from nanotrain import checkpoint, config, errors, loss, optim
 from scripts import base_train
 
 RANK = os.environ.get("RANK", "0")
+RESTARTED = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+LATE = 3
 LONGEST_WAIT = 30  # seconds for torchrun to pass SIGTERM on
 
 
@@ -51,7 +54,7 @@ def main():
         nonlocal step
         step, seen[:] = step + 1, optimizers
         record()
-        if planned("kill") and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+        if planned("kill") and not RESTARTED:
             os.kill(os.getpid(), signal.SIGKILL)
         if planned("terminate"):
             os.kill(os.getppid(), signal.SIGTERM)
@@ -76,9 +79,12 @@ def main():
     if "forget-loader" in faults:
         checkpoint.unpack = forgetful
     config.override(vars(base_train), sys.argv[3:])
-    end = "0"
+    if f"late@{RANK}" in faults and RESTARTED:
+        time.sleep(LATE)
+    end = "an error that should not be"
     try:
         base_train.main_within_memory()
+        end = "0"
     except errors.UserError as error:
         end = f"{error.exit_code} {error}"
         raise
