@@ -30,12 +30,20 @@ def launch(folder, name, fault, restarts=0, **settings):
     # listens any more: the one that looks first finds them.
     environment = {**os.environ, "NANOTRAIN_DIR": str(folder), "OMP_NUM_THREADS": "1"}
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    done = subprocess.run(command, cwd=soak.ROOT, env=environment, capture_output=True, text=True, timeout=LONGEST)
+    process = subprocess.Popen(
+        command, cwd=soak.ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        printed, errors = process.communicate(timeout=LONGEST)
+    finally:
+        if process.poll() is None:
+            process.terminate()  # and not kill, so that torchrun takes its ranks along
+            process.communicate()
     files = {path.name: path.read_text(encoding="utf-8") for path in left.iterdir()}
     return SimpleNamespace(
-        code=done.returncode,
-        printed=done.stdout,
-        errors=done.stderr,
+        code=process.returncode,
+        printed=printed,
+        errors=errors,
         run=folder / "runs" / name,
         hashes=[files[f"rank{rank}.hashes"].split() for rank in range(2)],
         ends=[files.get(f"rank{rank}.end") for rank in range(2)],
