@@ -352,15 +352,14 @@ def validation_rows(path, tokenizer, seq_len, num_tokens):
     Raises DataError if the shard holds less than one row.
     """
     stream, total, goal = [], 0, num_tokens // seq_len * seq_len + 1
-    for texts in row_groups([path]):
-        for ids in tokenizer.encode_batch(texts):
-            stream += [tokenizer.bos, *ids]
-        total = len(stream)
-        if total >= goal:
-            break
+    texts = itertools.chain.from_iterable(row_groups([path]))
+    while total < goal and (some := list(itertools.islice(texts, 64))):  # a row group may hold far more than is needed
+        for ids in tokenizer.encode_batch(some):
+            stream.append(np.array([tokenizer.bos, *ids], dtype=np.int32))
+            total += len(stream[-1])
     count = min((total - 1) // seq_len, num_tokens // seq_len)
     if count < 1:
         raise DataError(f"{path} holds {total} tokens, less than one row of {seq_len + 1}: use a shorter --max-seq-len")
-    tokens = np.array(stream[: count * seq_len + 1], dtype=np.int32)
+    tokens = np.concatenate(stream)
     starts = np.arange(count)[:, None] * seq_len
     return tokens[starts + np.arange(seq_len + 1)]

@@ -602,6 +602,25 @@ def test_validation_rows_read_on_from_row_group_to_row_group(tokenizer, tmp_path
         assert rows.tolist() == [stream[seq_len * n : seq_len * (n + 1) + 1] for n in range(count)]
 
 
+def test_validation_rows_tokenize_little_more_than_they_need(tokenizer, tmp_path):
+    texts, count = make_texts(2000), 0
+
+    class Watching:
+        bos = tokenizer.bos
+
+        def encode_batch(self, texts):
+            nonlocal count
+            count += len(texts)
+            return tokenizer.encode_batch(texts)
+
+    dataset.write_shard(tmp_path / "shard_0.parquet", texts, rows_per_group=2000)
+    stream = [token for text in texts[:400] for token in (tokenizer.bos, *tokenizer.encode(text))]
+    needed = stream[:10_001].count(tokenizer.bos)
+    rows = dataloader.validation_rows(tmp_path / "shard_0.parquet", Watching(), 100, 10_000)
+    assert rows.tolist() == [stream[100 * n : 100 * n + 101] for n in range(100)]
+    assert needed <= count <= needed + 64, "and not the whole row group"
+
+
 @pytest.mark.parametrize(("texts", "tokens"), [(["a"], 2), ([None, ""], 0), ([], 0)])
 def test_a_validation_shard_shorter_than_a_row_is_a_data_error(tokenizer, tmp_path, texts, tokens):
     dataset.write_shard(tmp_path / "shard_0.parquet", texts)
