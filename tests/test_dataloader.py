@@ -336,6 +336,20 @@ def test_a_row_group_without_text_is_read_once(tokenizer, tmp_path, monkeypatch)
     assert max(reads.count(group) for group in range(41) if group != 20) == 1
 
 
+def test_lanes_that_share_a_row_group_decode_it_once(tokenizer, tmp_path, monkeypatch):
+    folder = write(tmp_path, make_texts(300), rows_per_group=1000)
+    expected = Reference(folder, tokenizer, 16, 48, 480)
+    decoded, read_row_group = [], pq.ParquetFile.read_row_group
+
+    def counting(file, group, **settings):
+        decoded.append(group)
+        return read_row_group(file, group, **settings)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counting)
+    np.testing.assert_array_equal(Ranks(folder, tokenizer, 16, 48).steps(10, 48), expected.rows)
+    assert decoded == [0]
+
+
 def test_no_units_are_a_data_error(tokenizer):
     with pytest.raises(DataError, match="hold no rows"):
         RowReader([], tokenizer, 16, 4, SEED)
@@ -533,6 +547,15 @@ def test_a_shard_that_vanishes_is_a_data_error_of_every_later_batch(tokenizer, s
             with pytest.raises(DataError, match="cannot be read"):
                 soon(lambda: next(loader))
     assert loader_threads() == []
+
+
+def test_a_shard_that_is_replaced_is_a_data_error_and_not_other_rows(tokenizer, small):
+    with DataLoader(reader_of(small, tokenizer), 4, CPU) as loader:
+        next(loader)
+        for number, count in ((0, 5), (1, 4)):
+            dataset.write_shard(small / f"shard_{number:05d}.parquet", make_texts(count, seed=9), 2)
+        with pytest.raises(DataError, match=r"shard_0000\d.parquet, row group \d, cannot be read: .* has changed"):
+            soon(lambda: deque(itertools.islice(loader, 1000)))
 
 
 @pytest.mark.parametrize("error", [RuntimeError("odd"), MemoryError(), KeyError("x")])
