@@ -359,14 +359,24 @@ def build_stdlib(folder):
     return len(train), len(validation)
 
 
-def refuse_other(folder, dataset):
-    """Raise UserError if `folder` holds another data set than `dataset`, the beginning of its manifest's word."""
+def refuse_other(folder, dataset, validation=None):
+    """Raise UserError if `folder` holds another data set than `dataset`, the word of its manifest (of any version, for
+    STDLIB), or if its validation shard would become a train shard because `validation` is to take its place.
+    """
     manifest = None
     with contextlib.suppress(DataError):  # a broken one says nothing
         manifest = read_manifest(folder)
-    if manifest and not str(manifest.get("dataset", dataset)).startswith(dataset):
-        held = manifest["dataset"]
+    if manifest is None:
+        return
+    held = str(manifest.get("dataset", dataset))
+    if held != dataset and not (dataset == STDLIB and held.startswith(STDLIB)):
         raise UserError(f"{folder} holds another data set ({held}): choose another --name, or delete it")
+    old = manifest["validation"]
+    if validation not in (None, old) and (folder / old).exists():
+        raise UserError(
+            f"{folder} is validated on {old}, which would become a train shard, and {validation} validation: "
+            "choose another --name, or delete that folder"
+        )
 
 
 def write_shard(path, texts, rows_per_group=16):
@@ -399,11 +409,12 @@ def fetch(name, source, train_shards, folder, clock=None):
     what was fetched is kept.
     """
     if not 1 <= train_shards < source.num_shards:
-        raise UserError(f"-n {train_shards}: {name} has 1 to {source.num_shards - 1} train shards, as in -n 8")
+        most = source.num_shards - 1
+        raise UserError(f"-n {train_shards}: {name} has 1 to {most} train shards, as in -n {min(most, 8)}")
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     base = source.url if "://" in source.url else f"{endpoint}/{source.url}"
     download.check_url(base)
-    token = os.environ.get("HF_TOKEN") if download.host_of(base) == download.host_of(endpoint) else None
+    token = os.environ.get("HF_TOKEN", "").strip() if download.host_of(base) == download.host_of(endpoint) else None
     clock = clock or download.Clock()
     refuse_other(folder, name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -415,6 +426,7 @@ def fetch(name, source, train_shards, folder, clock=None):
         entries = {} if remote is None else {entry["name"]: entry for entry in _checked_entries(remote)}
         shards = [f"shard_{number:05d}.parquet" for number in range(source.num_shards)]
         validation = shards[-1] if remote is None else remote["validation"]
+        refuse_other(folder, name, validation)
         names = [validation, *[shard for shard in shards if shard != validation][:train_shards]]
         expected = {shard: entry["sha256"] for shard, entry in entries.items()}
         own = _own_hashes(folder)
@@ -549,7 +561,7 @@ def main():
         if is_stdlib(folder):
             print(f"{folder}: there already, every shard is as the manifest says")
             return
-        refuse_other(folder, DATASET)
+        refuse_other(folder, STDLIB)
         train, validation = build_stdlib(folder)
         size = sum(path.stat().st_size for path in folder.glob("shard_*.parquet")) / 1e6
         seconds = time.monotonic() - begin
