@@ -134,13 +134,13 @@ def import_text(source, folder, text_column="text"):
     documents; rows of .jsonl (.gz, .zst) and .parquet files are documents as they are.
     Raises DataError if there is nothing to read or a file is broken.
     """
-    source, folder = Path(source).expanduser(), Path(folder)
-    files = _files(source)
+    source, folder, skipped = Path(source).expanduser(), Path(folder), Counter()
+    files = _files(source, skipped)
     if not files:
+        left_out = f" ({_reasons(skipped)})" if skipped else ""
         raise DataError(
-            f"{source}: no .txt, .md, .py, .jsonl, .jsonl.gz, .jsonl.zst, .parquet or other text file there"
+            f"{source}: no .txt, .md, .py, .jsonl, .jsonl.gz, .jsonl.zst, .parquet or other text file there{left_out}"
         )
-    skipped = Counter()
     folder.mkdir(parents=True, exist_ok=True)
     buckets = folder / f".tmp-{uuid.uuid4().hex}"
     try:
@@ -152,18 +152,30 @@ def import_text(source, folder, text_column="text"):
         if not documents:
             raise DataError(f"{source}: no text in {len(files)} files ({_reasons(skipped)})")
         if documents < 2:
-            raise DataError(f"{source}: a single document; at least two are needed, one of them for validation")
+            left_out = f" ({_reasons(skipped)})" if skipped else ""
+            raise DataError(
+                f"{source}: a single document; at least two are needed, one of them for validation{left_out}"
+            )
         names = _write_shards(folder, paths, documents, text_bytes)
     finally:
         shutil.rmtree(buckets, ignore_errors=True)
     return names[-1], documents, skipped
 
 
-def _files(source):
+def _files(source, skipped):
+    """The files to read, in order of name."""
     if not source.exists():
         raise DataError(f"--from={source}: no such file or folder")
     found = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
-    return [path for path in found if _kind(path) and (path == source or not _is_hidden(path, source))]
+    files = []
+    for path in found:
+        if path != source and _is_hidden(path, source):
+            skipped["hidden file"] += 1
+        elif _kind(path) is None:
+            skipped["file of an unknown kind (a text file is read if it ends in .txt)"] += 1
+        else:
+            files.append(path)
+    return files
 
 
 def _is_hidden(path, source):

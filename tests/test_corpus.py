@@ -292,6 +292,7 @@ def test_import_of_a_folder_takes_every_kind_of_file_at_every_depth_and_nothing_
         (source / name).write_text(f"not to be read {name}")
     found = imported(source, tmp_path / "shards")
     assert sorted(all_of(*found)) == sorted(texts[:52])
+    assert found[2] == {"hidden file": 2, "file of an unknown kind (a text file is read if it ends in .txt)": 4}
 
 
 def test_import_of_the_same_documents_gives_the_same_bytes_whatever_holds_them(tmp_path):
@@ -578,11 +579,15 @@ def other_columns(path):
 BAD_SOURCES = {
     "missing": ("a.txt", lambda path: None, r"--from=.*a.txt: no such file or folder"),
     "nothing to read": ("folder", lambda path: path.mkdir(), r"folder: no .txt, .* or other text file there"),
-    "another kind": ("a.png", lambda path: path.write_bytes(b"x"), r"a.png: no .txt, .* or other text file there"),
+    "another kind": (
+        "a.png",
+        lambda path: path.write_bytes(b"x"),
+        r"a.png: no .txt, .* text file there \(1 file of an",
+    ),
     "empty file": ("a.txt", lambda path: path.write_bytes(b""), r"no text in 1 files \(all empty\)"),
     "no good row": ("a.jsonl", without_rows, r"no text in 1 files \(1 empty, 1 no 'text' .*--text-column"),
     "one document": ("a.txt", lambda path: path.write_text("one"), r"a single document; at least two are needed"),
-    "equal documents": ("a.jsonl", lambda path: write_jsonl(path, ["a", "a"]), r"a single document; at least two"),
+    "equal documents": ("a.jsonl", lambda path: write_jsonl(path, ["a", "a"]), r"a single document; .*\(1 duplicate\)"),
     "missing column": ("a.parquet", other_columns, r"no column 'text', only: id, body \(--text-column=NAME"),
     "cut gz": ("a.jsonl.gz", damaged(write_gz, half), r"a.jsonl.gz cannot be read: Compressed file ended"),
     "scrambled gz": ("a.jsonl.gz", damaged(write_gz, scrambled), r"a.jsonl.gz cannot be read: .*(invalid|CRC)"),
