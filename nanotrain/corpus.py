@@ -43,6 +43,7 @@ PLAIN_SUFFIXES = {
     ".hpp", ".java", ".go", ".rs", ".rb", ".php", ".sh", ".sql", ".lua", ".pl", ".r", ".jl", ".scala", ".kt", ".swift",
 }  # fmt: skip
 BLOCK_BYTES = 1 << 20  # of a plain text file read at a time
+MAX_LINE_BYTES = 128 << 20  # of a row of .jsonl: a longer one is a mistake, as a whole data set in one JSON array is
 BUCKET_BYTES = 64 << 20  # of text that are sorted in memory at a time
 BUCKET_BITS, LEVELS = 6, 4  # 64 files are open at a time; a bucket that is too large is divided again, 3 times at most
 SHARD_BYTES = 200 << 20  # of text, about 100 MB as parquet
@@ -251,9 +252,12 @@ def _json_documents(path, text_column, skipped, bar):
         else:
             lines = raw
         done = 0
-        for line in lines:
+        for line in _lines(lines):
             bar.update(raw.tell() - done)
             done = raw.tell()
+            if line is None:
+                skipped[f"row longer than {MAX_LINE_BYTES >> 20} MiB"] += 1
+                continue
             if not line.strip():
                 continue
             try:
@@ -265,6 +269,15 @@ def _json_documents(path, text_column, skipped, bar):
                 skipped[f"no {text_column!r} in the row (--text-column=NAME chooses another field)"] += 1
                 continue
             yield row[text_column]
+
+
+def _lines(file):
+    """Yield the lines of a file, None for one longer than MAX_LINE_BYTES, which is never held."""
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        whole = len(line) <= MAX_LINE_BYTES
+        while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+            line = file.readline(MAX_LINE_BYTES + 1)
+        yield line if whole else None
 
 
 def _parquet_documents(path, text_column, skipped, bar):

@@ -527,6 +527,21 @@ def test_import_counts_what_it_leaves_out_by_reason(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("write", [write_jsonl, write_gz, write_zst])
+@pytest.mark.parametrize("excess", [-1, 0, 1, 1000, 1 << 20, (1 << 20) + 1, 5 << 20])
+def test_import_never_holds_a_row_that_is_too_long(tmp_path, monkeypatch, write, excess):
+    monkeypatch.setattr(corpus, "MAX_LINE_BYTES", 1 << 20)
+    long = "a" * ((1 << 20) + excess - len(json_lines(rows_of([""]))))
+    write(tmp_path / "a.jsonl", ["one", long, "two", long, "three"])
+    path = (tmp_path / "a.jsonl").rename(
+        tmp_path / {write_gz: "a.jsonl.gz", write_zst: "a.jsonl.zst"}.get(write, "a.jsonl")
+    )
+    *found, skipped = imported(path, tmp_path / "shards")
+    fits = excess <= 0
+    assert sorted(all_of(*found)) == sorted(["one", "two", "three", *([long] if fits else [])])
+    assert skipped == ({"duplicate": 1} if fits else {"row longer than 1 MiB": 2})
+
+
 def test_import_makes_lone_surrogates_replacement_characters(tmp_path):
     """DA7: JSON can hold them, parquet cannot."""
     (tmp_path / "a.jsonl").write_bytes(rb'{"text": "a\ud800b"}' + b"\n" + rb'{"text": "c\ud83d\ude42\udc00"}')
