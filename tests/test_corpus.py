@@ -334,6 +334,17 @@ def test_import_always_has_train_and_validation_and_no_text_in_both(tmp_path, co
         assert max(map(len, train)) < 1.2 * min(map(len, train))
 
 
+def test_import_has_train_and_validation_where_one_document_is_nearly_all(tmp_path):
+    """DA10: whether that one comes first or last."""
+    first = set()
+    for letter in "abcdefgh":
+        write_jsonl(tmp_path / f"{letter}.jsonl", texts := [letter, letter * 50_000])
+        train, validation, _ = imported(tmp_path / f"{letter}.jsonl", tmp_path / letter)
+        assert [*train, validation] in ([[texts[0]], [texts[1]]], [[texts[1]], [texts[0]]])
+        first.add(len(train[0][0]))
+    assert first == {1, 50_000}
+
+
 def test_import_drops_exact_duplicates_only(tmp_path):
     near = ["the same", "the same ", "The same", "the same\n", "the  same"]
     write_jsonl(tmp_path / "a.jsonl", [*near, *near, "other"])
