@@ -209,6 +209,18 @@ def test_the_order_of_rows_does_not_depend_on_the_world_size(
     np.testing.assert_array_equal(together, alone)
 
 
+@pytest.mark.parametrize("part", [0, 1, 2])
+@pytest.mark.parametrize("world_size", range(1, 9))
+def test_one_cursor_off_by_one_would_be_noticed_at_every_world_size(tokenizer, tmp_path, world_size, part):
+    """The twin of the test above."""
+    folder = few_row_groups(tmp_path)
+    alone = Ranks(folder, tokenizer, 12, 6).steps(1, 20 * world_size)
+    state = Ranks(folder, tokenizer, 12, 6).state()
+    state["lanes"]["3"][part] += 1
+    together = Ranks(folder, tokenizer, 12, 6, world_size, state).steps(4, 5)
+    assert set(np.flatnonzero((together != alone).any(axis=1)) % 6) == {3}, "and only in that lane"
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 4, 5])
 def test_the_order_of_rows_is_the_definition_at_every_world_size(tokenizer, tmp_path, world_size):
     expected = Reference(few_row_groups(tmp_path), tokenizer, 16, 6, 12 * world_size)
@@ -448,6 +460,20 @@ def test_resuming_twice_with_other_world_and_batch_sizes(tokenizer, small, monke
             state = ranks.state()
             assert state == expected.state(done)
     assert done > 50
+
+
+@pytest.mark.parametrize("shifted", [0, 1])
+def test_one_cursor_off_by_one_at_either_of_two_resumes_would_be_noticed(tokenizer, small, shifted):
+    """The twin of the test above."""
+    expected, state = Reference(small, tokenizer, 16, 6, 100), None
+    for number, (world_size, rows_per_rank) in enumerate([(3, 4), (2, 5), (5, 2)]):
+        ranks = Ranks(small, tokenizer, 16, 6, world_size, state)
+        rows = ranks.steps(2, rows_per_rank)
+        begin = ranks.readers[0].next_row - len(rows)
+        assert (rows == expected.rows[begin : begin + len(rows)]).all() == (number <= shifted)
+        state = ranks.state()
+        if number == shifted:
+            state["lanes"]["2"][2] += 1
 
 
 @pytest.mark.parametrize("part", [0, 1, 2])
