@@ -244,6 +244,7 @@ def pretrain(rt, stop, watchdog):
     peak_flops = runtime.peak_flops(rt.device)
     resumed_step = run.step if saved else None
     step_seconds, typical_seconds, evaluation_seconds = [], math.inf, 0.0
+    verified = {}  # the checkpoints that were read back and hashed
     failed_saves = 0  # in a row
 
     def save(next_batch):
@@ -271,7 +272,9 @@ def pretrain(rt, stop, watchdog):
             "environment": environment,
             **identity,
         }
-        failure = rt.on_main(lambda: save_checkpoint(run_dir, run, model, optimizers, state, resumed_step, owner))
+        failure = rt.on_main(
+            lambda: save_checkpoint(run_dir, run, model, optimizers, state, resumed_step, owner, verified)
+        )
         failed_saves = failed_saves + 1 if failure else 0
         if failure and (run.step == run.num_steps or failed_saves == FAILED_SAVES_LIMIT):
             which = "the last checkpoint" if run.step == run.num_steps else f"{failed_saves} checkpoints in a row"
@@ -667,13 +670,13 @@ def due(every, step, last):
     return every > 0 and (last or step % every == 0)
 
 
-def save_checkpoint(run_dir, run, model, optimizers, state, resumed_step, owner):
+def save_checkpoint(run_dir, run, model, optimizers, state, resumed_step, owner, verified):
     """Save, and remove old checkpoints. Returns what kept it from being written, as a full disk does, or None."""
     try:
         checkpoint.save(run_dir, run.step, model.state_dict(), optim.state_tensors(optimizers), state, owner)
+        checkpoint.clean(run_dir, KEEP_LAST, KEEP_EVERY, run.best_step, resumed_step, owner, verified)
     except OSError as error:
         return error.strerror or str(error)
-    checkpoint.clean(run_dir, KEEP_LAST, KEEP_EVERY, run.best_step, resumed_step, owner)
     return None
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from nanotrain import checkpoint, config, errors, loss, optim
+from nanotrain import checkpoint, config, errors, guard, loss, optim
 from scripts import base_train
 
 RANK = os.environ.get("RANK", "0")
@@ -70,12 +70,12 @@ def main():
         *tensors, state = unpack(files)
         return *tensors, {**state, "loader": None}
 
-    class KnownStopRequest(base_train.StopRequest):
-        def __init__(self):
-            super().__init__()
+    class KnownStopRequest(guard.StopRequest):
+        def __init__(self, speaks):
+            super().__init__(speaks)
             stops.append(self)
 
-    optim.set_schedule, loss.mean_loss, base_train.StopRequest = beginning, poisoned, KnownStopRequest
+    optim.set_schedule, loss.mean_loss, guard.StopRequest = beginning, poisoned, KnownStopRequest
     if "forget-loader" in faults:
         checkpoint.unpack = forgetful
     config.override(vars(base_train), sys.argv[3:])

@@ -4,7 +4,6 @@ import errno
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import signal
@@ -767,10 +766,10 @@ def test_memory_that_runs_out_is_a_sentence_with_what_to_lower(train):
 def test_a_full_disk_ends_a_run_only_at_its_last_save(train, whole, monkeypatch, capsys):
     save, full = checkpoint.save, {2, 4}
 
-    def saving(run_dir, step, *arguments):
+    def saving(run_dir, step, *arguments, **named):
         if step in full:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return save(run_dir, step, *arguments)
+        return save(run_dir, step, *arguments, **named)
 
     monkeypatch.setattr(checkpoint, "save", saving)
     run = train(SAVE_EVERY=2)
@@ -787,10 +786,10 @@ def test_a_full_disk_ends_a_run_only_at_its_last_save(train, whole, monkeypatch,
 def test_a_disk_that_stays_full_ends_the_run_at_the_third_save(train, monkeypatch, base_dir):
     save, full = checkpoint.save, {2, 4, 8, 10, 12}
 
-    def saving(run_dir, step, *arguments):
+    def saving(run_dir, step, *arguments, **named):
         if step in full:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return save(run_dir, step, *arguments)
+        return save(run_dir, step, *arguments, **named)
 
     monkeypatch.setattr(checkpoint, "save", saving)
     with pytest.raises(CheckpointError, match="3 checkpoints in a row could not be written: No space left on device"):
@@ -922,10 +921,7 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(train, base_dir, tmp_path
 # ---- several ranks ----
 
 
-SLOW = pytest.mark.skipif("NANOTRAIN_SLOW_TESTS" not in os.environ, reason="NANOTRAIN_SLOW_TESTS=1 runs it, in 10 s")
-
-
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=SLOW)])
+@pytest.mark.parametrize("ranks", [2, 3])
 def test_p2_ranks_train_as_one_process_does_and_hold_the_same_weights(train, run_script, data_dir, tmp_path, ranks):
     num_steps, nudged, stopped = 20, 17, 19
     settings = {**TINY, "NUM_ITERATIONS": num_steps, "TOTAL_BATCH_SIZE": 192, "DEVICE_BATCH_SIZE": 2}
