@@ -200,7 +200,7 @@ def test_rows_are_those_of_the_definition(tokenizer, tmp_path, corpus, lanes):
         (one_row_group, 48, 3, 3),
     ],
 )
-def test_the_order_of_rows_does_not_depend_on_the_world_size(
+def test_p2_the_order_of_rows_does_not_depend_on_the_world_size(
     tokenizer, tmp_path, world_size, corpus, lanes, rows_per_rank, steps
 ):
     folder = corpus(tmp_path)
@@ -222,7 +222,7 @@ def test_one_cursor_off_by_one_would_be_noticed_at_every_world_size(tokenizer, t
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4, 5])
-def test_the_order_of_rows_is_the_definition_at_every_world_size(tokenizer, tmp_path, world_size):
+def test_p2_the_order_of_rows_is_the_definition_at_every_world_size(tokenizer, tmp_path, world_size):
     expected = Reference(few_row_groups(tmp_path), tokenizer, 16, 6, 12 * world_size)
     ranks = Ranks(tmp_path, tokenizer, 16, 6, world_size)
     np.testing.assert_array_equal(ranks.steps(4, 3), expected.rows)
@@ -425,7 +425,7 @@ def test_the_hash_of_a_step_notices_two_rows_that_changed_places(tokenizer, smal
 
 
 @pytest.mark.parametrize("lanes", [1, 3, 48])
-def test_resuming_after_any_row_gives_the_rest_of_the_rows(tokenizer, small, lanes):
+def test_p3_resuming_after_any_row_gives_the_rest_of_the_rows(tokenizer, small, lanes):
     expected = Reference(small, tokenizer, 16, lanes, 110)
     first = Ranks(small, tokenizer, 16, lanes)
     offsets, epochs = set(), set()
@@ -446,7 +446,7 @@ def test_resuming_after_any_row_gives_the_rest_of_the_rows(tokenizer, small, lan
 
 @pytest.mark.parametrize("piece_chars", [37, 100_000])
 @pytest.mark.parametrize("worlds", [[(1, 8), (2, 3), (4, 1)], [(3, 4), (2, 5), (5, 2)], [(8, 1), (1, 1), (7, 3)]])
-def test_resuming_twice_with_other_world_and_batch_sizes(tokenizer, small, monkeypatch, worlds, piece_chars):
+def test_p3_resuming_twice_with_other_world_and_batch_sizes(tokenizer, small, monkeypatch, worlds, piece_chars):
     monkeypatch.setattr(dataloader, "MAX_PIECE_CHARS", piece_chars)
     expected = Reference(small, tokenizer, 16, 6, 100, piece_chars)
     state, done = None, 0
@@ -477,7 +477,7 @@ def test_one_cursor_off_by_one_at_either_of_two_resumes_would_be_noticed(tokeniz
 
 
 @pytest.mark.parametrize("part", [0, 1, 2])
-def test_a_state_with_one_cursor_off_by_one_gives_other_rows(tokenizer, small, part):
+def test_p3_a_state_with_one_cursor_off_by_one_gives_other_rows(tokenizer, small, part):
     expected = Reference(small, tokenizer, 16, 3, 60)
     first = Ranks(small, tokenizer, 16, 3)
     first.step(9)
