@@ -235,11 +235,8 @@ def test_the_other_horizons_are_tokens_per_weight_and_operations(train, capsys, 
     assert planned_steps(capsys) == round(1e9 / (6 * weights + 12 * 1 * width * 16) / 128)
 
 
-@pytest.mark.usefixtures("whole")  # after a first run, which imports much
 class Clock:
-    """A clock that goes on by 20 ms between a reading and the next, the end of what is timed, so that a run by time does
-    not depend on the machine.
-    """
+    """A clock that goes on by 20 ms in what is timed, so that a run by time does not depend on the machine."""
 
     def __init__(self, monkeypatch):
         self.now, self.timing = 0.0, False
