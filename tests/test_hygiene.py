@@ -53,7 +53,7 @@ WHERE = {
         "test_hygiene: test_the_literal_name_of_bos_is_text_from_a_users_file_to_the_rows",
     ],
     "DA9 fewer row groups than ranks": [
-        "test_dataloader: test_the_order_of_rows_does_not_depend_on_the_world_size",
+        "test_dataloader: test_p2_the_order_of_rows_does_not_depend_on_the_world_size",
         "test_corpus: test_import_of_little_text_still_has_many_row_groups",
     ],
     "DA10 too few shards, no or a repeated validation shard": [
