@@ -6,18 +6,11 @@
         optim-00000-of-00001.safetensors      "parameter/state" -> whole tensors
         state.json                            everything else: step, settings, loader, horizon, fingerprints
 
-A checkpoint is written to a temporary folder, every file hashed and synced, the manifest last; then the folder is
-renamed. A folder is a checkpoint only if its manifest and all that it lists verify. There is no pickle: tensors are
-safetensors, the rest is JSON.
+How they are written and verified is in store.py; what is in them is here. There is no pickle: tensors are safetensors,
+the rest is JSON.
 """
 
-import hashlib
-import itertools
 import json
-import os
-import re
-import shutil
-import uuid
 from pathlib import Path
 
 import torch
@@ -28,77 +21,40 @@ from safetensors.torch import save as tensor_bytes
 from nanotrain import paths
 from nanotrain.errors import CheckpointError, DataError
 from nanotrain.gpt import GPT, GPTConfig
+from nanotrain.store import Store
 from nanotrain.tokenizer import BPETokenizer
 
-FORMAT = 1
-STEP_NAME = re.compile(r"step_(\d{8})")
-MANIFEST, MODEL, STATE = "manifest.json", "model.safetensors", "state.json"
-OPTIMIZER = "optim-00000-of-00001.safetensors"
-FILES = {MODEL, OPTIMIZER, STATE}
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optim-00000-of-00001.safetensors", "state.json"
+OTHER_BYTES = 1 << 20  # more than all of a checkpoint that is not the elements of tensors
 
 
-def save(run_dir, step, model_tensors, optimizer_tensors, state):
+def save(run_dir, step, model_tensors, optimizer_tensors, state, owner=None):
     """Write the checkpoint of `step`: tensors by name (float32 weights, whole optimizer state) and `state`, a
-    JSON-like dict.
+    JSON-like dict. Returns its folder.
 
-    It is there as a whole or not at all, whatever happens. A full disk raises OSError and leaves nothing behind.
+    It is there as a whole or not at all, whatever happens, and one serialized file is in memory at a time. A full disk
+    raises OSError and leaves nothing behind; so does SupersededError, if the run is no longer that of `owner` (an id
+    from `claim`; None does not ask).
     """
-    folder = Path(run_dir) / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step_{step:08d}"
-    temporary = folder / f".tmp-{final.name}-{uuid.uuid4().hex}"
-    temporary.mkdir()
-    try:
-        contents = {
-            MODEL: tensor_bytes(_plain(model_tensors)),
-            OPTIMIZER: tensor_bytes(_plain(optimizer_tensors)),
-            STATE: json.dumps(state, indent=1, allow_nan=False).encode(),
-        }
-        files = {
-            name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()
-        }
-        manifest = {"format": FORMAT, "step": step, "files": files}
-        contents[MANIFEST] = json.dumps({**manifest, "sha256": _hash_of(manifest)}, indent=1).encode()
-        for name, data in contents.items():
-            _write_synced(temporary / name, data)
-        _sync_folder(temporary)
-        if final.exists():  # one that did not verify, or the same step again
-            final.rename(folder / f".bad-{final.name}-{uuid.uuid4().hex}")
-        temporary.rename(final)
-        _sync_folder(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return final
+    files = {
+        MODEL: lambda: tensor_bytes(_plain(model_tensors)),
+        OPTIMIZER: lambda: tensor_bytes(_plain(optimizer_tensors)),
+        STATE: lambda: json.dumps(state, indent=1, allow_nan=False).encode(),
+    }
+    size = sum(tensor.nbytes for tensors in (model_tensors, optimizer_tensors) for tensor in tensors.values())
+    return _store(run_dir).commit(step, files, size + OTHER_BYTES, owner)
 
 
 def steps(run_dir):
-    """The steps of the checkpoint folders of a run, newest first, verified or not."""
-    folder = Path(run_dir) / "checkpoints"
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted((int(match[1]) for name in names if (match := STEP_NAME.fullmatch(name))), reverse=True)
+    """The steps of the checkpoints of a run, newest first, verified or not."""
+    return _store(run_dir).steps()
 
 
 def read(run_dir, step):
     """{file name: bytes} of the checkpoint of `step`, every byte verified. Raises CheckpointError that says what is
     wrong.
     """
-    folder = Path(run_dir) / "checkpoints" / f"step_{step:08d}"
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        claimed = manifest.pop("sha256")
-        if claimed != _hash_of(manifest):
-            raise CheckpointError(f"{folder}: {MANIFEST} does not match its own hash")
-        if manifest["format"] != FORMAT or manifest["step"] != step or set(manifest["files"]) != FILES:
-            raise CheckpointError(f"{folder}: {MANIFEST} is not of format {FORMAT} and step {step}")
-        contents = {}
-        for name in FILES:
-            contents[name] = (folder / name).read_bytes()
-            if hashlib.sha256(contents[name]).hexdigest() != manifest["files"][name]["sha256"]:
-                raise CheckpointError(f"{folder}: {name} does not match its hash")
-        return contents
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{folder}: {type(error).__name__}: {error}") from None
+    return _store(run_dir).read(step)
 
 
 def newest(run_dir):
@@ -107,47 +63,29 @@ def newest(run_dir):
 
     Raises CheckpointError if there are checkpoints and none of them verifies.
     """
-    complaints = []
-    for step in steps(run_dir):
-        try:
-            return step, read(run_dir, step), complaints
-        except CheckpointError as error:
-            complaints.append(str(error))
-    if complaints:
-        raise CheckpointError(f"no checkpoint of {run_dir} can be used: " + "; ".join(complaints))
-    return None, None, []
+    return _store(run_dir).newest()
+
+
+def clean(run_dir, keep_last, keep_every, best_step, resumed_step, owner=None, verified=None):
+    """Remove temporary folders and old checkpoints by the rules of `Store.clean`. `verified` is a dict for the caller
+    to hand in again, so that no checkpoint is hashed at every save.
+    """
+    _store(run_dir).clean(keep_last, keep_every, best_step, resumed_step, owner, verified)
+
+
+def claim(run_dir):
+    """Make this process the one that may write checkpoints of a run, until another claims it; returns the `owner` to
+    save with.
+    """
+    return _store(run_dir).claim()
 
 
 def unpack(files):
-    """(model tensors, optimizer tensors, state) of the verified files of a checkpoint."""
-    try:
-        return load_tensors(files[MODEL]), load_tensors(files[OPTIMIZER]), json.loads(files[STATE])
-    except (SafetensorError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"a verified file cannot be read ({error}): was it written by another program?") from None
+    """(model tensors, optimizer tensors, state) of the verified files of a checkpoint.
 
-
-def clean(run_dir, keep_last, keep_every, best_step, resumed_step):
-    """Remove temporary folders and old checkpoints: keep the newest `keep_last`, every `keep_every`-th, the best, the
-    one resumed from.
-
-    The one resumed from may go only when two newer ones are there. Only ones that verify count as newest.
+    Raises CheckpointError if another program wrote them and they are not what they should be.
     """
-    folder = Path(run_dir) / "checkpoints"
-    for leftover in folder.glob(".tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    known = steps(run_dir)
-    # only as many are read as the rules need: the others may be many, and large
-    good = list(itertools.islice((step for step in known if _verifies(run_dir, step)), max(keep_last, 2)))
-    newest_good = good[: max(keep_last, 1)]
-    newer = [step for step in good if resumed_step is not None and step > resumed_step]
-    for step in known:
-        kept = step in newest_good or step == best_step or (keep_every and step % keep_every == 0)
-        if kept or not newest_good or (step == resumed_step and len(newer) < 2):
-            continue
-        doomed = folder / f"step_{step:08d}"
-        trash = folder / f".tmp-trash-{step:08d}-{uuid.uuid4().hex}"
-        doomed.rename(trash)  # first, so that no reader meets half a checkpoint
-        shutil.rmtree(trash, ignore_errors=True)
+    return _tensors(files[MODEL]), _tensors(files[OPTIMIZER]), _state(files)
 
 
 def find_run(name=""):
@@ -161,9 +99,9 @@ def find_run(name=""):
     return max(saved, key=lambda folder: (folder / "checkpoints").stat().st_mtime)
 
 
-def load_model(run_dir, device="cpu"):
-    """(model, tokenizer, meta) of the newest checkpoint of a run that verifies: float32 weights on `device`, in
-    evaluation mode.
+def load_model(run_dir, device="cpu", best=False):
+    """(model, tokenizer, meta) of the newest checkpoint of a run that verifies, or of the one with the best validation
+    bits per byte: float32 weights on `device`, in evaluation mode.
 
     meta is the checkpoint's state: step, settings, model_config, val_bpb and so on. Raises CheckpointError (none can
     be used) or DataError (the tokenizer is missing or not that of the run).
@@ -174,11 +112,17 @@ def load_model(run_dir, device="cpu"):
         raise CheckpointError(
             f"no checkpoint in {run_dir / 'checkpoints'}: train one with python -m scripts.base_train"
         )
+    if best:
+        files = _best(run_dir, step, files)
     tensors, _, meta = unpack(files)
+    try:
+        config, tokenizer_sha256 = GPTConfig(**meta["model_config"]), meta["tokenizer_sha256"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"a checkpoint of {run_dir} lacks what a model needs: {error}") from None
     tokenizer = BPETokenizer.load(run_dir)
-    if tokenizer.sha256() != meta["tokenizer_sha256"]:
+    if tokenizer.sha256() != tokenizer_sha256:
         raise DataError(f"{run_dir / 'tokenizer.json'} is not the tokenizer this run was trained with")
-    model = build_model(GPTConfig(**meta["model_config"]), torch.device(device))
+    model = build_model(config, torch.device(device))
     load_weights(model, tensors)
     return model.eval(), tokenizer, meta
 
@@ -191,44 +135,62 @@ def build_model(config, device):
 
 
 def load_weights(model, tensors):
-    """Fill a model from {name: tensor}. Raises CheckpointError that lists what is missing, extra or misshapen."""
+    """Fill a model from {name: tensor}. Raises CheckpointError that lists what is missing, extra, misshapen or of
+    another dtype.
+    """
     own = model.state_dict()
     wrong = sorted(own.keys() ^ tensors.keys())
-    wrong += [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    for name in sorted(own.keys() & tensors.keys()):
+        if (own[name].shape, own[name].dtype) != (tensors[name].shape, tensors[name].dtype):
+            wrong.append(name)
     if wrong:
         raise CheckpointError(f"the checkpoint's weights are not those of this model: {', '.join(wrong[:5])}")
     model.init_weights(0)  # for the buffers, which a checkpoint does not hold
     model.load_state_dict(tensors)
 
 
-def _verifies(run_dir, step):
+def _best(run_dir, step, files):
+    """The files of the checkpoint with the best validation bits per byte, which the newest one (`files` of `step`)
+    knows.
+    """
     try:
-        read(run_dir, step)
-        return True
-    except CheckpointError:
-        return False
+        best_step = _state(files)["run"]["best_step"]
+    except (KeyError, TypeError):
+        best_step = None
+    if type(best_step) is not int or best_step < 0:
+        raise CheckpointError(f"no checkpoint of {run_dir} is known as its best: it was never evaluated")
+    if best_step == step:
+        return files
+    try:
+        return read(run_dir, best_step)
+    except CheckpointError as error:
+        raise CheckpointError(f"the best checkpoint, of step {best_step}, cannot be used: {error}") from None
+
+
+def _store(run_dir):
+    return Store(run_dir, (MODEL, OPTIMIZER, STATE))
+
+
+def _tensors(data):
+    try:
+        return load_tensors(data)
+    except (SafetensorError, ValueError, KeyError, RuntimeError, AssertionError) as error:
+        raise _foreign(error) from None
+
+
+def _state(files):
+    try:
+        state = json.loads(files[STATE])
+    except (ValueError, RecursionError) as error:
+        raise _foreign(error) from None
+    if not isinstance(state, dict):
+        raise _foreign(f"{STATE} is no JSON object")
+    return state
+
+
+def _foreign(problem):
+    return CheckpointError(f"a verified file cannot be read ({problem}): was it written by another program?")
 
 
 def _plain(tensors):
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _hash_of(fields):
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
-def _write_synced(path, data):
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path):
-    if os.name == "nt":  # folders cannot be opened there
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -43,6 +43,7 @@ PLAIN_SUFFIXES = {
     ".hpp", ".java", ".go", ".rs", ".rb", ".php", ".sh", ".sql", ".lua", ".pl", ".r", ".jl", ".scala", ".kt", ".swift",
 }  # fmt: skip
 BLOCK_BYTES = 1 << 20  # of a plain text file read at a time
+MAX_LINE_BYTES = 128 << 20  # of a row of .jsonl: a longer one is a mistake, as a whole data set in one JSON array is
 BUCKET_BYTES = 64 << 20  # of text that are sorted in memory at a time
 BUCKET_BITS, LEVELS = 6, 4  # 64 files are open at a time; a bucket that is too large is divided again, 3 times at most
 SHARD_BYTES = 200 << 20  # of text, about 100 MB as parquet
@@ -134,13 +135,13 @@ def import_text(source, folder, text_column="text"):
     documents; rows of .jsonl (.gz, .zst) and .parquet files are documents as they are.
     Raises DataError if there is nothing to read or a file is broken.
     """
-    source, folder = Path(source).expanduser(), Path(folder)
-    files = _files(source)
+    source, folder, skipped = Path(source).expanduser(), Path(folder), Counter()
+    files = _files(source, skipped)
     if not files:
+        left_out = f" ({_reasons(skipped)})" if skipped else ""
         raise DataError(
-            f"{source}: no .txt, .md, .py, .jsonl, .jsonl.gz, .jsonl.zst, .parquet or other text file there"
+            f"{source}: no .txt, .md, .py, .jsonl, .jsonl.gz, .jsonl.zst, .parquet or other text file there{left_out}"
         )
-    skipped = Counter()
     folder.mkdir(parents=True, exist_ok=True)
     buckets = folder / f".tmp-{uuid.uuid4().hex}"
     try:
@@ -152,18 +153,30 @@ def import_text(source, folder, text_column="text"):
         if not documents:
             raise DataError(f"{source}: no text in {len(files)} files ({_reasons(skipped)})")
         if documents < 2:
-            raise DataError(f"{source}: a single document; at least two are needed, one of them for validation")
+            left_out = f" ({_reasons(skipped)})" if skipped else ""
+            raise DataError(
+                f"{source}: a single document; at least two are needed, one of them for validation{left_out}"
+            )
         names = _write_shards(folder, paths, documents, text_bytes)
     finally:
         shutil.rmtree(buckets, ignore_errors=True)
     return names[-1], documents, skipped
 
 
-def _files(source):
+def _files(source, skipped):
+    """The files to read, in order of name."""
     if not source.exists():
         raise DataError(f"--from={source}: no such file or folder")
     found = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
-    return [path for path in found if _kind(path) and (path == source or not _is_hidden(path, source))]
+    files = []
+    for path in found:
+        if path != source and _is_hidden(path, source):
+            skipped["hidden file"] += 1
+        elif _kind(path) is None:
+            skipped["file of an unknown kind (a text file is read if it ends in .txt)"] += 1
+        else:
+            files.append(path)
+    return files
 
 
 def _is_hidden(path, source):
@@ -239,9 +252,12 @@ def _json_documents(path, text_column, skipped, bar):
         else:
             lines = raw
         done = 0
-        for line in lines:
+        for line in _lines(lines):
             bar.update(raw.tell() - done)
             done = raw.tell()
+            if line is None:
+                skipped[f"row longer than {MAX_LINE_BYTES >> 20} MiB"] += 1
+                continue
             if not line.strip():
                 continue
             try:
@@ -253,6 +269,15 @@ def _json_documents(path, text_column, skipped, bar):
                 skipped[f"no {text_column!r} in the row (--text-column=NAME chooses another field)"] += 1
                 continue
             yield row[text_column]
+
+
+def _lines(file):
+    """Yield the lines of a file, None for one longer than MAX_LINE_BYTES, which is never held."""
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        whole = len(line) <= MAX_LINE_BYTES
+        while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+            line = file.readline(MAX_LINE_BYTES + 1)
+        yield line if whole else None
 
 
 def _parquet_documents(path, text_column, skipped, bar):

@@ -36,13 +36,14 @@ CHARS_PER_TOKEN = 3  # a first guess of how much text to tokenize; a wrong one c
 
 @dataclass(frozen=True)
 class Unit:
-    """Rows `start` to `stop` of one row group, and the name by which the unit is shuffled."""
+    """Rows `start` to `stop` of one row group, the name by which the unit is shuffled, and the stamp of its shard."""
 
     name: str
     path: object
     group: int
     start: int
     stop: int
+    stamp: tuple
 
 
 def units_of(shards, lanes):
@@ -56,7 +57,7 @@ def units_of(shards, lanes):
         edges = [rows * part // slices for part in range(slices + 1)]
         for start, stop in itertools.pairwise(edges):
             if start < stop:
-                units.append(Unit(f"{shard.name}:{group}:{start}", shard.path, group, start, stop))
+                units.append(Unit(f"{shard.name}:{group}:{start}", shard.path, group, start, stop, shard.stamp))
     return units
 
 
@@ -66,6 +67,7 @@ class UnitSequence:
     def __init__(self, units, seed):
         self.units, self.seed, self._orders = units, seed, {}
         self.empty = set()  # the units that were found to hold no text
+        self.kept = {}  # the row groups decoded last, of which other lanes read other slices
 
     def __getitem__(self, position):
         """The unit at `position` of the sequence."""
@@ -115,7 +117,8 @@ class Lane:
     def _read(self):
         unit, empty = self.sequence[self.position], self.sequence.empty
         pieces = []
-        for text in () if unit in empty else read_texts(unit.path, unit.group, unit.start, unit.stop):
+        place = unit.path, unit.group, unit.start, unit.stop, unit.stamp, self.sequence.kept
+        for text in () if unit in empty else read_texts(*place):
             if not text:
                 self.skipped_documents += 1
                 continue
@@ -352,15 +355,14 @@ def validation_rows(path, tokenizer, seq_len, num_tokens):
     Raises DataError if the shard holds less than one row.
     """
     stream, total, goal = [], 0, num_tokens // seq_len * seq_len + 1
-    for texts in row_groups([path]):
-        for ids in tokenizer.encode_batch(texts):
-            stream += [tokenizer.bos, *ids]
-        total = len(stream)
-        if total >= goal:
-            break
+    texts = itertools.chain.from_iterable(row_groups([path]))
+    while total < goal and (some := list(itertools.islice(texts, 64))):  # a row group may hold far more than is needed
+        for ids in tokenizer.encode_batch(some):
+            stream.append(np.array([tokenizer.bos, *ids], dtype=np.int32))
+            total += len(stream[-1])
     count = min((total - 1) // seq_len, num_tokens // seq_len)
     if count < 1:
         raise DataError(f"{path} holds {total} tokens, less than one row of {seq_len + 1}: use a shorter --max-seq-len")
-    tokens = np.array(stream[: count * seq_len + 1], dtype=np.int32)
+    tokens = np.concatenate(stream)
     starts = np.arange(count)[:, None] * seq_len
     return tokens[starts + np.arange(seq_len + 1)]

@@ -49,6 +49,7 @@ SHARD_NAME = re.compile(r"shard_[0-9]{1,12}\.parquet")
 MAX_GROUP_BYTES = 2 << 30  # of text in one row group, as its footer declares it: more is a mistake or an attack
 THRIFT_LIMITS = {"thrift_string_size_limit": 100 << 20, "thrift_container_size_limit": 10 << 20}
 DOWNLOAD_WORKERS = 4
+KEPT_BYTES = 256 << 20  # of decoded row groups, for those who read them slice by slice
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,15 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Shard:
-    """One parquet file: its name and path, the number of rows in each of its row groups, and about how many bytes of
-    text it holds.
+    """One parquet file: its name and path, the number of rows in each of its row groups, about how many bytes of text
+    it holds, and the size and time by which another file in its place is noticed.
     """
 
     name: str
     path: Path
     group_rows: tuple
     text_bytes: int
+    stamp: tuple
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ def open_shard(path, size=None):
 
     Raises DataError that says what is wrong with it.
     """
-    found = path.stat().st_size if path.is_file() else 0
+    stamp = _stamp(path)[:2] if path.is_file() else (0, 0)
+    found = stamp[0]
     if size is not None and found != size:
         raise DataError(f"{path} has {found} bytes, its manifest says {size}: delete it and get it again")
     try:
@@ -150,15 +153,27 @@ def open_shard(path, size=None):
     largest = max((group.column(leaf).total_uncompressed_size for group in groups), default=0)
     if largest > MAX_GROUP_BYTES:
         raise DataError(f"{path} declares a row group of {largest / 2**30:.1f} GiB of text: use smaller row groups")
-    return Shard(path.name, path, tuple(group.num_rows for group in groups), text_bytes)
+    return Shard(path.name, path, tuple(group.num_rows for group in groups), text_bytes, stamp)
 
 
-def read_texts(path, group, start=0, stop=None):
-    """The texts of rows `start` to `stop` of a row group, None for nulls. Raises DataError that names the place."""
+def read_texts(path, group, start=0, stop=None, stamp=None, kept=None):
+    """The texts of rows `start` to `stop` of a row group, None for nulls. Raises DataError that names the place.
+
+    stamp: of the Shard; a file that has changed since it was opened is an error. kept: a dict in which row groups stay
+    decoded for other slices of theirs, the last one always, others within KEPT_BYTES.
+    """
     try:
-        with pq.ParquetFile(path, memory_map=False, **THRIFT_LIMITS) as file:
-            column = file.read_row_group(group, columns=["text"]).column("text")
-            column = column.slice(start, None if stop is None else stop - start)
+        if stamp and stamp != _stamp(path)[:2]:
+            raise DataError(f"{path}, row group {group}, cannot be read: the file has changed since it was opened")
+        column = kept.pop((path, group), None) if kept else None
+        if column is None:
+            with pq.ParquetFile(path, memory_map=False, **THRIFT_LIMITS) as file:
+                column = file.read_row_group(group, columns=["text"]).column("text")
+        if kept is not None and stop is not None and stop - start < len(column):
+            kept[path, group] = column
+            while len(kept) > 1 and sum(other.nbytes for other in kept.values()) > KEPT_BYTES:
+                del kept[next(iter(kept))]
+        column = column.slice(start, None if stop is None else stop - start)
         return column.to_pylist()
     except UnicodeDecodeError:
         row = start + next(row for row, value in enumerate(column) if not _is_utf8(value))
@@ -344,14 +359,24 @@ def build_stdlib(folder):
     return len(train), len(validation)
 
 
-def refuse_other(folder, dataset):
-    """Raise UserError if `folder` holds another data set than `dataset`, the beginning of its manifest's word."""
+def refuse_other(folder, dataset, validation=None):
+    """Raise UserError if `folder` holds another data set than `dataset`, the word of its manifest (of any version, for
+    STDLIB), or if its validation shard would become a train shard because `validation` is to take its place.
+    """
     manifest = None
     with contextlib.suppress(DataError):  # a broken one says nothing
         manifest = read_manifest(folder)
-    if manifest and not str(manifest.get("dataset", dataset)).startswith(dataset):
-        held = manifest["dataset"]
+    if manifest is None:
+        return
+    held = str(manifest.get("dataset", dataset))
+    if held != dataset and not (dataset == STDLIB and held.startswith(STDLIB)):
         raise UserError(f"{folder} holds another data set ({held}): choose another --name, or delete it")
+    old = manifest["validation"]
+    if validation not in (None, old) and (folder / old).exists():
+        raise UserError(
+            f"{folder} is validated on {old}, which would become a train shard, and {validation} validation: "
+            "choose another --name, or delete that folder"
+        )
 
 
 def write_shard(path, texts, rows_per_group=16):
@@ -384,11 +409,12 @@ def fetch(name, source, train_shards, folder, clock=None):
     what was fetched is kept.
     """
     if not 1 <= train_shards < source.num_shards:
-        raise UserError(f"-n {train_shards}: {name} has 1 to {source.num_shards - 1} train shards, as in -n 8")
+        most = source.num_shards - 1
+        raise UserError(f"-n {train_shards}: {name} has 1 to {most} train shards, as in -n {min(most, 8)}")
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     base = source.url if "://" in source.url else f"{endpoint}/{source.url}"
     download.check_url(base)
-    token = os.environ.get("HF_TOKEN") if download.host_of(base) == download.host_of(endpoint) else None
+    token = os.environ.get("HF_TOKEN", "").strip() if download.host_of(base) == download.host_of(endpoint) else None
     clock = clock or download.Clock()
     refuse_other(folder, name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -400,6 +426,7 @@ def fetch(name, source, train_shards, folder, clock=None):
         entries = {} if remote is None else {entry["name"]: entry for entry in _checked_entries(remote)}
         shards = [f"shard_{number:05d}.parquet" for number in range(source.num_shards)]
         validation = shards[-1] if remote is None else remote["validation"]
+        refuse_other(folder, name, validation)
         names = [validation, *[shard for shard in shards if shard != validation][:train_shards]]
         expected = {shard: entry["sha256"] for shard, entry in entries.items()}
         own = _own_hashes(folder)
@@ -486,14 +513,14 @@ def _good_files(folder, names, expected):
 
 def _stamp(path):
     found = path.stat()
-    return [found.st_size, found.st_mtime_ns, found.st_ino]
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def _read_checked(folder):
     """{name: (stamp, SHA-256)} of files that were hashed before."""
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
         checked = json.loads((folder / CHECKED).read_text(encoding="utf-8"))
-        return {name: (stamp, digest) for name, (stamp, digest) in checked.items()}
+        return {name: (tuple(stamp), digest) for name, (stamp, digest) in checked.items()}
     return {}
 
 
@@ -534,7 +561,7 @@ def main():
         if is_stdlib(folder):
             print(f"{folder}: there already, every shard is as the manifest says")
             return
-        refuse_other(folder, DATASET)
+        refuse_other(folder, STDLIB)
         train, validation = build_stdlib(folder)
         size = sum(path.stat().st_size for path in folder.glob("shard_*.parquet")) / 1e6
         seconds = time.monotonic() - begin

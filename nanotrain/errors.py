@@ -10,6 +10,8 @@ import os
 import signal
 import sys
 
+HANG_EXIT_CODE = 8  # of a process that its watchdog ended
+
 
 class UserError(Exception):
     """Wrong usage or settings."""
@@ -43,6 +45,12 @@ class SupersededError(UserError):
 
 class PeerError(UserError):
     """Another rank of this run has ended."""
+
+    exit_code = 1
+
+
+class ReplicaError(UserError):
+    """The ranks no longer hold the same weights."""
 
     exit_code = 1
 

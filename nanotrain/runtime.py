@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+import uuid
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,9 +21,11 @@ import torch
 import torch.distributed as dist
 
 from nanotrain import config, errors
-from nanotrain.errors import UserError
+from nanotrain.errors import PeerError, UserError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+JOIN_SECONDS = 600.0  # in which all ranks must have started
 
 # Dense bf16 FLOP/s as the vendors publish them, by a part of the device's name; the first match counts.
 PEAK_FLOPS = {
@@ -210,7 +213,36 @@ def _join(device, world_size):
     if missing:
         raise UserError(f"WORLD_SIZE={world_size} without {' and '.join(missing)}: start the ranks with torchrun")
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        store, rank, _ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(_name_of_attempt(store, rank, world_size), store)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+
+
+def _name_of_attempt(store, rank, world_size):
+    """A name that rank 0 draws for this start of the ranks and that all of them get.
+
+    torchrun (2.13) hands restarted ranks the store of those it has ended, with addresses where nobody listens any more;
+    whoever looks first would find them. So every rank gets the name under a key that it has drawn itself, and rank 0
+    goes on answering until all of this start have it.
+    """
+    if rank:
+        key = uuid.uuid4().hex
+        store.set(f"nanotrain/rank{rank}", key)
+        name = store.get(key).decode()
+        store.set(f"{name}/rank{rank}", "here")
+        return name
+    name, missing = uuid.uuid4().hex, set(range(1, world_size))
+    end = time.monotonic() + JOIN_SECONDS
+    while missing:
+        for other in missing:
+            if store.check([f"nanotrain/rank{other}"]):
+                store.set(store.get(f"nanotrain/rank{other}").decode(), name)
+        missing = {other for other in missing if not store.check([f"{name}/rank{other}"])}
+        if missing and time.monotonic() > end:
+            raise PeerError(f"rank {', '.join(map(str, sorted(missing)))} did not start within {JOIN_SECONDS:.0f} s")
+        time.sleep(0.01)
+    return name
 
 
 def _dtype(name, device):
@@ -241,6 +273,12 @@ def _keep_freed_memory():
         mallopt = ctypes.CDLL(None).mallopt  # only glibc has it
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never give the top of the heap back
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: no private mapping for blocks below 1 GiB
+
+
+def is_lost_peer(error):
+    """Whether `error` is what a collective raises when another rank has ended."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or "gloo/transport" in text or "Connection closed by peer" in text
 
 
 def use_tokenizer_threads(parallel):

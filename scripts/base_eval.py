@@ -15,6 +15,7 @@ from nanotrain.errors import UserError
 
 # --- settings
 RUN_NAME = ""  # folder under NANOTRAIN_DIR/runs; empty: the run that was saved last
+BEST = False  # its checkpoint with the best validation bits per byte, not the newest
 DATA_DIR = ""  # folder of shards; empty: the one the run was trained on
 DEVICE = "auto"  # auto, cuda, mps or cpu
 DTYPE = "auto"  # of the matrix products: auto, bfloat16, float16 or float32
@@ -29,7 +30,7 @@ PROMPTS = ("import os\n", "def __init__(self", "class", "The", "If the")
 def main():
     rt = runtime.start(DEVICE, DTYPE)
     run_dir = rt.on_main(lambda: checkpoint.find_run(RUN_NAME))
-    model, tokenizer, meta = rt.together(lambda: checkpoint.load_model(run_dir, rt.device))
+    model, tokenizer, meta = rt.together(lambda: checkpoint.load_model(run_dir, rt.device, BEST))
     shards = rt.together(lambda: dataset.open_shards(paths.data_dir(DATA_DIR or meta["data_dir"])))
     same_data = rt.on_main(lambda: dataset.fingerprint(shards)) == meta["data"]
     if rt.is_main:

@@ -10,10 +10,9 @@ Without a horizon it trains --target-param-data-ratio tokens per weight. Ctrl-C 
 import json
 import math
 import os
-import signal
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -24,6 +23,7 @@ from nanotrain import (
     dataloader,
     dataset,
     errors,
+    guard,
     loss_eval,
     optim,
     paths,
@@ -32,7 +32,14 @@ from nanotrain import (
     schedule,
 )
 from nanotrain.engine import generate
-from nanotrain.errors import CheckpointError, DataError, MemoryLimitError, NonFiniteError, UserError
+from nanotrain.errors import (
+    CheckpointError,
+    DataError,
+    MemoryLimitError,
+    NonFiniteError,
+    PeerError,
+    UserError,
+)
 from nanotrain.gpt import GPTConfig
 from nanotrain.tokenizer import BPETokenizer
 from nanotrain.tracker import Tracker
@@ -41,6 +48,7 @@ from nanotrain.tracker import Tracker
 RUN_NAME = ""  # folder of the run under NANOTRAIN_DIR/runs; empty: d<depth>
 RESUME = False  # go on from the newest checkpoint that verifies; without one, start
 ALLOW_CHANGE = ""  # settings that --resume may change although they change the training, as in matrix_lr,warmdown_ratio
+INIT_FROM = ""  # begin a new run with the weights of this run; everything else starts anew
 DRY_RUN = False  # print the plan and stop
 # --- machine
 DEVICE = "auto"  # auto, cuda, mps or cpu
@@ -83,20 +91,30 @@ SAMPLE_EVERY = 0  # print a few continuations
 SAVE_EVERY = 250  # checkpoint (the last step always saves one)
 KEEP_LAST = 2  # newest checkpoints that stay
 KEEP_EVERY = 0  # steps between checkpoints that stay for good
+EARLY_STOP_PATIENCE = 0  # evaluations in a row without a better one after which the run ends; 0: off
+EARLY_STOP_MIN_DELTA = 0.0  # by how many bits per byte an evaluation must be better to count
 WANDB = "off"  # off, offline or online
 # -----------
 
-# What --resume does with a setting that differs from the checkpoint's; every setting not named here is free.
-IDENTITY = ("SEED", "MAX_SEQ_LEN", "LANES", "DEPTH", "ASPECT_RATIO", "HEAD_DIM")
+# What --resume does with a setting that differs from the checkpoint's: refused, or to be allowed by name, or free.
+IDENTITY = ("SEED", "MAX_SEQ_LEN", "LANES", "DEPTH", "ASPECT_RATIO", "HEAD_DIM", "INIT_FROM")
 HORIZON = ("NUM_ITERATIONS", "TARGET_FLOPS", "TARGET_MINUTES", "TARGET_PARAM_DATA_RATIO")
 TRAJECTORY = (
     *HORIZON, "TOTAL_BATCH_SIZE", "MATRIX_LR", "EMBEDDING_LR", "UNEMBEDDING_LR", "SCALAR_LR", "WEIGHT_DECAY",
-    "GRAD_CLIP", "SCHEDULE", "WARMUP_RATIO", "WARMDOWN_RATIO", "FINAL_LR_FRAC", "DTYPE",
+    "GRAD_CLIP", "SCHEDULE", "WARMUP_RATIO", "WARMDOWN_RATIO", "FINAL_LR_FRAC", "DTYPE", "COMPILE", "DETERMINISTIC",
+)  # fmt: skip
+FREE = (
+    "RUN_NAME", "RESUME", "ALLOW_CHANGE", "DRY_RUN", "DEVICE", "DATA_DIR", "TOKENIZER_DIR", "DEVICE_BATCH_SIZE",
+    "EVAL_EVERY", "EVAL_TOKENS", "SAMPLE_EVERY", "SAVE_EVERY", "KEEP_LAST", "KEEP_EVERY", "EARLY_STOP_PATIENCE",
+    "EARLY_STOP_MIN_DELTA", "WANDB",
 )  # fmt: skip
 
 REFIT_PROGRESS = 0.25  # with TARGET_MINUTES the number of steps is corrected once here, where the learning rate is flat
 TYPICAL_EFFICIENCY = 0.2  # share of the measured matmul rate that training reaches; only for the estimate of time
-NON_FINITE_LIMIT = 3  # steps in a row
+SLOW_SECONDS = 1800.0  # without progress in which a rank is taken to hang: at the start, evaluating, sampling, saving
+STEP_SECONDS, SLOW_STEP_FACTOR = 120.0, 20.0  # and in a step: this, or so many times a usual step if that is more
+DRIFT_EVERY = 500  # steps between comparisons of the weights of all ranks
+FAILED_SAVES_LIMIT = 3  # in a row
 PROMPTS = ("import os\n", "def __init__(self", "The", "If the")
 
 
@@ -111,16 +129,27 @@ class Run:
     corrected_progress: float = 0.0
     seconds: float = 0.0  # that earlier processes spent on this run
     skipped_steps: int = 0
+    skipped_recently: list = field(default_factory=list)  # the last of them
+    recent_losses: list = field(default_factory=list)  # of the steps that counted
     val_bpb: float | None = None
     best_bpb: float | None = None
     best_step: int = -1
+    goal_bpb: float | None = None  # what the next evaluation must beat, for early stopping
+    stale_evaluations: int = 0  # in a row that did not
     wandb_id: str | None = None
 
 
 def main():
     check_settings()
-    stop = StopRequest()
+    stop = guard.StopRequest(speaks=os.environ.get("RANK", "0") == "0")
     rt = runtime.start(DEVICE, DTYPE, SEED, DETERMINISTIC)
+    with guard.Watchdog(SLOW_SECONDS, rt.rank) as watchdog:
+        pretrain(rt, stop, watchdog)
+    rt.close()
+
+
+def pretrain(rt, stop, watchdog):
+    """The run, from its data to its last checkpoint. `stop.requested` ends it early, `watchdog` is told of progress."""
     run_name = RUN_NAME or f"d{DEPTH}"
     run_dir = paths.run_dir(run_name)
 
@@ -142,7 +171,13 @@ def main():
         "data": data,
         "settings": settings,
     }
+    environment = runtime.environment(rt)
     saved, model_tensors, optimizer_tensors = load_checkpoint(rt, run_dir, run_name, identity)
+    first_weights = None
+    if saved:
+        warn_of_difference(rt, saved.get("environment", environment), environment)
+    else:
+        first_weights = load_first_weights(rt, identity)
 
     # ---- plan ----
     model = checkpoint.build_model(model_config, "meta")
@@ -157,10 +192,10 @@ def main():
     if DRY_RUN or run.step >= run.num_steps:
         if not DRY_RUN:
             say(rt, f"nothing to do: the newest checkpoint of {run_name} is at step {run.step} of {run.num_steps}")
-        rt.close()
         return
 
-    record = {"plan": plan.to_dict(), "environment": runtime.environment(rt), **identity}
+    record = {"plan": plan.to_dict(), "environment": environment, **identity}
+    owner = rt.on_main(lambda: checkpoint.claim(run_dir))
     rt.on_main(lambda: tokenizer.save(run_dir))
     rt.on_main(lambda: write_json(run_dir / "config.json", record))
 
@@ -183,6 +218,8 @@ def main():
         adamw.updates = saved["updates"]
         if saved["scaler"] and scaler.is_enabled():
             scaler.load_state_dict(saved["scaler"])
+    elif first_weights:
+        checkpoint.load_weights(model, first_weights)
     pass_seconds = warm_up(rt, model, plan.device_rows)
     if new_horizon and not run.horizon_fixed:
         run.num_steps = rt.broadcast(
@@ -206,9 +243,19 @@ def main():
     token_bytes = tokenizer.token_bytes()
     peak_flops = runtime.peak_flops(rt.device)
     resumed_step = run.step if saved else None
-    step_seconds, evaluation_seconds, bad_in_a_row = [], 0.0, 0
+    step_seconds, typical_seconds, evaluation_seconds = [], math.inf, 0.0
+    verified = {}  # the checkpoints that were read back and hashed
+    failed_saves = 0  # in a row
 
     def save(next_batch):
+        nonlocal failed_saves
+        watchdog.beat(SLOW_SECONDS)
+        guard.check_replicas(rt, parameters, run.step)
+        if not all(parameter.isfinite().all() for parameter in parameters):
+            raise NonFiniteError(
+                f"step {run.step}: the weights are not finite and were not saved; the last checkpoint is intact. "
+                f"Lower the rates (--matrix-lr={MATRIX_LR / 2:g})"
+            )
         loader_state = {**next_batch.state, "lanes": {}}
         for part in rt.gather(next_batch.state["lanes"]):
             loader_state["lanes"].update(part)
@@ -222,9 +269,18 @@ def main():
             "data_dir": str(shards.folder),
             "updates": adamw.updates,
             "scaler": scaler.state_dict(),
+            "environment": environment,
             **identity,
         }
-        rt.on_main(lambda: save_checkpoint(run_dir, run, model, optimizers, state, resumed_step, tracker))
+        failure = rt.on_main(
+            lambda: save_checkpoint(run_dir, run, model, optimizers, state, resumed_step, owner, verified)
+        )
+        failed_saves = failed_saves + 1 if failure else 0
+        if failure and (run.step == run.num_steps or failed_saves == FAILED_SAVES_LIMIT):
+            which = "the last checkpoint" if run.step == run.num_steps else f"{failed_saves} checkpoints in a row"
+            raise CheckpointError(f"{which} could not be written: {failure}: {run_dir}. Older ones are intact")
+        if failure:
+            tracker.event(f"step {run.step}: the checkpoint could not be written ({failure}); training goes on")
 
     with tracker, dataloader.DataLoader(reader, plan.device_rows, rt.device) as loader:
         batches = rt.together(lambda: LookAhead(loader))
@@ -232,6 +288,7 @@ def main():
             evaluation_seconds = evaluate(rt, run, model, validation, token_bytes, tracker)
         while run.step < run.num_steps:
             begin = time.monotonic()
+            watchdog.beat(min(max(STEP_SECONDS, SLOW_STEP_FACTOR * typical_seconds), SLOW_SECONDS))
 
             # ---- schedule ----
             progress = schedule.progress(run.step + 1, run.num_steps, run.corrected_step, run.corrected_progress)
@@ -268,18 +325,22 @@ def main():
             # ---- update ----
             run.step += 1
             if math.isfinite(mean_loss) and math.isfinite(grad_norm):
-                bad_in_a_row = 0
+                deviations = guard.deviations(run.recent_losses, mean_loss)
+                run.recent_losses = [*run.recent_losses, mean_loss][-guard.LOSS_WINDOW :]
                 if GRAD_CLIP:
                     torch.nn.utils.clip_grads_with_norm_(parameters, GRAD_CLIP, norm)
                 for optimizer in optimizers:
                     scaler.step(optimizer)
             else:
-                run.skipped_steps, bad_in_a_row = run.skipped_steps + 1, bad_in_a_row + 1
+                deviations = math.nan
+                run.skipped_steps += 1
                 tracker.event(f"step {run.step}: loss {mean_loss}, gradient norm {grad_norm}: the update was skipped")
                 # float16 begins by overflowing a few times, until the scale is found
-                finding_scale = scaler.is_enabled() and scaler.get_scale() > 1
-                if bad_in_a_row >= NON_FINITE_LIMIT and not finding_scale:
-                    raise NonFiniteError(non_finite_message(model, run.step, mean_loss))
+                if not (scaler.is_enabled() and scaler.get_scale() > 1):
+                    run.skipped_recently = [*run.skipped_recently, run.step][-guard.NON_FINITE_NEARBY :]
+                    if guard.too_many_skipped(run.skipped_recently, run.step):
+                        losses = rt.gather(loss_sum.item())
+                        raise NonFiniteError(non_finite_message(model, run, losses))
             if scaler.is_enabled():
                 scaler.update()
             for parameter in parameters:
@@ -299,6 +360,7 @@ def main():
                 "train/grad_norm": grad_norm,
                 "train/tok_per_sec": plan.total_batch_size / seconds,
                 "train/epoch": reader.epoch(batch.state),
+                "train/loss_deviations": deviations,
                 "train/skipped_steps": run.skipped_steps,
                 "data_hash": f"{(int(hash_low) + (int(hash_high) << 32)) % 2**64:016x}",
             }
@@ -307,6 +369,10 @@ def main():
                     metrics["train/tok_per_sec"] * plan.flops_per_token / (peak_flops * rt.world_size)
                 )
             tracker.step(run.step, metrics, (run.num_steps - run.step) * typical_seconds)
+            if deviations > guard.SPIKE_DEVIATIONS:
+                tracker.event(f"step {run.step}: loss {mean_loss:.4f} is {deviations:.1f} deviations above the last")
+            if run.step % DRIFT_EVERY == 0:
+                guard.check_replicas(rt, parameters, run.step)
             if not run.horizon_fixed and run.step >= REFIT_PROGRESS * run.num_steps:
                 run.corrected_step, run.corrected_progress = run.step, run.step / run.num_steps
                 run.num_steps = rt.broadcast(steps_in_time(run, typical_seconds, evaluation_seconds))
@@ -315,10 +381,15 @@ def main():
                 tracker.event(f"{1000 * typical_seconds:.0f} ms a step: {run.num_steps} steps end in time")
 
             # ---- evaluate, sample, save ----
+            watchdog.beat(SLOW_SECONDS)
             last = run.step == run.num_steps
             stopping = stops > 0 and not last
             if due(EVAL_EVERY, run.step, last) and not stopping:
                 evaluation_seconds = evaluate(rt, run, model, validation, token_bytes, tracker)
+                if 0 < EARLY_STOP_PATIENCE <= run.stale_evaluations and not last:
+                    tracker.event(f"step {run.step}: {run.stale_evaluations} evaluations without a better one: the end")
+                    run.num_steps, run.horizon_fixed, last = run.step, True, True
+                    tracker.set_num_steps(run.num_steps)
             if due(SAMPLE_EVERY, run.step, last) and not stopping and rt.is_main:
                 sample(model, tokenizer, tracker)
             if due(SAVE_EVERY, run.step, last) or last or stopping or run.best_step == run.step:
@@ -336,27 +407,6 @@ def main():
             result = f"loss {mean_loss:.4f}" if run.val_bpb is None else f"val bpb {run.val_bpb:.4f}"
             used = f"{runtime.seconds_since_start():.0f} s, {rt.peak_memory_bytes() / 2**30:.1f} GiB"
             tracker.event(f"done in {used}: {result} after {run.num_steps} steps, {run_dir}")
-    rt.close()
-
-
-class StopRequest:
-    """SIGTERM and Ctrl-C only set a flag, which all ranks share at the end of the step; a second Ctrl-C ends the
-    process at once.
-    """
-
-    def __init__(self):
-        self.requested, self.since = False, 0.0
-        signal.signal(signal.SIGTERM, self.handle)
-        signal.signal(signal.SIGINT, self.handle)
-
-    def handle(self, number, frame):
-        # torchrun passes the terminal's Ctrl-C on, so that one keystroke arrives twice
-        if self.requested and number == signal.SIGINT and time.monotonic() - self.since > 1:
-            os._exit(130)
-        if not self.requested:
-            self.requested, self.since = True, time.monotonic()
-            if os.environ.get("RANK", "0") == "0":
-                os.write(2, b"\nstopping after this step (Ctrl-C again: at once, without saving)\n")
 
 
 class LookAhead:
@@ -404,6 +454,8 @@ def check_settings():
     for name in ("MAX_SEQ_LEN", "LANES", "KEEP_LAST"):
         if globals()[name] < 1:
             raise UserError(f"{config.flag_of(name)}={globals()[name]}: at least 1")
+    if EARLY_STOP_PATIENCE and not EVAL_EVERY:
+        raise UserError("--early-stop-patience needs evaluations: give --eval-every, as in --eval-every=250")
     if EVAL_TOKENS < MAX_SEQ_LEN:
         raise UserError(f"--eval-tokens={EVAL_TOKENS}: less than one row of --max-seq-len={MAX_SEQ_LEN}")
     for name in ("WARMUP_RATIO", "WARMDOWN_RATIO", "FINAL_LR_FRAC"):
@@ -438,6 +490,39 @@ def load_checkpoint(rt, run_dir, run_name, identity):
     check_same(state, identity)
     say(rt, f"resume     {run_name} at step {step}")
     return state, model_tensors, optimizer_tensors
+
+
+def load_first_weights(rt, identity):
+    """The weights that a new run begins with, by name: those of the run INIT_FROM; None without one."""
+    if not INIT_FROM:
+        return None
+    run_dir = paths.run_dir(INIT_FROM)
+
+    def load():
+        step, files, _ = checkpoint.newest(run_dir)
+        if step is None:
+            raise CheckpointError(f"--init-from={INIT_FROM}: no checkpoint in {run_dir}")
+        tensors, _, state = checkpoint.unpack(files)
+        if state["tokenizer_sha256"] != identity["tokenizer_sha256"]:
+            raise DataError(f"--init-from={INIT_FROM} has another tokenizer: give its own, --tokenizer-dir={run_dir}")
+        other = {
+            name: value for name, value in state["model_config"].items() if identity["model_config"][name] != value
+        }
+        if other:
+            shape = ", ".join(f"{name} {value}" for name, value in other.items())
+            raise UserError(f"--init-from={INIT_FROM} has another shape: {shape}; use the settings it was trained with")
+        say(rt, f"weights    of {INIT_FROM} at step {step}")
+        return tensors
+
+    return rt.together(load)
+
+
+def warn_of_difference(rt, was, now):
+    """Say in one line what differs from the machine on which the checkpoint was written."""
+    names = ("packages", "cuda", "device_name", "threads", "world_size", "dtype", "deterministic")
+    different = [f"{name} was {was.get(name)}, is {now[name]}" for name in names if was.get(name) != now[name]]
+    if different:
+        say(rt, f"warning    the run goes on with the same rows, but not to the same bits: {'; '.join(different)}")
 
 
 def check_same(saved, identity):
@@ -572,6 +657,10 @@ def evaluate(rt, run, model, validation, token_bytes, tracker):
     tracker.record(run.step, {"val/bpb": val_bpb})
     if run.val_bpb is not None and (run.best_bpb is None or val_bpb < run.best_bpb):
         run.best_bpb, run.best_step = val_bpb, run.step
+    if run.val_bpb is not None and (run.goal_bpb is None or val_bpb < run.goal_bpb):
+        run.goal_bpb, run.stale_evaluations = val_bpb - EARLY_STOP_MIN_DELTA, 0
+    else:
+        run.stale_evaluations += 1
     tracker.event(f"step {run.step}: val bpb {val_bpb:.4f}")
     return time.monotonic() - begin
 
@@ -581,15 +670,14 @@ def due(every, step, last):
     return every > 0 and (last or step % every == 0)
 
 
-def save_checkpoint(run_dir, run, model, optimizers, state, resumed_step, tracker):
+def save_checkpoint(run_dir, run, model, optimizers, state, resumed_step, owner, verified):
+    """Save, and remove old checkpoints. Returns what kept it from being written, as a full disk does, or None."""
     try:
-        checkpoint.save(run_dir, run.step, model.state_dict(), optim.state_tensors(optimizers), state)
+        checkpoint.save(run_dir, run.step, model.state_dict(), optim.state_tensors(optimizers), state, owner)
+        checkpoint.clean(run_dir, KEEP_LAST, KEEP_EVERY, run.best_step, resumed_step, owner, verified)
     except OSError as error:
-        if run.step == run.num_steps:
-            raise CheckpointError(f"the last checkpoint could not be written: {error.strerror}: {run_dir}") from None
-        tracker.event(f"step {run.step}: the checkpoint could not be written ({error.strerror}); training goes on")
-        return
-    checkpoint.clean(run_dir, KEEP_LAST, KEEP_EVERY, run.best_step, resumed_step)
+        return error.strerror or str(error)
+    return None
 
 
 def sample(model, tokenizer, tracker):
@@ -599,12 +687,14 @@ def sample(model, tokenizer, tracker):
             tracker.event(f"sample: {prompt}{tokenizer.decode(tokens)}")
 
 
-def non_finite_message(model, step, loss):
+def non_finite_message(model, run, losses):
+    """What to tell of too many steps that were not finite; losses: of each rank at the last of them."""
     bad = next(
         (name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()), "none"
     )
     return (
-        f"step {step}: loss {loss}, first parameter with a bad gradient: {bad}; {NON_FINITE_LIMIT} steps in a row. "
+        f"step {run.step}: loss {', '.join(map(str, losses))} on the ranks, first parameter with a bad gradient: {bad};"
+        f" updates were left out at steps {', '.join(map(str, run.skipped_recently))}. "
         f"The last checkpoint is intact. Lower the rates (--matrix-lr={MATRIX_LR / 2:g}) or use --dtype=float32"
     )
 
@@ -618,11 +708,17 @@ def main_within_memory():
     try:
         main()
     except (RuntimeError, MemoryError) as error:
+        if runtime.is_lost_peer(error):
+            raise PeerError(
+                "another rank has ended, and says why itself: --resume goes on from the last checkpoint"
+            ) from None
         if not is_out_of_memory(error):
             raise
-        fewer = max(DEVICE_BATCH_SIZE // 2, 1)
+        now = f"(now {DEVICE_BATCH_SIZE})" if DEVICE_BATCH_SIZE > 1 else f"(now {MAX_SEQ_LEN})"
+        fewer = f"--device-batch-size={DEVICE_BATCH_SIZE // 2}"
+        shorter = f"--max-seq-len={max(MAX_SEQ_LEN // 2, 1)}"
         raise MemoryLimitError(
-            f"out of memory: try --device-batch-size={fewer}, a shorter --max-seq-len or a smaller --depth"
+            f"out of memory: try {fewer if DEVICE_BATCH_SIZE > 1 else shorter} {now}, or a smaller --depth"
         ) from None
 
 

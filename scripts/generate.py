@@ -12,6 +12,7 @@ from nanotrain.errors import UserError
 
 # --- settings
 RUN_NAME = ""  # folder under NANOTRAIN_DIR/runs; empty: the run that was saved last
+BEST = False  # its checkpoint with the best validation bits per byte, not the newest
 DEVICE = "auto"  # auto, cuda, mps or cpu
 MAX_NEW_TOKENS = 200  # of one continuation
 TEMPERATURE = 0.8  # 0: always the likeliest token
@@ -26,7 +27,7 @@ def main(prompts=()):
         raise UserError("--temperature, --top-k, --max-new-tokens and --seed must not be negative, the seed below 2^63")
     rt = runtime.start(DEVICE, seed=SEED)
     run_dir = checkpoint.find_run(RUN_NAME)
-    model, tokenizer, meta = checkpoint.load_model(run_dir, rt.device)
+    model, tokenizer, meta = checkpoint.load_model(run_dir, rt.device, BEST)
     for prompt in prompts:
         answer(model, tokenizer, prompt)
     if not prompts:

@@ -4,17 +4,19 @@ import errno
 import hashlib
 import json
 import os
+import random
 import shutil
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
 import torch
 
-from nanotrain import checkpoint, paths
-from nanotrain.errors import CheckpointError, DataError, UserError
+from nanotrain import checkpoint, paths, runtime, store
+from nanotrain.errors import CheckpointError, DataError, SupersededError, UserError
 from nanotrain.gpt import GPTConfig
 from nanotrain.tokenizer import BPETokenizer
+from scripts import base_eval, generate
 
 FILES = ("manifest.json", "model.safetensors", "optim-00000-of-00001.safetensors", "state.json")
 WEIGHTS = {"layer.weight": torch.arange(6.0).view(2, 3), "scale": torch.tensor(0.1)}
@@ -123,7 +125,9 @@ def test_a_state_that_json_cannot_hold_is_refused_and_leaves_nothing(tmp_path):
     "how", ["deleted", "emptied", "one byte short", "one byte long", "first bit", "middle bit", "last bit"]
 )
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_checkpoint_gives_way_to_the_older_one_and_is_named(tmp_path, name, how):
+def test_p5_nothing_wrong_is_loaded_silently_a_damaged_checkpoint_gives_way_to_the_older_one_and_is_named(
+    tmp_path, name, how
+):
     save(tmp_path, 1)
     damage(save(tmp_path, 2) / name, how)
     step, files, complaints = checkpoint.newest(tmp_path)
@@ -139,7 +143,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_older_one_and_is_named(tmp_path, 
     assert "step_00000001" in str(caught.value)
 
 
-def test_every_byte_of_the_manifest_counts(tmp_path):
+def test_p5_nothing_wrong_is_loaded_silently_every_byte_of_the_manifest_counts(tmp_path):
     path = save(tmp_path, 5) / "manifest.json"
     data = path.read_bytes()
     for place in range(len(data)):
@@ -214,6 +218,73 @@ def test_verified_files_that_cannot_be_read_are_a_checkpoint_error(tmp_path):
             checkpoint.unpack({**files, name: content})
 
 
+def mutations(data):
+    """The bytes of a safetensors file with its header or its length changed, in many ways."""
+    draw = random.Random(0)
+    length = int.from_bytes(data[:8], "little")
+    text, elements = data[8 : 8 + length], data[8 + length :]
+
+    def framed(header, size=None):
+        return (len(header) if size is None else size).to_bytes(8, "little") + header + elements
+
+    for _ in range(700):
+        changed = bytearray(data)
+        for _ in range(draw.randint(1, 3)):
+            changed[draw.randrange(8 + length)] = draw.choice((draw.randrange(256), *b'0129[]{}",:-'))
+        yield bytes(changed)
+        start, end = sorted(draw.randrange(length) for _ in range(2))
+        yield framed(text[:start] + text[end:])
+        yield framed(text[:start] + text[start:end] * 2 + text[end:])
+        yield data[: draw.randrange(len(data))]
+    for size in (0, 1, length - 1, length + 1, len(data), 2**31, 2**62, 2**64 - 1):
+        yield framed(text, size)
+    header = json.loads(text)
+    numbers = (-1, 0, 1, 3, 24, 2**31, 2**62, 2**63, 2**64, 10**30, 1.5, 1e400, None, True, "1", [], {})
+    changes = [
+        *(
+            {"dtype": kind}
+            for kind in ("F64", "F16", "BF16", "F8_E4M3", "F8_E8M0", "F4", "C64", "BOOL", "U64", "x", "", 1)
+        ),
+        *({"shape": shape} for number in numbers for shape in (number, [number], [2, number], [number, 0], [1] * 70)),
+        *({"data_offsets": place} for number in numbers for place in (number, [number], [0, number], [number, 24])),
+        *({"shape": [0, number], "data_offsets": [0, 0]} for number in numbers),
+    ]
+    for name in WEIGHTS:
+        for change in changes:
+            yield framed(json.dumps({**header, name: {**header[name], **change}}).encode())
+        for strange in ("", "x" * 10_000, "\0", "__metadata__", "a/../b", "\ud800"):
+            yield framed(json.dumps({**header, strange: header[name]}).encode())
+            yield framed(json.dumps({strange: header[name]}).encode())
+    for strange in (b"", b"null", b"[]", b"1", b'"x"', b"[" * 100_000, b'{"a":' * 50_000, b" " * 100, b"\xff"):
+        yield framed(strange)
+
+
+def test_p6_a_mutated_header_of_tensors_is_a_checkpoint_error_or_well_formed(tmp_path):
+    save(tmp_path, 1)
+    files = checkpoint.read(tmp_path, 1)
+    outcomes = {"refused": 0, "read": 0}
+    for changed in mutations(files["model.safetensors"]):
+        try:
+            tensors, _, _ = checkpoint.unpack({**files, "model.safetensors": changed})
+        except CheckpointError:
+            outcomes["refused"] += 1
+            continue
+        outcomes["read"] += 1
+        assert all(isinstance(name, str) for name in tensors)
+        assert sum(tensor.nbytes for tensor in tensors.values()) <= len(changed)
+        assert all(len(tensor.tolist()) == len(tensor) for tensor in tensors.values() if tensor.dim())
+    assert outcomes["refused"] > 2000
+    assert outcomes["read"] > 20
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "1", '"x"', "[[[", ""])
+def test_p5_nothing_wrong_is_loaded_silently_a_state_that_is_no_object_is_refused(tmp_path, content):
+    save(tmp_path, 1)
+    files = checkpoint.read(tmp_path, 1)
+    with pytest.raises(CheckpointError, match="written by another program"):
+        checkpoint.unpack({**files, "state.json": content.encode()})
+
+
 # ---- crashes ----
 
 
@@ -230,7 +301,14 @@ class Crash:
         return self.function(*arguments, **named)
 
 
-CALLS = [*((os, "fsync", at) for at in range(1, 7)), (Path, "rename", 1), (Path, "mkdir", 2)]
+LAST_SYNC = 8  # of the run, its parent, four files, the temporary folder, the folder of checkpoints
+CALLS = [
+    *((os, "fsync", at) for at in range(1, LAST_SYNC + 1)),
+    (os, "replace", 1),
+    (store.Disk, "make_folders", 1),
+    (store.Disk, "make_folder", 1),
+    *((store.Disk, "write", at) for at in range(1, 5)),
+]
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
@@ -245,7 +323,7 @@ def test_an_error_at_any_write_leaves_the_older_checkpoint_and_no_part_of_the_ne
         with pytest.raises(type(error)):
             save(tmp_path, 2)
     assert crash.calls == at
-    if (owner, at) == (os, 6):  # the sync of the parent folder, when the new one has its name and is whole
+    if (name, at) == ("fsync", LAST_SYNC):  # of the parent folder, when the new one has its name and is whole
         assert folders(tmp_path) == ["step_00000001", "step_00000002"]
         assert checkpoint.newest(tmp_path)[0] == 2
     else:
@@ -258,10 +336,12 @@ def test_those_are_all_the_calls_of_a_save(tmp_path, monkeypatch):
     for owner, name in {(owner, name) for owner, name, _ in CALLS}:
         monkeypatch.setattr(owner, name, lambda *a, count=counters[name], **k: count(*a, **k))
     save(tmp_path, 2)
-    assert {name: counter.calls for name, counter in counters.items() if name != "mkdir"} == {"fsync": 6, "rename": 1}
+    assert {name: counter.calls for name, counter in counters.items()} == {
+        name: max(at for _, other, at in CALLS if other == name) for name in counters
+    }
 
 
-@pytest.mark.parametrize(("owner", "name", "at"), CALLS[:7])
+@pytest.mark.parametrize(("owner", "name", "at"), CALLS)
 def test_a_kill_at_any_write_leaves_only_a_temporary_folder_that_the_next_clean_removes(
     tmp_path, monkeypatch, owner, name, at
 ):
@@ -272,7 +352,7 @@ def test_a_kill_at_any_write_leaves_only_a_temporary_folder_that_the_next_clean_
         patch.setattr(shutil, "rmtree", lambda *arguments, **named: None)  # a killed process tidies nothing up
         with pytest.raises(RuntimeError):
             save(tmp_path, 2)
-    newest = 2 if (owner, at) == (os, 6) else 1
+    newest = 2 if (name, at) == ("fsync", LAST_SYNC) else 1
     assert checkpoint.newest(tmp_path)[::2] == (newest, [])
     checkpoint.clean(tmp_path, 1, 0, -1, None)
     assert folders(tmp_path) == [f"step_{newest:08d}"]
@@ -280,10 +360,12 @@ def test_a_kill_at_any_write_leaves_only_a_temporary_folder_that_the_next_clean_
 
 def test_every_file_is_synced_before_the_folder_gets_its_name_and_the_parent_after(tmp_path, monkeypatch):
     events = []
-    fsync, rename = os.fsync, Path.rename
+    fsync, rename = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda handle: (events.append(os.fstat(handle).st_ino), fsync(handle)))
-    monkeypatch.setattr(Path, "rename", lambda self, to: (events.append("rename"), rename(self, to))[1])
+    monkeypatch.setattr(os, "replace", lambda path, to: (events.append("rename"), rename(path, to))[1])
     folder = save(tmp_path, 1)
+    assert events[:2] == [tmp_path.stat().st_ino, tmp_path.parent.stat().st_ino]
+    del events[:2]  # so that the folder of checkpoints is not lost with all in it
     inodes = {path.stat().st_ino for path in folder.iterdir()}
     named = events.index("rename")
     assert set(events[: named - 1]) == inodes
@@ -298,6 +380,44 @@ def test_saving_a_step_again_replaces_a_broken_one_and_sets_it_aside(tmp_path):
     assert checkpoint.newest(tmp_path)[::2] == (4, [])
     aside = [name for name in folders(tmp_path) if name != "step_00000004"]
     assert [name.startswith(".bad-step_00000004-") for name in aside] == [True]
+
+
+def test_the_space_that_a_save_asks_for_is_that_of_its_tensors_and_a_little_more(tmp_path, monkeypatch):
+    weights, moments = {"w": torch.zeros(1000, 1000)}, {"w/m": torch.zeros(1_000_000, dtype=torch.bfloat16)}
+    needed = int(1.1 * (6_000_000 + (1 << 20)))
+    monkeypatch.setattr(store.Disk, "free", lambda self, folder: needed - 1)
+    with pytest.raises(OSError, match=f"No space left on device: {needed:,} bytes needed, {needed - 1:,} free"):
+        save(tmp_path, 1, weights, moments)
+    assert folders(tmp_path) == []
+    monkeypatch.setattr(store.Disk, "free", lambda self, folder: needed)
+    folder = save(tmp_path, 1, weights, moments)
+    assert sum(path.stat().st_size for path in folder.iterdir()) < needed
+
+
+def test_a_file_is_serialized_only_when_the_one_before_it_is_written(tmp_path, monkeypatch):
+    events = []
+    serialize, write = checkpoint.tensor_bytes, store.Store._write
+    monkeypatch.setattr(checkpoint, "tensor_bytes", lambda tensors: (events.append("serialize"), serialize(tensors))[1])
+    monkeypatch.setattr(
+        store.Store, "_write", lambda self, path, data: (events.append(path.name), write(self, path, data))[1]
+    )
+    save(tmp_path, 1)
+    assert events == ["serialize", FILES[1], "serialize", FILES[2], FILES[3], FILES[0]]
+
+
+def test_a_run_that_another_process_claimed_is_neither_saved_nor_cleaned(tmp_path):
+    first = checkpoint.claim(tmp_path)
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, WEIGHTS, MOMENTS, {"step": step}, owner=first)
+    second = checkpoint.claim(tmp_path)
+    with pytest.raises(SupersededError, match="newer one goes on"):
+        checkpoint.save(tmp_path, 3, WEIGHTS, MOMENTS, {"step": 3}, owner=first)
+    with pytest.raises(SupersededError, match="newer one goes on"):
+        checkpoint.clean(tmp_path, 1, 0, -1, None, owner=first)
+    assert folders(tmp_path) == ["step_00000001", "step_00000002"]
+    checkpoint.save(tmp_path, 3, WEIGHTS, MOMENTS, {"step": 3}, owner=second)
+    checkpoint.clean(tmp_path, 1, 0, -1, None, owner=second)
+    assert folders(tmp_path) == ["step_00000003"]
 
 
 # ---- retention ----
@@ -334,8 +454,8 @@ def test_what_clean_keeps(tmp_path, saved, broken, keep_last, keep_every, best, 
 def test_clean_reads_no_more_checkpoints_than_it_must(tmp_path, monkeypatch):
     for step in range(1, 9):
         save(tmp_path, step)
-    read, asked = checkpoint.read, []
-    monkeypatch.setattr(checkpoint, "read", lambda run, step: (asked.append(step), read(run, step))[1])
+    verify, asked = store.Store.verify, []
+    monkeypatch.setattr(store.Store, "verify", lambda self, step: (asked.append(step), verify(self, step))[1])
     checkpoint.clean(tmp_path, 2, 1, -1, None)
     assert asked == [8, 7]
 
@@ -395,6 +515,77 @@ def test_load_model_takes_the_newest_that_verifies(trained):
     assert torch.equal(model.head.weight, original.head.weight)
 
 
+def save_again(trained, step, best_step, add):
+    run, original = trained
+    tensors = {name: tensor + add for name, tensor in original.state_dict().items()}
+    state = checkpoint.unpack(checkpoint.read(run, 8))[2]
+    return checkpoint.save(run, step, tensors, {}, {**state, "step": step, "run": {"best_step": best_step}})
+
+
+def test_load_model_takes_the_best_that_the_newest_knows(trained):
+    run, original = trained
+    for newest, best in ((9, 8), (10, 9), (11, 11)):
+        save_again(trained, newest, best, add=newest)
+        model, _, meta = checkpoint.load_model(run, best=True)
+        assert meta["step"] == best
+        assert torch.equal(model.head.weight, original.head.weight + (best if best > 8 else 0))
+        assert checkpoint.load_model(run)[2]["step"] == newest
+
+
+@pytest.mark.parametrize("best_step", [-1, None, "8", 8.0, True])
+def test_load_model_of_the_best_of_a_run_that_was_never_evaluated_says_so(trained, best_step):
+    save_again(trained, 9, best_step, add=0)
+    with pytest.raises(CheckpointError, match="never evaluated"):
+        checkpoint.load_model(trained[0], best=True)
+    for run in ({}, None, []):
+        state = {**checkpoint.load_model(trained[0])[2], "run": run}
+        checkpoint.save(trained[0], 9, trained[1].state_dict(), {}, state)
+        with pytest.raises(CheckpointError, match="never evaluated"):
+            checkpoint.load_model(trained[0], best=True)
+
+
+def test_load_model_of_a_best_that_is_damaged_or_gone_takes_no_other(trained):
+    run, _ = trained
+    save_again(trained, 9, 8, add=1)
+    folder = run / "checkpoints" / "step_00000008"
+    damage(folder / "model.safetensors", "middle bit")
+    with pytest.raises(CheckpointError, match=r"best checkpoint, of step 8, cannot be used: .*step_00000008"):
+        checkpoint.load_model(run, best=True)
+    shutil.rmtree(folder)
+    with pytest.raises(CheckpointError, match=r"best checkpoint, of step 8, cannot be used: .*step_00000008"):
+        checkpoint.load_model(run, best=True)
+    assert checkpoint.load_model(run)[2]["step"] == 9
+
+
+@pytest.mark.parametrize("script", [base_eval, generate], ids=["base_eval", "generate"])
+def test_the_scripts_load_the_best_when_told_to(script, trained, monkeypatch):
+    class Loaded(Exception):
+        pass
+
+    def load_model(run_dir, device, best=False):
+        raise Loaded(run_dir, best)
+
+    alone = SimpleNamespace(device="cpu", on_main=lambda act: act(), together=lambda act: act())
+    monkeypatch.setattr(runtime, "start", lambda *arguments, **named: alone)  # which would set what other tests see
+    monkeypatch.setattr(checkpoint, "load_model", load_model)
+    monkeypatch.setattr(script, "RUN_NAME", str(trained[0]))
+    for best in (False, True):
+        assert not script.BEST or best
+        monkeypatch.setattr(script, "BEST", best)
+        with pytest.raises(Loaded) as caught:
+            script.main()
+        assert caught.value.args == (trained[0], best)
+
+
+@pytest.mark.parametrize("change", [{"model_config": None}, {"model_config": {"depth": 3}}, {"model_config": []}])
+def test_p5_nothing_wrong_is_loaded_silently_a_state_without_a_model_is_refused(trained, change):
+    run, original = trained
+    state = {**checkpoint.load_model(run)[2], **change}
+    checkpoint.save(run, 9, original.state_dict(), {}, state)
+    with pytest.raises(CheckpointError, match="lacks what a model needs"):
+        checkpoint.load_model(run)
+
+
 def test_load_model_refuses_another_tokenizer_or_none(trained):
     run, _ = trained
     BPETokenizer.train(["other text entirely"], 260).save(run)
@@ -410,7 +601,7 @@ def test_load_model_of_a_missing_run_says_how_to_train_one(tmp_path):
         checkpoint.load_model(tmp_path / "nothing")
 
 
-def test_load_weights_names_what_is_missing_extra_or_misshapen(trained):
+def test_load_weights_names_what_is_missing_extra_misshapen_or_of_another_dtype(trained):
     _, model = trained
     good = model.state_dict()
     missing = {name: tensor for name, tensor in good.items() if name != "head.weight"}
@@ -418,6 +609,7 @@ def test_load_weights_names_what_is_missing_extra_or_misshapen(trained):
         (missing, "head.weight"),
         ({**good, "surprise": torch.zeros(1)}, "surprise"),
         ({**good, "backout_scale": torch.zeros(1)}, "backout_scale"),
+        ({**good, "head.weight": good["head.weight"].double()}, "head.weight"),
     ):
         with pytest.raises(CheckpointError, match=name):
             checkpoint.load_weights(model, tensors)

@@ -292,6 +292,7 @@ def test_import_of_a_folder_takes_every_kind_of_file_at_every_depth_and_nothing_
         (source / name).write_text(f"not to be read {name}")
     found = imported(source, tmp_path / "shards")
     assert sorted(all_of(*found)) == sorted(texts[:52])
+    assert found[2] == {"hidden file": 2, "file of an unknown kind (a text file is read if it ends in .txt)": 4}
 
 
 def test_import_of_the_same_documents_gives_the_same_bytes_whatever_holds_them(tmp_path):
@@ -331,6 +332,17 @@ def test_import_always_has_train_and_validation_and_no_text_in_both(tmp_path, co
     if count == 1000:
         assert 0.7 * 1000 / 16 < len(validation) < 1.3 * 1000 / 16
         assert max(map(len, train)) < 1.2 * min(map(len, train))
+
+
+def test_import_has_train_and_validation_where_one_document_is_nearly_all(tmp_path):
+    """DA10: whether that one comes first or last."""
+    first = set()
+    for letter in "abcdefgh":
+        write_jsonl(tmp_path / f"{letter}.jsonl", texts := [letter, letter * 50_000])
+        train, validation, _ = imported(tmp_path / f"{letter}.jsonl", tmp_path / letter)
+        assert [*train, validation] in ([[texts[0]], [texts[1]]], [[texts[1]], [texts[0]]])
+        first.add(len(train[0][0]))
+    assert first == {1, 50_000}
 
 
 def test_import_drops_exact_duplicates_only(tmp_path):
@@ -526,6 +538,21 @@ def test_import_counts_what_it_leaves_out_by_reason(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("write", [write_jsonl, write_gz, write_zst])
+@pytest.mark.parametrize("excess", [-1, 0, 1, 1000, 1 << 20, (1 << 20) + 1, 5 << 20])
+def test_import_never_holds_a_row_that_is_too_long(tmp_path, monkeypatch, write, excess):
+    monkeypatch.setattr(corpus, "MAX_LINE_BYTES", 1 << 20)
+    long = "a" * ((1 << 20) + excess - len(json_lines(rows_of([""]))))
+    write(tmp_path / "a.jsonl", ["one", long, "two", long, "three"])
+    path = (tmp_path / "a.jsonl").rename(
+        tmp_path / {write_gz: "a.jsonl.gz", write_zst: "a.jsonl.zst"}.get(write, "a.jsonl")
+    )
+    *found, skipped = imported(path, tmp_path / "shards")
+    fits = excess <= 0
+    assert sorted(all_of(*found)) == sorted(["one", "two", "three", *([long] if fits else [])])
+    assert skipped == ({"duplicate": 1} if fits else {"row longer than 1 MiB": 2})
+
+
 def test_import_makes_lone_surrogates_replacement_characters(tmp_path):
     """DA7: JSON can hold them, parquet cannot."""
     (tmp_path / "a.jsonl").write_bytes(rb'{"text": "a\ud800b"}' + b"\n" + rb'{"text": "c\ud83d\ude42\udc00"}')
@@ -578,11 +605,15 @@ def other_columns(path):
 BAD_SOURCES = {
     "missing": ("a.txt", lambda path: None, r"--from=.*a.txt: no such file or folder"),
     "nothing to read": ("folder", lambda path: path.mkdir(), r"folder: no .txt, .* or other text file there"),
-    "another kind": ("a.png", lambda path: path.write_bytes(b"x"), r"a.png: no .txt, .* or other text file there"),
+    "another kind": (
+        "a.png",
+        lambda path: path.write_bytes(b"x"),
+        r"a.png: no .txt, .* text file there \(1 file of an",
+    ),
     "empty file": ("a.txt", lambda path: path.write_bytes(b""), r"no text in 1 files \(all empty\)"),
     "no good row": ("a.jsonl", without_rows, r"no text in 1 files \(1 empty, 1 no 'text' .*--text-column"),
     "one document": ("a.txt", lambda path: path.write_text("one"), r"a single document; at least two are needed"),
-    "equal documents": ("a.jsonl", lambda path: write_jsonl(path, ["a", "a"]), r"a single document; at least two"),
+    "equal documents": ("a.jsonl", lambda path: write_jsonl(path, ["a", "a"]), r"a single document; .*\(1 duplicate\)"),
     "missing column": ("a.parquet", other_columns, r"no column 'text', only: id, body \(--text-column=NAME"),
     "cut gz": ("a.jsonl.gz", damaged(write_gz, half), r"a.jsonl.gz cannot be read: Compressed file ended"),
     "scrambled gz": ("a.jsonl.gz", damaged(write_gz, scrambled), r"a.jsonl.gz cannot be read: .*(invalid|CRC)"),

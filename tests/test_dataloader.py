@@ -200,7 +200,7 @@ def test_rows_are_those_of_the_definition(tokenizer, tmp_path, corpus, lanes):
         (one_row_group, 48, 3, 3),
     ],
 )
-def test_the_order_of_rows_does_not_depend_on_the_world_size(
+def test_p2_the_order_of_rows_does_not_depend_on_the_world_size(
     tokenizer, tmp_path, world_size, corpus, lanes, rows_per_rank, steps
 ):
     folder = corpus(tmp_path)
@@ -209,8 +209,20 @@ def test_the_order_of_rows_does_not_depend_on_the_world_size(
     np.testing.assert_array_equal(together, alone)
 
 
+@pytest.mark.parametrize("part", [0, 1, 2])
+@pytest.mark.parametrize("world_size", range(1, 9))
+def test_one_cursor_off_by_one_would_be_noticed_at_every_world_size(tokenizer, tmp_path, world_size, part):
+    """The twin of the test above."""
+    folder = few_row_groups(tmp_path)
+    alone = Ranks(folder, tokenizer, 12, 6).steps(1, 20 * world_size)
+    state = Ranks(folder, tokenizer, 12, 6).state()
+    state["lanes"]["3"][part] += 1
+    together = Ranks(folder, tokenizer, 12, 6, world_size, state).steps(4, 5)
+    assert set(np.flatnonzero((together != alone).any(axis=1)) % 6) == {3}, "and only in that lane"
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 4, 5])
-def test_the_order_of_rows_is_the_definition_at_every_world_size(tokenizer, tmp_path, world_size):
+def test_p2_the_order_of_rows_is_the_definition_at_every_world_size(tokenizer, tmp_path, world_size):
     expected = Reference(few_row_groups(tmp_path), tokenizer, 16, 6, 12 * world_size)
     ranks = Ranks(tmp_path, tokenizer, 16, 6, world_size)
     np.testing.assert_array_equal(ranks.steps(4, 3), expected.rows)
@@ -336,6 +348,20 @@ def test_a_row_group_without_text_is_read_once(tokenizer, tmp_path, monkeypatch)
     assert max(reads.count(group) for group in range(41) if group != 20) == 1
 
 
+def test_lanes_that_share_a_row_group_decode_it_once(tokenizer, tmp_path, monkeypatch):
+    folder = write(tmp_path, make_texts(300), rows_per_group=1000)
+    expected = Reference(folder, tokenizer, 16, 48, 480)
+    decoded, read_row_group = [], pq.ParquetFile.read_row_group
+
+    def counting(file, group, **settings):
+        decoded.append(group)
+        return read_row_group(file, group, **settings)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counting)
+    np.testing.assert_array_equal(Ranks(folder, tokenizer, 16, 48).steps(10, 48), expected.rows)
+    assert decoded == [0]
+
+
 def test_no_units_are_a_data_error(tokenizer):
     with pytest.raises(DataError, match="hold no rows"):
         RowReader([], tokenizer, 16, 4, SEED)
@@ -399,7 +425,7 @@ def test_the_hash_of_a_step_notices_two_rows_that_changed_places(tokenizer, smal
 
 
 @pytest.mark.parametrize("lanes", [1, 3, 48])
-def test_resuming_after_any_row_gives_the_rest_of_the_rows(tokenizer, small, lanes):
+def test_p3_resuming_after_any_row_gives_the_rest_of_the_rows(tokenizer, small, lanes):
     expected = Reference(small, tokenizer, 16, lanes, 110)
     first = Ranks(small, tokenizer, 16, lanes)
     offsets, epochs = set(), set()
@@ -420,7 +446,7 @@ def test_resuming_after_any_row_gives_the_rest_of_the_rows(tokenizer, small, lan
 
 @pytest.mark.parametrize("piece_chars", [37, 100_000])
 @pytest.mark.parametrize("worlds", [[(1, 8), (2, 3), (4, 1)], [(3, 4), (2, 5), (5, 2)], [(8, 1), (1, 1), (7, 3)]])
-def test_resuming_twice_with_other_world_and_batch_sizes(tokenizer, small, monkeypatch, worlds, piece_chars):
+def test_p3_resuming_twice_with_other_world_and_batch_sizes(tokenizer, small, monkeypatch, worlds, piece_chars):
     monkeypatch.setattr(dataloader, "MAX_PIECE_CHARS", piece_chars)
     expected = Reference(small, tokenizer, 16, 6, 100, piece_chars)
     state, done = None, 0
@@ -436,8 +462,22 @@ def test_resuming_twice_with_other_world_and_batch_sizes(tokenizer, small, monke
     assert done > 50
 
 
+@pytest.mark.parametrize("shifted", [0, 1])
+def test_one_cursor_off_by_one_at_either_of_two_resumes_would_be_noticed(tokenizer, small, shifted):
+    """The twin of the test above."""
+    expected, state = Reference(small, tokenizer, 16, 6, 100), None
+    for number, (world_size, rows_per_rank) in enumerate([(3, 4), (2, 5), (5, 2)]):
+        ranks = Ranks(small, tokenizer, 16, 6, world_size, state)
+        rows = ranks.steps(2, rows_per_rank)
+        begin = ranks.readers[0].next_row - len(rows)
+        assert (rows == expected.rows[begin : begin + len(rows)]).all() == (number <= shifted)
+        state = ranks.state()
+        if number == shifted:
+            state["lanes"]["2"][2] += 1
+
+
 @pytest.mark.parametrize("part", [0, 1, 2])
-def test_a_state_with_one_cursor_off_by_one_gives_other_rows(tokenizer, small, part):
+def test_p3_a_state_with_one_cursor_off_by_one_gives_other_rows(tokenizer, small, part):
     expected = Reference(small, tokenizer, 16, 3, 60)
     first = Ranks(small, tokenizer, 16, 3)
     first.step(9)
@@ -535,6 +575,15 @@ def test_a_shard_that_vanishes_is_a_data_error_of_every_later_batch(tokenizer, s
     assert loader_threads() == []
 
 
+def test_a_shard_that_is_replaced_is_a_data_error_and_not_other_rows(tokenizer, small):
+    with DataLoader(reader_of(small, tokenizer), 4, CPU) as loader:
+        next(loader)
+        for number, count in ((0, 5), (1, 4)):
+            dataset.write_shard(small / f"shard_{number:05d}.parquet", make_texts(count, seed=9), 2)
+        with pytest.raises(DataError, match=r"shard_0000\d.parquet, row group \d, cannot be read: .* has changed"):
+            soon(lambda: deque(itertools.islice(loader, 1000)))
+
+
 @pytest.mark.parametrize("error", [RuntimeError("odd"), MemoryError(), KeyError("x")])
 def test_any_error_of_the_thread_reaches_the_caller_again_and_again(small, error):
     class Broken:
@@ -600,6 +649,25 @@ def test_validation_rows_read_on_from_row_group_to_row_group(tokenizer, tmp_path
         rows = dataloader.validation_rows(folder / "shard_00002.parquet", tokenizer, seq_len, num_tokens)
         count = num_tokens // seq_len
         assert rows.tolist() == [stream[seq_len * n : seq_len * (n + 1) + 1] for n in range(count)]
+
+
+def test_validation_rows_tokenize_little_more_than_they_need(tokenizer, tmp_path):
+    texts, count = make_texts(2000), 0
+
+    class Watching:
+        bos = tokenizer.bos
+
+        def encode_batch(self, texts):
+            nonlocal count
+            count += len(texts)
+            return tokenizer.encode_batch(texts)
+
+    dataset.write_shard(tmp_path / "shard_0.parquet", texts, rows_per_group=2000)
+    stream = [token for text in texts[:400] for token in (tokenizer.bos, *tokenizer.encode(text))]
+    needed = stream[:10_001].count(tokenizer.bos)
+    rows = dataloader.validation_rows(tmp_path / "shard_0.parquet", Watching(), 100, 10_000)
+    assert rows.tolist() == [stream[100 * n : 100 * n + 101] for n in range(100)]
+    assert needed <= count <= needed + 64, "and not the whole row group"
 
 
 @pytest.mark.parametrize(("texts", "tokens"), [(["a"], 2), ([None, ""], 0), ([], 0)])

@@ -201,6 +201,58 @@ def test_a_row_group_that_cannot_be_read_is_named(tmp_path, harm):
         dataset.read_texts(path, 1)
 
 
+@pytest.mark.parametrize("kept", [None, {}])
+def test_a_shard_that_another_good_one_has_replaced_is_an_error(tmp_path, kept):
+    """DA12: also where its row group is kept."""
+    folder = make_shards(tmp_path)
+    shard = dataset.open_shards(folder).train[0]
+    before = dataset.read_texts(shard.path, 0, 1, 3, shard.stamp, kept)
+    assert dataset.read_texts(shard.path, 0, 1, 3, shard.stamp, kept) == before
+    dataset.write_shard(shard.path, make_texts(40, seed=9), rows_per_group=5)
+    assert dataset.read_texts(shard.path, 0, 1, 3) != before
+    with pytest.raises(DataError, match=r"shard_00000.parquet, row group 0, cannot be read: the file has changed"):
+        dataset.read_texts(shard.path, 0, 1, 3, shard.stamp, kept)
+    shard.path.unlink()
+    with pytest.raises(DataError, match=r"shard_00000.parquet, row group 0, cannot be read \(.*No such file"):
+        dataset.read_texts(shard.path, 0, 1, 3, shard.stamp, kept)
+
+
+@pytest.mark.parametrize(("kept_bytes", "rounds_decoded", "stay"), [(1 << 20, 1, 3), (1, 4, 1)])
+def test_row_groups_read_in_slices_are_decoded_once_within_bounds(
+    tmp_path, monkeypatch, kept_bytes, rounds_decoded, stay
+):
+    path, texts = tmp_path / "shard_00000.parquet", make_texts(30)
+    dataset.write_shard(path, texts, rows_per_group=10)
+    groups, read_row_group = [], pq.ParquetFile.read_row_group
+
+    def counting(file, group, **settings):
+        groups.append(group)
+        return read_row_group(file, group, **settings)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counting)
+    monkeypatch.setattr(dataset, "KEPT_BYTES", kept_bytes)
+    kept = {}
+    for start in (0, 3, 6, 6):
+        for group in range(3):
+            for _ in range(2):
+                found = dataset.read_texts(path, group, start, start + 4, kept=kept)
+                assert found == texts[10 * group + start : 10 * group + start + 4]
+    assert groups == [0, 1, 2] * rounds_decoded
+    assert len(kept) == stay
+
+
+def test_the_row_group_that_was_not_asked_for_longest_is_given_up_first(tmp_path, monkeypatch):
+    path = tmp_path / "shard_00000.parquet"
+    dataset.write_shard(path, ["a" * 100] * 40, rows_per_group=10)
+    monkeypatch.setattr(dataset, "KEPT_BYTES", 2500)
+    kept = {}
+    for group in (0, 1, 0, 2):
+        dataset.read_texts(path, group, 0, 5, kept=kept)
+    assert [group for _, group in kept] == [0, 2]
+    dataset.read_texts(path, 3, 0, 10, kept=kept)
+    assert [group for _, group in kept] == [0, 2], "one that is read whole is not read again"
+
+
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
 def test_text_that_is_not_utf8_is_named_to_the_row(tmp_path, kind):
     """DA6."""

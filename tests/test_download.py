@@ -1,6 +1,7 @@
 """Downloads against a scripted loopback host: every fault, and the files are the source's bytes or not there."""
 
 import contextlib
+import dataclasses
 import email.utils
 import errno
 import hashlib
@@ -891,7 +892,7 @@ def test_a_token_that_goes_along_would_be_noticed(host, start_host, files, folde
 
 def test_the_token_of_hugging_face_is_not_for_other_hosts(host, start_host, files, folder, monkeypatch):
     """DL15"""
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret\n")  # as read from a file
     get_set(folder)
     assert [headers["Authorization"] for _, headers in host.seen] == ["Bearer hf_secret"] * 4
     other = start_host()
@@ -1199,6 +1200,35 @@ def test_validation_is_what_the_manifest_of_the_host_names(host, files, folder):
     assert sorted(shards_in(folder)) == [ONE, ALL[1], "shard_00002.parquet"]
     shards = dataset.open_shards(folder)
     assert (shards.validation.name, [shard.name for shard in shards.train]) == (ONE, [ALL[1], "shard_00002.parquet"])
+
+
+def test_the_validation_shard_of_a_folder_never_becomes_a_train_shard(host, files, folder, monkeypatch):
+    """DA10: the number of shards, or the host, may say another one the next time."""
+    get_set(folder)
+    before, more = contents(folder), "shard_01823.parquet"
+    serve_manifest(host, hub_manifest({**files, more: files[ONE]}, validation=more))
+    host.script[PREFIX + more] = [reply(files[ONE])]
+    with pytest.raises(UserError, match=f"{VALIDATION}, which would become a train shard, and {more} validation: "):
+        get_set(folder)
+    del host.script[PREFIX + "manifest.json"]
+    smaller = dataclasses.replace(dataset.SOURCES["fineweb-edu"], num_shards=2)
+    monkeypatch.setitem(dataset.SOURCES, "fineweb-edu", smaller)
+    with pytest.raises(UserError, match=f"{VALIDATION}, which would become a train shard, and {ALL[1]} validation"):
+        get_set(folder, 1)
+    assert contents(folder) == before
+    (folder / VALIDATION).unlink()  # nobody can have trained without it
+    get_set(folder, 1)
+    assert dataset.read_manifest(folder)["validation"] == ALL[1]
+
+
+def test_a_folder_of_another_data_set_is_refused(host, folder):
+    for held, asked in (("stdlib of Python 3.11.7", "stdlib"), ("fineweb-edu", "fineweb"), ("own text", "own")):
+        make_shards(folder, train=1)
+        dataset.write_manifest(folder, held, "shard_00001.parquet")
+        before = contents(folder)
+        with pytest.raises(UserError, match=rf"holds another data set \({held}\): choose another --name"):
+            dataset.fetch(asked, dataset.SOURCES["fineweb-edu"], 1, folder, FakeClock())
+        assert contents(folder) == before
 
 
 def test_the_size_is_told_before_the_first_shard_is_asked_for(host, files, folder, capsys, monkeypatch):

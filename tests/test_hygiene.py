@@ -53,7 +53,7 @@ WHERE = {
         "test_hygiene: test_the_literal_name_of_bos_is_text_from_a_users_file_to_the_rows",
     ],
     "DA9 fewer row groups than ranks": [
-        "test_dataloader: test_the_order_of_rows_does_not_depend_on_the_world_size",
+        "test_dataloader: test_p2_the_order_of_rows_does_not_depend_on_the_world_size",
         "test_corpus: test_import_of_little_text_still_has_many_row_groups",
     ],
     "DA10 too few shards, no or a repeated validation shard": [
@@ -65,6 +65,8 @@ WHERE = {
     "DA11 no rows": ["test_hygiene: test_row_groups_and_files_without_rows_change_nothing"],
     "DA12 a shard vanishes or is replaced": [
         "test_dataset: test_a_row_group_that_cannot_be_read_is_named",
+        "test_dataset: test_a_shard_that_another_good_one_has_replaced_is_an_error",
+        "test_dataloader: test_a_shard_that_is_replaced_is_a_data_error_and_not_other_rows",
         "test_dataloader: test_a_shard_that_vanishes_is_a_data_error_of_every_later_batch",
         "test_base_train: test_a_shard_that_vanishes_costs_no_step",
     ],

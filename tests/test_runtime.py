@@ -236,7 +236,7 @@ def test_every_kind_of_error_can_be_shared():
         return [kind, *(deeper for below in kind.__subclasses__() for deeper in kinds(below))]
 
     assert DataError in kinds(UserError)
-    for kind in kinds(UserError):
+    for kind in (kind for kind in kinds(UserError) if kind.__module__.startswith("nanotrain.")):  # not those of tests
         with pytest.raises(UserError, match=r"^message$") as raised:
             rt.together(lambda kind=kind: fail(kind("message")))
         assert raised.value.exit_code == kind.exit_code

@@ -1,0 +1,131 @@
+"""What a run must notice: a request to stop, a hang, updates that are not finite, spikes of the loss, ranks that drift
+apart.
+"""
+
+import faulthandler
+import math
+import os
+import signal
+import sys
+import threading
+import time
+
+import torch
+
+from nanotrain.errors import HANG_EXIT_CODE, ReplicaError
+
+NON_FINITE_IN_A_ROW = 3  # steps that end a run
+NON_FINITE_NEARBY, NEARBY_STEPS = 10, 1000  # so many within so many steps end it too
+LOSS_WINDOW = 128  # accepted losses that a new one is compared with
+SPIKE_DEVIATIONS = 6.0  # standard deviations above their mean
+
+
+class StopRequest:
+    """SIGTERM, SIGUSR1 (Slurm's warning) and Ctrl-C only set a flag, which all ranks share at the end of the step; a
+    second Ctrl-C ends the process at once.
+    """
+
+    def __init__(self, speaks):
+        """speaks: whether this rank says that it heard."""
+        self.requested, self.since, self.speaks = False, 0.0, speaks
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+            if hasattr(signal, name):  # Windows has no SIGUSR1
+                signal.signal(getattr(signal, name), self.handle)
+
+    def handle(self, number, frame):
+        """The signal handler."""
+        # torchrun passes the terminal's Ctrl-C on, so that one keystroke arrives twice
+        if self.requested and number == signal.SIGINT and time.monotonic() - self.since > 1:
+            os._exit(130)
+        if not self.requested:
+            self.requested, self.since = True, time.monotonic()
+            if self.speaks:
+                os.write(2, b"\nstopping after this step (Ctrl-C again: at once, without saving)\n")
+
+
+class Watchdog:
+    """Ends the process with exit code 8, and the stacks of all its threads on `file`, when `beat` is not called in
+    time.
+
+    It counts the seconds it is awake itself, so that a process that was suspended (Ctrl-Z, a closed laptop) goes on.
+    """
+
+    TICK_SECONDS = 0.25
+
+    def __init__(self, seconds, rank=0, file=None, leave=os._exit):
+        """seconds: until the first `beat`. file: an open file with a descriptor; None: standard error."""
+        self._rank, self._file, self._leave = rank, file or sys.stderr, leave
+        self._closed = threading.Event()
+        self.beat(seconds)
+        self._thread = threading.Thread(target=self._watch, name="nanotrain-watchdog", daemon=True)
+        self._thread.start()
+
+    def beat(self, seconds):
+        """All is well; the next beat comes within `seconds`."""
+        self._limit = seconds
+        self._waited = 0.0
+
+    def _watch(self):
+        while not self._closed.wait(self.TICK_SECONDS):
+            self._waited += self.TICK_SECONDS
+            if self._waited >= self._limit:
+                where = f"[rank {self._rank}] " if self._rank else ""
+                message = f"no progress for {self._limit:.0f} s: this process is ended. Where each of its threads was:"
+                print(f"{where}error: {message}", file=self._file, flush=True)
+                faulthandler.dump_traceback(self._file, all_threads=True)
+                return self._leave(HANG_EXIT_CODE)
+
+    def close(self):
+        """Stop watching."""
+        self._closed.set()
+        self._thread.join()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+
+def too_many_skipped(skipped, step):
+    """Whether a run should end: `skipped` are the steps, in order, whose update was left out, the last of them
+    `step`.
+    """
+    in_a_row = skipped[-NON_FINITE_IN_A_ROW:] == list(range(step - NON_FINITE_IN_A_ROW + 1, step + 1))
+    return in_a_row or sum(other > step - NEARBY_STEPS for other in skipped) >= NON_FINITE_NEARBY
+
+
+def deviations(losses, loss):
+    """How many standard deviations `loss` lies above the mean of the accepted `losses`; 0 while there are few."""
+    if len(losses) < LOSS_WINDOW // 4:
+        return 0.0
+    mean = math.fsum(losses) / len(losses)
+    variance = math.fsum((other - mean) ** 2 for other in losses) / len(losses)
+    return (loss - mean) / max(math.sqrt(variance), 1e-9)
+
+
+@torch.no_grad()
+def checksum(tensors):
+    """A 64-bit sum over the bits of float32 tensors, in order: equal tensors give equal sums, and any single change
+    another one.
+    """
+    total = 0
+    for tensor in tensors:
+        bits = tensor.detach().reshape(-1).view(torch.int32).sum(dtype=torch.int64).item()
+        total = (total * 1_000_003 + bits) % 2**64
+    return total
+
+
+def check_replicas(runtime, tensors, step):
+    """Raise ReplicaError on all ranks, naming those that differ from rank 0, if their `tensors` are not equal to the
+    bit.
+    """
+    if runtime.world_size == 1:
+        return
+    sums = runtime.gather(checksum(tensors))
+    other = [rank for rank, found in enumerate(sums) if found != sums[0]]
+    if other:
+        raise ReplicaError(
+            f"step {step}: the weights of rank {', '.join(map(str, other))} are not those of rank 0: a device computes "
+            "wrongly, or gradients were not shared. Nothing was saved; --resume goes on from the last checkpoint"
+        )

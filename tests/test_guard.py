@@ -1,0 +1,208 @@
+"""What a run must notice: signals, hangs, losses out of line, ranks that drift apart."""
+
+import math
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+
+import pytest
+import torch
+from conftest import ROOT
+
+from nanotrain import guard
+from nanotrain.errors import ReplicaError
+
+# ---- a request to stop ----
+
+
+@pytest.fixture
+def _handlers():
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_handlers")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_only_asks_to_stop_and_says_so_once(number, capfd):
+    stop = guard.StopRequest(speaks=True)
+    assert not stop.requested
+    signal.raise_signal(number)
+    signal.raise_signal(number)  # at once again: torchrun passes the terminal's Ctrl-C on
+    assert stop.requested
+    assert capfd.readouterr().err.count("stopping after this step") == 1
+
+
+@pytest.mark.usefixtures("_handlers")
+def test_a_second_ctrl_c_ends_the_process_at_once_but_a_second_sigterm_does_not(monkeypatch):
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    stop = guard.StopRequest(speaks=False)
+    signal.raise_signal(signal.SIGINT)
+    stop.since -= 2.0
+    signal.raise_signal(signal.SIGTERM)
+    assert left == []
+    signal.raise_signal(signal.SIGINT)
+    assert left == [130]
+
+
+# ---- hangs ----
+
+
+def wait_for(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+
+def hang_where_the_log_will_say_so(release):
+    release.wait(30)
+
+
+def test_p7_a_process_that_hangs_is_ended_with_the_stacks_of_all_its_threads(tmp_path, monkeypatch):
+    monkeypatch.setattr(guard.Watchdog, "TICK_SECONDS", 0.02)
+    release, left = threading.Event(), []
+    worker = threading.Thread(target=hang_where_the_log_will_say_so, args=(release,), name="worker")
+    worker.start()
+    with open(tmp_path / "log", "w+", encoding="utf-8") as log:
+        with guard.Watchdog(0.1, rank=3, file=log, leave=left.append):
+            assert wait_for(lambda: left)
+        release.set()
+        worker.join()
+        log.seek(0)
+        text = log.read()
+    assert left == [8]
+    assert text.startswith("[rank 3] error: no progress for 0 s")
+    assert "hang_where_the_log_will_say_so" in text
+    assert "wait_for" in text, "the main thread too"
+
+
+def test_who_beats_in_time_is_left_alone_and_each_beat_sets_the_next_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(guard.Watchdog, "TICK_SECONDS", 0.02)
+    left = []
+    with open(tmp_path / "log", "w", encoding="utf-8") as log, guard.Watchdog(0.5, 0, log, left.append) as watchdog:
+        for _ in range(20):
+            time.sleep(0.05)
+            watchdog.beat(0.5)
+        assert left == []
+        watchdog.beat(0.1)
+        assert wait_for(lambda: left)
+        watchdog.beat(60)
+    assert left == [8]
+    assert not watchdog._thread.is_alive()
+
+
+def test_a_closed_watchdog_ends_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(guard.Watchdog, "TICK_SECONDS", 0.01)
+    left = []
+    with open(tmp_path / "log", "w", encoding="utf-8") as log:
+        guard.Watchdog(0.05, 0, log, left.append).close()
+        time.sleep(0.2)
+    assert left == []
+
+
+SUSPENDED = """
+import sys, time
+from nanotrain import guard
+guard.Watchdog.TICK_SECONDS = 0.05
+with guard.Watchdog(float(sys.argv[1])) as watchdog:
+    print("ready", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+def test_a_process_that_was_suspended_goes_on_and_one_that_was_not_is_ended():
+    command = [sys.executable, "-c", SUSPENDED, "1.0"]
+    with subprocess.Popen([*command, "0.3"], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(1.5)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(30) == 0
+    done = subprocess.run([*command, "20"], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 8
+    assert 'File "<string>", line 7 in <module>' in done.stderr
+
+
+# ---- updates that are not finite, and spikes ----
+
+
+@pytest.mark.parametrize(
+    ("skipped", "step", "ends"),
+    [
+        ([5], 5, False),
+        ([4, 5], 5, False),
+        ([3, 4, 5], 5, True),
+        ([1, 2, 5], 5, False),
+        ([1, 3, 5], 5, False),
+        ([2, 3, 4, 90], 90, False),
+        (list(range(100, 1000, 100)), 900, False),  # nine
+        (list(range(90, 991, 100)), 990, True),  # ten within 1,000
+        ([*list(range(90, 891, 100)), 1090], 1090, False),  # the first of ten is just too old
+        ([*list(range(90, 891, 100)), 1089], 1089, True),
+    ],
+)
+def test_several_in_a_row_or_many_within_a_thousand_steps_end_a_run(skipped, step, ends):
+    assert guard.too_many_skipped(skipped, step) is ends
+
+
+def test_a_spike_is_measured_against_the_accepted_losses_in_their_standard_deviations():
+    draw = random.Random(0)
+    losses = [3 + 0.1 * draw.random() for _ in range(100)]
+    for loss in (3.05, 4.0, 2.0):
+        expected = (loss - statistics.mean(losses)) / statistics.pstdev(losses)
+        assert guard.deviations(losses, loss) == pytest.approx(expected)
+    assert guard.deviations(losses, 4.0) > guard.SPIKE_DEVIATIONS > guard.deviations(losses, 3.1)
+    assert guard.deviations(losses[:31], 100.0) == 0.0, "too few to say anything"
+    assert math.isfinite(guard.deviations([2.0] * 64, 3.0))
+
+
+# ---- ranks that drift apart ----
+
+
+@dataclass
+class FakeRuntime:
+    """The part of a Runtime that the check uses, with the other ranks' sums given."""
+
+    world_size: int
+    others: tuple = ()
+
+    def gather(self, value):
+        return [value, *self.others]
+
+
+def some_tensors():
+    torch.manual_seed(0)
+    return [torch.randn(5, 7), torch.randn(()), torch.zeros(3), torch.randn(4, 2).t()]
+
+
+def test_the_checksum_notices_every_single_changed_bit_and_an_exchange_of_tensors():
+    tensors = some_tensors()
+    expected = guard.checksum(tensors)
+    assert guard.checksum([tensor.clone() for tensor in tensors]) == expected
+    assert 0 <= expected < 2**64
+    for tensor in tensors:
+        flat = tensor.contiguous().flatten()
+        for bit in range(32):
+            changed = flat.clone()
+            changed.view(torch.int32)[-1] ^= -(2**31) if bit == 31 else 2**bit
+            assert guard.checksum([changed if other is tensor else other for other in tensors]) != expected
+    assert guard.checksum(tensors[::-1]) != expected
+
+
+def test_ranks_that_hold_other_weights_are_named_on_all():
+    tensors = some_tensors()
+    same = guard.checksum(tensors)
+    guard.check_replicas(FakeRuntime(1), tensors, 7)
+    guard.check_replicas(FakeRuntime(3, (same, same)), tensors, 7)
+    with pytest.raises(ReplicaError, match=r"step 7: the weights of rank 1, 3 are not those of rank 0"):
+        guard.check_replicas(FakeRuntime(4, (same + 1, same, same - 1)), tensors, 7)
