@@ -12,7 +12,7 @@ FAULTS, separated by commas; STEP 1 is the first that this process does:
     none                  all goes well
 
 Every rank leaves two files in FOLDER: `rank0.hashes`, a hash of all parameters before each of its steps and at the end,
-and `rank0.end`, the exit code and message it ends with. A killed one leaves no end.
+and `rank0.end`, the exit code and message it ends with. A killed one leaves no end, but `rank0.killed`, the step.
 """
 
 import hashlib
@@ -55,6 +55,7 @@ def main():
         step, seen[:] = step + 1, optimizers
         record()
         if planned("kill") and not RESTARTED:
+            (folder / f"rank{RANK}.killed").write_text(str(step), encoding="utf-8")
             os.kill(os.getpid(), signal.SIGKILL)
         if planned("terminate"):
             os.kill(os.getppid(), signal.SIGTERM)
