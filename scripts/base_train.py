@@ -7,6 +7,7 @@ Without a horizon it trains --target-param-data-ratio tokens per weight. Ctrl-C 
 --resume goes on.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -32,14 +33,7 @@ from nanotrain import (
     schedule,
 )
 from nanotrain.engine import generate
-from nanotrain.errors import (
-    CheckpointError,
-    DataError,
-    MemoryLimitError,
-    NonFiniteError,
-    PeerError,
-    UserError,
-)
+from nanotrain.errors import CheckpointError, DataError, MemoryLimitError, NonFiniteError, PeerError, UserError
 from nanotrain.gpt import GPTConfig
 from nanotrain.tokenizer import BPETokenizer
 from nanotrain.tracker import Tracker
@@ -674,9 +668,10 @@ def save_checkpoint(run_dir, run, model, optimizers, state, resumed_step, owner,
     """Save, and remove old checkpoints. Returns what kept it from being written, as a full disk does, or None."""
     try:
         checkpoint.save(run_dir, run.step, model.state_dict(), optim.state_tensors(optimizers), state, owner)
-        checkpoint.clean(run_dir, KEEP_LAST, KEEP_EVERY, run.best_step, resumed_step, owner, verified)
     except OSError as error:
         return error.strerror or str(error)
+    with contextlib.suppress(OSError):  # it is saved; what could not be removed goes another time
+        checkpoint.clean(run_dir, KEEP_LAST, KEEP_EVERY, run.best_step, resumed_step, owner, verified)
     return None
 
 
@@ -704,7 +699,7 @@ def is_out_of_memory(error):
 
 
 def main_within_memory():
-    """`main`, with a sentence instead of a traceback where memory runs out."""
+    """`main`, with a sentence instead of a traceback where memory runs out or another rank has ended."""
     try:
         main()
     except (RuntimeError, MemoryError) as error:
@@ -714,12 +709,11 @@ def main_within_memory():
             ) from None
         if not is_out_of_memory(error):
             raise
-        now = f"(now {DEVICE_BATCH_SIZE})" if DEVICE_BATCH_SIZE > 1 else f"(now {MAX_SEQ_LEN})"
-        fewer = f"--device-batch-size={DEVICE_BATCH_SIZE // 2}"
-        shorter = f"--max-seq-len={max(MAX_SEQ_LEN // 2, 1)}"
-        raise MemoryLimitError(
-            f"out of memory: try {fewer if DEVICE_BATCH_SIZE > 1 else shorter} {now}, or a smaller --depth"
-        ) from None
+        if DEVICE_BATCH_SIZE > 1:
+            smaller = f"--device-batch-size={DEVICE_BATCH_SIZE // 2} (now {DEVICE_BATCH_SIZE})"
+        else:
+            smaller = f"--max-seq-len={max(MAX_SEQ_LEN // 2, 1)} (now {MAX_SEQ_LEN})"
+        raise MemoryLimitError(f"out of memory: try {smaller}, or a smaller --depth") from None
 
 
 def write_json(path, value):

@@ -31,6 +31,18 @@ WORDS = (
     "never",
     "old",
 )
+TINY_RUN = {  # settings of base_train with which a step takes milliseconds
+    "DEPTH": 1,
+    "ASPECT_RATIO": 16,
+    "HEAD_DIM": 16,
+    "MAX_SEQ_LEN": 16,
+    "LANES": 4,
+    "DEVICE_BATCH_SIZE": 4,
+    "TOTAL_BATCH_SIZE": 128,
+    "EVAL_TOKENS": 64,
+    "DTYPE": "float32",
+    "COMPILE": "off",
+}
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ from pathlib import Path
 from nanotrain import checkpoint, config, errors
 from nanotrain.errors import CheckpointError, UserError
 from nanotrain.tokenizer import BPETokenizer
-from tests.conftest import ROOT, make_shards, make_texts
+from tests.conftest import ROOT, TINY_RUN, make_shards, make_texts
 
 # --- soak
 KILLS = 50  # times that the run is ended with SIGKILL
@@ -36,19 +36,7 @@ SAVE_EVERY = 3  # steps between checkpoints
 EVAL_EVERY = 10  # steps between evaluations, each of which may save a best checkpoint too
 # ------------
 
-TINY = {
-    "DEPTH": 1,
-    "ASPECT_RATIO": 16,
-    "HEAD_DIM": 16,
-    "MAX_SEQ_LEN": 16,
-    "LANES": 4,
-    "DEVICE_BATCH_SIZE": 4,
-    "TOTAL_BATCH_SIZE": 128,
-    "EVAL_TOKENS": 64,
-    "DEVICE": "cpu",
-    "DTYPE": "float32",
-    "COMPILE": "off",
-}
+TINY = {**TINY_RUN, "DEVICE": "cpu"}
 KINDS = ("save", "training", "save", "anytime")  # of instants, in turn
 MOST_STEPS, MOST_SAVES = 30, 6  # of one process, before it is killed
 STEPS_PER_KILL, SPARE_STEPS = 20, 40  # a kill comes after some ten steps that count

@@ -16,26 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import make_shards, make_texts
+from conftest import TINY_RUN, make_shards, make_texts
 
 from nanotrain import checkpoint, config, dataset, errors, guard, loss, loss_eval, runtime, schedule
 from nanotrain.errors import CheckpointError, DataError, MemoryLimitError, NonFiniteError, SupersededError, UserError
 from nanotrain.tokenizer import BPETokenizer
 from scripts import base_train
 
-TINY = {
-    "DEPTH": 1,
-    "ASPECT_RATIO": 16,
-    "HEAD_DIM": 16,
-    "MAX_SEQ_LEN": 16,
-    "LANES": 4,
-    "DEVICE_BATCH_SIZE": 4,
-    "TOTAL_BATCH_SIZE": 128,
-    "NUM_ITERATIONS": 6,
-    "COMPILE": "off",
-    "DTYPE": "float32",
-    "EVAL_TOKENS": 64,
-}
+TINY = {**TINY_RUN, "NUM_ITERATIONS": 6}
 
 
 def main(**settings):
@@ -809,6 +797,16 @@ def test_a_disk_that_stays_full_ends_the_run_at_the_third_save(train, monkeypatc
         train(SAVE_EVERY=2, NUM_ITERATIONS=20, EVAL_EVERY=0)
     assert checkpoint.newest(base_dir / "runs" / "r")[0] == 6
     assert [row["step"] for row in rows(base_dir / "runs" / "r")][-1] == 12
+
+
+def test_old_checkpoints_that_cannot_be_removed_are_no_failed_saves(train, monkeypatch, capsys):
+    def failing(*arguments):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "clean", failing)
+    run = train(SAVE_EVERY=1, EVAL_EVERY=0)
+    assert checkpoint.steps(run) == [6, 5, 4, 3, 2, 1]
+    assert "could not be written" not in capsys.readouterr().out
 
 
 def test_the_older_of_two_jobs_on_one_run_stops_before_it_overwrites(train, at_step, base_dir):
