@@ -1,5 +1,5 @@
-"""The model: a decoder with rotary positions, QK-norm, parameter-free RMSNorm, ReLU^2, value embeddings and an untied,
-softcapped head.
+"""The model: a decoder with rotary positions, QK-norm, parameter-free RMSNorm, ReLU^2, value embeddings, a hashed table
+of token pairs and an untied, softcapped head.
 
 It knows nothing of optimizers, files or environment variables. Build it without memory, then give it some:
 
@@ -36,6 +36,7 @@ class GPTConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    bigram_rows: int = 0  # of the hashed table of token pairs; 0: no table
 
     @property
     def model_dim(self):
@@ -62,6 +63,15 @@ def rotate(x, cos, sin):
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+def bigram_hash(tokens, rows):
+    """(B, T) int64 -> (B, T) int64: the row of the table of pairs for each token and the one before it; the first
+    tokens, which have none before them, share the last row.
+    """
+    row = torch.full_like(tokens, rows - 1)
+    row[:, 1:] = ((36313 * tokens[:, 1:]) ^ (27191 * tokens[:, :-1])) % (rows - 1)
+    return row
 
 
 class Attention(nn.Module):
@@ -127,6 +137,9 @@ class GPT(nn.Module):
         self.config = config
         C, kv_dim = config.model_dim, config.num_kv_heads * config.head_dim
         self.embedding = nn.Embedding(config.vocab_size, C)
+        if config.bigram_rows:
+            # a step touches few of its rows, so its gradient is sparse (see RowAdam)
+            self.bigram_embedding = nn.Embedding(config.bigram_rows, C, sparse=True)
         self.value_embeddings = nn.ModuleDict(
             {
                 str(layer): nn.Embedding(config.vocab_size, kv_dim)
@@ -139,7 +152,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(C, config.vocab_size, bias=False)
         self.register_buffer("cos", torch.empty(config.max_seq_len, 1, config.head_dim // 2), persistent=False)
         self.register_buffer("sin", torch.empty(config.max_seq_len, 1, config.head_dim // 2), persistent=False)
-        self.loss_kernel = loss.loss_and_gradient
+        self.loss_kernel = loss.softmax_gradient
 
     @torch.no_grad()
     def init_weights(self, seed):
@@ -155,6 +168,8 @@ class GPT(nn.Module):
 
         std = self.config.model_dim**-0.5
         normal(self.embedding.weight, 0.8)
+        if self.config.bigram_rows:
+            self.bigram_embedding.weight.zero_()
         normal(self.head.weight, 0.001)
         for table in self.value_embeddings.values():
             uniform(table.weight, std)
@@ -185,7 +200,7 @@ class GPT(nn.Module):
         """
         for block in self.blocks:
             block.compile(dynamic=False)
-        self.loss_kernel = torch.compile(loss.loss_and_gradient, dynamic=False)
+        self.loss_kernel = torch.compile(loss.softmax_gradient, dynamic=False)
 
     def hidden(self, tokens):
         """(B, T) int64 -> (B, T, C), the normed input of the head."""
@@ -195,7 +210,10 @@ class GPT(nn.Module):
         device = tokens.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.embedding.weight.dtype
         cos, sin = self.cos[:T].to(dtype), self.sin[:T].to(dtype)
-        x0 = norm(self.embedding(tokens)).to(dtype)
+        embedded = self.embedding(tokens)
+        if self.config.bigram_rows:  # hashed n-grams, as in Over-Tokenized Transformers (arXiv:2501.16975)
+            embedded = embedded + self.bigram_embedding(bigram_hash(tokens, self.config.bigram_rows))
+        x0 = norm(embedded).to(dtype)
         x = x0.clone()  # torch.compile makes a second graph for a block that gets one tensor twice
         for layer, block in enumerate(self.blocks):
             if layer == len(self.blocks) // 2:
@@ -221,8 +239,8 @@ class GPT(nn.Module):
             return loss.softcap(F.linear(self.hidden(tokens), self.head.weight))
 
     def parameters_by_role(self):
-        """{role: {name: parameter}}, each parameter in one role: matrix, embedding, value_embedding, unembedding,
-        residual, x0, gate.
+        """{role: {name: parameter}}, each parameter in one role: matrix, embedding, value_embedding,
+        bigram_embedding, unembedding, residual, x0, gate.
         """
         roles = {}
         for name, parameter in self.named_parameters():
@@ -233,6 +251,7 @@ class GPT(nn.Module):
 def _role(name):
     for part, role in (
         ("value_embeddings", "value_embedding"),
+        ("bigram_embedding", "bigram_embedding"),
         ("embedding", "embedding"),
         ("head", "unembedding"),
         ("value_gate", "gate"),

@@ -30,26 +30,41 @@ def token_losses(hidden, weight, targets):
     return losses
 
 
-def mean_loss(hidden, weight, targets, chunk_kernel):
+def mean_loss(hidden, weight, targets, kernel):
     """hidden (N, C), weight (V, C), targets (N,) int64 -> () float32, the mean nats per target, differentiable.
 
-    chunk_kernel: `loss_and_gradient`, compiled or not. Products run in hidden's dtype, sums in float32.
+    kernel: `softmax_gradient`, compiled or not. Products run in hidden's dtype, sums in float32.
     """
-    return _MeanLoss.apply(hidden, weight, targets, chunk_kernel)
+    return _MeanLoss.apply(hidden, weight, targets, kernel)
 
 
-def loss_and_gradient(logits, targets):
+def softmax_gradient(logits):
+    """logits (N, V) before the cap -> (log of each row's sum of exp (N,) float32, gradient of the sum of those logs by
+    the logits (N, V) in their dtype).
+    """
+    capped, slope = _softcap_and_slope(logits.float())
+    exps = capped.exp()
+    totals = exps.sum(-1, keepdim=True)
+    return totals.squeeze(1).log(), (exps * (1 / totals) * slope).to(logits.dtype)  # few divisions
+
+
+def loss_and_gradient(logits, targets, kernel=softmax_gradient):
     """logits (N, V) before the cap, targets (N,) -> (sum of nats () float32, gradient of that sum by the logits (N, V)
     in their dtype).
     """
-    capped = softcap(logits.float())
-    exps = capped.exp()
-    totals = exps.sum(-1, keepdim=True)
-    hit = torch.arange(logits.size(1), device=logits.device) == targets[:, None]
-    loss = (totals.squeeze(1).log() - torch.where(hit, capped, 0.0).sum(-1)).sum()
-    slope = 1.0 - (capped / SOFTCAP).square()  # of the cap
-    gradient = (exps / totals - hit.float()) * slope
-    return loss, gradient.to(logits.dtype)
+    log_totals, gradient = kernel(logits)
+    # The target's column by itself: to compare every column with the target would double the time of the kernel.
+    targets = targets[:, None]
+    capped, slope = _softcap_and_slope(logits.gather(1, targets).float())
+    nats = log_totals[:, None] - capped
+    gradient.scatter_(1, targets, (((-nats).exp() - 1) * slope).to(gradient.dtype))
+    return nats.sum(), gradient
+
+
+def _softcap_and_slope(logits):
+    """`softcap` and its derivative, with tanh by way of exp, which compiles to a third of the time."""
+    tanh = 1 - 2 / ((logits * (2 / SOFTCAP)).exp() + 1)
+    return SOFTCAP * tanh, 1 - tanh * tanh
 
 
 def _chunks(hidden):
@@ -59,7 +74,7 @@ def _chunks(hidden):
 
 class _MeanLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk_kernel):
+    def forward(ctx, hidden, weight, targets, kernel):
         with torch.autocast(hidden.device.type, enabled=False):
             weight_low = weight.to(hidden.dtype)
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -67,7 +82,7 @@ class _MeanLoss(torch.autograd.Function):
             grad_hidden = torch.empty_like(hidden) if wanted else None
             grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
             for rows in _chunks(hidden):
-                loss, grad_logits = chunk_kernel(hidden[rows] @ weight_low.t(), targets[rows])
+                loss, grad_logits = loss_and_gradient(hidden[rows] @ weight_low.t(), targets[rows], kernel)
                 total += loss
                 if wanted:
                     torch.mm(grad_logits, weight_low, out=grad_hidden[rows])

@@ -1,6 +1,6 @@
-"""Muon for the matrices, AdamW for everything else.
+"""Muon for the matrices, RowAdam for the table of token pairs, AdamW for everything else.
 
-Both keep their state in float32, by parameter, and are told their learning rate before each step (`set_schedule`). On
+All keep their state in float32, by parameter, and are told their learning rate before each step (`set_schedule`). On
 several ranks every rank does the same work on the same averaged gradients, so that parameters stay equal to the bit.
 """
 
@@ -107,8 +107,45 @@ class AdamW(torch.optim.Optimizer):
         self.updates += 1
 
 
+class RowAdam(torch.optim.Optimizer):
+    """Adam without momentum for tables of which a step touches few rows: it reads and writes only those.
+
+    A row has one second moment, the mean over its elements, which decays by beta2 ** (updates since it was touched),
+    as if the gradients in between had been zero.
+    """
+
+    def __init__(self, groups):
+        """groups: {"names", "params", "lr", "beta2"}; the gradients are sparse."""
+        super().__init__(groups, {"eps": 1e-10})
+        self.updates = 0
+        for group in self.param_groups:
+            group["base_lr"] = group["lr"]
+            for parameter in group["params"]:
+                self.state[parameter]["exp_avg_sq"] = torch.zeros(len(parameter), device=parameter.device)
+                self.state[parameter]["touched"] = torch.zeros(
+                    len(parameter), dtype=torch.int64, device=parameter.device
+                )
+
+    @torch.no_grad()
+    def step(self):
+        """Update the rows that have a gradient."""
+        self.updates += 1
+        for group in self.param_groups:
+            beta2 = group["beta2"]
+            for parameter in group["params"]:
+                gradient = parameter.grad.coalesce()
+                rows, values = gradient.indices()[0], gradient.values()
+                state = self.state[parameter]
+                decay = beta2 ** (self.updates - state["touched"][rows]).float()
+                second = decay * state["exp_avg_sq"][rows] + (1 - beta2) * values.square().mean(1)
+                state["exp_avg_sq"][rows] = second
+                state["touched"][rows] = self.updates
+                scale = -group["lr"] / ((second / (1 - beta2**self.updates)).sqrt() + group["eps"])
+                parameter.index_add_(0, rows, values * scale[:, None])
+
+
 def build(roles, rates, weight_decay, dtype):
-    """[Muon, AdamW] over the parameters of a model.
+    """[Muon, AdamW] over the parameters of a model, and RowAdam if it has a table of token pairs.
 
     roles: {role: {name: parameter}} as `GPT.parameters_by_role` gives. rates: {"matrix", "embedding", "unembedding",
     "scalar": learning rate}. dtype: of Muon's products. The rate of each role follows from those four.
@@ -124,11 +161,44 @@ def build(roles, rates, weight_decay, dtype):
         "gate": {"lr": rates["scalar"], **scalar},
     }
     groups = [
-        {"names": list(named), "params": list(named.values()), **options[role]}
-        for role, named in roles.items()
-        if role != "matrix"
+        {"names": list(roles[role]), "params": list(roles[role].values()), **option}
+        for role, option in options.items()
+        if role in roles
     ]
-    return [Muon(roles["matrix"], rates["matrix"], weight_decay=weight_decay, dtype=dtype), AdamW(groups)]
+    optimizers = [Muon(roles["matrix"], rates["matrix"], weight_decay=weight_decay, dtype=dtype), AdamW(groups)]
+    if "bigram_embedding" in roles:
+        named = roles["bigram_embedding"]
+        rate = rates["embedding"] / 2
+        optimizers.append(RowAdam([{"names": list(named), "params": list(named.values()), "lr": rate, "beta2": 0.99}]))
+    return optimizers
+
+
+@torch.no_grad()
+def collect_gradients(parameters, runtime):
+    """The gradients of `parameters` as dense tensors that share their memory; of a sparse one the rows that it has.
+
+    The sparse ones, which DistributedDataParallel leaves alone, are averaged over the ranks here: every rank must have
+    rows for the same number of tokens.
+    """
+    found = []
+    for parameter in parameters:
+        if parameter.grad.is_sparse:
+            rows = runtime.concatenate(parameter.grad._indices()[0])
+            values = runtime.concatenate(parameter.grad._values() / runtime.world_size)
+            parameter.grad = torch.sparse_coo_tensor(
+                rows[None], values, parameter.shape, check_invariants=False
+            ).coalesce()
+            found.append(parameter.grad.values())
+        else:
+            found.append(parameter.grad)
+    return found
+
+
+def set_updates(optimizers, updates):
+    """Tell the optimizers how many updates they have made, as a checkpoint knows it."""
+    for optimizer in optimizers:
+        if hasattr(optimizer, "updates"):
+            optimizer.updates = updates
 
 
 def set_schedule(optimizers, rate, momentum, weight_decay):

@@ -31,6 +31,7 @@ from nanotrain import (
     runtime,
     scaling,
     schedule,
+    spectral,
 )
 from nanotrain.engine import generate
 from nanotrain.errors import CheckpointError, DataError, MemoryLimitError, NonFiniteError, PeerError, UserError
@@ -59,6 +60,8 @@ LANES = 48  # streams that the rows are taken from in turn
 DEPTH = 4  # layers; the width follows
 ASPECT_RATIO = 64  # width per layer
 HEAD_DIM = 128  # the width is rounded up to whole heads
+BIGRAM_ROWS = 65536  # of the hashed table of token pairs; 0: no table
+SPECTRAL_TOKENS = 2_000_000  # of the run, from whose pairs embedding and head start; 0: they start at random
 # --- horizon: at most one of the first three
 NUM_ITERATIONS = 0  # optimizer steps
 TARGET_FLOPS = 0.0  # floating-point operations
@@ -91,7 +94,9 @@ WANDB = "off"  # off, offline or online
 # -----------
 
 # What --resume does with a setting that differs from the checkpoint's: refused, or to be allowed by name, or free.
-IDENTITY = ("SEED", "MAX_SEQ_LEN", "LANES", "DEPTH", "ASPECT_RATIO", "HEAD_DIM", "INIT_FROM")
+IDENTITY = (
+    "SEED", "MAX_SEQ_LEN", "LANES", "DEPTH", "ASPECT_RATIO", "HEAD_DIM", "BIGRAM_ROWS", "SPECTRAL_TOKENS", "INIT_FROM",
+)  # fmt: skip
 HORIZON = ("NUM_ITERATIONS", "TARGET_FLOPS", "TARGET_MINUTES", "TARGET_PARAM_DATA_RATIO")
 TRAJECTORY = (
     *HORIZON, "TOTAL_BATCH_SIZE", "MATRIX_LR", "EMBEDDING_LR", "UNEMBEDDING_LR", "SCALAR_LR", "WEIGHT_DECAY",
@@ -157,7 +162,7 @@ def pretrain(rt, stop, watchdog):
 
     # ---- what this run is, and the checkpoint to go on from ----
     width, heads = scaling.model_width(DEPTH, ASPECT_RATIO, HEAD_DIM)
-    model_config = GPTConfig(tokenizer.vocab_size, MAX_SEQ_LEN, DEPTH, heads, heads, HEAD_DIM)
+    model_config = GPTConfig(tokenizer.vocab_size, MAX_SEQ_LEN, DEPTH, heads, heads, HEAD_DIM, BIGRAM_ROWS)
     settings = config.settings(globals())
     identity = {
         "model_config": model_config.to_dict(),
@@ -194,6 +199,8 @@ def pretrain(rt, stop, watchdog):
     rt.on_main(lambda: write_json(run_dir / "config.json", record))
 
     # ---- weights and optimizers ----
+    units = dataloader.units_of(shards.train, LANES)
+    runtime.use_tokenizer_threads(False)  # the readers have threads of their own
     model = model.to_empty(device=rt.device)
     model.init_weights(SEED)
     factor = scaling.width_factor(width)
@@ -204,28 +211,32 @@ def pretrain(rt, stop, watchdog):
         "scalar": SCALAR_LR,
     }
     muon_dtype = torch.bfloat16 if rt.dtype == torch.bfloat16 else torch.float32
-    _, adamw = optimizers = optim.build(model.parameters_by_role(), rates, WEIGHT_DECAY, muon_dtype)
+    optimizers = optim.build(model.parameters_by_role(), rates, WEIGHT_DECAY, muon_dtype)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
     if saved:
         checkpoint.load_weights(model, model_tensors)
         optim.load_state_tensors(optimizers, optimizer_tensors)
-        adamw.updates = saved["updates"]
+        optim.set_updates(optimizers, saved["updates"])
         if saved["scaler"] and scaler.is_enabled():
             scaler.load_state_dict(saved["scaler"])
     elif first_weights:
         checkpoint.load_weights(model, first_weights)
+    elif SPECTRAL_TOKENS:
+        rt.on_main(lambda: start_from_pairs(model, units, tokenizer, run.num_steps * plan.total_batch_size))
     pass_seconds = warm_up(rt, model, plan.device_rows)
     if new_horizon and not run.horizon_fixed:
         run.num_steps = rt.broadcast(
             steps_in_time(run, 1.25 * pass_seconds * plan.accumulation, evaluation_seconds=0.0)
         )
-    trained = model if rt.world_size == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
+    trained = model
+    if rt.world_size > 1:
+        sparse = list(model.parameters_by_role().get("bigram_embedding", {}))
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sparse)  # optim shares these
+        trained = DistributedDataParallel(model, gradient_as_bucket_view=True)
     parameters = list(model.parameters())
 
     # ---- the run ----
-    units = dataloader.units_of(shards.train, LANES)
     loader_state = saved["loader"] if saved else None
-    runtime.use_tokenizer_threads(False)  # the reader has threads of its own
     threads = runtime.cores_of_a_rank()
     reader = dataloader.RowReader(
         units, tokenizer, MAX_SEQ_LEN, LANES, SEED, rt.rank, rt.world_size, loader_state, threads
@@ -261,7 +272,7 @@ def pretrain(rt, stop, watchdog):
             "loader": loader_state,
             "total_batch_size": plan.total_batch_size,
             "data_dir": str(shards.folder),
-            "updates": adamw.updates,
+            "updates": optimizers[-1].updates,
             "scaler": scaler.state_dict(),
             "environment": environment,
             **identity,
@@ -304,7 +315,8 @@ def pretrain(rt, stop, watchdog):
                 loss_sum += loss.detach()
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
-            norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+            gradients = optim.collect_gradients(parameters, rt)
+            norm = torch.nn.utils.get_total_norm(gradients)
 
             # ---- what all ranks must know, in one reduction and one read ----
             halves = [row_hash % 2**32, (row_hash >> 32) % 2**32]  # of the hash, which float64 adds exactly
@@ -322,7 +334,7 @@ def pretrain(rt, stop, watchdog):
                 deviations = guard.deviations(run.recent_losses, mean_loss)
                 run.recent_losses = [*run.recent_losses, mean_loss][-guard.LOSS_WINDOW :]
                 if GRAD_CLIP:
-                    torch.nn.utils.clip_grads_with_norm_(parameters, GRAD_CLIP, norm)
+                    torch._foreach_mul_(gradients, (GRAD_CLIP / (norm + 1e-6)).clamp(max=1.0))
                 for optimizer in optimizers:
                     scaler.step(optimizer)
             else:
@@ -338,7 +350,7 @@ def pretrain(rt, stop, watchdog):
             if scaler.is_enabled():
                 scaler.update()
             for parameter in parameters:
-                if rt.world_size == 1:
+                if rt.world_size == 1 or parameter.grad.is_sparse:
                     parameter.grad = None
                 else:
                     parameter.grad.zero_()  # a view of DDP's bucket, which must stay
@@ -594,6 +606,20 @@ def describe(rt, plan, run, shards, tokenizer, run_dir):
     return "\n".join(lines)
 
 
+def start_from_pairs(model, units, tokenizer, run_tokens):
+    """Set embedding and head to those of the bigram model of the first tokens of the run."""
+    count = max(min(SPECTRAL_TOKENS, run_tokens) // MAX_SEQ_LEN, 1)
+    threads = runtime.cores_of_a_rank()
+    reader = dataloader.RowReader(units, tokenizer, MAX_SEQ_LEN, LANES, SEED, threads=threads)
+    rows = torch.empty(count, MAX_SEQ_LEN + 1, dtype=torch.int64)
+    reader.fill(rows.numpy())
+    generator = torch.Generator().manual_seed(SEED)
+    embedding, head = spectral.start(rows, model.config.vocab_size, model.config.model_dim, generator)
+    with torch.no_grad():
+        model.embedding.weight.copy_(embedding)
+        model.head.weight.copy_(head)
+
+
 def warm_up(rt, model, rows):
     """Compile what can be compiled, and return the seconds of one forward and backward pass afterwards. No weight
     changes.
@@ -611,6 +637,7 @@ def warm_up(rt, model, rows):
 
     failure = None
     for attempt in range(0 if COMPILE == "off" else 2):
+        runtime.trust_cpu_flags(attempt == 0)
         model.compile_parts()
         try:
             say(rt, f"compile    ready in {one_pass():.0f} s")
@@ -685,7 +712,7 @@ def sample(model, tokenizer, tracker):
 def non_finite_message(model, run, losses):
     """What to tell of too many steps that were not finite; losses: of each rank at the last of them."""
     bad = next(
-        (name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()), "none"
+        (name for name, p in model.named_parameters() if p.grad is not None and not p.grad.sum().isfinite()), "none"
     )
     return (
         f"step {run.step}: loss {', '.join(map(str, losses))} on the ranks, first parameter with a bad gradient: {bad};"

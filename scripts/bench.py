@@ -273,7 +273,7 @@ def prepare_loss(rt, chunk, compiled, tokens, width, vocab_size):
     hidden = torch.randn(tokens, width, device=rt.device).to(rt.dtype).requires_grad_()
     weight = (torch.randn(vocab_size, width, device=rt.device) / width).requires_grad_()
     targets = torch.randint(vocab_size, (tokens,), device=rt.device)
-    function = full_loss if chunk == "full" else loss.loss_and_gradient
+    function = full_loss if chunk == "full" else loss.softmax_gradient
     function = torch.compile(function, dynamic=False) if compiled else function
 
     def run():

@@ -35,6 +35,8 @@ TINY_RUN = {  # settings of base_train with which a step takes milliseconds
     "DEPTH": 1,
     "ASPECT_RATIO": 16,
     "HEAD_DIM": 16,
+    "BIGRAM_ROWS": 61,
+    "SPECTRAL_TOKENS": 1000,
     "MAX_SEQ_LEN": 16,
     "LANES": 4,
     "DEVICE_BATCH_SIZE": 4,

@@ -1,6 +1,8 @@
 """The model against its definition written out in NumPy, and the promises of its interface."""
 
+import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ SHAPES = {
     "grouped queries": GPTConfig(50, 16, 6, 4, 2, 8),
     "one key for all": GPTConfig(33, 9, 2, 3, 1, 6),
     "narrower than the gate": GPTConfig(20, 8, 2, 1, 1, 8),
+    "table of pairs": GPTConfig(37, 12, 3, 2, 2, 8, bigram_rows=17),
 }
 shapes = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
 
@@ -88,7 +91,12 @@ def reference(model, row):
     """(hidden (T, C), logits (T, V)) of one row of tokens."""
     config = model.config
     w = {name: parameter.detach().double().numpy() for name, parameter in model.named_parameters()}
-    x = x0 = rms_norm(w["embedding.weight"][row])
+    embedded = w["embedding.weight"][row]
+    if config.bigram_rows:
+        last = config.bigram_rows - 1
+        pairs = [last, *((36313 * int(now) ^ 27191 * int(before)) % last for before, now in itertools.pairwise(row))]
+        embedded = embedded + w["bigram_embedding.weight"][pairs]
+    x = x0 = rms_norm(embedded)
     for layer in range(config.num_layers):
         if layer == config.num_layers // 2:
             middle = x
@@ -198,6 +206,26 @@ def test_value_embeddings_are_in_every_layer_or_every_other_with_the_last(num_la
     assert gates == list(layers)
 
 
+def test_a_fresh_table_of_pairs_changes_nothing():
+    config = SHAPES["table of pairs"]
+    model, tokens = fresh_model(config), random_tokens(config)
+    plain = fresh_model(replace(config, bigram_rows=0))
+    assert torch.equal(model.hidden(tokens), plain.hidden(tokens))
+    assert model.parameters_by_role()["bigram_embedding"].keys() == {"bigram_embedding.weight"}
+    model(tokens, tokens).backward()
+    assert model.bigram_embedding.weight.grad.is_sparse
+
+
+def test_pairs_are_spread_over_the_table():
+    tokens = torch.stack(torch.meshgrid(torch.arange(200), torch.arange(200), indexing="ij"), -1).flatten(0, 1)
+    rows = gpt.bigram_hash(tokens, 1001)
+    assert (rows[:, 0] == 1000).all()
+    counts = rows[:, 1].bincount(minlength=1000)
+    assert counts.numel() == 1000  # the last row is only for the first tokens
+    assert counts.amin() > 0
+    assert counts.amax() < 4 * counts.float().mean()
+
+
 # ---- causality ----
 
 
@@ -291,7 +319,7 @@ def test_bfloat16_comes_close_to_float32(config):
         assert loss.dtype == by_token.dtype == torch.float32
         torch.testing.assert_close(by_token.mean(), loss.detach(), rtol=1e-3 if enabled else 1e-6, atol=0)
         losses.append(loss.detach())
-        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+        gradients.append(torch.cat([parameter.grad.to_dense().flatten() for parameter in model.parameters()]))
     torch.testing.assert_close(losses[1], losses[0], rtol=0.02, atol=0)
     assert F.cosine_similarity(*gradients, dim=0) > 0.98
     assert not torch.equal(*gradients)

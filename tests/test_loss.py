@@ -42,7 +42,7 @@ def reference(hidden, weight, targets):
 
 def assert_mean_loss_is_right(rows, factor=1.0):
     hidden, weight, targets = draw(rows)
-    got = differentiated(lambda h, w: factor * loss.mean_loss(h, w, targets, loss.loss_and_gradient), hidden, weight)
+    got = differentiated(lambda h, w: factor * loss.mean_loss(h, w, targets, loss.softmax_gradient), hidden, weight)
     expected = differentiated(lambda h, w: factor * reference(h, w, targets), hidden, weight)
     for part, exact in zip(got, expected, strict=True):
         assert part.dtype == torch.float32
@@ -72,7 +72,7 @@ def test_token_losses_equal_cross_entropy(rows):
     logits = 15 * torch.tanh(hidden.double() @ weight.double().T / 15)
     expected = F.cross_entropy(logits, targets, reduction="none").float()
     torch.testing.assert_close(loss.token_losses(hidden, weight, targets), expected, rtol=1e-5, atol=1e-6)
-    mean = loss.mean_loss(hidden, weight, targets, loss.loss_and_gradient)
+    mean = loss.mean_loss(hidden, weight, targets, loss.softmax_gradient)
     torch.testing.assert_close(mean, expected.mean(), rtol=1e-5, atol=1e-6)
 
 
@@ -80,7 +80,7 @@ def test_token_losses_equal_cross_entropy(rows):
 def test_one_of_the_gradients_alone(wanted):
     hidden, weight, targets = draw(5)
     (hidden if wanted == "hidden" else weight).requires_grad_()
-    loss.mean_loss(hidden, weight, targets, loss.loss_and_gradient).backward()
+    loss.mean_loss(hidden, weight, targets, loss.softmax_gradient).backward()
     alone = hidden.grad if wanted == "hidden" else weight.grad
     both = differentiated(lambda h, w: reference(h, w, targets), hidden.detach(), weight.detach())
     torch.testing.assert_close(alone, both[1 if wanted == "hidden" else 2].float(), rtol=1e-5, atol=1e-6)
@@ -107,7 +107,7 @@ def test_softcap_bounds_without_changing_small_logits():
 def test_extreme_logits_stay_finite(scale):
     hidden, weight, targets = draw(13, scale=scale)
     value, grad_hidden, grad_weight = differentiated(
-        lambda h, w: loss.mean_loss(h, w, targets, loss.loss_and_gradient), hidden, weight
+        lambda h, w: loss.mean_loss(h, w, targets, loss.softmax_gradient), hidden, weight
     )
     assert 0 <= value <= 30 + math.log(VOCAB)  # the cap keeps every two logits within 30
     assert grad_hidden.isfinite().all()
@@ -119,7 +119,7 @@ def test_extreme_logits_stay_finite(scale):
 def test_low_precision_products_have_float32_sums(dtype):
     hidden, weight, targets = draw(400, width=8, scale=1.0, dtype=dtype)
     value, grad_hidden, grad_weight = differentiated(
-        lambda h, w: loss.mean_loss(h, w, targets, loss.loss_and_gradient), hidden, weight
+        lambda h, w: loss.mean_loss(h, w, targets, loss.softmax_gradient), hidden, weight
     )
     expected = differentiated(lambda h, w: reference(h, w, targets), hidden, weight)
     assert (value.dtype, grad_hidden.dtype, grad_weight.dtype) == (torch.float32, dtype, torch.float32)
@@ -152,7 +152,7 @@ class LargestTensor(TorchDispatchMode):
 def largest_tensor(rows, width, vocab):
     hidden, weight, targets = draw(rows, width, vocab)
     with LargestTensor() as largest:
-        differentiated(lambda h, w: loss.mean_loss(h, w, targets, loss.loss_and_gradient), hidden, weight)
+        differentiated(lambda h, w: loss.mean_loss(h, w, targets, loss.softmax_gradient), hidden, weight)
         loss.token_losses(hidden, weight, targets)
     return largest.numel
 

@@ -1,4 +1,4 @@
-"""Muon and AdamW against other implementations and against their definitions, and their state."""
+"""Muon, AdamW and RowAdam against other implementations and against their definitions, and their state."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch
 
 from nanotrain import optim
 from nanotrain.gpt import GPT, GPTConfig
-from nanotrain.optim import AdamW, Muon, orthogonalize
+from nanotrain.optim import AdamW, Muon, RowAdam, orthogonalize
 
 SHAPES = ((8, 8), (6, 16), (16, 6), (16, 6), (1, 5), (5, 1))
 RATES = {"matrix": 0.02, "embedding": 0.3, "unembedding": 0.004, "scalar": 0.05}
@@ -24,15 +24,18 @@ def parameters(shapes=SHAPES):
 
 def step(optimizers, named, seed):
     """One step on gradients that are a function of the seed."""
-    for number, parameter in enumerate(named.values()):
+    for number, (name, parameter) in enumerate(named.items()):
         parameter.grad = draw(*parameter.shape, seed=1000 * seed + number)
+        if name.startswith("bigram"):
+            parameter.grad[seed % 2 :: 2] = 0  # other rows each time
+            parameter.grad = parameter.grad.to_sparse(1)
     for optimizer in optimizers:
         optimizer.step()
 
 
 def small_model(seed=0):
     with torch.device("meta"):
-        model = GPT(GPTConfig(23, 8, 3, 2, 2, 8))
+        model = GPT(GPTConfig(23, 8, 3, 2, 2, 8, bigram_rows=11))
     model.to_empty(device="cpu")
     model.init_weights(seed)
     with torch.no_grad():
@@ -192,24 +195,117 @@ def test_a_stack_changes_nothing_for_its_members():
         torch.testing.assert_close(alone[name], together[name], rtol=0, atol=1e-5)
 
 
+# ---- RowAdam ----
+
+ROWS, COLUMNS = 9, 4
+
+
+def sparse_gradient(seed):
+    """A gradient of a few rows, one of them twice, and the same as a dense tensor."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(ROWS, (3,), generator=generator)
+    rows = torch.cat((rows, rows[:1]))
+    values = torch.randn(4, COLUMNS, generator=generator)
+    sparse = torch.sparse_coo_tensor(rows[None], values, (ROWS, COLUMNS), check_invariants=True)
+    return sparse, sparse.to_dense()
+
+
+def row_adam_steps(steps, optimizer_of):
+    """(table after so many steps of the optimizer, the same by the definition with dense gradients)."""
+    table = torch.nn.Parameter(draw(ROWS, COLUMNS, seed=5))
+    optimizer = optimizer_of(table)
+    expected, second = table.detach().double().clone(), torch.zeros(ROWS, dtype=torch.float64)
+    for number in range(1, steps + 1):
+        table.grad, dense = sparse_gradient(number)
+        optimizer.step()
+        second = 0.9 * second + 0.1 * dense.double().square().mean(1)
+        touched = dense.any(1)
+        update = dense.double() / ((second / (1 - 0.9**number)).sqrt() + 1e-10)[:, None]
+        expected[touched] -= 0.3 * update[touched]
+    return table.detach(), expected.float()
+
+
+def row_adam(table):
+    return RowAdam([{"names": ["table"], "params": [table], "lr": 0.3, "beta2": 0.9}])
+
+
+def assert_row_adam_is_right(optimizer_of):
+    got, expected = row_adam_steps(12, optimizer_of)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_row_adam_equals_its_definition_on_dense_gradients():
+    assert_row_adam_is_right(row_adam)
+
+
+@pytest.mark.parametrize("lost", ["exp_avg_sq", "touched"])
+def test_the_row_adam_check_notices_lost_state(lost):
+    class Forgetful(RowAdam):
+        def step(self):
+            for state in self.state.values():
+                state[lost].zero_()
+            super().step()
+
+    with pytest.raises(AssertionError):
+        assert_row_adam_is_right(lambda table: Forgetful(row_adam(table).param_groups))
+
+
+def test_row_adam_leaves_rows_without_gradient_alone_to_the_bit():
+    table = torch.nn.Parameter(draw(ROWS, COLUMNS, seed=5))
+    before, optimizer = table.detach().clone(), row_adam(table)
+    table.grad, dense = sparse_gradient(1)
+    optimizer.step()
+    changed = (table.detach() != before).any(1)
+    assert torch.equal(changed, dense.any(1))
+    assert torch.equal(optimizer.state[table]["touched"], changed.long())
+
+
+class Ranks:
+    """Two ranks, the other of which has `there` where this one asks with `here`."""
+
+    world_size = 2
+
+    def __init__(self, pairs):
+        self.pairs = pairs
+
+    def concatenate(self, tensor):
+        (there,) = [there for here, there in self.pairs if here.shape == tensor.shape and torch.equal(here, tensor)]
+        return torch.cat((tensor, there))
+
+
+def test_collected_gradients_are_dense_share_memory_and_average_the_sparse_ones_over_ranks():
+    table, matrix = torch.nn.Parameter(draw(ROWS, COLUMNS)), torch.nn.Parameter(draw(3, 3))
+    table.grad, dense = sparse_gradient(1)
+    matrix.grad = draw(3, 3, seed=2)
+    other, other_dense = sparse_gradient(2)
+    pairs = [(table.grad._indices()[0], other._indices()[0]), (table.grad._values() / 2, other._values() / 2)]
+    rows, whole = optim.collect_gradients([table, matrix], Ranks(pairs))
+    assert whole is matrix.grad
+    torch.testing.assert_close(table.grad.to_dense(), (dense + other_dense) / 2)
+    assert rows.size(0) == len(torch.unique(table.grad._indices()))  # every row once, so that norms are right
+    rows.mul_(2)
+    torch.testing.assert_close(table.grad.to_dense(), dense + other_dense)
+
+
 # ---- groups, schedule, state ----
 
 
 def test_build_puts_every_parameter_in_one_group_with_the_rate_of_its_role():
     model = small_model()
-    muon, adamw = optim.build(model.parameters_by_role(), RATES, weight_decay=0.1, dtype=torch.float32)
+    optimizers = optim.build(model.parameters_by_role(), RATES, weight_decay=0.1, dtype=torch.float32)
     named = dict(model.named_parameters())
     held = {}
-    for optimizer in (muon, adamw):
+    for optimizer in optimizers:
         for group in optimizer.param_groups:
             for name, parameter in zip(group["names"], group["params"], strict=True):
                 assert name not in held
                 assert parameter is named[name]
-                held[name] = (type(optimizer), group["lr"], group.get("betas"), group["weight_decay"])
+                held[name] = (type(optimizer), group["lr"], group.get("betas"), group.get("weight_decay"))
     assert held.keys() == named.keys()
     expected = {
         "embedding.weight": (AdamW, 0.3, (0.8, 0.99), 0.0),
         "value_embeddings.2.weight": (AdamW, 0.15, (0.8, 0.99), 0.0),
+        "bigram_embedding.weight": (RowAdam, 0.15, None, None),
         "head.weight": (AdamW, 0.004, (0.8, 0.98), 0.0),
         "blocks.1.residual_scale": (AdamW, 0.005, (0.9, 0.95), 0.0),
         "blocks.1.x0_scale": (AdamW, 0.05, (0.9, 0.95), 0.0),
@@ -264,14 +360,14 @@ def assert_goes_on_equal(restore):
 
 def load(optimizers, tensors, updates):
     optim.load_state_tensors(optimizers, tensors)
-    optimizers[1].updates = updates
+    optim.set_updates(optimizers, updates)
 
 
 def test_restored_state_makes_the_next_steps_bit_equal():
     assert_goes_on_equal(load)
 
 
-@pytest.mark.parametrize("lost", ["momentum", "exp_avg", "exp_avg_sq", "updates"])
+@pytest.mark.parametrize("lost", ["momentum", "exp_avg", "exp_avg_sq", "touched", "updates"])
 def test_the_restore_check_notices_what_is_lost(lost):
     def forgetful(optimizers, tensors, updates):
         kept = {name: tensor * (not name.endswith("/" + lost)) for name, tensor in tensors.items()}
@@ -287,10 +383,11 @@ def test_state_is_named_whole_and_in_float32():
     expected = {}
     for role, named in model.parameters_by_role().items():
         for name, parameter in named.items():
-            for key in ("momentum",) if role == "matrix" else ("exp_avg", "exp_avg_sq"):
-                expected[f"{name}/{key}"] = parameter.shape
-    assert {name: tensor.shape for name, tensor in tensors.items()} == expected
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+            for key in {"matrix": ["momentum"], "bigram_embedding": []}.get(role, ["exp_avg", "exp_avg_sq"]):
+                expected[f"{name}/{key}"] = parameter.shape, torch.float32
+    expected["bigram_embedding.weight/exp_avg_sq"] = (11,), torch.float32
+    expected["bigram_embedding.weight/touched"] = (11,), torch.int64
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()} == expected
 
 
 def test_wrong_state_is_refused_with_the_name_of_the_tensor():
@@ -313,7 +410,7 @@ def gradients(model, inputs, targets, micro_steps):
     model.zero_grad()
     for part, wanted in zip(inputs.chunk(micro_steps), targets.chunk(micro_steps), strict=True):
         (model(part, wanted) / micro_steps).backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return {name: parameter.grad.to_dense().clone() for name, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize("micro_steps", [2, 4, 8])
