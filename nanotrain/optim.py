@@ -177,8 +177,7 @@ def build(roles, rates, weight_decay, dtype):
 def collect_gradients(parameters, runtime):
     """The gradients of `parameters` as dense tensors that share their memory; of a sparse one the rows that it has.
 
-    The sparse ones, which DistributedDataParallel leaves alone, are averaged over the ranks here: every rank must have
-    rows for the same number of tokens.
+    The sparse ones, which DistributedDataParallel leaves alone, are averaged over the ranks here.
     """
     found = []
     for parameter in parameters:

@@ -93,12 +93,17 @@ class Runtime:
         return boxes
 
     def concatenate(self, tensor):
-        """The tensors of all ranks, which have one shape, joined along their first dimension in the order of ranks."""
+        """The tensors of all ranks joined along their first dimension, which may differ in size, in order of rank."""
         if self.world_size == 1:
             return tensor
-        joined = tensor.new_empty((self.world_size * tensor.size(0), *tensor.shape[1:]))
-        dist.all_gather_into_tensor(joined, tensor.contiguous())
-        return joined
+        sizes = torch.empty(self.world_size, dtype=torch.int64, device=tensor.device)
+        dist.all_gather_single(sizes, torch.tensor([len(tensor)], device=tensor.device))
+        sizes = sizes.tolist()
+        padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
+        padded[: len(tensor)] = tensor
+        joined = tensor.new_empty((self.world_size, *padded.shape))
+        dist.all_gather_single(joined.flatten(0, 1), padded)
+        return torch.cat([part[:size] for part, size in zip(joined, sizes, strict=True)])
 
     def on_main(self, function):
         """The result of `function()`, which only rank 0 runs; a UserError or OSError of it is raised on every rank."""

@@ -141,8 +141,17 @@ def same_run(first, second):
 # ---- what a run does and records ----
 
 
+def test_a_run_starts_as_the_bigram_model_of_its_first_tokens(train):
+    at_random = column(train("random", NUM_ITERATIONS=1, SPECTRAL_TOKENS=0), "val/bpb")[0]
+    few, many = (
+        column(train(f"t{n}", NUM_ITERATIONS=40, SPECTRAL_TOKENS=n), "val/bpb")[0] for n in (64, 5000)
+    )
+    assert many < few < at_random
+    assert many < 0.6 * at_random
+
+
 def test_the_loss_falls(train):
-    losses = column(train(NUM_ITERATIONS=30), "train/loss")
+    losses = column(train(NUM_ITERATIONS=30, SPECTRAL_TOKENS=0), "train/loss")
     assert losses[0] == pytest.approx(math.log(320), abs=0.05)  # weights know nothing: all tokens are equally likely
     assert sum(losses[-5:]) / 5 < 0.6 * losses[0]
     assert losses[-1] < losses[len(losses) // 2] < losses[0]
@@ -170,7 +179,7 @@ def test_without_evaluation_there_are_no_rows_of_it(train):
 
 def test_the_first_evaluation_is_that_of_untrained_weights(train, data_dir, tokenizer):
     """Almost equal logits give log2(V) bits a token, whatever the text; the bytes are counted in the text itself."""
-    (bpb, *_) = column(train(EVAL_TOKENS=10**6, NUM_ITERATIONS=1), "val/bpb")
+    (bpb, *_) = column(train(EVAL_TOKENS=10**6, NUM_ITERATIONS=1, SPECTRAL_TOKENS=0), "val/bpb")
     texts = pq.read_table(data_dir / "shard_00002.parquet").column("text").to_pylist()
     num_tokens = sum(len(tokenizer.encode(text)) for text in texts)
     num_bytes = sum(len(text.encode()) for text in texts)
@@ -250,7 +259,7 @@ def test_target_minutes_ends_in_time_and_the_horizon_is_recorded(train, monkeypa
 
 
 def test_float16_trains_through_the_gradient_scaler(train):
-    run = train(NUM_ITERATIONS=30, DTYPE="float16")
+    run = train(NUM_ITERATIONS=30, DTYPE="float16", SPECTRAL_TOKENS=0)
     losses, state = column(run, "train/loss"), saved(run)[2]
     assert losses[-1] < 0.6 * losses[0]
     assert state["scaler"]["scale"] > 1
