@@ -359,14 +359,14 @@ def matmul_flops(device, dtype, seconds=0.2):
     return 2 * 4096 * 256 * 1024 / statistics.median(times)
 
 
-def training_flops(device, dtype, seconds=0.5):
+def training_flops(device, dtype, seconds=0.1):
     """The median FLOP/s of the forward and backward pass of one plain transformer layer of width 256 (1,024 on CUDA)
-    on 4,096 tokens (16,384), eager, measured for about `seconds`.
+    on 2,048 tokens (16,384), eager, measured for about `seconds`.
 
     Unlike `matmul_flops` it also pays for attention and for what moves memory, in the proportion of a real layer, so
     it says how long training takes on machines of any balance.
     """
-    width, rows = (1024, 64) if device.type == "cuda" else (256, 16)
+    width, rows = (1024, 64) if device.type == "cuda" else (256, 8)
     shapes = ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width))
     weights = [(torch.randn(shape, device=device) / width**0.5).requires_grad_() for shape in shapes]
     x = torch.randn(rows, 256, width, device=device)

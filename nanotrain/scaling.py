@@ -15,6 +15,19 @@ BATCH_EXPONENT = math.log(2**19 / BATCH_ANCHOR) / math.log(1.4e9 / BATCH_ANCHOR_
 MAX_BATCH = 2**20
 REFERENCE_WIDTH = 768
 
+# The weights in matrices and head that reach the lowest loss for a number of operations: a power law through the best
+# of our own runs of minutes on a CPU (dev/ladder.md) and nanochat's published optimum. Between them it is an
+# assumption.
+OPTIMUM_FLOPS, OPTIMUM_WEIGHTS = 6.6e13, 3.4e6
+OPTIMUM_EXPONENT = math.log(129e6 / OPTIMUM_WEIGHTS) / math.log(1e18 / OPTIMUM_FLOPS)
+WIDTH_PER_LAYER, LEAST_WIDTH = 64, 256
+MOST_LAYERS = 26
+# width up to which a vocabulary and a row of so many tokens serve; only the first was measured by us
+VOCABULARIES = ((256, 4096), (512, 8192), (640, 16384), (math.inf, 32768))
+ROW_LENGTHS = ((384, 256), (512, 512), (640, 1024), (math.inf, 2048))
+EFFICIENCY = 0.9  # of training with everything that belongs to it, against the rate of `runtime.training_flops`
+START_SECONDS = 20.0  # of a run by time that do not train: imports, compilation, evaluations, the last save
+
 
 @dataclass(frozen=True)
 class Horizon:
@@ -100,14 +113,44 @@ def make_plan(
     )
 
 
+def training_flops(minutes, flops_per_second):
+    """The operations that a run of so many minutes, from process start to its last save, has for training."""
+    seconds = 60 * minutes
+    return max(seconds - START_SECONDS, seconds / 2) * flops_per_second
+
+
+def choose_depth(flops, head_dim):
+    """The depth whose weights are nearest to those that suit a run of so many operations."""
+    goal = OPTIMUM_WEIGHTS * (flops / OPTIMUM_FLOPS) ** OPTIMUM_EXPONENT
+
+    def distance(depth):
+        width, _ = model_width(depth, 0, head_dim)
+        return abs(math.log((12 * depth * width**2 + vocabulary(width) * width) / goal))
+
+    return min(range(2, MOST_LAYERS + 1), key=distance)
+
+
+def vocabulary(width):
+    """The tokens of a vocabulary that suits a model's width."""
+    return next(size for most, size in VOCABULARIES if width <= most)
+
+
+def row_length(width):
+    """The tokens of a row that suit a model's width."""
+    return next(length for most, length in ROW_LENGTHS if width <= most)
+
+
 def model_width(depth, aspect_ratio, head_dim):
-    """(width, heads) of a model of `depth` layers: aspect_ratio times depth, rounded up to whole heads."""
-    if depth < 1 or aspect_ratio < 1 or head_dim < 2 or head_dim % 2:
+    """(width, heads) of a model of `depth` layers: aspect_ratio times depth, or by the rule if that is 0, rounded up to
+    whole heads.
+    """
+    if depth < 1 or aspect_ratio < 0 or head_dim < 2 or head_dim % 2:
         raise UserError(
             f"--depth={depth} --aspect-ratio={aspect_ratio} --head-dim={head_dim}: "
             "all must be positive, and the head dimension even"
         )
-    heads = math.ceil(depth * aspect_ratio / head_dim)
+    width = depth * aspect_ratio or max(depth * WIDTH_PER_LAYER, LEAST_WIDTH)
+    heads = math.ceil(width / head_dim)
     return heads * head_dim, heads
 
 

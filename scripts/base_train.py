@@ -40,7 +40,7 @@ from nanotrain.tokenizer import BPETokenizer
 from nanotrain.tracker import Tracker
 
 # --- run
-RUN_NAME = ""  # folder of the run under NANOTRAIN_DIR/runs; empty: d<depth>
+RUN_NAME = ""  # folder of the run under NANOTRAIN_DIR/runs; empty: d<depth>, or base where the plan chooses it
 RESUME = False  # go on from the newest checkpoint that verifies; without one, start
 ALLOW_CHANGE = ""  # settings that --resume may change although they change the training, as in matrix_lr,warmdown_ratio
 INIT_FROM = ""  # begin a new run with the weights of this run; everything else starts anew
@@ -54,11 +54,11 @@ SEED = 1337  # of the weights and of the order of the data
 # --- data
 DATA_DIR = ""  # folder of shards; empty: the only data set in NANOTRAIN_DIR/data
 TOKENIZER_DIR = ""  # folder of tokenizer.json; empty: NANOTRAIN_DIR/tokenizer
-MAX_SEQ_LEN = 256  # tokens of a row
+MAX_SEQ_LEN = 0  # tokens of a row; 0: as suit the width
 LANES = 48  # streams that the rows are taken from in turn
 # --- model
-DEPTH = 4  # layers; the width follows
-ASPECT_RATIO = 64  # width per layer
+DEPTH = 0  # layers; 0: as suit a horizon by minutes or operations, else 4
+ASPECT_RATIO = 0  # width per layer; 0: 64, and a width of at least 256
 HEAD_DIM = 128  # the width is rounded up to whole heads
 BIGRAM_ROWS = 65536  # of the hashed table of token pairs; 0: no table
 SPECTRAL_TOKENS = 2_000_000  # of the run, from whose pairs embedding and head start; 0: they start at random
@@ -66,6 +66,7 @@ SPECTRAL_TOKENS = 2_000_000  # of the run, from whose pairs embedding and head s
 NUM_ITERATIONS = 0  # optimizer steps
 TARGET_FLOPS = 0.0  # floating-point operations
 TARGET_MINUTES = 0.0  # from process start to the last save
+EVALUATIONS_AFTER = 0.0  # for which TARGET_MINUTES leaves time after the run, each of EVAL_TOKENS
 TARGET_PARAM_DATA_RATIO = 10.0  # training tokens per matrix and head weight, if none of the others is set
 # --- batch
 TOTAL_BATCH_SIZE = 0  # tokens of one optimizer step; 0: by the plan
@@ -104,12 +105,12 @@ TRAJECTORY = (
 )  # fmt: skip
 FREE = (
     "RUN_NAME", "RESUME", "ALLOW_CHANGE", "DRY_RUN", "DEVICE", "DATA_DIR", "TOKENIZER_DIR", "DEVICE_BATCH_SIZE",
-    "EVAL_EVERY", "EVAL_TOKENS", "SAMPLE_EVERY", "SAVE_EVERY", "KEEP_LAST", "KEEP_EVERY", "EARLY_STOP_PATIENCE",
-    "EARLY_STOP_MIN_DELTA", "WANDB",
+    "EVAL_EVERY", "EVAL_TOKENS", "SAMPLE_EVERY", "EVALUATIONS_AFTER", "SAVE_EVERY", "KEEP_LAST", "KEEP_EVERY",
+    "EARLY_STOP_PATIENCE", "EARLY_STOP_MIN_DELTA", "WANDB",
 )  # fmt: skip
 
 REFIT_PROGRESS = 0.25  # with TARGET_MINUTES the number of steps is corrected once here, where the learning rate is flat
-TYPICAL_EFFICIENCY = 0.2  # share of the measured matmul rate that training reaches; only for the estimate of time
+DEFAULT_DEPTH = 4
 SLOW_SECONDS = 1800.0  # without progress in which a rank is taken to hang: at the start, evaluating, sampling, saving
 STEP_SECONDS, SLOW_STEP_FACTOR = 120.0, 20.0  # and in a step: this, or so many times a usual step if that is more
 DRIFT_EVERY = 500  # steps between comparisons of the weights of all ranks
@@ -149,20 +150,30 @@ def main():
 
 def pretrain(rt, stop, watchdog):
     """The run, from its data to its last checkpoint. `stop.requested` ends it early, `watchdog` is told of progress."""
-    run_name = RUN_NAME or f"d{DEPTH}"
+    run_name = RUN_NAME or (f"d{DEPTH}" if DEPTH else "base")
     run_dir = paths.run_dir(run_name)
 
-    # ---- data ----
+    # ---- data, and the checkpoint to go on from ----
     tokenizer = BPETokenizer.load(paths.tokenizer_dir(TOKENIZER_DIR))
     shards = rt.together(lambda: dataset.open_shards(paths.data_dir(DATA_DIR)))
     data = rt.on_main(lambda: dataset.fingerprint(shards))
-    validation = EVAL_EVERY and rt.together(
-        lambda: dataloader.validation_rows(shards.validation.path, tokenizer, MAX_SEQ_LEN, EVAL_TOKENS)
-    )
+    saved, model_tensors, optimizer_tensors = load_checkpoint(rt, run_dir, run_name, tokenizer, data)
 
-    # ---- what this run is, and the checkpoint to go on from ----
-    width, heads = scaling.model_width(DEPTH, ASPECT_RATIO, HEAD_DIM)
-    model_config = GPTConfig(tokenizer.vocab_size, MAX_SEQ_LEN, DEPTH, heads, heads, HEAD_DIM, BIGRAM_ROWS)
+    # ---- the model's shape, and the plan ----
+    environment = runtime.environment(rt)
+    if saved:
+        warn_of_difference(rt, saved.get("environment", environment), environment)
+    speed = rt.broadcast(runtime.training_flops(rt.device, rt.dtype)) * scaling.EFFICIENCY * rt.world_size
+    if saved:
+        model_config, reason = GPTConfig(**saved["model_config"]), "as before"
+    else:
+        model_config, reason = choose_shape(tokenizer.vocab_size, speed)
+    seq_len = model_config.max_seq_len
+    if EVAL_TOKENS < seq_len:
+        raise UserError(f"--eval-tokens={EVAL_TOKENS}: less than one row of {seq_len} tokens")
+    validation = EVAL_EVERY and rt.together(
+        lambda: dataloader.validation_rows(shards.validation.path, tokenizer, seq_len, EVAL_TOKENS)
+    )
     settings = config.settings(globals())
     identity = {
         "model_config": model_config.to_dict(),
@@ -170,24 +181,16 @@ def pretrain(rt, stop, watchdog):
         "data": data,
         "settings": settings,
     }
-    environment = runtime.environment(rt)
-    saved, model_tensors, optimizer_tensors = load_checkpoint(rt, run_dir, run_name, identity)
-    first_weights = None
-    if saved:
-        warn_of_difference(rt, saved.get("environment", environment), environment)
-    else:
-        first_weights = load_first_weights(rt, identity)
-
-    # ---- plan ----
+    first_weights = None if saved else load_first_weights(rt, identity)
     model = checkpoint.build_model(model_config, "meta")
-    plan = make_plan(rt, model, saved)
+    plan = make_plan(rt, model, saved, speed)
     run = Run(**saved["run"]) if saved else Run(plan.num_steps, horizon_fixed=not TARGET_MINUTES)
     planned = (*HORIZON, "TOTAL_BATCH_SIZE")
     new_horizon = not saved or any(saved["settings"].get(name) != globals()[name] for name in planned)
     if new_horizon:
         run.num_steps = max(plan.num_steps, run.step + 1) if TARGET_MINUTES else plan.num_steps
         run.horizon_fixed = not TARGET_MINUTES
-    say(rt, describe(rt, plan, run, shards, tokenizer, run_dir))
+    say(rt, describe(rt, plan, run, model_config, reason, shards, tokenizer, run_dir))
     if DRY_RUN or run.step >= run.num_steps:
         if not DRY_RUN:
             say(rt, f"nothing to do: the newest checkpoint of {run_name} is at step {run.step} of {run.num_steps}")
@@ -203,7 +206,7 @@ def pretrain(rt, stop, watchdog):
     runtime.use_tokenizer_threads(False)  # the readers have threads of their own
     model = model.to_empty(device=rt.device)
     model.init_weights(SEED)
-    factor = scaling.width_factor(width)
+    factor = scaling.width_factor(model_config.model_dim)
     rates = {
         "matrix": MATRIX_LR,
         "embedding": EMBEDDING_LR * factor,
@@ -211,12 +214,12 @@ def pretrain(rt, stop, watchdog):
         "scalar": SCALAR_LR,
     }
     muon_dtype = torch.bfloat16 if rt.dtype == torch.bfloat16 else torch.float32
-    optimizers = optim.build(model.parameters_by_role(), rates, WEIGHT_DECAY, muon_dtype)
+    _, adamw, *_ = optimizers = optim.build(model.parameters_by_role(), rates, WEIGHT_DECAY, muon_dtype)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
     if saved:
         checkpoint.load_weights(model, model_tensors)
         optim.load_state_tensors(optimizers, optimizer_tensors)
-        optim.set_updates(optimizers, saved["updates"])
+        adamw.updates = saved["updates"]
         if saved["scaler"] and scaler.is_enabled():
             scaler.load_state_dict(saved["scaler"])
     elif first_weights:
@@ -238,9 +241,7 @@ def pretrain(rt, stop, watchdog):
     # ---- the run ----
     loader_state = saved["loader"] if saved else None
     threads = runtime.cores_of_a_rank()
-    reader = dataloader.RowReader(
-        units, tokenizer, MAX_SEQ_LEN, LANES, SEED, rt.rank, rt.world_size, loader_state, threads
-    )
+    reader = dataloader.RowReader(units, tokenizer, seq_len, LANES, SEED, rt.rank, rt.world_size, loader_state, threads)
     tracker = rt.together(
         lambda: Tracker(run_dir, run_name, settings, run.num_steps, run.step, WANDB, run.wandb_id, rt.is_main)
     )
@@ -272,7 +273,7 @@ def pretrain(rt, stop, watchdog):
             "loader": loader_state,
             "total_batch_size": plan.total_batch_size,
             "data_dir": str(shards.folder),
-            "updates": optimizers[-1].updates,
+            "updates": adamw.updates,
             "scaler": scaler.state_dict(),
             "environment": environment,
             **identity,
@@ -457,13 +458,11 @@ def check_settings():
             raise UserError(f"{config.flag_of(name)}={value}: must not be negative")
     if SEED >= 2**63:
         raise UserError(f"--seed={SEED}: must be below 2^63")
-    for name in ("MAX_SEQ_LEN", "LANES", "KEEP_LAST"):
+    for name in ("LANES", "KEEP_LAST"):
         if globals()[name] < 1:
             raise UserError(f"{config.flag_of(name)}={globals()[name]}: at least 1")
     if EARLY_STOP_PATIENCE and not EVAL_EVERY:
         raise UserError("--early-stop-patience needs evaluations: give --eval-every, as in --eval-every=250")
-    if EVAL_TOKENS < MAX_SEQ_LEN:
-        raise UserError(f"--eval-tokens={EVAL_TOKENS}: less than one row of --max-seq-len={MAX_SEQ_LEN}")
     for name in ("WARMUP_RATIO", "WARMDOWN_RATIO", "FINAL_LR_FRAC"):
         if globals()[name] > 1:
             raise UserError(f"{config.flag_of(name)}={globals()[name]}: a share, at most 1")
@@ -473,7 +472,7 @@ def check_settings():
         )
 
 
-def load_checkpoint(rt, run_dir, run_name, identity):
+def load_checkpoint(rt, run_dir, run_name, tokenizer, data):
     """(state, model tensors, optimizer tensors) of the checkpoint to go on from, or three Nones for a new run."""
 
     def find():
@@ -493,7 +492,7 @@ def load_checkpoint(rt, run_dir, run_name, identity):
     if step is None:
         return None, None, None
     model_tensors, optimizer_tensors, state = rt.together(lambda: checkpoint.unpack(checkpoint.read(run_dir, step)))
-    check_same(state, identity)
+    check_same(state, tokenizer, data)
     say(rt, f"resume     {run_name} at step {step}")
     return state, model_tensors, optimizer_tensors
 
@@ -531,14 +530,14 @@ def warn_of_difference(rt, was, now):
         say(rt, f"warning    the run goes on with the same rows, but not to the same bits: {'; '.join(different)}")
 
 
-def check_same(saved, identity):
+def check_same(saved, tokenizer, data):
     """Raise an error with a readable difference if the checkpoint was trained with something else than what is here."""
-    if saved["tokenizer_sha256"] != identity["tokenizer_sha256"]:
+    if saved["tokenizer_sha256"] != tokenizer.sha256():
         raise DataError(
             "the tokenizer is not the one this run was trained with: give --tokenizer-dir (the run's folder has "
             "a copy), or start another run with --run-name"
         )
-    if saved["data"] != identity["data"]:
+    if saved["data"] != data:
         raise DataError(
             "the data are not those this run was trained with: give their folder with --data-dir, or start another run "
             "with --run-name"
@@ -556,10 +555,25 @@ def check_same(saved, identity):
         raise UserError("this run was started with other settings:\n  " + "\n  ".join(lines))
 
 
-def make_plan(rt, model, saved):
+def choose_shape(vocab_size, flops_per_second):
+    """(GPTConfig, why it has this depth) of a new run; what the settings leave open follows from the horizon."""
+    depth, reason = DEPTH, "as asked"
+    if not depth and (TARGET_MINUTES or TARGET_FLOPS):
+        flops = TARGET_FLOPS or scaling.training_flops(TARGET_MINUTES, flops_per_second)
+        depth = scaling.choose_depth(flops, HEAD_DIM)
+        reason = f"for about {flops:.1e} FLOPs"
+        if TARGET_MINUTES:
+            reason += f" in {TARGET_MINUTES:.3g} minutes at {flops_per_second / 1e9:,.0f} GFLOP/s"
+    elif not depth:
+        depth, reason = DEFAULT_DEPTH, "the default"
+    width, heads = scaling.model_width(depth, ASPECT_RATIO, HEAD_DIM)
+    seq_len = MAX_SEQ_LEN or scaling.row_length(width)
+    return GPTConfig(vocab_size, seq_len, depth, heads, heads, HEAD_DIM, BIGRAM_ROWS), reason
+
+
+def make_plan(rt, model, saved, flops_per_second):
     parameters = {role: sum(p.numel() for p in named.values()) for role, named in model.parameters_by_role().items()}
     horizon = scaling.Horizon(NUM_ITERATIONS, TARGET_FLOPS, TARGET_MINUTES, TARGET_PARAM_DATA_RATIO)
-    speed = rt.broadcast(runtime.matmul_flops(rt.device, rt.dtype)) * TYPICAL_EFFICIENCY * rt.world_size
     shape = model.config
     return scaling.make_plan(
         parameters,
@@ -571,12 +585,12 @@ def make_plan(rt, model, saved):
         saved["total_batch_size"] if saved and not TOTAL_BATCH_SIZE else TOTAL_BATCH_SIZE,
         DEVICE_BATCH_SIZE,
         rt.world_size,
-        speed,
+        flops_per_second,
         rt.dtype.itemsize,
     )
 
 
-def describe(rt, plan, run, shards, tokenizer, run_dir):
+def describe(rt, plan, run, model_config, reason, shards, tokenizer, run_dir):
     """The plan as the lines that a person reads before step 1."""
     texts = next(dataset.row_groups([shard.path for shard in shards.train]))[:50]
     num_tokens = sum(map(len, tokenizer.encode_batch(texts)))
@@ -584,16 +598,16 @@ def describe(rt, plan, run, shards, tokenizer, run_dir):
     on_disk = sum(shard.text_bytes for shard in shards.train) / bytes_per_token
     tokens = run.num_steps * plan.total_batch_size
     tables = sum(count for role, count in plan.parameters.items() if "embedding" in role and role != "unembedding")
-    width = scaling.model_width(DEPTH, ASPECT_RATIO, HEAD_DIM)[0]
     lowered = f" (lowered from {DEVICE_BATCH_SIZE})" if plan.device_rows < DEVICE_BATCH_SIZE else ""
     minutes = TARGET_MINUTES or plan.seconds / 60
     lines = [
         f"run        {run_dir}",
         f"device     {rt.world_size} x {runtime.device_name(rt.device)}",
         f"precision  {str(rt.dtype).removeprefix('torch.')} ({rt.dtype_reason})",
-        f"model      depth {DEPTH}, width {width}, weights: {plan.parameters['matrix']:,} in matrices,"
-        f" {plan.parameters['unembedding']:,} in the head, {tables:,} in tables",
-        f"batch      {plan.total_batch_size:,} tokens = {plan.device_rows} rows{lowered} of {MAX_SEQ_LEN}"
+        f"model      depth {model_config.num_layers} ({reason}), width {model_config.model_dim}",
+        f"weights    {plan.parameters['matrix']:,} in matrices, {plan.parameters['unembedding']:,} in the head,"
+        f" {tables:,} in tables",
+        f"batch      {plan.total_batch_size:,} tokens = {plan.device_rows} rows{lowered} of {model_config.max_seq_len}"
         f" x {plan.accumulation} micro-steps x {rt.world_size} ranks",
         f"horizon    {'about ' if TARGET_MINUTES else ''}{run.num_steps:,} steps, {tokens / 1e6:,.1f} M tokens,"
         f" {tokens * plan.flops_per_token:.1e} FLOPs, about {minutes:.1f} minutes",
@@ -608,10 +622,11 @@ def describe(rt, plan, run, shards, tokenizer, run_dir):
 
 def start_from_pairs(model, units, tokenizer, run_tokens):
     """Set embedding and head to those of the bigram model of the first tokens of the run."""
-    count = max(min(SPECTRAL_TOKENS, run_tokens) // MAX_SEQ_LEN, 1)
+    seq_len = model.config.max_seq_len
+    count = max(min(SPECTRAL_TOKENS, run_tokens) // seq_len, 1)
     threads = runtime.cores_of_a_rank()
-    reader = dataloader.RowReader(units, tokenizer, MAX_SEQ_LEN, LANES, SEED, threads=threads)
-    rows = torch.empty(count, MAX_SEQ_LEN + 1, dtype=torch.int64)
+    reader = dataloader.RowReader(units, tokenizer, seq_len, LANES, SEED, threads=threads)
+    rows = torch.empty(count, seq_len + 1, dtype=torch.int64)
     reader.fill(rows.numpy())
     generator = torch.Generator().manual_seed(SEED)
     embedding, head = spectral.start(rows, model.config.vocab_size, model.config.model_dim, generator)
@@ -624,7 +639,7 @@ def warm_up(rt, model, rows):
     """Compile what can be compiled, and return the seconds of one forward and backward pass afterwards. No weight
     changes.
     """
-    tokens = torch.zeros(rows, MAX_SEQ_LEN, dtype=torch.int64, device=rt.device)
+    tokens = torch.zeros(rows, model.config.max_seq_len, dtype=torch.int64, device=rt.device)
 
     def one_pass():
         begin = time.monotonic()
@@ -661,7 +676,8 @@ def warm_up(rt, model, rows):
 
 def steps_in_time(run, step_seconds, evaluation_seconds):
     """The number of steps with which a run by TARGET_MINUTES ends in time, with the evaluations and the last save."""
-    left = TARGET_MINUTES * 60 - run.seconds - runtime.seconds_since_start() - 1.1 * evaluation_seconds - 1
+    after = (1.1 + EVALUATIONS_AFTER) * evaluation_seconds + 1
+    left = TARGET_MINUTES * 60 - run.seconds - runtime.seconds_since_start() - after
     each = step_seconds + (evaluation_seconds / EVAL_EVERY if EVAL_EVERY else 0)
     return run.step + max(round(left / each), 1)
 
@@ -739,7 +755,7 @@ def main_within_memory():
         if DEVICE_BATCH_SIZE > 1:
             smaller = f"--device-batch-size={DEVICE_BATCH_SIZE // 2} (now {DEVICE_BATCH_SIZE})"
         else:
-            smaller = f"--max-seq-len={max(MAX_SEQ_LEN // 2, 1)} (now {MAX_SEQ_LEN})"
+            smaller = "a smaller --max-seq-len"
         raise MemoryLimitError(f"out of memory: try {smaller}, or a smaller --depth") from None
 
 

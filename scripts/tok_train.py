@@ -7,15 +7,18 @@ import time
 
 from tqdm import tqdm
 
-from nanotrain import config, dataset, errors, paths
+from nanotrain import config, dataset, errors, paths, runtime, scaling
+from nanotrain.errors import UserError
 from nanotrain.tokenizer import BPETokenizer
 
 # --- settings
 DATA_DIR = ""  # folder of shards; empty: the only data set in NANOTRAIN_DIR/data
 TOKENIZER_DIR = ""  # where tokenizer.json goes; empty: NANOTRAIN_DIR/tokenizer
-VOCAB_SIZE = 4096  # tokens, BOS included; 4096 suits minutes on a CPU, 32768 days on GPUs
+VOCAB_SIZE = 4096  # tokens, BOS included; 4096 suits minutes on a CPU, 32768 days on GPUs; 0: by TARGET_MINUTES
+TARGET_MINUTES = 0.0  # that the model will be trained for, by the same plan as in base_train
 MAX_CHARS = 200_000_000  # of text to train on; memory and time grow with it
 DOC_CHARS = 10_000  # of one document to train on
+HEAD_DIM = 128  # of the model, which the plan of its width needs
 # ------------
 
 
@@ -23,11 +26,24 @@ def main():
     begin = time.monotonic()
     shards = dataset.open_shards(paths.data_dir(DATA_DIR))
     folder = paths.tokenizer_dir(TOKENIZER_DIR)
-    tokenizer = BPETokenizer.train(texts(shards), VOCAB_SIZE)
+    vocab_size = VOCAB_SIZE or planned_vocab_size()
+    tokenizer = BPETokenizer.train(texts(shards), vocab_size)
     tokenizer.save(folder)
-    if tokenizer.vocab_size < VOCAB_SIZE:
-        print(f"the text gives only {tokenizer.vocab_size} tokens of {VOCAB_SIZE}")
+    if tokenizer.vocab_size < vocab_size:
+        print(f"the text gives only {tokenizer.vocab_size} tokens of {vocab_size}")
     print(f"{folder}: {tokenizer.vocab_size} tokens in {time.monotonic() - begin:.1f} s")
+
+
+def planned_vocab_size():
+    """The vocabulary that suits the model which this machine can train in TARGET_MINUTES."""
+    if TARGET_MINUTES <= 0:
+        raise UserError("--vocab-size=0 leaves the choice to the plan, which needs --target-minutes")
+    rt = runtime.start()
+    flops = scaling.training_flops(TARGET_MINUTES, runtime.training_flops(rt.device, rt.dtype) * scaling.EFFICIENCY)
+    depth = scaling.choose_depth(flops, HEAD_DIM)
+    width, _ = scaling.model_width(depth, 0, HEAD_DIM)
+    print(f"{TARGET_MINUTES:g} minutes suit a model of depth {depth} and width {width}")
+    return scaling.vocabulary(width)
 
 
 def texts(shards):

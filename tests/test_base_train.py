@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import TINY_RUN, make_shards, make_texts
 
-from nanotrain import checkpoint, config, dataset, errors, guard, loss, loss_eval, runtime, schedule
+from nanotrain import checkpoint, config, dataset, errors, guard, loss, loss_eval, runtime, scaling, schedule
 from nanotrain.errors import CheckpointError, DataError, MemoryLimitError, NonFiniteError, SupersededError, UserError
 from nanotrain.tokenizer import BPETokenizer
 from scripts import base_train
@@ -143,9 +143,7 @@ def same_run(first, second):
 
 def test_a_run_starts_as_the_bigram_model_of_its_first_tokens(train):
     at_random = column(train("random", NUM_ITERATIONS=1, SPECTRAL_TOKENS=0), "val/bpb")[0]
-    few, many = (
-        column(train(f"t{n}", NUM_ITERATIONS=40, SPECTRAL_TOKENS=n), "val/bpb")[0] for n in (64, 5000)
-    )
+    few, many = (column(train(f"t{n}", NUM_ITERATIONS=40, SPECTRAL_TOKENS=n), "val/bpb")[0] for n in (64, 5000))
     assert many < few < at_random
     assert many < 0.6 * at_random
 
@@ -267,6 +265,37 @@ def test_float16_trains_through_the_gradient_scaler(train):
     assert {tensor.dtype for tensor in saved(run)[0].values()} == {torch.float32}
 
 
+# ---- the dial ----
+
+
+def test_without_a_depth_the_machine_and_the_minutes_choose_the_model(train, capsys, monkeypatch):
+    def model_line(name, flops_per_second, **settings):
+        monkeypatch.setattr(runtime, "training_flops", lambda *_: flops_per_second)
+        train(name, DEPTH=0, ASPECT_RATIO=0, HEAD_DIM=128, NUM_ITERATIONS=0, DRY_RUN=True, **settings)
+        return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("model"))
+
+    slow, fast = (model_line(f"r{rate:.0f}", rate, TARGET_MINUTES=2.0) for rate in (1e9, 1e13))
+    assert "depth 2 (for about 9.0e+10 FLOPs in 2 minutes at 1 GFLOP/s), width 256" in slow
+    depth = scaling.choose_depth(9e14, 128)
+    assert depth > 3
+    assert f"depth {depth} (for about 9.0e+14 FLOPs in 2 minutes at 9,000 GFLOP/s)" in fast
+    assert "depth 12 (for about 1.0e+18 FLOPs)" in model_line("flops", 1e9, TARGET_FLOPS=1e18, TOTAL_BATCH_SIZE=0)
+
+
+def test_a_run_whose_shape_was_chosen_keeps_it_on_another_machine(train, monkeypatch):
+    settings = {"DEPTH": 0, "ASPECT_RATIO": 8, "HEAD_DIM": 8, "NUM_ITERATIONS": 0, "TARGET_FLOPS": 2e7}
+    monkeypatch.setattr(scaling, "choose_depth", lambda *_: 2)
+    run = train(SAVE_EVERY=1, EVAL_EVERY=0, KEEP_LAST=99, **settings)
+    assert saved(run)[2]["model_config"]["num_layers"] == 2
+    whole, (last, *earlier) = saved(run), checkpoint.steps(run)
+    assert earlier
+    shutil.rmtree(run / "checkpoints" / f"step_{last:08d}")
+    monkeypatch.setattr(scaling, "choose_depth", lambda *_: 5)
+    again = saved(train(RESUME=True, SAVE_EVERY=1, EVAL_EVERY=0, KEEP_LAST=99, **settings))
+    assert again[2]["model_config"] == whole[2]["model_config"]
+    assert equal(again[0], whole[0])
+
+
 # ---- the data of a run ----
 
 
@@ -316,7 +345,7 @@ def test_the_number_of_micro_steps_changes_neither_rows_nor_losses(train):
     for other in (1, 2):
         assert hashes[other] == hashes[0]
         assert losses[other] == pytest.approx(losses[0], rel=2e-6)
-        assert norms[other] == pytest.approx(norms[0], rel=1e-4)
+        assert norms[other] == pytest.approx(norms[0], rel=1e-3)  # AdamW turns rounding into updates at first
 
 
 def test_a_device_batch_that_does_not_divide_is_lowered_and_said(train, whole, capsys):
@@ -730,14 +759,14 @@ def test_no_data_set_no_tokenizer_and_a_broken_one_say_which_command_helps(train
     [
         ({"TARGET_FLOPS": 1e9}, r"--num-iterations=6 --target-flops=1000000000.0: two horizons"),
         ({"TARGET_MINUTES": 5.0}, r"--num-iterations=6 --target-minutes=5.0: two horizons"),
-        ({"EVAL_TOKENS": 15}, r"--eval-tokens=15: less than one row of --max-seq-len=16"),
+        ({"EVAL_TOKENS": 15}, r"--eval-tokens=15: less than one row of 16 tokens"),
         ({"MATRIX_LR": -0.1}, r"--matrix-lr=-0.1: must not be negative"),
         ({"SAVE_EVERY": -1}, r"--save-every=-1: must not be negative"),
-        ({"MAX_SEQ_LEN": 0}, r"--max-seq-len=0: at least 1"),
+        ({"MAX_SEQ_LEN": -1}, r"--max-seq-len=-1: must not be negative"),
         ({"LANES": 0}, r"--lanes=0: at least 1"),
         ({"KEEP_LAST": 0}, r"--keep-last=0: at least 1"),
         ({"DEVICE_BATCH_SIZE": 0}, r"--device-batch-size=0: at least 1"),
-        ({"DEPTH": 0}, r"--depth=0 .*must be positive"),
+        ({"DEPTH": -1}, r"--depth=-1: must not be negative"),
         ({"HEAD_DIM": 15}, r"--head-dim=15: .*even"),
         ({"WARMUP_RATIO": 1.5}, r"--warmup-ratio=1.5: a share, at most 1"),
         ({"WARMUP_RATIO": 0.5, "WARMDOWN_RATIO": 0.6}, r"overlap: together at most 1"),

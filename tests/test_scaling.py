@@ -1,5 +1,6 @@
 """Plans against arithmetic done by hand, and the laws of batches."""
 
+import math
 import random
 
 import pytest
@@ -195,7 +196,7 @@ def test_width_follows_depth_in_whole_heads(depth, aspect_ratio, head_dim, expec
     assert scaling.model_width(depth, aspect_ratio, head_dim) == expected
 
 
-@pytest.mark.parametrize("bad", [(0, 64, 128), (-1, 64, 128), (4, 0, 128), (4, 64, 0), (4, 64, 1), (4, 64, 7)])
+@pytest.mark.parametrize("bad", [(0, 64, 128), (-1, 64, 128), (4, -1, 128), (4, 64, 0), (4, 64, 1), (4, 64, 7)])
 def test_impossible_shapes_are_refused_with_their_values(bad):
     with pytest.raises(UserError, match="--depth={} --aspect-ratio={} --head-dim={}".format(*bad)):
         scaling.model_width(*bad)
@@ -205,3 +206,41 @@ def test_table_rates_fall_with_the_root_of_the_width():
     assert scaling.width_factor(768) == 1
     assert scaling.width_factor(3072) == pytest.approx(0.5)
     assert scaling.width_factor(192) == pytest.approx(2)
+
+
+# ---- the dial ----
+
+
+@pytest.mark.parametrize(
+    ("depth", "width"), [(1, 256), (2, 256), (4, 256), (5, 384), (6, 384), (8, 512), (12, 768), (20, 1280)]
+)
+def test_without_an_aspect_ratio_the_width_is_64_a_layer_and_at_least_256(depth, width):
+    assert scaling.model_width(depth, 0, 128) == (width, width // 128)
+
+
+def weights_of(depth):
+    width, _ = scaling.model_width(depth, 0, 128)
+    return 12 * depth * width**2 + scaling.vocabulary(width) * width
+
+
+def test_the_chosen_depth_grows_with_the_operations_and_passes_the_published_optimum():
+    depths = [scaling.choose_depth(10.0**power, 128) for power in range(10, 23)]
+    assert depths == sorted(depths)
+    assert depths[0] == 2
+    assert depths[-1] == scaling.MOST_LAYERS
+    at_anchor = [scaling.choose_depth(flops, 128) for flops in (scaling.OPTIMUM_FLOPS, 1e18)]
+    for depth, best in zip(at_anchor, (scaling.OPTIMUM_WEIGHTS, 129e6), strict=True):
+        nearest = min(range(2, 27), key=lambda other: abs(math.log(weights_of(other) / best)))
+        assert depth == nearest
+    assert at_anchor[1] in (11, 12, 13)
+
+
+def test_vocabulary_and_rows_grow_with_the_width():
+    widths = (128, 256, 384, 512, 640, 768, 2048)
+    assert [scaling.vocabulary(width) for width in widths] == [4096, 4096, 8192, 8192, 16384, 32768, 32768]
+    assert [scaling.row_length(width) for width in widths] == [256, 256, 256, 512, 1024, 2048, 2048]
+
+
+def test_the_operations_of_a_run_by_time_leave_out_its_start_but_never_all_of_it():
+    assert scaling.training_flops(2, 1e9) == (120 - scaling.START_SECONDS) * 1e9
+    assert scaling.training_flops(0.1, 1e9) == 3e9
