@@ -22,9 +22,9 @@ Choices, as environment variables (MINUTES=3 bash speedrun.sh):
   TRAIN_SHARDS   shards to download of a hosted data set (240 of about 100 MB)
   MINUTES        all-in after data are there: tokenizer, compilation, training,
                  evaluation (6 without CUDA; with CUDA the model's size decides)
-  DEPTH          layers (3 without CUDA, 20 with)
-  VOCAB_SIZE     tokens of the vocabulary (4096 without CUDA, 32768 with)
-  RUN_NAME       folder of the run (<data set>-d<depth>-v<vocab size>-<minutes>)
+  DEPTH          layers (20 with CUDA; else as suit MINUTES on this machine)
+  VOCAB_SIZE     tokens of the vocabulary (32768 with CUDA; else as suit MINUTES)
+  RUN_NAME       folder of the run (<data set>-<minutes>min and what else is chosen)
   NPROC          processes on this machine (all GPUs, or 1)
   WANDB          off, offline or online (off)
   NANOTRAIN_DIR  where data, tokenizer and runs go (~/.cache/nanotrain)
@@ -102,15 +102,17 @@ export NANOTRAIN_DIR=${NANOTRAIN_DIR:-$HOME/.cache/nanotrain}
 nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
 if [ "$gpus" -gt 0 ]; then
     dataset=${DATASET:-fineweb-edu} depth=${DEPTH:-20} vocab_size=${VOCAB_SIZE:-32768} minutes=${MINUTES:-}
-    preset=(--max-seq-len=2048 --device-batch-size=16 --matrix-lr=0.02 --weight-decay=0.1 --eval-tokens=10485760)
+    tokenizer_preset=()
+    preset=(--bigram-rows=0 --spectral-tokens=0 --max-seq-len=2048 --device-batch-size=16 --matrix-lr=0.02 --weight-decay=0.1 --eval-tokens=10485760)
     eval_tokens=10485760
 else
-    dataset=${DATASET:-stdlib} depth=${DEPTH:-3} vocab_size=${VOCAB_SIZE:-4096} minutes=${MINUTES:-6}
-    preset=(--max-seq-len=256 --device-batch-size=16 --total-batch-size=4096 --aspect-ratio=$((256 / depth > 64 ? 256 / depth : 64)))
-    eval_tokens=262144
+    dataset=${DATASET:-stdlib} depth=${DEPTH:-0} vocab_size=${VOCAB_SIZE:-0} minutes=${MINUTES:-6}
+    # The tokenizer needs little text; evaluations are short beside training, and base_eval makes some more of them.
+    preset=(--eval-tokens=32768 --evaluations-after=10) tokenizer_preset=(--max-chars=20000000 "--target-minutes=$minutes")
+    eval_tokens=131072
 fi
 data_dir=${DATA_DIR:-$NANOTRAIN_DIR/data/$dataset}
-run_name=${RUN_NAME:-$(basename "$data_dir")-d$depth-v$vocab_size${minutes:+-${minutes}min}}
+run_name=${RUN_NAME:-$(basename "$data_dir")${minutes:+-${minutes}min}${DEPTH:+-d$DEPTH}${VOCAB_SIZE:+-v$VOCAB_SIZE}}
 run_dir=$NANOTRAIN_DIR/runs/$run_name
 
 if [ -z "${DATA_DIR:-}" ]; then
@@ -122,7 +124,12 @@ if [ -z "${DATA_DIR:-}" ]; then
 fi
 
 clock=$SECONDS
-stage tokenizer "$PYTHON" -m scripts.tok_train "--data-dir=$data_dir" "--vocab-size=$vocab_size"
+if [ -e "$run_dir/tokenizer.json" ]; then # of a run that goes on
+    tokenizer_dir=$run_dir
+else
+    tokenizer_dir=$NANOTRAIN_DIR/tokenizer
+    stage tokenizer "$PYTHON" -m scripts.tok_train "--data-dir=$data_dir" "--vocab-size=$vocab_size" "${tokenizer_preset[@]}"
+fi
 
 horizon=()
 if [ -n "$minutes" ]; then
@@ -134,7 +141,7 @@ config, minutes, spent = pathlib.Path(sys.argv[1]), float(sys.argv[2]), float(sy
 if config.exists():
     print(json.loads(config.read_text())["settings"]["TARGET_MINUTES"])
 else:
-    print(max(minutes - (spent + 10) / 60 - 0.03 * minutes, 0.3 * minutes))
+    print(max(minutes - (spent + 5) / 60, 0.3 * minutes))
 LEFT
     )
     horizon=("--target-minutes=$left")
@@ -143,7 +150,8 @@ launch=("$PYTHON")
 if [ "$nproc" -gt 1 ]; then
     launch=("$PYTHON" -m torch.distributed.run --standalone "--nproc_per_node=$nproc")
 fi
-stage training "${launch[@]}" -m scripts.base_train --resume "--run-name=$run_name" "--data-dir=$data_dir" "--depth=$depth" \
+stage training "${launch[@]}" -m scripts.base_train --resume "--run-name=$run_name" "--data-dir=$data_dir" \
+    "--tokenizer-dir=$tokenizer_dir" "--depth=$depth" \
     "--wandb=${WANDB:-off}" "${preset[@]}" "${horizon[@]}"
 stage evaluation "${launch[@]}" -m scripts.base_eval "--run-name=$run_name" "--eval-tokens=$eval_tokens"
 
