@@ -283,6 +283,9 @@ class DataLoader:
     """The batches of one rank on its device, one kept ready by a background thread. Use as a context manager and an
     iterator.
 
+    The first input of every row is BOS, wherever in a document the row begins: so begins every text that a trained
+    model is shown, and no target is lost, for that token is the last target of the row before.
+
     Two slots (pinned for CUDA) are filled in turn; a slot is filled again only after the copy out of it has ended.
     """
 
@@ -331,7 +334,9 @@ class DataLoader:
             copied = torch.cuda.Event()
             copied.record()
         self._free.put((slot, copied))
-        return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), total, state)
+        inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        inputs[:, 0] = self.reader.tokenizer.bos
+        return Batch(inputs, targets, total, state)
 
     def close(self):
         """End the thread."""
@@ -365,4 +370,6 @@ def validation_rows(path, tokenizer, seq_len, num_tokens):
         raise DataError(f"{path} holds {total} tokens, less than one row of {seq_len + 1}: use a shorter --max-seq-len")
     tokens = np.concatenate(stream)
     starts = np.arange(count)[:, None] * seq_len
-    return tokens[starts + np.arange(seq_len + 1)]
+    rows = tokens[starts + np.arange(seq_len + 1)]
+    rows[:, 0] = tokenizer.bos  # as in training
+    return rows

@@ -529,15 +529,16 @@ def test_batches_are_the_rows_of_the_reader_with_its_state_before_them(tokenizer
             rows = np.empty((4, 17), dtype=np.int64)
             assert batch.state == twin.state()
             assert batch.row_hash == twin.fill(rows)
-            np.testing.assert_array_equal(batch.inputs.numpy(), rows[:, :-1])
             np.testing.assert_array_equal(batch.targets.numpy(), rows[:, 1:])
+            rows[:, 0] = tokenizer.bos
+            np.testing.assert_array_equal(batch.inputs.numpy(), rows[:, :-1])
 
 
 def test_batches_stay_as_they_are_while_later_ones_are_made(tokenizer, small):
     expected = Reference(small, tokenizer, 16, 3, 40).rows
     with DataLoader(reader_of(small, tokenizer), 4, CPU) as loader:
         batches = [next(loader) for _ in range(10)]
-    np.testing.assert_array_equal(torch.cat([batch.inputs for batch in batches]), expected[:, :-1])
+    np.testing.assert_array_equal(torch.cat([batch.inputs for batch in batches])[:, 1:], expected[:, 1:-1])
     np.testing.assert_array_equal(torch.cat([batch.targets for batch in batches]), expected[:, 1:])
     for batch in batches:
         assert batch.inputs.dtype == batch.targets.dtype == torch.int64
@@ -633,10 +634,10 @@ def test_validation_rows_by_hand(tokenizer, tmp_path):
     for num_tokens, count in ((3, 1), (8, 2), (9, 3), (3 * available, available), (10**6, available)):
         rows = dataloader.validation_rows(tmp_path / "shard_0.parquet", tokenizer, 3, num_tokens)
         assert rows.dtype == np.int32
-        assert rows.tolist() == [stream[3 * n : 3 * n + 4] for n in range(count)]
+        assert rows.tolist() == [[tokenizer.bos, *stream[3 * n + 1 : 3 * n + 4]] for n in range(count)]
     for seq_len in range(1, len(stream)):  # one of them ends just at the end of the shard, one a token behind it
         rows = dataloader.validation_rows(tmp_path / "shard_0.parquet", tokenizer, seq_len, 10**6)
-        whole = [stream[at : at + seq_len + 1] for at in range(0, len(stream), seq_len)]
+        whole = [[tokenizer.bos, *stream[at + 1 : at + seq_len + 1]] for at in range(0, len(stream), seq_len)]
         assert rows.tolist() == [row for row in whole if len(row) == seq_len + 1]
 
 
@@ -648,7 +649,9 @@ def test_validation_rows_read_on_from_row_group_to_row_group(tokenizer, tmp_path
     for num_tokens in (100, 1000, 1700):
         rows = dataloader.validation_rows(folder / "shard_00002.parquet", tokenizer, seq_len, num_tokens)
         count = num_tokens // seq_len
-        assert rows.tolist() == [stream[seq_len * n : seq_len * (n + 1) + 1] for n in range(count)]
+        assert rows.tolist() == [
+            [tokenizer.bos, *stream[seq_len * n + 1 : seq_len * (n + 1) + 1]] for n in range(count)
+        ]
 
 
 def test_validation_rows_tokenize_little_more_than_they_need(tokenizer, tmp_path):
@@ -666,7 +669,7 @@ def test_validation_rows_tokenize_little_more_than_they_need(tokenizer, tmp_path
     stream = [token for text in texts[:400] for token in (tokenizer.bos, *tokenizer.encode(text))]
     needed = stream[:10_001].count(tokenizer.bos)
     rows = dataloader.validation_rows(tmp_path / "shard_0.parquet", Watching(), 100, 10_000)
-    assert rows.tolist() == [stream[100 * n : 100 * n + 101] for n in range(100)]
+    assert rows[:, 1:].tolist() == [stream[100 * n + 1 : 100 * n + 101] for n in range(100)]
     assert needed <= count <= needed + 64, "and not the whole row group"
 
 
