@@ -102,12 +102,14 @@ export NANOTRAIN_DIR=${NANOTRAIN_DIR:-$HOME/.cache/nanotrain}
 nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
 if [ "$gpus" -gt 0 ]; then
     dataset=${DATASET:-fineweb-edu} depth=${DEPTH:-20} vocab_size=${VOCAB_SIZE:-32768} minutes=${MINUTES:-}
-    preset=(--max-seq-len=2048 --device-batch-size=16 --matrix-lr=0.02 --weight-decay=0.1 --eval-tokens=10485760)
-    eval_tokens=10485760
+    preset=(--max-seq-len=2048 --device-batch-size=16 --matrix-lr=0.02 --weight-decay=0.1 --eval-tokens=10485760
+        --core-metric-every=2000)
+    tasks="" evaluation=(--eval-tokens=10485760 --core-max-per-task=0)
 else
     dataset=${DATASET:-stdlib} depth=${DEPTH:-3} vocab_size=${VOCAB_SIZE:-4096} minutes=${MINUTES:-6}
     preset=(--max-seq-len=256 --device-batch-size=16 --total-batch-size=4096 --aspect-ratio=$((256 / depth > 64 ? 256 / depth : 64)))
-    eval_tokens=262144
+    tasks=$NANOTRAIN_DIR/core/tasks-of-$(basename "${DATA_DIR:-$dataset}") # of its validation text: no network needed
+    evaluation=(--eval-tokens=131072 --eval-document-bytes=250000 "--core-bundle=$tasks" --core-max-per-task=40)
 fi
 data_dir=${DATA_DIR:-$NANOTRAIN_DIR/data/$dataset}
 run_name=${RUN_NAME:-$(basename "$data_dir")-d$depth-v$vocab_size${minutes:+-${minutes}min}}
@@ -123,6 +125,8 @@ fi
 
 clock=$SECONDS
 stage tokenizer "$PYTHON" -m scripts.tok_train "--data-dir=$data_dir" "--vocab-size=$vocab_size"
+
+if [ -n "$tasks" ]; then stage tasks "$PYTHON" -m nanotrain.core_eval "--make-bundle=$tasks" "--data-dir=$data_dir"; fi
 
 horizon=()
 if [ -n "$minutes" ]; then
@@ -145,14 +149,18 @@ if [ "$nproc" -gt 1 ]; then
 fi
 stage training "${launch[@]}" -m scripts.base_train --resume "--run-name=$run_name" "--data-dir=$data_dir" "--depth=$depth" \
     "--wandb=${WANDB:-off}" "${preset[@]}" "${horizon[@]}"
-stage evaluation "${launch[@]}" -m scripts.base_eval "--run-name=$run_name" "--eval-tokens=$eval_tokens"
+stage evaluation "${launch[@]}" -m scripts.base_eval "--run-name=$run_name" "${evaluation[@]}"
 
 printf '\n== summary\n'
 "$PYTHON" - "$run_dir/evaluation.json" << 'SUMMARY'
 import json, sys
 
 result = json.load(open(sys.argv[1]))
-print(f"bits per byte   {result['val_bpb']:.4f} on validation text, {result['train_bpb']:.4f} on train text")
+print(f"bits per byte   {result['val_bpb']:.4f} on validation text, {result['train_bpb']:.4f} on train text,")
+print(f"                {result['doc_bpb']:.4f} on whole validation documents")
+if core := result.get("core"):
+    print(f"{'CORE' if core['is_core'] else 'tasks':<15} {core['core_metric']:.4f} +- {core['standard_error']:.4f} (guessing: 0), ", end="")
+    print(f"accuracy {core['accuracy']:.3f} (guessing: {core['baseline']:.3f}), {len(core['tasks'])} tasks")
 print(f"trained on      {result['tokens']:,} tokens in {result['step']:,} steps")
 SUMMARY
 printf 'time            '

@@ -232,16 +232,17 @@ def fetch(folder, url=URL, clock=None):
     return path
 
 
-def obtain(path, folder, runtime, max_per_task):
-    """(Bundle, "") on every rank, of `path`, or without one the public bundle in `folder`; where that cannot be had
-    (None, why).
+def obtain(path, folder, runtime, max_per_task, say):
+    """The Bundle at `path`, or without one the public bundle in `folder`, on every rank; where that cannot be had
+    None, and `say` is called with the reason.
     """
     if not path:
         try:
             path = runtime.on_main(lambda: str(fetch(folder)))
         except DataError as error:
-            return None, f"CORE is skipped: {error}"
-    return runtime.together(lambda: read(path, max_per_task)), ""
+            say(f"CORE is skipped (--core-bundle=PATH gives other tasks): {error}")
+            return None
+    return runtime.together(lambda: read(path, max_per_task))
 
 
 # ---- a bundle of one's own text ----

@@ -154,7 +154,8 @@ def _num_right(model, tokenizer, task, runtime, batch_rows, progress):
     return right
 
 
-def _first_least(values):
+def _first_least(losses):
+    values = [math.inf if math.isnan(value) else value for value in losses]
     return next(place for place, value in enumerate(values) if value <= min(values) + TIE_NATS)
 
 
