@@ -317,7 +317,8 @@ def case():
         Task("contexts", SCHEMA, 1, " ", 0.5, tuple(contexts)),
         Task("cloze", LANGUAGE_MODELING, 0, "", 0.0, tuple(cloze)),
     )
-    return SimpleNamespace(model=model, tasks=tasks)
+    alone = core_eval.evaluate(model, LETTERS, tasks, ALONE, 100)
+    return SimpleNamespace(model=model, tasks=tasks, alone=alone)
 
 
 def right_by_definition(model, task, index):
@@ -341,11 +342,10 @@ def test_a_real_model_gives_the_definition(case):
 @pytest.mark.parametrize("world_size", [1, 2, 4, 20])
 @pytest.mark.parametrize("batch_rows", [1, 2, 8])
 def test_neither_the_number_of_ranks_nor_the_batch_size_changes_anything(case, world_size, batch_rows):
-    alone = core_eval.evaluate(case.model, LETTERS, case.tasks, ALONE, 100)
     found = on_every_rank(
         world_size, lambda rank: core_eval.evaluate(case.model, LETTERS, case.tasks, rank, batch_rows)
     )
-    assert found == [alone] * world_size
+    assert found == [case.alone] * world_size
 
 
 @pytest.mark.parametrize("batch_rows", [1, 2, 8])
@@ -359,10 +359,9 @@ def test_losses_do_not_depend_on_the_batch(case, batch_rows):
 
 
 def test_blocks_of_items_change_nothing(case, monkeypatch):
-    whole = core_eval.evaluate(case.model, LETTERS, case.tasks, ALONE, 4)
     monkeypatch.setattr(core_eval, "BLOCK_ITEMS", 3)
     done = []
-    assert core_eval.evaluate(case.model, LETTERS, case.tasks, ALONE, 4, done.append) == whole
+    assert core_eval.evaluate(case.model, LETTERS, case.tasks, ALONE, 4, done.append) == case.alone
     assert done == [3, 3, 3, 3, 1] * len(case.tasks)
 
 
