@@ -172,6 +172,15 @@ def test_documents_are_the_same_for_all_ranks_and_batches(case, documents, world
     assert found == [pytest.approx(alone, rel=1e-6)] * world_size
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_the_ranks_share_rows_and_documents_and_none_is_done_twice(case, documents, world_size):
+    windows = document_windows(documents[1], case.bos, 32)
+    for evaluate, things in ((bits_per_byte, case.rows), (document_bits_per_byte, windows)):
+        done = []
+        on_every_rank(world_size, lambda rank: evaluate(case.model, things, case.token_bytes, rank, 2, done.append))  # noqa: B023
+        assert sum(done) == 2 * len(things)  # on_every_rank evaluates twice
+
+
 def test_windows_hold_every_token_once_in_order_each_after_bos():
     documents = [np.array(ids, dtype=np.int32) for ids in ([5, 6, 7, 8, 9], [4], [], [3, 2])]
     windows = document_windows(documents, 1, 2)
