@@ -102,14 +102,16 @@ export NANOTRAIN_DIR=${NANOTRAIN_DIR:-$HOME/.cache/nanotrain}
 nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
 if [ "$gpus" -gt 0 ]; then
     dataset=${DATASET:-fineweb-edu} depth=${DEPTH:-20} vocab_size=${VOCAB_SIZE:-32768} minutes=${MINUTES:-}
-    tokenizer_preset=()
-    preset=(--bigram-rows=0 --spectral-tokens=0 --max-seq-len=2048 --device-batch-size=16 --matrix-lr=0.02 --weight-decay=0.1 --eval-tokens=10485760)
-    eval_tokens=10485760
+    tokenizer_preset=() tasks=""
+    preset=(--max-seq-len=2048 --device-batch-size=16 --matrix-lr=0.02 --weight-decay=0.1 --bigram-rows=0
+        --spectral-tokens=0 --eval-tokens=10485760 --core-metric-every=2000)
+    evaluation=(--eval-tokens=10485760 --core-max-per-task=0)
 else
     dataset=${DATASET:-stdlib} depth=${DEPTH:-0} vocab_size=${VOCAB_SIZE:-0} minutes=${MINUTES:-6}
-    # The tokenizer needs little text; evaluations are short beside training, and base_eval makes some more of them.
-    preset=(--eval-tokens=32768 --evaluations-after=10) tokenizer_preset=(--max-chars=20000000 "--target-minutes=$minutes")
-    eval_tokens=131072
+    tokenizer_preset=(--max-chars=20000000 "--target-minutes=$minutes") # more text makes it no better
+    preset=(--eval-tokens=32768 --evaluations-after=20)                 # for what base_eval does
+    tasks=$NANOTRAIN_DIR/core/tasks-of-$(basename "${DATA_DIR:-$dataset}") # of its validation text: no network needed
+    evaluation=(--eval-tokens=131072 --eval-document-bytes=250000 "--core-bundle=$tasks" --core-max-per-task=40)
 fi
 data_dir=${DATA_DIR:-$NANOTRAIN_DIR/data/$dataset}
 run_name=${RUN_NAME:-$(basename "$data_dir")${minutes:+-${minutes}min}${DEPTH:+-d$DEPTH}${VOCAB_SIZE:+-v$VOCAB_SIZE}}
@@ -130,6 +132,8 @@ else
     tokenizer_dir=$NANOTRAIN_DIR/tokenizer
     stage tokenizer "$PYTHON" -m scripts.tok_train "--data-dir=$data_dir" "--vocab-size=$vocab_size" "${tokenizer_preset[@]}"
 fi
+
+if [ -n "$tasks" ]; then stage tasks "$PYTHON" -m nanotrain.core_eval "--make-bundle=$tasks" "--data-dir=$data_dir"; fi
 
 horizon=()
 if [ -n "$minutes" ]; then
@@ -153,14 +157,18 @@ fi
 stage training "${launch[@]}" -m scripts.base_train --resume "--run-name=$run_name" "--data-dir=$data_dir" \
     "--tokenizer-dir=$tokenizer_dir" "--depth=$depth" \
     "--wandb=${WANDB:-off}" "${preset[@]}" "${horizon[@]}"
-stage evaluation "${launch[@]}" -m scripts.base_eval "--run-name=$run_name" "--eval-tokens=$eval_tokens"
+stage evaluation "${launch[@]}" -m scripts.base_eval "--run-name=$run_name" "${evaluation[@]}"
 
 printf '\n== summary\n'
 "$PYTHON" - "$run_dir/evaluation.json" << 'SUMMARY'
 import json, sys
 
 result = json.load(open(sys.argv[1]))
-print(f"bits per byte   {result['val_bpb']:.4f} on validation text, {result['train_bpb']:.4f} on train text")
+print(f"bits per byte   {result['val_bpb']:.4f} on validation text, {result['train_bpb']:.4f} on train text,")
+print(f"                {result['doc_bpb']:.4f} on whole validation documents")
+if core := result.get("core"):
+    print(f"{'CORE' if core['is_core'] else 'tasks':<15} {core['core_metric']:.4f} +- {core['standard_error']:.4f} (guessing: 0), ", end="")
+    print(f"accuracy {core['accuracy']:.3f} (guessing: {core['baseline']:.3f}), {len(core['tasks'])} tasks")
 print(f"trained on      {result['tokens']:,} tokens in {result['step']:,} steps")
 SUMMARY
 printf 'time            '

@@ -99,21 +99,15 @@ def find_run(name=""):
     return max(saved, key=lambda folder: (folder / "checkpoints").stat().st_mtime)
 
 
-def load_model(run_dir, device="cpu", best=False):
-    """(model, tokenizer, meta) of the newest checkpoint of a run that verifies, or of the one with the best validation
-    bits per byte: float32 weights on `device`, in evaluation mode.
+def load_model(run_dir, device="cpu", best=False, step=0):
+    """(model, tokenizer, meta) of the newest checkpoint of a run that verifies, of the one with the best validation
+    bits per byte, or of the one after `step` steps: float32 weights on `device`, in evaluation mode.
 
     meta is the checkpoint's state: step, settings, model_config, val_bpb and so on. Raises CheckpointError (none can
     be used) or DataError (the tokenizer is missing or not that of the run).
     """
     run_dir = Path(run_dir)
-    step, files, _ = newest(run_dir)
-    if step is None:
-        raise CheckpointError(
-            f"no checkpoint in {run_dir / 'checkpoints'}: train one with python -m scripts.base_train"
-        )
-    if best:
-        files = _best(run_dir, step, files)
+    files = _chosen(run_dir, step) if step else _newest_or_best(run_dir, best)
     tensors, _, meta = unpack(files)
     try:
         config, tokenizer_sha256 = GPTConfig(**meta["model_config"]), meta["tokenizer_sha256"]
@@ -147,6 +141,23 @@ def load_weights(model, tensors):
         raise CheckpointError(f"the checkpoint's weights are not those of this model: {', '.join(wrong[:5])}")
     model.init_weights(0)  # for the buffers, which a checkpoint does not hold
     model.load_state_dict(tensors)
+
+
+def _chosen(run_dir, step):
+    there = steps(run_dir)
+    if step not in there:
+        listed = ", ".join(map(str, there)) or "none"
+        raise CheckpointError(f"--step={step}: no such checkpoint in {run_dir / 'checkpoints'}; there: {listed}")
+    return read(run_dir, step)
+
+
+def _newest_or_best(run_dir, best):
+    step, files, _ = newest(run_dir)
+    if step is None:
+        raise CheckpointError(
+            f"no checkpoint in {run_dir / 'checkpoints'}: train one with python -m scripts.base_train"
+        )
+    return _best(run_dir, step, files) if best else files
 
 
 def _best(run_dir, step, files):

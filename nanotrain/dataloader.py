@@ -373,3 +373,21 @@ def validation_rows(path, tokenizer, seq_len, num_tokens):
     rows = tokens[starts + np.arange(seq_len + 1)]
     rows[:, 0] = tokenizer.bos  # as in training
     return rows
+
+
+def validation_documents(path, tokenizer, num_bytes):
+    """The first documents of a shard, whole, until they have at least `num_bytes` UTF-8 bytes: a list of (n,) int32
+    arrays without BOS. The same for every rank count.
+
+    Raises DataError if there is none.
+    """
+    found, total = [], 0
+    texts = itertools.chain.from_iterable(row_groups([path]))
+    while total < num_bytes and (some := list(itertools.islice(texts, 64))):
+        for text, ids in zip(some, tokenizer.encode_batch(some), strict=True):
+            if total < num_bytes:
+                found.append(np.array(ids, dtype=np.int32))
+                total += len(text.encode("utf-8"))
+    if not found:
+        raise DataError(f"{path} holds no text: prepare this data set again")
+    return found

@@ -95,12 +95,13 @@ class Clock:
             self.sleep(left)
 
 
-def fetch_all(items, folder, check, on_bytes=None, workers=4, token=None, clock=None):
+def fetch_all(items, folder, check, on_bytes=None, workers=4, token=None, clock=None, first_contact=False):
     """Fetch the items into `folder`, several at a time.
 
     Returns ({name: SHA-256} of what was fetched, {name: reason} of what could not be had). check(path) raises DataError
     for a file that is not what it should be; on_bytes(n) is told of progress, with n < 0 when a try is lost. `token`
-    goes to the items' own host and nowhere else. On KeyboardInterrupt no temporary file stays.
+    goes to the items' own host and nowhere else. At the first contact a silent host is given up soon. On
+    KeyboardInterrupt no temporary file stays.
     """
     clock = clock or Clock()
     folder = Path(folder)
@@ -120,7 +121,7 @@ def fetch_all(items, folder, check, on_bytes=None, workers=4, token=None, clock=
                     return
                 item = waiting.pop()
             try:
-                done[item.name] = _fetch(item, folder, check, report, token, clock, parts)
+                done[item.name] = _fetch(item, folder, check, report, token, clock, parts, first_contact)
             except DataError as error:
                 failed[item.name] = str(error)
                 if isinstance(error, FullDiskError):

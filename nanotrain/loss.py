@@ -30,6 +30,16 @@ def token_losses(hidden, weight, targets):
     return losses
 
 
+def greedy_tokens(hidden, weight):
+    """hidden (N, C), weight (V, C) -> (N,) int64, the likeliest token of each, capped or not. No gradient."""
+    tokens = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
+    weight = weight.to(hidden.dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for rows in _chunks(hidden):
+            tokens[rows] = (hidden[rows] @ weight.t()).argmax(-1)
+    return tokens
+
+
 def mean_loss(hidden, weight, targets, kernel):
     """hidden (N, C), weight (V, C), targets (N,) int64 -> () float32, the mean nats per target, differentiable.
 

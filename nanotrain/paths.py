@@ -39,6 +39,11 @@ def tokenizer_dir(path=""):
     return Path(path).expanduser().absolute() if path else base_dir() / "tokenizer"
 
 
+def core_dir():
+    """The folder of the public CORE bundle."""
+    return base_dir() / "core"
+
+
 def run_dir(name):
     """The folder of the run `name`; a name with a slash is taken as a path."""
     if "/" in name or os.sep in name:

@@ -1,26 +1,44 @@
-"""Evaluate a trained model: bits per byte on train and validation text, and samples.
+"""Evaluate a trained model: bits per byte on train and validation text, the CORE tasks, and samples.
 
 The result also goes into `evaluation.json` in the run's folder.
 
-python -m scripts.base_eval --run-name=d4
+    python -m scripts.base_eval --run-name=d4
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_eval --run-name=d20
 """
 
+import contextlib
 import json
 
 from tqdm import tqdm
 
-from nanotrain import checkpoint, config, dataloader, dataset, errors, loss_eval, paths, runtime
+from nanotrain import (
+    checkpoint,
+    config,
+    core_bundle,
+    core_eval,
+    dataloader,
+    dataset,
+    errors,
+    loss_eval,
+    paths,
+    runtime,
+)
 from nanotrain.engine import generate
 from nanotrain.errors import UserError
 
 # --- settings
 RUN_NAME = ""  # folder under NANOTRAIN_DIR/runs; empty: the run that was saved last
 BEST = False  # its checkpoint with the best validation bits per byte, not the newest
+STEP = 0  # its checkpoint after so many steps; 0: the newest
 DATA_DIR = ""  # folder of shards; empty: the one the run was trained on
 DEVICE = "auto"  # auto, cuda, mps or cpu
 DTYPE = "auto"  # of the matrix products: auto, bfloat16, float16 or float32
 DEVICE_BATCH_SIZE = 16  # rows of one forward pass
 EVAL_TOKENS = 262144  # of each kind of text, or all of it where there is less
+EVAL_DOCUMENT_BYTES = 600000  # of whole validation documents, for the bits per byte of documents; 0: off
+CORE = True  # evaluate on the tasks of CORE, or of CORE_BUNDLE
+CORE_BUNDLE = ""  # folder or zip of tasks; empty: the public one of CORE, fetched where it is not there yet
+CORE_MAX_PER_TASK = 500  # items of each task; 0: all, as published scores do
 SAMPLE_TOKENS = 96  # of each sample
 # ------------
 
@@ -28,35 +46,74 @@ PROMPTS = ("import os\n", "def __init__(self", "class", "The", "If the")
 
 
 def main():
+    for name, least in (("DEVICE_BATCH_SIZE", 1), ("EVAL_DOCUMENT_BYTES", 0), ("CORE_MAX_PER_TASK", 0), ("STEP", 0)):
+        if globals()[name] < least:
+            raise UserError(f"{config.flag_of(name)}={globals()[name]}: at least {least}")
+    if BEST and STEP:
+        raise UserError(f"--best and --step={STEP}: two checkpoints; give one of them")
     rt = runtime.start(DEVICE, DTYPE)
     run_dir = rt.on_main(lambda: checkpoint.find_run(RUN_NAME))
-    model, tokenizer, meta = rt.together(lambda: checkpoint.load_model(run_dir, rt.device, BEST))
+    model, tokenizer, meta = rt.together(lambda: checkpoint.load_model(run_dir, rt.device, BEST, STEP))
     shards = rt.together(lambda: dataset.open_shards(paths.data_dir(DATA_DIR or meta["data_dir"])))
     same_data = rt.on_main(lambda: dataset.fingerprint(shards)) == meta["data"]
-    if rt.is_main:
-        print(f"{run_dir}, step {meta['step']}{'' if same_data else ', on other data than it was trained on'}")
-    token_bytes = tokenizer.token_bytes()
-    seq_len = model.config.max_seq_len
-    if EVAL_TOKENS < seq_len:
-        raise UserError(f"--eval-tokens={EVAL_TOKENS}: less than one row of this model, which has {seq_len}")
-    if DEVICE_BATCH_SIZE < 1:
-        raise UserError(f"--device-batch-size={DEVICE_BATCH_SIZE}: at least 1")
+    say(rt, f"{run_dir}, step {meta['step']}{'' if same_data else ', on other data than it was trained on'}")
+    if EVAL_TOKENS < model.config.max_seq_len:
+        least = f"less than one row of this model, which has {model.config.max_seq_len}"
+        raise UserError(f"--eval-tokens={EVAL_TOKENS}: {least}")
+    bundle = CORE and core_bundle.obtain(
+        CORE_BUNDLE, paths.core_dir(), rt, CORE_MAX_PER_TASK, lambda line: say(rt, line)
+    )
     result = {"step": meta["step"], "tokens": meta["step"] * meta["total_batch_size"]}
-    for split, path in (("train", shards.train[0].path), ("val", shards.validation.path)):
-        rows = rt.together(lambda path=path: dataloader.validation_rows(path, tokenizer, seq_len, EVAL_TOKENS))
-        with tqdm(
-            total=-(-len(rows) // rt.world_size), desc=split, leave=False, disable=None if rt.is_main else True
-        ) as bar:
-            result[f"{split}_bpb"] = loss_eval.bits_per_byte(
-                model, rows, token_bytes, rt, DEVICE_BATCH_SIZE, bar.update
-            )
-        if rt.is_main:
-            print(f"{split:<5} bpb {result[f'{split}_bpb']:.4f} on {rows[:, 1:].size:,} tokens")
+    result |= text_bits_per_byte(rt, model, tokenizer, shards)
+    if bundle:
+        result["core"] = core(rt, model, tokenizer, bundle)
     if rt.is_main:
         result["samples"] = samples(model, tokenizer)
         with dataset.atomic_file(run_dir / "evaluation.json") as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     rt.close()
+
+
+def text_bits_per_byte(rt, model, tokenizer, shards):
+    """{train_bpb, val_bpb, doc_bpb} of rows of train and validation text and of whole validation documents."""
+    seq_len, token_bytes, found = model.config.max_seq_len, tokenizer.token_bytes(), {}
+    for split, path in (("train", shards.train[0].path), ("val", shards.validation.path)):
+        rows = rt.together(lambda path=path: dataloader.validation_rows(path, tokenizer, seq_len, EVAL_TOKENS))
+        with progress(rt, split, len(rows)) as done:
+            bpb = loss_eval.bits_per_byte(model, rows, token_bytes, rt, DEVICE_BATCH_SIZE, done)
+        found[f"{split}_bpb"] = bpb
+        say(rt, f"{split:<5} bpb {bpb:.4f} on {rows[:, 1:].size:,} tokens")
+    if EVAL_DOCUMENT_BYTES:
+        path = shards.validation.path
+        documents = rt.together(lambda: dataloader.validation_documents(path, tokenizer, EVAL_DOCUMENT_BYTES))
+        windows = loss_eval.document_windows(documents, tokenizer.bos, seq_len)
+        with progress(rt, "documents", len(windows)) as done:
+            bpb = loss_eval.document_bits_per_byte(model, windows, token_bytes, rt, DEVICE_BATCH_SIZE, done)
+        found["doc_bpb"] = bpb
+        say(rt, f"doc   bpb {bpb:.4f} on {len(documents):,} whole validation documents")
+    return found
+
+
+def core(rt, model, tokenizer, bundle):
+    """The scores on the tasks of a bundle, as `core_eval.summary` has them."""
+    with progress(rt, "tasks", sum(len(task.items) for task in bundle.tasks)) as done:
+        scores = core_eval.evaluate(model, tokenizer, bundle.tasks, rt, DEVICE_BATCH_SIZE, done)
+    say(rt, core_eval.table(scores))
+    say(rt, core_eval.headline(bundle, scores))
+    return {**core_eval.summary(bundle, scores), "max_per_task": CORE_MAX_PER_TASK}
+
+
+@contextlib.contextmanager
+def progress(rt, description, count):
+    """A bar that vanishes; yields the function to call with the number of things, `count` on all ranks, done here."""
+    hidden = None if rt.is_main else True  # None: shown on a terminal
+    with tqdm(total=-(-count // rt.world_size), desc=description, leave=False, disable=hidden) as bar:
+        yield bar.update
+
+
+def say(rt, text):
+    if rt.is_main:
+        print(text, flush=True)
 
 
 def samples(model, tokenizer):

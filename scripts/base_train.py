@@ -21,6 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from nanotrain import (
     checkpoint,
     config,
+    core_bundle,
+    core_eval,
     dataloader,
     dataset,
     errors,
@@ -85,6 +87,9 @@ FINAL_LR_FRAC = 0.03  # where it ends, as a share of its peak
 # --- evaluation and saving: every so many steps and at the last; 0: never
 EVAL_EVERY = 250  # bits per byte on validation rows
 EVAL_TOKENS = 131072  # of the validation shard
+CORE_METRIC_EVERY = 0  # the tasks of CORE
+CORE_BUNDLE = ""  # folder or zip of tasks; empty: the public one of CORE, fetched where it is not there yet
+CORE_MAX_PER_TASK = 500  # items of each task; 0: all
 SAMPLE_EVERY = 0  # print a few continuations
 SAVE_EVERY = 250  # checkpoint (the last step always saves one)
 KEEP_LAST = 2  # newest checkpoints that stay
@@ -105,8 +110,8 @@ TRAJECTORY = (
 )  # fmt: skip
 FREE = (
     "RUN_NAME", "RESUME", "ALLOW_CHANGE", "DRY_RUN", "DEVICE", "DATA_DIR", "TOKENIZER_DIR", "DEVICE_BATCH_SIZE",
-    "EVAL_EVERY", "EVAL_TOKENS", "SAMPLE_EVERY", "EVALUATIONS_AFTER", "SAVE_EVERY", "KEEP_LAST", "KEEP_EVERY",
-    "EARLY_STOP_PATIENCE", "EARLY_STOP_MIN_DELTA", "WANDB",
+    "EVAL_EVERY", "EVAL_TOKENS", "EVALUATIONS_AFTER", "CORE_METRIC_EVERY", "CORE_BUNDLE", "CORE_MAX_PER_TASK",
+    "SAMPLE_EVERY", "SAVE_EVERY", "KEEP_LAST", "KEEP_EVERY", "EARLY_STOP_PATIENCE", "EARLY_STOP_MIN_DELTA", "WANDB",
 )  # fmt: skip
 
 REFIT_PROGRESS = 0.25  # with TARGET_MINUTES the number of steps is corrected once here, where the learning rate is flat
@@ -196,6 +201,9 @@ def pretrain(rt, stop, watchdog):
             say(rt, f"nothing to do: the newest checkpoint of {run_name} is at step {run.step} of {run.num_steps}")
         return
 
+    bundle = CORE_METRIC_EVERY and core_bundle.obtain(
+        CORE_BUNDLE, paths.core_dir(), rt, CORE_MAX_PER_TASK, lambda line: say(rt, line)
+    )
     record = {"plan": plan.to_dict(), "environment": environment, **identity}
     owner = rt.on_main(lambda: checkpoint.claim(run_dir))
     rt.on_main(lambda: tokenizer.save(run_dir))
@@ -229,7 +237,7 @@ def pretrain(rt, stop, watchdog):
     pass_seconds = warm_up(rt, model, plan.device_rows)
     if new_horizon and not run.horizon_fixed:
         run.num_steps = rt.broadcast(
-            steps_in_time(run, 1.25 * pass_seconds * plan.accumulation, evaluation_seconds=0.0)
+            steps_in_time(run, 1.25 * pass_seconds * plan.accumulation, evaluation_seconds=0.0, core_seconds=0.0)
         )
     trained = model
     if rt.world_size > 1:
@@ -249,7 +257,7 @@ def pretrain(rt, stop, watchdog):
     token_bytes = tokenizer.token_bytes()
     peak_flops = runtime.peak_flops(rt.device)
     resumed_step = run.step if saved else None
-    step_seconds, typical_seconds, evaluation_seconds = [], math.inf, 0.0
+    step_seconds, typical_seconds, evaluation_seconds, core_seconds = [], math.inf, 0.0, 0.0
     verified = {}  # the checkpoints that were read back and hashed
     failed_saves = 0  # in a row
 
@@ -292,6 +300,8 @@ def pretrain(rt, stop, watchdog):
         batches = rt.together(lambda: LookAhead(loader))
         if EVAL_EVERY and run.step == 0:
             evaluation_seconds = evaluate(rt, run, model, validation, token_bytes, tracker)
+        if bundle and run.step == 0:  # which also finds out now, and not at the end, whether it can be done
+            core_seconds = evaluate_core(rt, run, model, tokenizer, bundle, tracker, watchdog)
         while run.step < run.num_steps:
             begin = time.monotonic()
             watchdog.beat(min(max(STEP_SECONDS, SLOW_STEP_FACTOR * typical_seconds), SLOW_SECONDS))
@@ -382,7 +392,7 @@ def pretrain(rt, stop, watchdog):
                 guard.check_replicas(rt, parameters, run.step)
             if not run.horizon_fixed and run.step >= REFIT_PROGRESS * run.num_steps:
                 run.corrected_step, run.corrected_progress = run.step, run.step / run.num_steps
-                run.num_steps = rt.broadcast(steps_in_time(run, typical_seconds, evaluation_seconds))
+                run.num_steps = rt.broadcast(steps_in_time(run, typical_seconds, evaluation_seconds, core_seconds))
                 run.horizon_fixed = True
                 tracker.set_num_steps(run.num_steps)
                 tracker.event(f"{1000 * typical_seconds:.0f} ms a step: {run.num_steps} steps end in time")
@@ -397,6 +407,8 @@ def pretrain(rt, stop, watchdog):
                     tracker.event(f"step {run.step}: {run.stale_evaluations} evaluations without a better one: the end")
                     run.num_steps, run.horizon_fixed, last = run.step, True, True
                     tracker.set_num_steps(run.num_steps)
+            if bundle and due(CORE_METRIC_EVERY, run.step, last) and not stopping:
+                core_seconds = evaluate_core(rt, run, model, tokenizer, bundle, tracker, watchdog)
             if due(SAMPLE_EVERY, run.step, last) and not stopping and rt.is_main:
                 sample(model, tokenizer, tracker)
             if due(SAVE_EVERY, run.step, last) or last or stopping or run.best_step == run.step:
@@ -674,11 +686,12 @@ def warm_up(rt, model, rows):
     return min(one_pass() for _ in range(3))
 
 
-def steps_in_time(run, step_seconds, evaluation_seconds):
+def steps_in_time(run, step_seconds, evaluation_seconds, core_seconds):
     """The number of steps with which a run by TARGET_MINUTES ends in time, with the evaluations and the last save."""
-    after = (1.1 + EVALUATIONS_AFTER) * evaluation_seconds + 1
+    after = (1.1 + EVALUATIONS_AFTER) * evaluation_seconds + 1.1 * core_seconds + 1
     left = TARGET_MINUTES * 60 - run.seconds - runtime.seconds_since_start() - after
     each = step_seconds + (evaluation_seconds / EVAL_EVERY if EVAL_EVERY else 0)
+    each += core_seconds / CORE_METRIC_EVERY if CORE_METRIC_EVERY else 0
     return run.step + max(round(left / each), 1)
 
 
@@ -699,6 +712,23 @@ def evaluate(rt, run, model, validation, token_bytes, tracker):
     else:
         run.stale_evaluations += 1
     tracker.event(f"step {run.step}: val bpb {val_bpb:.4f}")
+    return time.monotonic() - begin
+
+
+def evaluate_core(rt, run, model, tokenizer, bundle, tracker, watchdog):
+    """Score the tasks of a bundle, record it in the log, and return the seconds it took."""
+    begin, count = time.monotonic(), sum(len(task.items) for task in bundle.tasks)
+    with tracker.progress("tasks", -(-count // rt.world_size)) as bar, torch.compiler.set_stance("force_eager"):
+
+        def done(items):
+            watchdog.beat(SLOW_SECONDS)
+            if bar:
+                bar(items)
+
+        scores = core_eval.evaluate(model, tokenizer, bundle.tasks, rt, DEVICE_BATCH_SIZE, done)
+    centered = {f"core/{score.label}": score.centered for score in scores}
+    tracker.record(run.step, {"core/core_metric": core_eval.core_metric(scores)[0], **centered})
+    tracker.event(f"step {run.step}: {core_eval.headline(bundle, scores)}")
     return time.monotonic() - begin
 
 

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from nanotrain import dataset
+from nanotrain.runtime import Runtime
 from nanotrain.tokenizer import BPETokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -81,6 +83,31 @@ def make_shards(folder, train=2, documents=40, rows_per_group=5):
         texts = make_texts(documents, seed=number)
         dataset.write_shard(folder / f"shard_{number:05d}.parquet", texts, rows_per_group)
     return folder
+
+
+ALONE = Runtime(0, 0, 1, torch.device("cpu"), torch.float32, "test")
+
+
+class Rank(Runtime):
+    """One rank of several, whose sums are handed over instead of reduced."""
+
+    def sum(self, values):
+        self.handed.append([float(value) for value in values])
+        return self.totals or [1.0] * len(values)
+
+
+def on_every_rank(world_size, function):
+    """[function(runtime)] of each rank, the sums of all of them being added by hand."""
+    handed, totals, results = [], [], []
+    for _ in range(2):  # first to learn what they hand over, then to give each the totals
+        results.clear()
+        for number in range(world_size):
+            rank = Rank(number, number, world_size, torch.device("cpu"), torch.float32, "test")
+            vars(rank).update(handed=handed, totals=totals)
+            results.append(function(rank))
+        totals = totals or [sum(column) for column in zip(*handed, strict=True)]
+    assert len(handed) == 2 * world_size, "every rank joins the sum once, also one without anything to add"
+    return results
 
 
 @pytest.fixture(scope="session")

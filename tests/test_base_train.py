@@ -16,9 +16,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import TINY_RUN, make_shards, make_texts
+from conftest import ALONE, TINY_RUN, make_shards, make_texts
 
-from nanotrain import checkpoint, config, dataset, errors, guard, loss, loss_eval, runtime, scaling, schedule
+from nanotrain import (
+    checkpoint,
+    config,
+    core_bundle,
+    core_eval,
+    dataset,
+    errors,
+    guard,
+    loss,
+    loss_eval,
+    runtime,
+    scaling,
+    schedule,
+)
 from nanotrain.errors import CheckpointError, DataError, MemoryLimitError, NonFiniteError, SupersededError, UserError
 from nanotrain.tokenizer import BPETokenizer
 from scripts import base_train
@@ -167,6 +180,58 @@ def test_every_step_has_a_row_and_the_evaluations_have_theirs(train):
     assert [row["step"] for row in evaluations] == [0, 4, 6]
     assert evaluations[0]["val/bpb"] > evaluations[1]["val/bpb"] > evaluations[2]["val/bpb"] > 0
     assert saved(run)[2]["val_bpb"] == evaluations[-1]["val/bpb"]
+
+
+@pytest.fixture
+def tasks(data_dir, tmp_path):
+    """Settings that make a run evaluate on a few tasks after every four steps."""
+    core_bundle.make(tmp_path / "tasks", data_dir / "shard_00002.parquet", 8)
+    return {"CORE_METRIC_EVERY": 4, "CORE_BUNDLE": str(tmp_path / "tasks"), "CORE_MAX_PER_TASK": 6}
+
+
+def test_tasks_are_scored_before_training_when_due_and_at_the_end_and_change_nothing_else(train, tasks, whole):
+    run = train("scored", **tasks, SAMPLE_EVERY=4)
+    scored = rows(run, "core/core_metric")
+    assert [row["step"] for row in scored] == [0, 4, 6]
+    model, tokenizer, _ = checkpoint.load_model(run)
+    bundle = core_bundle.read(tasks["CORE_BUNDLE"], 6)
+    scores = core_eval.evaluate(model, tokenizer, bundle.tasks, ALONE, 100)
+    assert {score.num_items for score in scores} == {6}
+    expected = {f"core/{score.label}": score.centered for score in scores}
+    assert scored[-1] == {"step": 6, "core/core_metric": core_eval.core_metric(scores)[0], **expected}
+    assert equal(saved(run)[0], saved(whole)[0])
+    assert [row for row in timeless(run) if "core/core_metric" not in row] == timeless(whole)
+
+
+def test_without_the_public_tasks_a_line_says_so_and_training_goes_on(train, monkeypatch, capsys):
+    def fetch(folder):
+        raise DataError("no host can be reached")
+
+    monkeypatch.setattr(core_bundle, "fetch", fetch)
+    run = train(CORE_METRIC_EVERY=2)
+    assert capsys.readouterr().out.count("CORE is skipped (--core-bundle=PATH gives other tasks): no host") == 1
+    assert rows(run, "core/core_metric") == []
+    assert saved(run)[2]["step"] == 6
+
+
+def test_tasks_that_are_missing_end_the_run_before_it_begins(train, base_dir, tmp_path):
+    with pytest.raises(DataError, match=r"no CORE bundle at .*nowhere"):
+        train(CORE_METRIC_EVERY=2, CORE_BUNDLE=str(tmp_path / "nowhere"))
+    assert not (base_dir / "runs").exists()
+    run = train(CORE_BUNDLE=str(tmp_path / "nowhere"))  # not asked for
+    assert rows(run, "core/core_metric") == []
+
+
+def test_scoring_counts_in_the_time_of_a_run(monkeypatch):
+    monkeypatch.setattr(runtime, "seconds_since_start", lambda: 10.0)
+    settings = {"TARGET_MINUTES": 2.0, "EVAL_EVERY": 10, "CORE_METRIC_EVERY": 20}
+    for name, value in settings.items():
+        monkeypatch.setattr(base_train, name, value)
+    run = base_train.Run(num_steps=0, horizon_fixed=False, step=5, seconds=9.0)
+    left = 120 - 9 - 10 - 1 - 1.1 * (3 + 7)
+    assert base_train.steps_in_time(run, 0.5, 3.0, 7.0) == 5 + round(left / (0.5 + 3 / 10 + 7 / 20))
+    monkeypatch.setattr(base_train, "CORE_METRIC_EVERY", 0)
+    assert base_train.steps_in_time(run, 0.5, 3.0, 0.0) == 5 + round((100 - 3.3) / 0.8)
 
 
 def test_without_evaluation_there_are_no_rows_of_it(train):

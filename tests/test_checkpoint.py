@@ -544,6 +544,21 @@ def test_load_model_of_the_best_of_a_run_that_was_never_evaluated_says_so(traine
             checkpoint.load_model(trained[0], best=True)
 
 
+def test_load_model_takes_any_step_that_is_there(trained):
+    run, original = trained
+    save_again(trained, 9, 8, add=9)
+    folder = save_again(trained, 10, 8, add=10)
+    for step, add in ((8, 0), (9, 9), (10, 10)):
+        model, _, meta = checkpoint.load_model(run, step=step)
+        assert meta["step"] == step
+        assert torch.equal(model.head.weight, original.head.weight + add)
+    with pytest.raises(CheckpointError, match=r"--step=7: no such checkpoint in .*; there: 10, 9, 8"):
+        checkpoint.load_model(run, step=7)
+    damage(folder / "model.safetensors", "middle bit")
+    with pytest.raises(CheckpointError, match="step_00000010"):
+        checkpoint.load_model(run, step=10)
+
+
 def test_load_model_of_a_best_that_is_damaged_or_gone_takes_no_other(trained):
     run, _ = trained
     save_again(trained, 9, 8, add=1)
@@ -562,7 +577,7 @@ def test_the_scripts_load_the_best_when_told_to(script, trained, monkeypatch):
     class Loaded(Exception):
         pass
 
-    def load_model(run_dir, device, best=False):
+    def load_model(run_dir, device, best=False, step=0):
         raise Loaded(run_dir, best)
 
     alone = SimpleNamespace(device="cpu", on_main=lambda act: act(), together=lambda act: act())

@@ -76,6 +76,14 @@ def test_token_losses_equal_cross_entropy(rows):
     torch.testing.assert_close(mean, expected.mean(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows", ROWS)
+def test_greedy_tokens_are_the_likeliest_of_all(rows):
+    hidden, weight, _ = draw(rows)
+    expected = (15 * torch.tanh(hidden.double() @ weight.double().T / 15)).argmax(-1)
+    assert torch.equal(loss.greedy_tokens(hidden, weight), expected)
+    assert len(set(expected.tolist())) > 1 or rows == 1
+
+
 @pytest.mark.parametrize("wanted", ["hidden", "weight"])
 def test_one_of_the_gradients_alone(wanted):
     hidden, weight, targets = draw(5)

@@ -6,14 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_shards
+from conftest import ALONE, make_shards, make_texts, on_every_rank
 
-from nanotrain import dataloader
+from nanotrain import dataloader, loss_eval
+from nanotrain.errors import DataError
 from nanotrain.gpt import GPT, GPTConfig
-from nanotrain.loss_eval import bits_per_byte
-from nanotrain.runtime import Runtime
-
-ALONE = Runtime(0, 0, 1, torch.device("cpu"), torch.float32, "test")
+from nanotrain.loss_eval import bits_per_byte, document_bits_per_byte, document_windows
 
 
 class TableModel:
@@ -24,29 +22,6 @@ class TableModel:
 
     def token_losses(self, inputs, targets):
         return self.table[inputs, targets]
-
-
-class Rank(Runtime):
-    """One rank of several, whose sums are handed over instead of reduced."""
-
-    def sum(self, values):
-        self.handed.append([float(value) for value in values])
-        return self.totals or [1.0, 1.0]
-
-
-def on_every_rank(world_size, *arguments):
-    """What each rank returns, the sums of all of them being added by hand."""
-    handed, totals, results = [], [], []
-    for _ in range(2):  # first to learn what they hand over, then to give each the totals
-        results.clear()
-        for number in range(world_size):
-            rank = Rank(number, number, world_size, torch.device("cpu"), torch.float32, "test")
-            vars(rank).update(handed=handed, totals=totals)
-            model, rows, token_bytes, batch_rows = arguments
-            results.append(bits_per_byte(model, rows, token_bytes, rank, batch_rows))
-        totals = totals or [sum(column) for column in zip(*handed, strict=True)]
-    assert len(handed) == 2 * world_size, "every rank joins the sum once, also one without rows"
-    return results
 
 
 def make_model(vocab_size):
@@ -117,23 +92,25 @@ def test_a_real_model_gives_the_definition(case):
     )
 
 
-@pytest.mark.parametrize("batch_rows", [2, 8, 100])
-def test_the_batch_size_changes_nothing(case, batch_rows):
-    one = bits_per_byte(case.model, case.rows, case.token_bytes, ALONE, 1)
-    assert bits_per_byte(case.model, case.rows, case.token_bytes, ALONE, batch_rows) == pytest.approx(one, rel=1e-6)
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 8, 20])
-@pytest.mark.parametrize("batch_rows", [1, 3])
-def test_the_number_of_ranks_changes_nothing(case, world_size, batch_rows):
-    alone = bits_per_byte(case.model, case.rows, case.token_bytes, ALONE, 8)
-    found = on_every_rank(world_size, case.model, case.rows, case.token_bytes, batch_rows)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 20])
+@pytest.mark.parametrize("batch_rows", [1, 2, 8])
+def test_neither_the_number_of_ranks_nor_the_batch_size_changes_anything(case, world_size, batch_rows):
+    alone = bits_per_byte(case.model, case.rows, case.token_bytes, ALONE, 100)
+    found = on_every_rank(
+        world_size, lambda rank: bits_per_byte(case.model, case.rows, case.token_bytes, rank, batch_rows)
+    )
     assert found == [pytest.approx(alone, rel=1e-6)] * world_size
 
 
 def test_one_row_less_is_noticed(case):
     whole = bits_per_byte(case.model, case.rows, case.token_bytes, ALONE, 8)
     assert bits_per_byte(case.model, case.rows[:-1], case.token_bytes, ALONE, 8) != pytest.approx(whole, rel=1e-6)
+
+
+def test_text_without_bytes_is_an_error_and_not_infinity():
+    rows = np.zeros((2, 5), dtype=np.int32)
+    with pytest.raises(DataError, match="has no bytes"):
+        bits_per_byte(TableModel([[1.0]]), rows, torch.tensor([0]), ALONE, 1)
 
 
 def test_progress_counts_every_row_once(case):
@@ -153,3 +130,77 @@ def test_nothing_is_kept_for_gradients(case):
     bits_per_byte(Watching(), case.rows, case.token_bytes, ALONE, 8)
     assert seen == [False, False]
     assert torch.is_grad_enabled()
+
+
+# ---- whole documents ----
+
+
+@pytest.fixture(scope="module")
+def documents(tokenizer):
+    """Token ids of seven texts, the shortest of one token, the longest of several windows of 32."""
+    texts = ["a", *make_texts(5, seed=9), " ".join(make_texts(3, seed=4))]
+    return texts, [np.array(tokenizer.encode(text), dtype=np.int32) for text in texts]
+
+
+def of_documents_by_definition(case, texts, documents, seq_len):
+    """One window at a time, each after a BOS, from the model's logits in float64, over the bytes of the texts."""
+    nats = 0.0
+    for ids in documents:
+        for start in range(0, len(ids), seq_len):
+            window = [case.bos, *ids[start : start + seq_len].tolist()]
+            logits = case.model.logits(torch.tensor([window[:-1]]))[0].double()
+            nats += torch.nn.functional.cross_entropy(logits, torch.tensor(window[1:]), reduction="sum").item()
+    return nats / math.log(2) / sum(len(text.encode()) for text in texts)
+
+
+@pytest.mark.parametrize("seq_len", [32, 7])
+def test_documents_give_the_definition(case, documents, seq_len):
+    texts, ids = documents
+    found = document_bits_per_byte(case.model, document_windows(ids, case.bos, seq_len), case.token_bytes, ALONE, 3)
+    assert found == pytest.approx(of_documents_by_definition(case, texts, ids, seq_len), rel=1e-5)
+    assert found != pytest.approx(of_documents_by_definition(case, texts, ids, seq_len - 1), rel=1e-5)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 50])
+@pytest.mark.parametrize("batch_rows", [1, 2, 8])
+def test_documents_are_the_same_for_all_ranks_and_batches(case, documents, world_size, batch_rows):
+    windows = document_windows(documents[1], case.bos, 32)
+    alone = document_bits_per_byte(case.model, windows, case.token_bytes, ALONE, 100)
+    found = on_every_rank(
+        world_size, lambda rank: document_bits_per_byte(case.model, windows, case.token_bytes, rank, batch_rows)
+    )
+    assert found == [pytest.approx(alone, rel=1e-6)] * world_size
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_the_ranks_share_rows_and_documents_and_none_is_done_twice(case, documents, world_size):
+    windows = document_windows(documents[1], case.bos, 32)
+    for evaluate, things in ((bits_per_byte, case.rows), (document_bits_per_byte, windows)):
+        done = []
+        on_every_rank(world_size, lambda rank: evaluate(case.model, things, case.token_bytes, rank, 2, done.append))  # noqa: B023
+        assert sum(done) == 2 * len(things)  # on_every_rank evaluates twice
+
+
+def test_windows_hold_every_token_once_in_order_each_after_bos():
+    documents = [np.array(ids, dtype=np.int32) for ids in ([5, 6, 7, 8, 9], [4], [], [3, 2])]
+    windows = document_windows(documents, 1, 2)
+    assert [window.tolist() for window in windows] == [[1, 9], [1, 4], [1, 5, 6], [1, 7, 8], [1, 3, 2]]
+    assert {window.dtype for window in windows} == {np.dtype(np.int32)}
+
+
+def test_what_fills_a_batch_up_is_not_counted(monkeypatch, case, documents):
+    windows = document_windows(documents[1], case.bos, 32)
+    right = document_bits_per_byte(case.model, windows, case.token_bytes, ALONE, 8)
+    fill = np.full
+    with monkeypatch.context() as patch:  # a filler that has bytes would be
+        patch.setattr(loss_eval.np, "full", lambda shape, value, dtype: fill(shape, value + 1, dtype))
+        assert document_bits_per_byte(case.model, windows, case.token_bytes, ALONE, 8) != pytest.approx(right, rel=1e-4)
+
+
+def test_validation_documents_are_the_first_ones_whole(tokenizer, tmp_path):
+    folder = make_shards(tmp_path)
+    texts = make_texts(40, seed=2)
+    sizes = [len(text.encode()) for text in texts]
+    for num_bytes, count in ((1, 1), (sizes[0], 1), (sizes[0] + 1, 2), (sum(sizes[:9]), 9), (10**9, 40)):
+        found = dataloader.validation_documents(folder / "shard_00002.parquet", tokenizer, num_bytes)
+        assert [tokenizer.decode(ids) for ids in found] == texts[:count]

@@ -13,9 +13,9 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, make_shards
+from conftest import ALONE, ROOT, make_shards
 
-from nanotrain import checkpoint, dataset, engine, errors
+from nanotrain import checkpoint, config, core_bundle, core_eval, dataset, engine, errors
 from nanotrain.gpt import GPTConfig
 from nanotrain.tokenizer import BPETokenizer
 from scripts import base_eval, generate
@@ -75,12 +75,34 @@ def test_from_text_to_samples_as_a_user_would(run_script, base_dir, data_dir):
     assert meta["step"] == 20
     assert meta["val_bpb"] == pytest.approx(bits_per_byte(model, tokenizer, val_texts), rel=1e-5)
 
-    printed = succeeds("scripts.base_eval", "--dtype=float32", "--sample-tokens=5")
+    tasks = base_dir / "tasks"
+    succeeds("nanotrain.core_eval", f"--make-bundle={tasks}", "--items-per-task=12")
+    options = ("--dtype=float32", "--sample-tokens=5", f"--core-bundle={tasks}", "--core-max-per-task=9")
+    printed = succeeds("scripts.base_eval", *options)
     result = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
     assert (result["step"], result["tokens"]) == (20, 20 * 128)
     for split, texts in (("train", train_texts), ("val", val_texts)):
         assert result[f"{split}_bpb"] == pytest.approx(bits_per_byte(model, tokenizer, texts), rel=1e-5)
         assert re.search(rf"^{split} +bpb {result[f'{split}_bpb']:.4f} on ", printed, re.M)
+    windows = [
+        [tokenizer.bos, *tokenizer.encode(text)[start : start + 16]]
+        for text in val_texts
+        for start in range(0, 999, 16)
+    ]
+    nats = sum(
+        torch.nn.functional.cross_entropy(
+            model.logits(torch.tensor([ids[:-1]]))[0].double(), torch.tensor(ids[1:]), reduction="sum"
+        ).item()
+        for ids in windows
+        if len(ids) > 1
+    )
+    expected = nats / math.log(2) / sum(len(text.encode()) for text in val_texts)
+    assert result["doc_bpb"] == pytest.approx(expected, rel=1e-5)
+    bundle = core_bundle.read(tasks, 9)
+    scores = core_eval.evaluate(model, tokenizer, bundle.tasks, ALONE, 3)
+    assert result["core"] == {**core_eval.summary(bundle, scores), "max_per_task": 9}
+    assert core_eval.table(scores) in printed
+    assert f"\n{core_eval.headline(bundle, scores)}\n" in printed
     assert [sample.startswith(prompt) for sample, prompt in zip(result["samples"], base_eval.PROMPTS, strict=True)]
     assert all(sample in printed for sample in result["samples"])
 
@@ -198,8 +220,16 @@ def trained(base_dir, data_dir, tokenizer):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"EVAL_TOKENS": 15}, "--eval-tokens=15: less than one row"), ({"DEVICE_BATCH_SIZE": 0}, "--device-batch-size=0")],
-    ids=["tokens", "rows"],
+    [
+        ({"EVAL_TOKENS": 15}, "--eval-tokens=15: less than one row"),
+        ({"DEVICE_BATCH_SIZE": 0}, "--device-batch-size=0: at least 1"),
+        ({"EVAL_DOCUMENT_BYTES": -1}, "--eval-document-bytes=-1: at least 0"),
+        ({"CORE_MAX_PER_TASK": -1}, "--core-max-per-task=-1: at least 0"),
+        ({"BEST": True, "STEP": 4}, "--best and --step=4"),
+        ({"STEP": 3}, "--step=3: no such checkpoint"),
+        ({"CORE_BUNDLE": "/nowhere"}, "no CORE bundle at /nowhere"),
+    ],
+    ids=["tokens", "rows", "documents", "tasks", "two", "step", "bundle"],
 )
 @pytest.mark.usefixtures("trained")
 def test_an_evaluation_of_nothing_is_refused(monkeypatch, settings, message):
@@ -209,10 +239,41 @@ def test_an_evaluation_of_nothing_is_refused(monkeypatch, settings, message):
         base_eval.main()
 
 
+def test_two_ranks_evaluate_as_one_does(trained, run_script, data_dir, tmp_path, monkeypatch):
+    run, tasks = trained[0], tmp_path / "tasks"
+    core_bundle.make(tasks, data_dir / "shard_00002.parquet", 8)
+    settings = {"STEP": 4, "DTYPE": "float32", "SAMPLE_TOKENS": 1, "CORE_BUNDLE": str(tasks)}
+    options = [f"{config.flag_of(name)}={value}" for name, value in settings.items()]
+    done = run_script("scripts.base_eval", *options, ranks=2, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    two = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    for name, value in settings.items():
+        monkeypatch.setattr(base_eval, name, value)
+    base_eval.main()
+    one = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    for split in ("train_bpb", "val_bpb", "doc_bpb"):
+        assert two.pop(split) == pytest.approx(one.pop(split), rel=1e-6)
+    assert two == one
+    assert two["core"]["tasks"].keys() == {"last_word", "next_piece", "which_context", "copy", "brackets"}
+
+
+def test_without_the_public_tasks_the_rest_is_evaluated(trained, monkeypatch, capsys):
+    def fetch(folder):
+        raise errors.DataError("no host can be reached")
+
+    monkeypatch.setattr(core_bundle, "fetch", fetch)
+    for name, value in {"DTYPE": "float32", "SAMPLE_TOKENS": 1, "EVAL_DOCUMENT_BYTES": 0}.items():
+        monkeypatch.setattr(base_eval, name, value)
+    base_eval.main()
+    assert "CORE is skipped (--core-bundle=PATH gives other tasks): no host can be reached\n" in capsys.readouterr().out
+    result = json.loads((trained[0] / "evaluation.json").read_text(encoding="utf-8"))
+    assert result.keys() == {"step", "tokens", "train_bpb", "val_bpb", "samples"}
+
+
 def test_an_evaluation_on_other_data_says_so(trained, monkeypatch, tmp_path, capsys, tokenizer):
     run, model = trained
     other = make_shards(tmp_path / "other", documents=12)
-    for name, value in {"DATA_DIR": str(other), "DTYPE": "float32", "SAMPLE_TOKENS": 1}.items():
+    for name, value in {"DATA_DIR": str(other), "DTYPE": "float32", "SAMPLE_TOKENS": 1, "CORE": False}.items():
         monkeypatch.setattr(base_eval, name, value)
     base_eval.main()
     assert "on other data than it was trained on" in capsys.readouterr().out

@@ -23,7 +23,7 @@ NAMES = {
     path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in LIBRARY + SCRIPTS
 }
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for path, name in NAMES.items()}
-WITH_SETTINGS = ["nanotrain.dataset", *(NAMES[path] for path in SCRIPTS)]
+WITH_SETTINGS = ["nanotrain.core_eval", "nanotrain.dataset", *(NAMES[path] for path in SCRIPTS)]
 
 # What may be read from the environment, and where; runtime.py, which finds this process's place, may read anything.
 ENVIRONMENT = {
@@ -59,16 +59,21 @@ def dotted(node):
 # ---- imports ----
 
 
-def declared_packages():
+MODULES = {"pyyaml": "yaml"}  # of the packages that are called otherwise
+
+
+def declared_modules():
+    """The modules of the packages in pyproject.toml."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     required = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.DOTALL | re.MULTILINE)[1]
     optional = re.search(r"^\[project.optional-dependencies\]\n(.*?)^\[", text, re.DOTALL | re.MULTILINE)[1]
-    return {re.match(r"[\w-]+", quoted)[0] for quoted in re.findall(r'"([^"]+)"', required + optional)}
+    names = {re.match(r"[\w-]+", quoted)[0] for quoted in re.findall(r'"([^"]+)"', required + optional)}
+    return {MODULES.get(name, name.replace("-", "_")) for name in names}
 
 
 @pytest.mark.parametrize("name", TREES)
 def test_everything_imported_is_the_library_the_standard_library_or_declared(name):
-    packages = {package.replace("-", "_") for package in declared_packages()}
+    packages = declared_modules()
     assert {"torch", "pyarrow", "tokenizers"} <= packages
     tops = {module.partition(".")[0] for module in imported(TREES[name])}
     assert tops <= packages | set(sys.stdlib_module_names) | {"nanotrain"}
@@ -77,7 +82,7 @@ def test_everything_imported_is_the_library_the_standard_library_or_declared(nam
 def test_every_declared_dependency_is_imported_somewhere():
     tops = {module.partition(".")[0] for tree in TREES.values() for module in imported(tree)}
     tools = {"pytest", "ruff", "matplotlib"}  # run from outside, or optional
-    assert {package.replace("-", "_") for package in declared_packages()} - tools <= tops
+    assert declared_modules() - tools <= tops
 
 
 def test_the_library_has_no_import_cycle():
