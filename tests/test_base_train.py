@@ -403,14 +403,16 @@ def test_the_rows_are_those_of_the_definition_over_more_than_one_epoch(train, da
 
 
 def test_the_number_of_micro_steps_changes_neither_rows_nor_losses(train):
-    runs = [train(f"r{size}", DEVICE_BATCH_SIZE=size, NUM_ITERATIONS=8) for size in (1, 4, 8)]
+    # not from pairs: there gradients nearly cancel, and AdamW's first updates make much of rounding
+    settings = {"NUM_ITERATIONS": 8, "SPECTRAL_TOKENS": 0}
+    runs = [train(f"r{size}", DEVICE_BATCH_SIZE=size, **settings) for size in (1, 4, 8)]
     losses, norms, hashes = (
         [column(run, key) for run in runs] for key in ("train/loss", "train/grad_norm", "data_hash")
     )
     for other in (1, 2):
         assert hashes[other] == hashes[0]
         assert losses[other] == pytest.approx(losses[0], rel=2e-6)
-        assert norms[other] == pytest.approx(norms[0], rel=1e-3)  # AdamW turns rounding into updates at first
+        assert norms[other] == pytest.approx(norms[0], rel=1e-4)
 
 
 def test_a_device_batch_that_does_not_divide_is_lowered_and_said(train, whole, capsys):
@@ -957,7 +959,7 @@ def test_a_new_run_can_begin_with_the_weights_of_another(train, whole, data_dir,
     run = train("second", INIT_FROM=str(whole), SEED=7, MATRIX_LR=0.01)
     first = column(run, "val/bpb")[0]
     assert first == pytest.approx(column(whole, "val/bpb")[-1], rel=1e-6)
-    assert first < 0.9 * column(whole, "val/bpb")[0]
+    assert first < 0.95 * column(whole, "val/bpb")[0]
     assert [row["step"] for row in rows(run)] == [1, 2, 3, 4, 5, 6]
     assert column(run, "data_hash") != column(whole, "data_hash")
     state = saved(run)[2]
@@ -1039,7 +1041,7 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(train, base_dir, tmp_path
 def test_p2_ranks_train_as_one_process_does_and_hold_the_same_weights(train, run_script, data_dir, tmp_path, ranks):
     num_steps, nudged, stopped = 20, 17, 19
     settings = {**TINY, "NUM_ITERATIONS": num_steps, "TOTAL_BATCH_SIZE": 192, "DEVICE_BATCH_SIZE": 2}
-    settings.update(SAVE_EVERY=10, KEEP_LAST=9)
+    settings.update(SAVE_EVERY=10, KEEP_LAST=9, SPECTRAL_TOKENS=0)  # from pairs gradients nearly cancel at first
     alone = train("alone", **settings)
     flags = [f"--{name.lower().replace('_', '-')}={value}" for name, value in settings.items()]
     files = ("--run-name=many", f"--data-dir={data_dir}")

@@ -73,7 +73,11 @@ def causal_attention(x, table_row, weights, config):
     """(T, C) -> (T, C), one query and one head at a time. table_row (T, K * D) or None."""
     T, H, K, D = len(x), config.num_heads, config.num_kv_heads, config.head_dim
     q = rms_norm(rotary((x @ weights["query.weight"].T).reshape(T, H, D)))
-    k = rms_norm(rotary((x @ weights["key.weight"].T).reshape(T, K, D)))
+    k = (x @ weights["key.weight"].T).reshape(T, K, D)
+    before = np.concatenate((np.zeros((1, K, D)), k[:-1]))
+    slow = [channel for channel in range(D) if channel % (D // 2) >= D // 4]
+    k[..., slow] = before[..., slow]
+    k = rms_norm(rotary(k))
     v = (x @ weights["value.weight"].T).reshape(T, K, D)
     if table_row is not None:
         gate = 2 / (1 + np.exp(-x[:, :16] @ weights["value_gate.weight"].T))
