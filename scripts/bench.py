@@ -46,9 +46,10 @@ DTYPE = "auto"  # of the matrix products: auto, bfloat16, float16 or float32
 COMPILE = "auto"  # in the tables that are not about it: auto (where there is a compiler), on or off
 # --- model
 DEPTH = 4  # layers; the width follows
-ASPECT_RATIO = 64  # width per layer
+ASPECT_RATIO = 0  # width per layer; 0: 64, and a width of at least 256
 HEAD_DIM = 128  # the width is rounded up to whole heads
 VOCAB_SIZE = 4096  # of the tables on random tokens
+BIGRAM_ROWS = 65536  # of the hashed table of token pairs; 0: no table
 # --- batch
 DEVICE_BATCH_SIZE = 16  # rows of one forward pass
 MAX_SEQ_LEN = 256  # tokens of a row
@@ -144,15 +145,17 @@ class Training:
     def config(self):
         """The model's shape."""
         heads = self.width // self.head_dim
-        return gpt.GPTConfig(self.vocab_size, self.seq_len, self.depth, heads, heads, self.head_dim)
+        return gpt.GPTConfig(self.vocab_size, self.seq_len, self.depth, heads, heads, self.head_dim, BIGRAM_ROWS)
 
     def build(self, rt):
-        """(model, [Muon, AdamW]) with random weights, compiled as asked."""
+        """(model, its optimizers) with random weights, compiled as asked."""
         model = checkpoint.build_model(self.config(), rt.device)
         model.init_weights(0)
         if self.checkpointing == "on":
             for block in model.blocks:
                 block.forward = partial(rerun_in_backward, block.forward, use_reentrant=False)
+        if self.compile_mode != "off":
+            runtime.trust_cpu_flags(True)
         if self.compile_mode == "whole":
             model.compile(dynamic=False)
         elif self.compile_mode == "block":
@@ -177,7 +180,7 @@ def prepare_training(rt, training, next_batch=None):
                 mean = model(inputs, targets) / training.accumulation
             mean.backward()
         with record_function("optimizer"):
-            torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+            torch.nn.utils.get_total_norm(optim.collect_gradients(parameters, rt))
             for optimizer in optimizers:
                 optimizer.step()
         for parameter in parameters:
@@ -188,7 +191,7 @@ def prepare_training(rt, training, next_batch=None):
 
 def prepare_optimizers(rt, training):
     """The optimizers' step with the gradients of one row, as a function that gives {part: seconds}."""
-    model, (muon, adamw) = training.build(rt)
+    model, (muon, adamw, *row_adam) = training.build(rt)
     tokens = torch.randint(training.vocab_size, (2, 1, training.seq_len), device=rt.device)
     with rt.autocast():
         model(*tokens).backward()
@@ -197,7 +200,8 @@ def prepare_optimizers(rt, training):
         for group in muon.param_groups
     ]
     roles = {name: role for role, named in model.parameters_by_role().items() for name in named}
-    adamws = [(f"AdamW {roles[group['names'][0]]}", optim.AdamW([group])) for group in adamw.param_groups]
+    others = [(f"AdamW {roles[group['names'][0]]}", optim.AdamW([group])) for group in adamw.param_groups]
+    others += [("RowAdam bigram_embedding", optimizer) for optimizer in row_adam]
     orthogonalize, marks = optim.orthogonalize, []
 
     def mark():
@@ -212,7 +216,10 @@ def prepare_optimizers(rt, training):
 
     def run():
         parts = dict.fromkeys(("Muon momentum", "Muon orthogonalisation", "Muon update"), 0.0)
-        for parts_of_it, optimizer in [*((list(parts), stack) for stack in muons), *(([n], a) for n, a in adamws)]:
+        for parts_of_it, optimizer in [
+            *((list(parts), stack) for stack in muons),
+            *(([name], other) for name, other in others),
+        ]:
             marks.clear()
             mark()
             with replaced(optim, "orthogonalize", timed):

@@ -1,0 +1,71 @@
+"""The ladder's law and its comparison of two series, on runs whose law is known."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+from conftest import ROOT
+
+from nanotrain.errors import UserError
+
+spec = importlib.util.spec_from_file_location("ladder", ROOT / "dev" / "ladder.py")
+ladder = sys.modules["ladder"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(ladder)
+
+
+def write_run(folder, steps, bpb, depth=2):
+    folder.mkdir(parents=True)
+    tokens = 4096 * steps
+    evaluation = {"step": steps, "tokens": tokens, "doc_bpb": bpb}
+    plan = {"parameters": {"matrix": 1000, "unembedding": 500}, "flops_per_token": 10_000}
+    shape = {"num_layers": depth, "num_heads": 2, "head_dim": 8}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    (folder / "config.json").write_text(json.dumps({"plan": plan, "model_config": shape}))
+
+
+def write_series(base_dir, name, factor=1.0, steps=(100, 400, 1600)):
+    """Runs on the law bpb = 9 * (factor * FLOPs) ** -0.07."""
+    for number, count in enumerate(steps):
+        bpb = 9 * (factor * 4096e4 * count) ** -0.07
+        write_run(base_dir / "runs" / f"ladder-{name}-{number}", count, bpb)
+
+
+def test_the_law_is_the_one_the_runs_follow_and_the_gain_is_the_compute_saved(base_dir):
+    write_series(base_dir, "old")
+    write_series(base_dir, "new", factor=1.25)
+    series = ladder.series_of(["old", "new"])
+    assert [point.steps for point in series["old"]] == [100, 400, 1600]
+    a, b = ladder.fit(series["old"])
+    assert (a, b) == (pytest.approx(9), pytest.approx(0.07))
+    assert ladder.saved_compute((a, b), series["new"]) == pytest.approx([1.25] * 3)
+    assert ladder.saved_compute((a, b), series["old"]) == pytest.approx([1.0] * 3)
+    text = ladder.table(series)
+    assert "old: bpb = 9 * FLOPs^-0.0700" in text
+    assert "old would need 1.25, 1.25, 1.25 times the operations of new for the same loss" in text
+    assert len([line for line in text.splitlines() if line.startswith("| ladder-")]) == 6
+
+
+def test_runs_that_others_beat_do_not_bend_the_law(base_dir):
+    write_series(base_dir, "old")
+    write_run(base_dir / "runs" / "ladder-old-9", 500, 5.0, depth=4)
+    points = ladder.series_of(["old"])["old"]
+    assert len(points) == 4
+    assert ladder.fit(points)[1] == pytest.approx(0.07)
+
+
+def test_what_is_missing_is_a_sentence(base_dir):
+    with pytest.raises(UserError, match=r"no run of a series 'other': train it with bash dev/ladder.sh other"):
+        ladder.series_of(["other"])
+    write_series(base_dir, "old", steps=(100,))
+    with pytest.raises(UserError, match="two runs of different size"):
+        ladder.table(ladder.series_of(["old"]))
+    (base_dir / "runs" / "ladder-old-0" / "evaluation.json").unlink()
+    with pytest.raises(UserError, match=r"evaluation.json is missing: .*base_eval --run-name="):
+        ladder.series_of(["old"])
+
+
+def test_folders_of_runs_are_one_series(base_dir):
+    write_series(base_dir, "old")
+    folders = sorted(str(folder) for folder in (base_dir / "runs").iterdir())
+    assert [point.steps for point in ladder.series_of(folders)["runs"]] == [100, 400, 1600]
