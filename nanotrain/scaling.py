@@ -72,12 +72,14 @@ def make_plan(
     world_size,
     flops_per_second,
     element_bytes,
+    mean_batch_share=1.0,
 ):
     """The Plan of a run.
 
     parameters: {role: count}. total_batch_size: tokens of a step, 0 to let the horizon decide. device_batch_size: most
     rows of a forward pass. flops_per_second: what all ranks together are expected to reach. element_bytes: 2 or 4, of
-    an activation. Raises UserError for a batch that cannot be met.
+    an activation. mean_batch_share: of total_batch_size over the run, where the batch grows. Raises UserError for a
+    batch that cannot be met.
     """
     weights = parameters["matrix"] + parameters["unembedding"]
     flops_per_token = training_flops_per_token(weights, depth, width, seq_len)
@@ -92,8 +94,9 @@ def make_plan(
     if not total_batch_size:
         total_batch_size = batch_tokens(tokens or horizon.param_data_ratio * weights, seq_len, world_size)
     device_rows, accumulation = split_batch(total_batch_size, seq_len, device_batch_size, world_size)
-    num_steps = horizon.num_iterations or max(round(tokens / total_batch_size), 1)
-    tokens = num_steps * total_batch_size
+    mean_tokens = total_batch_size * mean_batch_share
+    num_steps = horizon.num_iterations or max(round(tokens / mean_tokens), 1)
+    tokens = round(num_steps * mean_tokens)
     state_bytes, activation_bytes = memory_bytes(
         parameters, depth, width, device_rows * seq_len, vocab_size, element_bytes
     )

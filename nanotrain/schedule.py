@@ -7,6 +7,7 @@ import math
 
 MOMENTUM_START, MOMENTUM_PEAK, MOMENTUM_END = 0.85, 0.95, 0.90
 MOMENTUM_WARMUP = 0.30
+BATCH_RAMP = ((0.10, 0.25), (0.22, 0.5))  # up to this progress so large a share of the batch
 
 
 def progress(step, num_steps, from_step=0, from_progress=0.0):
@@ -55,6 +56,19 @@ def momentum(progress, warmdown):
     if progress > begin:
         return MOMENTUM_PEAK + (MOMENTUM_END - MOMENTUM_PEAK) * (progress - begin) / (1 - begin)
     return MOMENTUM_PEAK
+
+
+def batch_share(progress):
+    """Share of the batch early in a run with a ramp, when gradients differ little and small batches lose nothing."""
+    return next((share for until, share in BATCH_RAMP if progress < until), 1.0)
+
+
+def mean_batch_share():
+    """The mean of `batch_share` over a whole run: its tokens against those of a run without a ramp."""
+    total, begin = 0.0, 0.0
+    for until, share in (*BATCH_RAMP, (1.0, 1.0)):
+        total, begin = total + share * (until - begin), until
+    return total
 
 
 def weight_decay(progress, peak):

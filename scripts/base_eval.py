@@ -63,7 +63,7 @@ def main():
     bundle = CORE and core_bundle.obtain(
         CORE_BUNDLE, paths.core_dir(), rt, CORE_MAX_PER_TASK, lambda line: say(rt, line)
     )
-    result = {"step": meta["step"], "tokens": meta["step"] * meta["total_batch_size"]}
+    result = {"step": meta["step"], "tokens": meta["loader"]["row"] * model.config.max_seq_len}
     result |= text_bits_per_byte(rt, model, tokenizer, shards)
     if bundle:
         result["core"] = core(rt, model, tokenizer, bundle)

@@ -72,6 +72,7 @@ EVALUATIONS_AFTER = 0.0  # for which TARGET_MINUTES leaves time after the run, e
 TARGET_PARAM_DATA_RATIO = 10.0  # training tokens per matrix and head weight, if none of the others is set
 # --- batch
 TOTAL_BATCH_SIZE = 0  # tokens of one optimizer step; 0: by the plan
+BATCH_RAMP = False  # begin with a quarter of the micro-steps, then half of them
 DEVICE_BATCH_SIZE = 16  # rows of one forward pass; lowered to a divisor; lower it if memory runs out
 # --- optimization
 MATRIX_LR = 0.04  # Muon, for the matrices of the blocks
@@ -105,8 +106,8 @@ IDENTITY = (
 )  # fmt: skip
 HORIZON = ("NUM_ITERATIONS", "TARGET_FLOPS", "TARGET_MINUTES", "TARGET_PARAM_DATA_RATIO")
 TRAJECTORY = (
-    *HORIZON, "TOTAL_BATCH_SIZE", "MATRIX_LR", "EMBEDDING_LR", "UNEMBEDDING_LR", "SCALAR_LR", "WEIGHT_DECAY",
-    "GRAD_CLIP", "SCHEDULE", "WARMUP_RATIO", "WARMDOWN_RATIO", "FINAL_LR_FRAC", "DTYPE", "COMPILE", "DETERMINISTIC",
+    *HORIZON, "TOTAL_BATCH_SIZE", "BATCH_RAMP", "MATRIX_LR", "EMBEDDING_LR", "UNEMBEDDING_LR", "SCALAR_LR",
+    "WEIGHT_DECAY", "GRAD_CLIP", "SCHEDULE", "WARMUP_RATIO", "WARMDOWN_RATIO", "FINAL_LR_FRAC", "DTYPE", "COMPILE", "DETERMINISTIC",
 )  # fmt: skip
 FREE = (
     "RUN_NAME", "RESUME", "ALLOW_CHANGE", "DRY_RUN", "DEVICE", "DATA_DIR", "TOKENIZER_DIR", "DEVICE_BATCH_SIZE",
@@ -190,7 +191,7 @@ def pretrain(rt, stop, watchdog):
     model = checkpoint.build_model(model_config, "meta")
     plan = make_plan(rt, model, saved, speed)
     run = Run(**saved["run"]) if saved else Run(plan.num_steps, horizon_fixed=not TARGET_MINUTES)
-    planned = (*HORIZON, "TOTAL_BATCH_SIZE")
+    planned = (*HORIZON, "TOTAL_BATCH_SIZE", "BATCH_RAMP")
     new_horizon = not saved or any(saved["settings"].get(name) != globals()[name] for name in planned)
     if new_horizon:
         run.num_steps = max(plan.num_steps, run.step + 1) if TARGET_MINUTES else plan.num_steps
@@ -233,7 +234,7 @@ def pretrain(rt, stop, watchdog):
     elif first_weights:
         checkpoint.load_weights(model, first_weights)
     elif SPECTRAL_TOKENS:
-        rt.on_main(lambda: start_from_pairs(model, units, tokenizer, run.num_steps * plan.total_batch_size))
+        rt.on_main(lambda: start_from_pairs(model, units, tokenizer, plan.tokens))
     pass_seconds = warm_up(rt, model, plan.device_rows)
     if new_horizon and not run.horizon_fixed:
         run.num_steps = rt.broadcast(
@@ -310,18 +311,21 @@ def pretrain(rt, stop, watchdog):
             progress = schedule.progress(run.step + 1, run.num_steps, run.corrected_step, run.corrected_progress)
             rate = schedule.SHAPES[SCHEDULE](progress, WARMUP_RATIO, WARMDOWN_RATIO, FINAL_LR_FRAC)
             momentum = schedule.momentum(progress, WARMDOWN_RATIO)
+            share = schedule.batch_share(progress) if BATCH_RAMP else 1.0
+            micro_steps = max(round(plan.accumulation * share), 1)
+            rate *= math.sqrt(micro_steps / plan.accumulation)  # of smaller batches: noise grows so
             optim.set_schedule(optimizers, rate, momentum, schedule.weight_decay(progress, WEIGHT_DECAY))
 
             # ---- gradients of the whole batch ----
             loss_sum, row_hash = torch.zeros((), device=rt.device), 0
             first_batch = batches.next
-            for micro_step in range(plan.accumulation):
+            for micro_step in range(micro_steps):
                 batch = batches.take()
                 row_hash += batch.row_hash
                 # before the forward, where DDP decides whether this backward will average over the ranks
-                trained.require_backward_grad_sync = micro_step == plan.accumulation - 1
+                trained.require_backward_grad_sync = micro_step == micro_steps - 1
                 with rt.autocast():
-                    loss = trained(batch.inputs, batch.targets) / plan.accumulation
+                    loss = trained(batch.inputs, batch.targets) / micro_steps
                 scaler.scale(loss).backward()
                 loss_sum += loss.detach()
             for optimizer in optimizers:
@@ -369,13 +373,14 @@ def pretrain(rt, stop, watchdog):
             # ---- log ----
             rt.synchronize()
             seconds = time.monotonic() - begin
-            step_seconds.append(seconds)
+            if micro_steps == plan.accumulation or not step_seconds:
+                step_seconds.append(seconds * plan.accumulation / micro_steps)
             typical_seconds = statistics.median(step_seconds[-200:])
             metrics = {
                 "train/loss": mean_loss,
                 "train/lr": MATRIX_LR * rate,
                 "train/grad_norm": grad_norm,
-                "train/tok_per_sec": plan.total_batch_size / seconds,
+                "train/tok_per_sec": plan.total_batch_size * micro_steps / plan.accumulation / seconds,
                 "train/epoch": reader.epoch(batch.state),
                 "train/loss_deviations": deviations,
                 "train/skipped_steps": run.skipped_steps,
@@ -599,6 +604,7 @@ def make_plan(rt, model, saved, flops_per_second):
         rt.world_size,
         flops_per_second,
         rt.dtype.itemsize,
+        schedule.mean_batch_share() if BATCH_RAMP else 1.0,
     )
 
 
@@ -608,7 +614,7 @@ def describe(rt, plan, run, model_config, reason, shards, tokenizer, run_dir):
     num_tokens = sum(map(len, tokenizer.encode_batch(texts)))
     bytes_per_token = sum(len(text.encode("utf-8", "replace")) for text in texts) / num_tokens if num_tokens else 1
     on_disk = sum(shard.text_bytes for shard in shards.train) / bytes_per_token
-    tokens = run.num_steps * plan.total_batch_size
+    tokens = run.num_steps * plan.total_batch_size * (schedule.mean_batch_share() if BATCH_RAMP else 1)
     tables = sum(count for role, count in plan.parameters.items() if "embedding" in role and role != "unembedding")
     lowered = f" (lowered from {DEVICE_BATCH_SIZE})" if plan.device_rows < DEVICE_BATCH_SIZE else ""
     minutes = TARGET_MINUTES or plan.seconds / 60

@@ -330,6 +330,24 @@ def test_float16_trains_through_the_gradient_scaler(train):
     assert {tensor.dtype for tensor in saved(run)[0].values()} == {torch.float32}
 
 
+def test_a_growing_batch_takes_the_same_rows_in_order_with_smaller_steps_first(train, data_dir, tokenizer):
+    settings = {"BATCH_RAMP": True, "NUM_ITERATIONS": 20, "DEVICE_BATCH_SIZE": 2}  # four micro-steps of two rows
+    run = train(SAVE_EVERY=1, KEEP_LAST=99, **settings)
+    micro_steps = [1, 1, 2, 2] + [4] * 16
+    counts = [2 * sum(micro_steps[:step]) for step in range(21)]
+    whole = data_hashes(data_dir, tokenizer, counts[-1], 1)  # row by row
+    expected = [sum(int(one, 16) for one in whole[counts[step] : counts[step + 1]]) % 2**64 for step in range(20)]
+    assert [int(found, 16) for found in column(run, "data_hash")] == expected
+    full = column(train("full", NUM_ITERATIONS=20), "train/lr")
+    shares = [grown / rate for grown, rate in zip(column(run, "train/lr"), full, strict=True)]
+    assert shares == pytest.approx([math.sqrt(count / 4) for count in micro_steps])
+    for step in range(3, 21):
+        shutil.rmtree(run / "checkpoints" / f"step_{step:08d}")
+    last = saved(train(RESUME=True, SAVE_EVERY=0, **settings))
+    assert equal(last[0], saved(train("again", **settings))[0])
+    assert last[2]["loader"]["row"] == counts[-1]
+
+
 # ---- the dial ----
 
 

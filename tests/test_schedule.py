@@ -142,3 +142,14 @@ def test_a_corrected_number_of_steps_makes_no_jump(num_steps):
     assert after[-1] == pytest.approx(1 - 0.375 / (num_steps - 10))
     gaps = {round(second - first, 9) for first, second in itertools.pairwise(after)}
     assert gaps == {round(0.75 / (num_steps - 10), 9)}
+
+
+# ---- a growing batch ----
+
+
+def test_the_batch_grows_in_three_parts_and_its_mean_is_that_of_a_fine_grid():
+    shares = [schedule.batch_share((n + 0.5) / 100_000) for n in range(100_000)]
+    assert shares == sorted(shares)
+    assert sorted(set(shares)) == [0.25, 0.5, 1.0]
+    assert schedule.mean_batch_share() == pytest.approx(sum(shares) / len(shares))
+    assert schedule.BATCH_RAMP[-1][0] < 0.25  # a run by time measures whole steps before it corrects its horizon
