@@ -13,6 +13,7 @@ It knows nothing of optimizers, files or environment variables. Build it without
 
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +59,7 @@ def norm(x):
 
 def rotate(x, cos, sin):
     """Rotary positions (arXiv:2104.09864) on (B, T, H, D): the two halves of D are turned by minus theta, with cos,
-    sin (T, 1, D / 2).
+    sin (T, 1, D / 2), or (B, T, 1, D / 2) where every row has positions of its own.
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
@@ -80,8 +81,11 @@ class Attention(nn.Module):
         if has_value_embedding:
             self.value_gate = nn.Linear(min(GATE_CHANNELS, config.model_dim), config.num_kv_heads, bias=False)
 
-    def forward(self, x, value_embedding, cos, sin):
-        """x (B, T, C), value_embedding (B, T, K * D) or None -> (B, T, C)."""
+    def forward(self, x, value_embedding, cos, sin, extend=None):
+        """x (B, T, C), value_embedding (B, T, K * D) or None -> (B, T, C).
+
+        extend: from the keys and values (B, T, K, D) of x to all that x attends to, (B, N, K, D), and their mask.
+        """
         B, T, C = x.shape
         q = self.query(x).view(B, T, self.num_heads, self.head_dim)
         k = self.key(x).view(B, T, self.num_kv_heads, self.head_dim)
@@ -90,11 +94,13 @@ class Attention(nn.Module):
             gate = 2 * torch.sigmoid(self.value_gate(x[..., :GATE_CHANNELS]))  # (B, T, K)
             v = v + gate.unsqueeze(-1) * value_embedding.view(B, T, self.num_kv_heads, self.head_dim)
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
+        k, v, mask = (k, v, None) if extend is None else extend(k, v)
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2).to(q.dtype),
-            is_causal=True,
+            attn_mask=mask,
+            is_causal=T > 1,  # a single token comes after all that it attends to
             scale=ATTENTION_GAIN / math.sqrt(self.head_dim),
             enable_gqa=self.num_kv_heads != self.num_heads,
         )  # (B, H, T, D)
@@ -112,10 +118,10 @@ class Block(nn.Module):
         self.residual_scale = nn.Parameter(torch.empty(()))
         self.x0_scale = nn.Parameter(torch.empty(()))
 
-    def forward(self, x, x0, value_embedding, cos, sin):
+    def forward(self, x, x0, value_embedding, cos, sin, extend=None):
         """x, x0 (B, T, C), value_embedding (B, T, K * D) or None -> (B, T, C)."""
         x = self.residual_scale.to(x.dtype) * x + self.x0_scale.to(x.dtype) * x0
-        x = x + self.attention(norm(x), value_embedding, cos, sin)
+        x = x + self.attention(norm(x), value_embedding, cos, sin, extend)
         return x + self.contract(F.relu(self.expand(norm(x))).square())
 
 
@@ -187,21 +193,26 @@ class GPT(nn.Module):
             block.compile(dynamic=False)
         self.loss_kernel = torch.compile(loss.loss_and_gradient, dynamic=False)
 
-    def hidden(self, tokens):
-        """(B, T) int64 -> (B, T, C), the normed input of the head."""
+    def hidden(self, tokens, cached=None):
+        """(B, T) int64 -> (B, T, C), the normed input of the head.
+
+        cached: where these tokens go in an engine.KVCache, which has what comes before them; None: they begin a row.
+        """
         T = tokens.size(1)
         if T > self.config.max_seq_len:
             raise ValueError(f"{T} tokens, but this model's max_seq_len is {self.config.max_seq_len}")
         device = tokens.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.embedding.weight.dtype
-        cos, sin = self.cos[:T].to(dtype), self.sin[:T].to(dtype)
+        positions = slice(T) if cached is None else cached.positions
+        cos, sin = self.cos[positions].to(dtype), self.sin[positions].to(dtype)
         x0 = norm(self.embedding(tokens)).to(dtype)
         x = x0.clone()  # torch.compile makes a second graph for a block that gets one tensor twice
         for layer, block in enumerate(self.blocks):
             if layer == len(self.blocks) // 2:
                 middle = x
             table = self.value_embeddings[str(layer)] if str(layer) in self.value_embeddings else None
-            x = block(x, x0, None if table is None else table(tokens).to(dtype), cos, sin)
+            extend = None if cached is None else partial(cached.extend, layer)
+            x = block(x, x0, None if table is None else table(tokens).to(dtype), cos, sin, extend)
         return norm(x - self.backout_scale.to(dtype) * middle)
 
     def forward(self, inputs, targets):
@@ -215,10 +226,10 @@ class GPT(nn.Module):
         return loss.token_losses(hidden, self.head.weight, targets.flatten()).view_as(targets)
 
     @torch.no_grad()
-    def logits(self, tokens):
-        """(B, T) int64 -> (B, T, V) float32, computed in float32 without autocast."""
+    def logits(self, tokens, cached=None):
+        """(B, T) int64 -> (B, T, V) float32, computed in float32 without autocast. cached: as for `hidden`."""
         with torch.autocast(tokens.device.type, enabled=False):
-            return loss.softcap(F.linear(self.hidden(tokens), self.head.weight))
+            return loss.softcap(F.linear(self.hidden(tokens, cached), self.head.weight))
 
     def parameters_by_role(self):
         """{role: {name: parameter}}, each parameter in one role: matrix, embedding, value_embedding, unembedding,
