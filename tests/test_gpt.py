@@ -1,6 +1,7 @@
 """The model against its definition written out in NumPy, and the promises of its interface."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -218,6 +219,25 @@ def assert_causal(model, seed=0):
 @shapes
 def test_logits_do_not_depend_on_later_tokens(config):
     assert_causal(random_model(config))
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no compiler")
+def test_compiled_logits_do_not_depend_on_later_tokens_either(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.compiler.reset()
+    config = SHAPES["one key for all"]
+    model, tokens = random_model(config), random_tokens(config)
+    eager = model.logits(tokens)
+    model.compile_parts()
+    logits = model.logits(tokens)
+    torch.testing.assert_close(logits, eager, rtol=0, atol=1e-4)
+    for t in (1, 4, 8):
+        changed = tokens.clone()
+        changed[:, t:] = (changed[:, t:] + 1) % config.vocab_size
+        other = model.logits(changed)
+        torch.testing.assert_close(other[:, :t], logits[:, :t], rtol=0, atol=1e-6)
+        assert (other[:, t:] - logits[:, t:]).abs().amax() > 1e-3
+    torch.compiler.reset()
 
 
 @shapes
