@@ -237,9 +237,14 @@ def byte_tokens(data, tokenizer):
 
 @pytest.fixture
 def printed(monkeypatch):
-    """What scripts/generate.py prints, piece by piece."""
+    """What scripts/generate.py prints, piece by piece, each of which must reach the terminal at once."""
     pieces = []
-    monkeypatch.setattr(generate, "print", lambda text="", **options: pieces.append(text), raising=False)
+
+    def noting(text="", end="\n", flush=False):
+        assert flush or end == "\n"
+        pieces.append(text)
+
+    monkeypatch.setattr(generate, "print", noting, raising=False)
     return pieces
 
 
