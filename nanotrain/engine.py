@@ -1,31 +1,202 @@
-"""Generation: continue prompts token by token."""
+"""Generation: continue texts token by token, with a cache of every layer's keys and values.
+
+The prompts of a batch may have any lengths. All but the last token of each goes through the model at once (prefill),
+then every row's newest token together, again and again (decode).
+
+A model sees at most max_seq_len tokens. A longer text is not moved by one token at a time, for that would turn every
+key and make the cache worthless: when a row is full, it begins anew with the last half of max_seq_len and grows again
+(`context_length`). So a long text is continued from its last max_seq_len / 2 to max_seq_len tokens, and a decoded
+token costs the same however long the text is.
+
+    B rows   T tokens of a row   K key and value heads   D head dimension   V vocabulary
+"""
+
+import random
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 
-@torch.no_grad()
-def generate(model, tokens, max_new_tokens, temperature=0.8, top_k=50, seed=0, stop=()):
-    """Yield the next tokens of one prompt, as ints, until `max_new_tokens` or a token of `stop`.
-
-    tokens: list of ids, BOS first. temperature 0 takes the likeliest token. Longer texts than the model's max_seq_len
-    see its last tokens. The draw uses its own generator, so it never touches the state of training.
+def context_length(length, max_seq_len):
+    """How many of its last tokens the model sees of a text of `length` tokens; of nothing else than its length, so that
+    a text goes on in the same way wherever its prompt ended.
     """
-    device = model.head.weight.device
-    generator = torch.Generator().manual_seed(seed)
-    tokens = list(tokens)
-    for _ in range(max_new_tokens):
-        window = torch.tensor([tokens[-model.config.max_seq_len :]], device=device)
-        token = pick(model.logits(window)[0, -1].cpu(), temperature, top_k, generator)
-        if token in stop:
-            return
+    if length <= max_seq_len:
+        return length
+    shortest = max(max_seq_len // 2, 1)
+    return shortest + (length - max_seq_len - 1) % (max_seq_len - shortest + 1)
+
+
+class KVCache:
+    """The keys and values of `num_rows` texts of up to `capacity` tokens in every layer, allocated once.
+
+    Row r holds `lengths[r]` tokens, the last of which is `last_tokens[r]`. What lies behind them is never seen.
+    """
+
+    def __init__(self, config, num_rows, capacity, device):
+        """config: the model's GPTConfig. float32, as the model's logits are."""
+        shape = (2, config.num_layers, num_rows, capacity, config.num_kv_heads, config.head_dim)
+        self.memory = torch.zeros(shape, device=device)  # zeros, for a NaN would shine through any mask
+        self.last_keys = torch.zeros(
+            config.num_layers, num_rows, *shape[-2:], device=device
+        )  # as gpt.offset needs them
+        self.capacity = capacity
+        self.lengths, self.last_tokens = [0] * num_rows, [-1] * num_rows
+
+    @staticmethod
+    def bytes(config, num_rows, capacity):
+        """The memory of a cache: in each layer two float32 vectors of K * D for each token of each row, and one more
+        for its last token.
+        """
+        return 4 * config.num_layers * num_rows * (2 * capacity + 1) * config.num_kv_heads * config.head_dim
+
+    def begin(self, rows, texts):
+        """(tokens (B, T), NewTokens): `texts`, lists of ids of any lengths, become all that `rows` hold.
+
+        Shorter ones are padded at their ends, where only the padding sees it.
+        """
+        longest = max(1, *map(len, texts))
+        for row, text in zip(rows, texts, strict=True):
+            self.lengths[row], self.last_tokens[row] = len(text), text[-1] if text else -1
+        tokens = self._tensor([text + [0] * (longest - len(text)) for text in texts])
+        positions = torch.arange(longest, device=tokens.device)[None]
+        slots = self._tensor(rows)[:, None] * self.capacity + positions
+        previous = F.pad(tokens[:, :-1], (1, 0), value=-1)
+        ends = self._tensor([len(text) - 1 for text in texts])
+        return tokens, NewTokens(self, positions, previous, slots.flatten(), self._tensor(rows), ends, 0, None)
+
+    def append(self, tokens):
+        """(tokens (B, 1), NewTokens): one more token, an int, for each row."""
+        positions, previous = self._tensor(self.lengths)[:, None], self._tensor(self.last_tokens)[:, None]
+        slots = torch.arange(len(tokens), device=positions.device) * self.capacity + positions[:, 0]
+        seen, mask = max(self.lengths) + 1, None
+        if min(self.lengths) + 1 < seen:
+            behind = torch.arange(seen, device=positions.device) > positions
+            mask = torch.zeros_like(behind, dtype=self.memory.dtype).masked_fill(behind, -torch.inf)[:, None, None]
+        self.lengths, self.last_tokens = [length + 1 for length in self.lengths], list(tokens)
+        rows = torch.arange(len(tokens), device=positions.device)
+        return self._tensor(tokens)[:, None], NewTokens(self, positions, previous, slots, rows, 0 * rows, seen, mask)
+
+    def drop(self, row):
+        """Forget a row; the last one moves into its place."""
+        last = len(self.lengths) - 1
+        self.memory[:, :, row, : self.lengths[last]] = self.memory[:, :, last, : self.lengths[last]]
+        self.last_keys[:, row] = self.last_keys[:, last]
+        for values in (self.lengths, self.last_tokens):
+            values[row] = values[last]
+            values.pop()
+
+    def _tensor(self, values):
+        return torch.tensor(values, device=self.memory.device)
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """Tokens on their way through the model into a cache: what the model has to know of them."""
+
+    cache: KVCache
+    positions: torch.Tensor  # (B or 1, T) int64, in their rows
+    previous: torch.Tensor  # (B, T) int64, the token before each; -1 before the first of a row
+    slots: torch.Tensor  # (B * T,) int64, their places in a layer's memory
+    rows: torch.Tensor  # (B,) int64, of the cache
+    ends: torch.Tensor  # (B,) int64, which of the T is the last of its row; -1: none, all is padding
+    seen: int  # so much of each row they attend to; 0: they begin their rows, and attend to each other
+    mask: torch.Tensor | None  # (B, 1, 1, seen) float32, -inf behind the end of a shorter row
+
+    def of_layer(self, layer):
+        """What one layer's attention asks."""
+        return NewTokensOfLayer(self, layer)
+
+
+@dataclass(frozen=True)
+class NewTokensOfLayer:
+    """The part of `NewTokens` that one layer's attention needs; everything is (B, T or N, K, D)."""
+
+    tokens: NewTokens
+    layer: int
+
+    def keys_before(self, k):
+        """The last keys of the rows before these `k`, as they came out of their product, or None if these begin the
+        rows; `k` takes their place.
+        """
+        new, last_keys = self.tokens, self.tokens.cache.last_keys[self.layer]
+        before = last_keys[new.rows][:, None] if new.seen else None
+        ends = k[torch.arange(len(k), device=k.device), new.ends.clamp(min=0)]
+        last_keys[new.rows] = ends * (new.ends >= 0)[:, None, None]
+        return before
+
+    def extend(self, k, v):
+        """Keep these keys and values; returns those that the tokens attend to, and the mask."""
+        new, (keys, values) = self.tokens, self.tokens.cache.memory[:, self.layer]
+        keys.flatten(0, 1).index_copy_(0, new.slots, k.flatten(0, 1))
+        values.flatten(0, 1).index_copy_(0, new.slots, v.flatten(0, 1))
+        if not new.seen:
+            return k, v, None
+        return keys[: len(k), : new.seen], values[: len(v), : new.seen], new.mask
+
+
+def generate(model, tokens, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, seed=0, stop=()):
+    """Yield the next tokens of one prompt, as ints: `generate_batch` of one."""
+    for (token,) in generate_batch(model, [tokens], max_new_tokens, temperature, top_k, top_p, seed, stop):
         yield token
-        tokens.append(token)
 
 
-def pick(logits, temperature, top_k, generator):
-    """logits (V,) float32 on the CPU -> one token, drawn from the `top_k` likeliest (0: from all)."""
+@torch.inference_mode()
+def generate_batch(model, prompts, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, seed=0, stop=()):
+    """Yield lists with the next token of each prompt, an int, or None for a text that has ended, until all have: after
+    `max_new_tokens`, or with a token of `stop`, which is not part of the text.
+
+    prompts: lists of ids, BOS first. Prompt n draws with a generator of its own, seeded by seed + n, so that the others
+    do not matter to it and the state of training is not touched. temperature, top_k, top_p: see `pick`. The cache takes
+    `KVCache.bytes` for the longest text there can be, at most max_seq_len tokens.
+    """
+    assert all(prompts), "a prompt has at least one token, BOS"
+    max_seq_len, device = model.config.max_seq_len, model.head.weight.device
+    texts = [list(prompt) for prompt in prompts]
+    draws = [random.Random(seed + n) for n in range(len(texts))]
+    rows = list(range(len(texts)))  # the prompts' numbers, in the order of the cache's rows
+    longest = max(map(len, texts)) + max_new_tokens
+    cache = KVCache(model.config, len(texts), min(longest, max_seq_len), device)
+    for _ in range(max_new_tokens):
+        lengths = [context_length(len(texts[n]), max_seq_len) for n in rows]
+        stale = [row for row, length in enumerate(lengths) if cache.lengths[row] != length - 1]
+        if stale:  # prompts at first, and later rows that were full; a prompt of one token has nothing before it
+            tokens, new = cache.begin(stale, [texts[rows[row]][-lengths[row] : -1] for row in stale])
+            with torch.autocast(device.type, enabled=False):
+                model.hidden(tokens, new)
+        tokens, new = cache.append([texts[n][-1] for n in rows])
+        picked = pick(model.logits(tokens, new)[:, 0], temperature, top_k, top_p, [draws[n] for n in rows])
+        found = [None] * len(texts)
+        for row in reversed(range(len(rows))):  # so that the row that moves into a gap has been seen
+            n, token = rows[row], picked[row]
+            if token in stop:
+                cache.drop(row)
+                rows[row] = rows[-1]
+                rows.pop()
+            else:
+                found[n] = token
+                texts[n].append(token)
+        if not rows:
+            return
+        yield found
+
+
+def pick(logits, temperature, top_k, top_p, draws):
+    """logits (B, V) float32 -> a token for each row, drawn with its random.Random of `draws`.
+
+    temperature: divides the logits; 0 takes the likeliest token. top_k: draw from so many of the likeliest, 0 from
+    all. top_p: and of these from the fewest that have together this probability, in (0, 1] (arXiv:1904.09751).
+    """
     if temperature == 0:
-        return int(logits.argmax())
-    if 0 < top_k < len(logits):
-        logits = torch.where(logits < logits.topk(top_k).values[-1], -torch.inf, logits)
-    return int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator))
+        return logits.argmax(-1).tolist()
+    size = logits.size(-1)
+    values, tokens = (found.cpu() for found in logits.topk(min(top_k or size, size)))  # the likeliest first
+    weights = ((values - values[:, :1]).double() / temperature).exp()
+    before = weights.cumsum(-1) - weights
+    weights[before >= top_p * weights.sum(-1, keepdim=True)] = 0.0
+    ends = weights.cumsum(-1)
+    # 32 bits, so that the product stays below the whole sum however it is rounded
+    places = torch.tensor([draw.getrandbits(32) / 2**32 for draw in draws], dtype=torch.float64)[:, None]
+    chosen = torch.searchsorted(ends, places * ends[:, -1:], right=True)
+    return tokens.gather(-1, chosen).flatten().tolist()

@@ -67,10 +67,16 @@ class NonFiniteError(UserError):
     exit_code = 7
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: it ends a program as Ctrl-C does, so that it takes its temporary files along, and one that goes on after
+    Ctrl-C too.
+    """
+
+
 def run(*functions):
     """Call `functions` in turn and end the process the way every nanotrain program ends."""
     signal.signal(signal.SIGTERM, _interrupt)
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # a test's replacement
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character gets a question mark
     try:
@@ -92,8 +98,7 @@ def run(*functions):
 
 
 def _interrupt(number, frame):
-    """SIGTERM ends a program as Ctrl-C does, so that it takes its temporary files along."""
-    raise KeyboardInterrupt
+    raise Terminated
 
 
 def _end(message, exit_code):

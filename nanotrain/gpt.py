@@ -59,14 +59,15 @@ def norm(x):
 
 def rotate(x, cos, sin):
     """Rotary positions (arXiv:2104.09864) on (B, T, H, D): the two halves of D are turned by minus theta, with cos,
-    sin (T, 1, D / 2).
+    sin (T, 1, D / 2), or (B, T, 1, D / 2) where every row has positions of its own.
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
-def offset(k):
-    """(B, T, K, D) -> the same, with the slowly turning half of the channels taken from the position before.
+def offset(k, before=None):
+    """(B, T, K, D) -> the same, with the slowly turning half of the channels taken from the position before; `before`
+    (B, 1, K, D) is what the first position takes, None for zeros.
 
     A key then tells which token comes before its own, so that one layer alone can find what followed the present token
     earlier and copy it, which otherwise takes two layers and long training (Partial Key Offset, modded-nanogpt).
@@ -74,17 +75,16 @@ def offset(k):
     B, T, K, D = k.shape
     halves = k.view(B, T, K, 2, D // 2)  # a channel and the one that it turns with
     slow = halves[..., D // 4 :]
-    before = torch.cat((torch.zeros_like(slow[:, :1]), slow[:, :-1]), dim=1)
-    return torch.cat((halves[..., : D // 4], before), dim=-1).view(B, T, K, D)
+    first = torch.zeros_like(slow[:, :1]) if before is None else before.view(B, 1, K, 2, D // 2)[..., D // 4 :]
+    shifted = torch.cat((first, slow[:, :-1]), dim=1)
+    return torch.cat((halves[..., : D // 4], shifted), dim=-1).view(B, T, K, D)
 
 
-def bigram_hash(tokens, rows):
-    """(B, T) int64 -> (B, T) int64: the row of the table of pairs for each token and the one before it; the first
-    tokens, which have none before them, share the last row.
+def bigram_hash(tokens, previous, rows):
+    """tokens, previous (B, T) int64 -> (B, T) int64: the row of the table of pairs for each token and the one before
+    it; tokens with none before them (previous -1) share the last row.
     """
-    row = torch.full_like(tokens, rows - 1)
-    row[:, 1:] = ((36313 * tokens[:, 1:]) ^ (27191 * tokens[:, :-1])) % (rows - 1)
-    return row
+    return torch.where(previous < 0, rows - 1, ((36313 * tokens) ^ (27191 * previous)) % (rows - 1))
 
 
 class Attention(nn.Module):
@@ -103,8 +103,10 @@ class Attention(nn.Module):
         if has_value_embedding:
             self.value_gate = nn.Linear(min(GATE_CHANNELS, config.model_dim), config.num_kv_heads, bias=False)
 
-    def forward(self, x, value_embedding, cos, sin):
-        """x (B, T, C), value_embedding (B, T, K * D) or None -> (B, T, C)."""
+    def forward(self, x, value_embedding, cos, sin, cached=None):
+        """x (B, T, C), value_embedding (B, T, K * D) or None -> (B, T, C). cached: what an engine.KVCache has of the
+        layer; None: x begins its rows.
+        """
         B, T, C = x.shape
         q = self.query(x).view(B, T, self.num_heads, self.head_dim)
         k = self.key(x).view(B, T, self.num_kv_heads, self.head_dim)
@@ -112,12 +114,15 @@ class Attention(nn.Module):
         if value_embedding is not None:
             gate = 2 * torch.sigmoid(self.value_gate(x[..., :GATE_CHANNELS]))  # (B, T, K)
             v = v + gate.unsqueeze(-1) * value_embedding.view(B, T, self.num_kv_heads, self.head_dim)
-        q, k = norm(rotate(q, cos, sin)), norm(rotate(offset(k), cos, sin))
+        before = None if cached is None else cached.keys_before(k)
+        q, k = norm(rotate(q, cos, sin)), norm(rotate(offset(k, before), cos, sin))
+        k, v, mask = (k, v, None) if cached is None else cached.extend(k, v)
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2).to(q.dtype),
-            is_causal=True,
+            attn_mask=mask,
+            is_causal=T > 1,  # a single token comes after all that it attends to
             scale=ATTENTION_GAIN / math.sqrt(self.head_dim),
             enable_gqa=self.num_kv_heads != self.num_heads,
         )  # (B, H, T, D)
@@ -135,10 +140,10 @@ class Block(nn.Module):
         self.residual_scale = nn.Parameter(torch.empty(()))
         self.x0_scale = nn.Parameter(torch.empty(()))
 
-    def forward(self, x, x0, value_embedding, cos, sin):
+    def forward(self, x, x0, value_embedding, cos, sin, cached=None):
         """x, x0 (B, T, C), value_embedding (B, T, K * D) or None -> (B, T, C)."""
         x = self.residual_scale.to(x.dtype) * x + self.x0_scale.to(x.dtype) * x0
-        x = x + self.attention(norm(x), value_embedding, cos, sin)
+        x = x + self.attention(norm(x), value_embedding, cos, sin, cached)
         return x + self.contract(F.relu(self.expand(norm(x))).square())
 
 
@@ -215,24 +220,30 @@ class GPT(nn.Module):
             block.compile(dynamic=False)
         self.loss_kernel = torch.compile(loss.softmax_gradient, dynamic=False)
 
-    def hidden(self, tokens):
-        """(B, T) int64 -> (B, T, C), the normed input of the head."""
+    def hidden(self, tokens, cached=None):
+        """(B, T) int64 -> (B, T, C), the normed input of the head.
+
+        cached: where these tokens go in an engine.KVCache, which has what comes before them; None: they begin a row.
+        """
         T = tokens.size(1)
         if T > self.config.max_seq_len:
             raise ValueError(f"{T} tokens, but this model's max_seq_len is {self.config.max_seq_len}")
         device = tokens.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.embedding.weight.dtype
-        cos, sin = self.cos[:T].to(dtype), self.sin[:T].to(dtype)
+        positions = slice(T) if cached is None else cached.positions
+        cos, sin = self.cos[positions].to(dtype), self.sin[positions].to(dtype)
         embedded = self.embedding(tokens)
         if self.config.bigram_rows:  # hashed n-grams, as in Over-Tokenized Transformers (arXiv:2501.16975)
-            embedded = embedded + self.bigram_embedding(bigram_hash(tokens, self.config.bigram_rows))
+            previous = F.pad(tokens[:, :-1], (1, 0), value=-1) if cached is None else cached.previous
+            embedded = embedded + self.bigram_embedding(bigram_hash(tokens, previous, self.config.bigram_rows))
         x0 = norm(embedded).to(dtype)
         x = x0.clone()  # torch.compile makes a second graph for a block that gets one tensor twice
         for layer, block in enumerate(self.blocks):
             if layer == len(self.blocks) // 2:
                 middle = x
             table = self.value_embeddings[str(layer)] if str(layer) in self.value_embeddings else None
-            x = block(x, x0, None if table is None else table(tokens).to(dtype), cos, sin)
+            of_layer = None if cached is None else cached.of_layer(layer)
+            x = block(x, x0, None if table is None else table(tokens).to(dtype), cos, sin, of_layer)
         return norm(x - self.backout_scale.to(dtype) * middle)
 
     def forward(self, inputs, targets):
@@ -246,10 +257,10 @@ class GPT(nn.Module):
         return loss.token_losses(hidden, self.head.weight, targets.flatten()).view_as(targets)
 
     @torch.no_grad()
-    def logits(self, tokens):
-        """(B, T) int64 -> (B, T, V) float32, computed in float32 without autocast."""
+    def logits(self, tokens, cached=None):
+        """(B, T) int64 -> (B, T, V) float32, computed in float32 without autocast. cached: as for `hidden`."""
         with torch.autocast(tokens.device.type, enabled=False):
-            return loss.softcap(F.linear(self.hidden(tokens), self.head.weight))
+            return loss.softcap(F.linear(self.hidden(tokens, cached), self.head.weight))
 
     def parameters_by_role(self):
         """{role: {name: parameter}}, each parameter in one role: matrix, embedding, value_embedding,

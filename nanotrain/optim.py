@@ -18,13 +18,15 @@ POLAR_EXPRESS = (
     (3.286, -2.368, 0.464),
     (2.347, -1.710, 0.423),
 )
+ROW_BETA = 0.9
 POLAR_SAFETY = 1.01  # rounding may push a singular value above 1, where the iteration diverges
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Keller Jordan's Muon; Nesterov form), for 2-D parameters, in stacks of one shape.
 
-    The update has singular values near 1 and is scaled by sqrt(max(1, rows / columns)). Weight decay is cautious
+    The update has singular values near 1; its rows are then evened out (`even_rows`), and it is scaled by
+    sqrt(max(1, rows / columns)). Weight decay is cautious
     (arXiv:2411.16085): it acts only where it does not oppose the update.
     """
 
@@ -39,6 +41,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter, dtype=torch.float32)
+                self.state[parameter]["row_sq"] = torch.zeros(len(parameter), device=parameter.device)
 
     @torch.no_grad()
     def step(self):
@@ -54,11 +57,21 @@ class Muon(torch.optim.Optimizer):
             updates = orthogonalize(torch.stack(updates), self.dtype)
             for parameter, update in zip(group["params"], updates, strict=True):
                 update = update if parameter.size(0) <= parameter.size(1) else update.t()
+                update = even_rows(update, self.state[parameter]["row_sq"])
                 rate = group["lr"] * math.sqrt(max(1.0, parameter.size(0) / parameter.size(1)))
                 if group["weight_decay"]:
                     agrees = update * parameter >= 0
                     parameter.sub_(parameter * agrees, alpha=rate * group["weight_decay"])
                 parameter.sub_(update, alpha=rate)
+
+
+def even_rows(update, row_sq):
+    """(R, C) -> (R, C): rows divided by the root of `row_sq` (R,), a running mean of their mean squares that this adds
+    to; the norm of the whole stays (NorMuon, arXiv:2510.05491).
+    """
+    row_sq.lerp_(update.square().mean(1), 1 - ROW_BETA)
+    evened = update / (row_sq.sqrt()[:, None] + 1e-10)
+    return evened * (update.norm() / (evened.norm() + 1e-10))
 
 
 def orthogonalize(stack, dtype):

@@ -22,6 +22,11 @@ SPLIT = (
     r" ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 
+# The byte-level alphabet of GPT-2: bytes that print are their own characters, the others those from U+0100 on.
+_PRINTING = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTE_OF = {chr(byte): byte for byte in _PRINTING}
+_BYTE_OF |= {chr(0x100 + place): byte for place, byte in enumerate(sorted({*range(256)} - {*_PRINTING}))}
+
 
 class BPETokenizer:
     """Text to token ids and back. Special tokens never come out of text: `<|bos|>` in a document is seven
@@ -100,17 +105,19 @@ class BPETokenizer:
         """Iterable of ids -> str; bytes that are not UTF-8 become U+FFFD, special tokens their own names."""
         return self.inner.decode([int(token) for token in ids], skip_special_tokens=False)
 
-    def token_bytes(self):
-        """(V,) int64 tensor: the number of UTF-8 bytes each token stands for, 0 for special tokens.
-
-        In the byte-level alphabet each character is one byte, so this is exact for parts of characters too; decoded
-        text is not.
+    def byte_strings(self):
+        """The UTF-8 bytes that each token stands for, a list of V: exact for parts of characters too, which decoded
+        text is not. b"" for special tokens.
         """
+        special = self.inner.get_added_tokens_decoder()
+        strings = ["" if token in special else self.inner.id_to_token(token) for token in range(self.vocab_size)]
+        return [bytes(map(_BYTE_OF.__getitem__, string)) for string in strings]
+
+    def token_bytes(self):
+        """(V,) int64 tensor: the number of UTF-8 bytes each token stands for, 0 for special tokens."""
         import torch  # here, so that training a tokenizer does not wait for it
 
-        lengths = [len(self.inner.id_to_token(token)) for token in range(self.vocab_size)]
-        lengths[self.bos] = 0
-        return torch.tensor(lengths, dtype=torch.int64)
+        return torch.tensor([len(string) for string in self.byte_strings()], dtype=torch.int64)
 
 
 def _clean(text):

@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import random
 import shutil
 import signal
 import statistics
@@ -36,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint as rerun_in_backward
 from tqdm import tqdm
 
-from nanotrain import checkpoint, config, dataloader, dataset, errors, gpt, loss, optim, paths, runtime, scaling
+from nanotrain import checkpoint, config, dataloader, dataset, engine, errors, gpt, loss, optim, paths, runtime, scaling
 from nanotrain.errors import UserError
 from nanotrain.tokenizer import BPETokenizer
 
@@ -64,6 +65,7 @@ OUT = ""  # file for the JSON; empty: none
 
 SHAPES = ((16, 256), (32, 2048))  # of the loader's batches
 DEPTHS = (2, 4, 6, 8, 10, 12)
+DEEP = 8  # layers of the second model of the table generation
 STEPS_A_REPETITION = 3  # of the table step, whose medians must agree to a few percent
 LANES = 48
 SECONDS = 0.3  # a shorter measurement is made of several calls
@@ -82,6 +84,7 @@ def main(names=()):
             name: partial(training_table, name)
             for name in ("accumulation", "batch", "length", "checkpointing", "depth")
         },
+        "generation": generation_table,
         "optimizer": optimizer_table,
         "loader": loader_table,
         "step": step_table,
@@ -133,10 +136,13 @@ class Training:
 
     def work(self):
         """(function to prepare it on random tokens, tokens of a step, FLOPs of a step by the formula of the plan)."""
-        weights = sum(p.numel() for role in ("matrix", "unembedding") for p in self.parameters(role))
         tokens = self.rows * self.seq_len * self.accumulation
-        flops = tokens * scaling.training_flops_per_token(weights, self.depth, self.width, self.seq_len)
+        flops = tokens * scaling.training_flops_per_token(self.weights(), self.depth, self.width, self.seq_len)
         return partial(prepare_training, training=self), tokens, flops
+
+    def weights(self):
+        """How many numbers the matrices that every token meets have."""
+        return sum(p.numel() for role in ("matrix", "unembedding") for p in self.parameters(role))
 
     def parameters(self, role):
         """Those of a role, without memory."""
@@ -230,6 +236,42 @@ def prepare_optimizers(rt, training):
         return parts
 
     return run
+
+
+def prepare_generation(rt, training, method, texts):
+    """So many texts of `training.seq_len` tokens at once, each from a prompt of one token."""
+    model = checkpoint.build_model(training.config(), rt.device)
+    model.init_weights(0)
+    model.requires_grad_(False)
+    return partial(METHODS[method], model, [[0]] * texts)
+
+
+def cached(model, prompts):
+    """As scripts/generate.py does it; the lists of tokens."""
+    return list(engine.generate_batch(model, prompts, model.config.max_seq_len, seed=0))
+
+
+def uncached(model, prompts):
+    """The same as one would write it first: for each token a forward pass over the whole text."""
+    tokens = torch.tensor(prompts, device=model.head.weight.device)
+    draws, steps = [random.Random(n) for n in range(len(prompts))], []
+    for _ in range(model.config.max_seq_len):
+        steps.append(engine.pick(model.logits(tokens)[:, -1], 0.8, 50, 1.0, draws))
+        tokens = torch.cat((tokens, torch.tensor(steps[-1:], device=tokens.device).T), 1)
+    return steps
+
+
+def products(model, prompts):
+    """The matrix-vector products of so many tokens and nothing else."""
+    roles = model.parameters_by_role()
+    matrices = [*roles["matrix"].values(), *roles["unembedding"].values()]
+    vectors = {matrix.size(1): matrix.new_ones(len(prompts), matrix.size(1)) for matrix in matrices}
+    for _ in range(model.config.max_seq_len):
+        for matrix in matrices:
+            F.linear(vectors[matrix.size(1)], matrix)
+
+
+METHODS = {"no cache": uncached, "cache": cached, "products alone": products}
 
 
 def prepare_attention(rt, kernel, compiled, shape):
@@ -578,6 +620,33 @@ def training_table(name):
         "depth": [{"depth": n, "width": scaling.model_width(n, ASPECT_RATIO, HEAD_DIM)[0]} for n in DEPTHS],
     }
     return table([variant(change, training(**change).work()) for change in changes[name]])
+
+
+def generation_table():
+    """Texts of a whole row, with a KV cache and without, several at once, and in a deeper model too against the time of
+    their matrix-vector products alone. Speed is that in tokens against one text with a cache. All in float32, as
+    logits always are.
+    """
+    of_both, of_one = [("cache", 1), ("products alone", 1)], [("no cache", 1), ("cache", 4), ("cache", 16)]
+    found = []
+    for depth in dict.fromkeys((DEPTH, DEEP)):
+        model = training(depth=depth, width=scaling.model_width(depth, ASPECT_RATIO, HEAD_DIM)[0])
+        variants = []
+        for method, texts in of_both + (of_one if depth == DEPTH else []):
+            tokens = texts * model.seq_len
+            work = (partial(prepare_generation, training=model, method=method, texts=texts), tokens)
+            labels = {"depth": depth, "method": method, "texts": texts}
+            variants.append(variant(labels, (*work, 2 * model.weights() * tokens), "float32"))
+        rows = table(variants)
+        found += [
+            {**each.labels, "speed": relative(row, rows[0]), **row} for each, row in zip(variants, rows, strict=True)
+        ]
+    return found
+
+
+def relative(row, first):
+    """How many times the tokens a second of the first row."""
+    return figure(row["tok/s"] / first["tok/s"]) if "-" not in (row["tok/s"], first["tok/s"]) else "-"
 
 
 def optimizer_table():

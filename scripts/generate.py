@@ -1,14 +1,18 @@
 """Talk to a base model: it continues what you write.
 
-python -m scripts.generate --run-name=d4 "def main("
-python -m scripts.generate --run-name=d4                 an interactive prompt
+python -m scripts.generate --run-name=d4 "def main("    the text comes as it is made
+python -m scripts.generate --run-name=d4                an interactive prompt, with history
+
+Several samples are made together, which takes little longer than one; they are printed one after another.
 """
 
+import codecs
 import sys
+from collections import deque
 
 from nanotrain import checkpoint, config, errors, runtime
-from nanotrain.engine import generate
-from nanotrain.errors import UserError
+from nanotrain.engine import KVCache, generate_batch
+from nanotrain.errors import MemoryLimitError, UserError
 
 # --- settings
 RUN_NAME = ""  # folder under NANOTRAIN_DIR/runs; empty: the run that was saved last
@@ -17,57 +21,109 @@ DEVICE = "auto"  # auto, cuda, mps or cpu
 MAX_NEW_TOKENS = 200  # of one continuation
 TEMPERATURE = 0.8  # 0: always the likeliest token
 TOP_K = 50  # draw from so many of the likeliest tokens; 0: from all
+TOP_P = 1.0  # and of them from the fewest that have together this probability
 NUM_SAMPLES = 1  # continuations of each prompt
-SEED = 1337  # of the draws
+SEED = 1337  # of the first sample's draws; the others count on from it
 # ------------
 
 
 def main(prompts=()):
-    if TEMPERATURE < 0 or TOP_K < 0 or MAX_NEW_TOKENS < 0 or not 0 <= SEED < 2**63:
-        raise UserError("--temperature, --top-k, --max-new-tokens and --seed must not be negative, the seed below 2^63")
+    check_settings()
     rt = runtime.start(DEVICE, seed=SEED)
     run_dir = checkpoint.find_run(RUN_NAME)
     model, tokenizer, meta = checkpoint.load_model(run_dir, rt.device, BEST)
-    for prompt in prompts:
-        answer(model, tokenizer, prompt)
     if not prompts:
-        print(
-            f"{run_dir.name}, step {meta['step']}. Write the beginning of a text; an empty line ends.", file=sys.stderr
-        )
-        for prompt in ask():
+        size = KVCache.bytes(model.config, NUM_SAMPLES, model.config.max_seq_len)
+        print(f"{run_dir.name}, step {meta['step']}, KV cache of up to {size / 2**20:,.1f} MiB.", file=sys.stderr)
+        print("Write the beginning of a text. Ctrl-C ends what it writes, Ctrl-D the program.", file=sys.stderr)
+        converse(model, tokenizer)
+    try:
+        for prompt in prompts:
             answer(model, tokenizer, prompt)
+    except KeyboardInterrupt:
+        print()
+        raise
 
 
-def ask():
-    """Yield what the user types, up to an empty line or the end of input."""
-    if sys.stdin.isatty():
-        import readline  # noqa: F401 - gives input() a history and line editing
+def check_settings():
+    for name in ("TEMPERATURE", "TOP_K", "MAX_NEW_TOKENS", "SEED"):
+        if globals()[name] < 0:
+            raise UserError(f"{config.flag_of(name)}={globals()[name]}: must not be negative")
+    if SEED >= 2**63:
+        raise UserError(f"--seed={SEED}: must be below 2^63")
+    if not 0 < TOP_P <= 1:
+        raise UserError(f"--top-p={TOP_P}: a probability above 0 and up to 1, which draws from all")
+    if NUM_SAMPLES < 1:
+        raise UserError(f"--num-samples={NUM_SAMPLES}: at least 1")
+
+
+def converse(model, tokenizer):
+    """Answer every line of standard input. In a terminal, Ctrl-C ends a text or a line, and not the program."""
+    in_terminal = sys.stdin.isatty()
+    if in_terminal:
+        import readline  # noqa: F401 - gives input() a history, line editing, and lines of any length
     while True:
         try:
-            prompt = input("> " if sys.stdin.isatty() else "")
+            prompt = input("> " if in_terminal else "")
+            if prompt:
+                answer(model, tokenizer, prompt)
         except EOFError:
+            print(end="\n" if in_terminal else "")
             return
-        if not prompt:
-            return
-        yield prompt
+        except KeyboardInterrupt as interrupt:
+            if not in_terminal or isinstance(interrupt, errors.Terminated):
+                raise
+            print()
 
 
 def answer(model, tokenizer, prompt):
-    """Print the prompt and its continuations as they come."""
-    for number in range(NUM_SAMPLES):
+    """Print the prompt and its continuations: every character as soon as its last byte is there."""
+    ids, strings = [tokenizer.bos, *tokenizer.encode(prompt)], tokenizer.byte_strings()
+    check_memory(model, min(len(ids) + MAX_NEW_TOKENS, model.config.max_seq_len))
+    steps = generate_batch(
+        model, [ids] * NUM_SAMPLES, MAX_NEW_TOKENS, TEMPERATURE, TOP_K, TOP_P, SEED, stop=(tokenizer.bos,)
+    )
+    for tokens in samples(steps):
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
         print(prompt, end="", flush=True)
-        tokens, shown = [], 0
-        ids = [tokenizer.bos, *tokenizer.encode(prompt)]
-        try:
-            for token in generate(model, ids, MAX_NEW_TOKENS, TEMPERATURE, TOP_K, SEED + number, stop=(tokenizer.bos,)):
-                tokens.append(token)
-                text = tokenizer.decode(tokens)
-                if not text.endswith("\ufffd"):  # else the rest of a character is still to come
-                    print(text[shown:], end="", flush=True)
-                    shown = len(text)
-            print(tokenizer.decode(tokens)[shown:])
-        except KeyboardInterrupt:  # ends this text, not the program
-            print()
+        for token in tokens:
+            text = decoder.decode(strings[token])
+            if text:
+                print(text, end="", flush=True)
+        print(decoder.decode(b"", final=True))
+
+
+def check_memory(model, capacity):
+    """Raise MemoryLimitError where the KV cache of all samples cannot fit into the device."""
+    device = model.head.weight.device
+    size, memory = KVCache.bytes(model.config, 1, capacity), runtime.memory_bytes(device)
+    if NUM_SAMPLES * size > memory:
+        raise MemoryLimitError(
+            f"--num-samples={NUM_SAMPLES}: {size / 2**20:.1f} MiB of keys and values for each, "
+            f"but {device} has {memory / 2**30:.1f} GiB: use --num-samples={max(memory // (2 * size), 1)}"
+        )
+
+
+def samples(steps):
+    """An iterator over the tokens of each sample, to be read in turn, from the lists of `generate_batch`: while one is
+    read, those behind it wait.
+    """
+    waiting = [deque() for _ in range(NUM_SAMPLES)]
+
+    def tokens_of(own):
+        while True:
+            if not own:
+                step = next(steps, None)
+                if step is None:
+                    return
+                for queue, token in zip(waiting, step, strict=True):
+                    queue.append(token)
+            token = own.popleft()
+            if token is None:
+                return
+            yield token
+
+    return map(tokens_of, waiting)
 
 
 if __name__ == "__main__":

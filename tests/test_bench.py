@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from nanotrain import errors, loss, runtime
 from scripts import bench
@@ -23,6 +24,7 @@ LABELS = {
     "attention": ["kernel", "compile"],
     "loss": ["chunk", "compile"],
     "optimizer": ["part"],
+    "generation": ["depth", "method", "texts", "speed"],
     **TRAINING_TABLES,
 }
 NUMBERS = ["ms", "spread", "tok/s", "of matmul", "MiB"]
@@ -84,6 +86,19 @@ def test_every_table_has_its_columns_and_the_json_is_what_is_printed(monkeypatch
     assert [row["depth"] for row in found["tables"]["depth"]] == [2, 4, 6, 8, 10, 12]
     assert {row["accumulation"] * row["rows"] for row in found["tables"]["accumulation"]} == {8}
     assert {row["seq_len"] * row["rows"] >= 128 for row in found["tables"]["length"]} == {True}
+    speeds = [(row["depth"], row["method"], row["texts"]) for row in found["tables"]["generation"]]
+    of_all_depths = [("cache", 1), ("products alone", 1)]
+    others = [("no cache", 1), ("cache", 4), ("cache", 16)]
+    assert sorted(speeds) == sorted(
+        [(1, *choice) for choice in of_all_depths + others] + [(8, *c) for c in of_all_depths]
+    )
+    for row in found["tables"]["generation"]:
+        (first,) = (
+            other["tok/s"]
+            for other in found["tables"]["generation"]
+            if (other["depth"], other["method"], other["texts"]) == (row["depth"], "cache", 1)
+        )
+        assert row["speed"] == pytest.approx(row["tok/s"] / first, rel=0.01)
     seen = {row["precision"]: row["dtypes"] for row in found["tables"]["precision"]}
     assert seen == {"float32": "float32", "float32, oneDNN": "float32", "bfloat16": "bfloat16"}
 
@@ -166,6 +181,21 @@ def test_variants_run_in_processes_of_their_own(monkeypatch):
 
 
 # ---- the alternatives ----
+
+
+def test_generation_without_a_cache_gives_the_same_texts_and_needs_the_same_products():
+    work = bench.training(depth=3, width=16)
+    runs = {name: bench.prepare_generation(runtime.start("cpu"), work, name, texts=3) for name in bench.METHODS}
+    with torch.no_grad():
+        runs["cache"].args[0].head.weight.mul_(1000)  # a fresh head says nothing
+        runs["no cache"].args[0].head.weight.mul_(1000)
+    steps = runs["cache"]()
+    assert runs["no cache"]() == steps
+    assert (len(steps), len(steps[0])) == (16, 3)
+    assert len({tuple(text) for text in zip(*steps, strict=True)}) == 3
+    with FlopCounterMode(display=False) as counter:
+        runs["products alone"]()
+    assert counter.get_total_flops() == 2 * work.weights() * 3 * 16
 
 
 @pytest.mark.parametrize("kernel", [name for name in bench.KERNELS if name != "SDPA"])

@@ -1,55 +1,250 @@
-"""Generation against the model's own logits, and the draw against its distribution."""
+"""Generation with a cache against the model's own logits without one, and the draw against its distribution."""
 
 import inspect
+import random
+from dataclasses import replace
 from itertools import islice
 
 import pytest
 import torch
+from test_gpt import SHAPES, random_model
 
-from nanotrain.engine import generate, pick
-from nanotrain.gpt import GPT, GPTConfig
+from nanotrain import engine
+from nanotrain.engine import KVCache, context_length, generate, generate_batch, pick
+from nanotrain.gpt import GPTConfig
 
 V, T = 19, 8
+shapes = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
 
 
 @pytest.fixture(scope="module")
 def model():
-    """A small model whose likeliest tokens change as the text goes on."""
-    with torch.device("meta"):
-        model = GPT(GPTConfig(V, T, 2, 2, 2, 8))
-    model.to_empty(device="cpu")
-    model.init_weights(0)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(0, parameter.size(1) ** -0.5, generator=generator)
-    return model
+    return random_model(GPTConfig(V, T, 2, 2, 2, 8, bigram_rows=23), seed=4)
 
 
-def greedy(model, prompt, count):
-    """The likeliest token after the last T tokens, again and again."""
-    tokens = list(prompt)
+def contexts(text, max_seq_len):
+    """What the model sees before each token of `text` but the first: rows that grow, and begin anew when they are
+    full.
+    """
+    start, seen = 0, []
+    for length in range(1, len(text) + 1):
+        if length - start > max_seq_len:
+            start = length - max(max_seq_len // 2, 1)
+        seen.append(text[start:length])
+    return seen
+
+
+def uncached(model, prompt, count, choose=lambda logits: int(logits.argmax())):
+    """The next `count` tokens of a prompt, each chosen by the logits of a whole forward pass."""
+    text = list(prompt)
     for _ in range(count):
-        tokens.append(int(model.logits(torch.tensor([tokens[-T:]]))[0, -1].argmax()))
-    return tokens[len(prompt) :]
+        text.append(choose(model.logits(torch.tensor([contexts(text, model.config.max_seq_len)[-1]]))[0, -1]))
+    return text[len(prompt) :]
 
 
-@pytest.mark.parametrize("length", [1, 3, T - 1, T, T + 1, 3 * T])
-def test_temperature_zero_takes_the_likeliest_token_after_any_length_of_prompt(model, length):
-    prompt = torch.randint(V, (length,), generator=torch.Generator().manual_seed(length)).tolist()
-    expected = greedy(model, prompt, 2 * T)
-    assert list(generate(model, prompt, 2 * T, temperature=0)) == expected
-    assert list(generate(model, prompt, 2 * T, temperature=1.0, top_k=1, seed=3)) == expected
-    assert len(set(expected)) > 4
+def prompts_of(config, *lengths):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(config.vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+def texts_of(steps):
+    """The lists that generate_batch yields, as one list of tokens a prompt."""
+    return [[token for token in column if token is not None] for column in zip(*steps, strict=True)]
+
+
+# ---- the cache ----
+
+
+def assert_as_without_a_cache(model):
+    """The likeliest tokens after prompts of all sorts of lengths at once, until every row was full more than once."""
+    T = model.config.max_seq_len
+    prompts = prompts_of(model.config, 1, 3, T - 1, T, T + 1, 3 * T)
+    found = texts_of(generate_batch(model, prompts, 2 * T, temperature=0))
+    assert found == [uncached(model, prompt, 2 * T) for prompt in prompts]
+    assert len({token for text in found for token in text}) > 4  # else a wrong token would hardly show
+
+
+@shapes
+def test_the_likeliest_tokens_are_those_of_the_model_without_a_cache(config):
+    assert_as_without_a_cache(random_model(config, seed=1))
+
+
+def without_mask(self, tokens):
+    tokens, new = append(self, tokens)
+    return tokens, replace(new, mask=None)
+
+
+def one_place_off(self, tokens):
+    tokens, new = append(self, tokens)
+    return tokens, replace(new, slots=new.slots ^ 1)
+
+
+def one_position_off(self, tokens):
+    tokens, new = append(self, tokens)
+    return tokens, replace(new, positions=(new.positions + 1) % self.capacity)
+
+
+def forgotten_keys(self, tokens):
+    tokens, new = append(self, tokens)
+    self.last_keys.zero_()
+    return tokens, new
+
+
+def forgotten_token(self, tokens):
+    tokens, new = append(self, tokens)
+    return tokens, replace(new, previous=torch.full_like(new.previous, -1))
+
+
+append = KVCache.append
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "changed"),
+    [
+        (KVCache, "append", without_mask),
+        (KVCache, "append", one_place_off),
+        (KVCache, "append", one_position_off),
+        (KVCache, "append", forgotten_keys),
+        (KVCache, "append", forgotten_token),
+        (engine, "context_length", min),  # a window that moves by one token, not by half of its length
+    ],
+    ids=["mask", "slot", "position", "key", "token", "window"],
+)
+def test_the_comparison_notices(model, monkeypatch, target, name, changed):
+    assert_as_without_a_cache(model)
+    monkeypatch.setattr(target, name, changed)
+    with pytest.raises(AssertionError):
+        assert_as_without_a_cache(model)
+
+
+@shapes
+def test_logits_with_a_cache_are_those_without_whatever_else_is_in_it(config):
+    """Whatever the other rows hold, and with remains of a longer text behind each row's end."""
+    model, T = random_model(config), config.max_seq_len
+    *texts, remains, other = prompts_of(config, T - 2, 4, 1, T - 1, T - 2)
+    found = []
+    for first in (texts[0], other):
+        cache = KVCache(config, 3, T, "cpu")
+        for rows, contents in (([0, 1, 2], [remains] * 3), ([2, 0, 1], [texts[2], first, texts[1]])):
+            tokens, new = cache.begin(rows, contents)
+            with torch.no_grad():
+                model.hidden(tokens, new)
+        ends = []
+        for token in (5, 6):
+            tokens, new = cache.append([token, token + 1, token + 2])
+            ends.append(model.logits(tokens, new)[:, 0])
+        assert (cache.lengths, cache.last_tokens) == ([T, 6, 3], [6, 7, 8])
+        found.append(torch.stack(ends, 1))
+    for row, text in enumerate(texts):
+        expected = model.logits(torch.tensor([[*text, 5 + row, 6 + row]]))[0, -2:]
+        torch.testing.assert_close(found[0][row], expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(found[1][1:], found[0][1:], rtol=0, atol=1e-6)
+    assert (found[1][0] - found[0][0]).abs().max() > 1e-3
+
+
+def test_a_text_goes_on_in_the_same_way_wherever_its_prompt_ended(model):
+    (prompt,) = prompts_of(model.config, 2)
+    text = prompt + list(generate(model, prompt, 5 * T, temperature=0))
+    for end in range(len(prompt), len(text)):
+        assert list(generate(model, text[:end], 3, temperature=0))[: len(text) - end] == text[end : end + 3]
+
+
+@pytest.mark.parametrize("max_seq_len", [1, 2, 3, 4, 7, 8, 256])
+def test_rows_grow_from_half_of_the_most_to_the_most(max_seq_len):
+    lengths = [len(seen) for seen in contexts([0] * (4 * max_seq_len + 3), max_seq_len)]
+    assert [context_length(n, max_seq_len) for n in range(1, len(lengths) + 1)] == lengths
+    assert max(lengths) == max_seq_len
+    assert min(lengths[max_seq_len:]) == max(max_seq_len // 2, 1)
+
+
+@pytest.mark.parametrize("max_seq_len", [1, 2, 3])
+def test_the_shortest_rows_work_too(max_seq_len):
+    model = random_model(GPTConfig(V, max_seq_len, 2, 2, 1, 8))
+    prompts = prompts_of(model.config, 1, 2, 5)
+    expected = [uncached(model, prompt, 9) for prompt in prompts]
+    assert texts_of(generate_batch(model, prompts, 9, temperature=0)) == expected
+
+
+def test_the_model_is_told_the_token_before_each(model, monkeypatch):
+    """In a row, none before its first."""
+    (prompt,) = prompts_of(model.config, 5)
+    told, hidden = [], model.hidden
+
+    def noting(tokens, cached):
+        told.append((tokens[0].tolist(), cached.previous[0].tolist()))
+        return hidden(tokens, cached)
+
+    monkeypatch.setattr(model, "hidden", noting)
+    text = prompt + list(generate(model, prompt, 3 * T, temperature=0))
+    rows = contexts(text[:-1], T)[len(prompt) - 1 :]
+    expected = [(rows[0][:-1], [-1, *rows[0][:-2]])]
+    for before, row in zip([rows[0], *rows], rows, strict=False):
+        if len(row) < len(before):
+            expected.append((row[:-1], [-1, *row[:-2]]))
+        expected.append((row[-1:], row[-2:-1] or [-1]))
+    assert told == expected
+
+
+def test_the_memory_of_a_cache_is_stated_and_no_more_than_the_texts_can_fill(model, monkeypatch):
+    made, init = [], KVCache.__init__
+
+    def noting(self, *arguments):
+        init(self, *arguments)
+        made.append(self)
+
+    monkeypatch.setattr(KVCache, "__init__", noting)
+    for count, capacity in ((3, 6), (2 * T, T)):
+        list(generate_batch(model, [[1, 2, 3], [4]], count))
+        assert made[-1].memory.nbytes + made[-1].last_keys.nbytes == KVCache.bytes(model.config, 2, capacity)
+        keys_and_values_of_a_token = 2 * 2 * 2 * 8 * 4  # layers, both, heads, head dimension, bytes of a float32
+        assert made[-1].memory.nbytes == 2 * capacity * keys_and_values_of_a_token
+
+
+def test_autocast_around_it_changes_nothing(model):
+    expected = list(generate(model, [1, 2, 3], 2 * T, temperature=0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert list(generate(model, [1, 2, 3], 2 * T, temperature=0)) == expected
+
+
+# ---- texts ----
 
 
 def test_each_token_is_drawn_from_the_logits_after_the_text_so_far(model):
-    generator, tokens = torch.Generator().manual_seed(11), [4, 2]
-    for token in generate(model, [4, 2], 3 * T, temperature=0.7, top_k=5, seed=11):
-        assert token == pick(model.logits(torch.tensor([tokens[-T:]]))[0, -1], 0.7, 5, generator)
-        tokens.append(token)
-    assert len(tokens) == 2 + 3 * T
+    draw = random.Random(11)
+    expected = uncached(model, [4, 2], 3 * T, lambda logits: pick(logits[None], 0.7, 5, 0.9, [draw])[0])
+    assert list(generate(model, [4, 2], 3 * T, temperature=0.7, top_k=5, top_p=0.9, seed=11)) == expected
+
+
+def test_each_prompt_of_a_batch_has_a_seed_of_its_own_and_the_text_it_would_have_alone(model):
+    prompts = prompts_of(model.config, 2, 2, 7, 1)
+    prompts[1] = prompts[0]
+    settings = {"temperature": 1.2, "top_k": 9, "top_p": 0.95}
+    found = texts_of(generate_batch(model, prompts, 3 * T, seed=4, **settings))
+    assert found == [list(generate(model, prompt, 3 * T, seed=4 + n, **settings)) for n, prompt in enumerate(prompts)]
+    assert found[0] != found[1]
+
+
+def test_a_stop_token_ends_the_text_and_is_not_part_of_it(model):
+    text = list(generate(model, [1], 30, temperature=1.5, seed=2))
+    stop, never = text[10], next(token for token in range(V) if token not in text)
+    assert list(generate(model, [1], 30, temperature=1.5, seed=2, stop=(never,))) == text
+    assert list(generate(model, [1], 30, temperature=1.5, seed=2, stop=(never, stop))) == text[: text.index(stop)]
+
+
+def test_texts_of_a_batch_end_one_by_one_and_the_others_go_on(model):
+    prompts = prompts_of(model.config, 1, 4, T, 2 * T, 6, 3)
+    steps = list(generate_batch(model, prompts, 40, temperature=1.3, seed=5, stop=(3, 8)))
+    found = texts_of(steps)
+    expected = [
+        list(generate(model, prompt, 40, temperature=1.3, seed=5 + n, stop=(3, 8))) for n, prompt in enumerate(prompts)
+    ]
+    assert found == expected
+    assert [[step[n] is None for step in steps] for n in range(6)] == [
+        [False] * len(text) + [True] * (len(steps) - len(text)) for text in expected
+    ]
+    lengths = [len(text) for text in expected]
+    assert len(set(lengths)) > 3
+    assert len(steps) == max(lengths)
 
 
 def test_the_seed_decides_the_text(model):
@@ -66,33 +261,76 @@ def test_tokens_come_one_by_one_and_the_prompt_stays_as_it_was(model):
     assert list(generate(model, prompt, 0)) == []
 
 
-def test_generation_leaves_the_global_generator_alone(model):
-    before = torch.get_rng_state()
-    drawn = list(generate(model, [1], 5, temperature=1.0, seed=1))
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.rand(7)  # nor does the global generator reach into it
+def test_generation_leaves_the_global_generators_and_gradients_alone(model):
+    before = torch.get_rng_state(), random.getstate()
+    tokens = generate(model, [1], 5, temperature=1.0, seed=1)
+    drawn = [next(tokens)]
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+    drawn += tokens
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    torch.rand(7)  # nor do the global generators reach into it
+    random.seed(3)
     assert list(generate(model, [1], 5, temperature=1.0, seed=1)) == drawn
+    row = torch.tensor([[1, 2, 3]])
+    model(row, row).backward()  # as training does after a sample
+    model.zero_grad()
 
 
-def test_a_stop_token_ends_the_text_and_is_not_part_of_it(model):
-    text = list(generate(model, [1], 30, temperature=1.5, seed=2))
-    stop, never = text[10], next(token for token in range(V) if token not in text)
-    assert list(generate(model, [1], 30, temperature=1.5, seed=2, stop=(never,))) == text
-    assert list(generate(model, [1], 30, temperature=1.5, seed=2, stop=(never, stop))) == text[: text.index(stop)]
+# ---- the draw ----
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "likeliest"),
-    [(1.0, 0, 8), (1.0, 3, 3), (0.5, 0, 8), (2.0, 5, 5), (1.0, 8, 8), (1.0, 100, 8)],
+    ("temperature", "top_k", "top_p", "kept"),
+    [
+        (1.0, 0, 1.0, 8),
+        (1.0, 3, 1.0, 3),
+        (0.5, 0, 1.0, 8),
+        (2.0, 5, 1.0, 5),
+        (1.0, 8, 1.0, 8),
+        (1.0, 100, 1.0, 8),
+        (1.0, 0, 0.3, 1),  # the likeliest alone has more
+        (1.0, 0, 0.5, 2),
+        (1.0, 0, 0.7, 3),
+        (3.0, 0, 0.7, 5),  # of the tempered probabilities
+        (1.0, 3, 0.7, 2),  # of those among the likeliest 3
+        (1.0, 0, 1e-9, 1),
+    ],
 )
-def test_draws_follow_the_softmax_of_the_likeliest(temperature, top_k, likeliest):
+def test_draws_follow_the_softmax_of_the_likeliest(temperature, top_k, top_p, kept):
     logits = torch.tensor([0.3, -1.0, 2.0, 0.0, 1.1, -0.4, 0.9, 1.5])
     weights = (logits.double() / temperature).exp()
-    kept = logits.argsort(descending=True)[:likeliest]
+    order = logits.argsort(descending=True)
+    among = weights[order[: top_k or 8]]
+    fewest = next(n for n in range(1, 9) if among[:n].sum() >= (top_p - 1e-12) * among.sum())
+    assert fewest == kept
     expected = torch.zeros(8, dtype=torch.float64)
-    expected[kept] = weights[kept] / weights[kept].sum()
-    draws, generator = 5000, torch.Generator().manual_seed(0)
-    drawn = torch.tensor([pick(logits, temperature, top_k, generator) for _ in range(draws)])
-    shares = torch.bincount(drawn, minlength=8) / draws
-    deviation = (expected * (1 - expected) / draws).sqrt()
+    expected[order[:kept]] = weights[order[:kept]] / weights[order[:kept]].sum()
+    rounds, draws = 500, [random.Random(seed) for seed in range(10)]
+    rows = logits.expand(10, 8)
+    drawn = torch.tensor([pick(rows, temperature, top_k, top_p, draws) for _ in range(rounds)])
+    shares = torch.bincount(drawn.flatten(), minlength=8) / drawn.numel()
+    deviation = (expected * (1 - expected) / drawn.numel()).sqrt()
     assert ((shares - expected).abs() <= 4 * deviation).all()  # a token that cannot come never does
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-30, 1.0])
+def test_every_row_of_a_draw_is_its_own(temperature):
+    logits = torch.full((3, 9), -50.0)
+    for row, token in enumerate((7, 0, 4)):
+        logits[row, token] = 15.0
+    assert pick(logits, temperature, 5, 1.0, [random.Random(0)] * 3) == [7, 0, 4]
+
+
+class Last:
+    """Draws the largest number there is."""
+
+    def getrandbits(self, count):
+        return 2**count - 1
+
+
+def test_the_largest_draw_takes_the_last_token_that_can_come():
+    logits = torch.tensor([[1.0, -1e9, 0.5, 0.7]])
+    assert pick(logits, 1.0, 0, 1.0, [Last()]) == [2]
+    assert pick(logits, 1.0, 0, 0.6, [Last()]) == [3]

@@ -136,11 +136,15 @@ def muon_steps(named, seeds, lr, momentum, weight_decay):
     """The definition, in float64: {name: matrix} after a step for each seed."""
     weights = {name: parameter.detach().double().numpy() for name, parameter in named.items()}
     averages = {name: np.zeros_like(weight) for name, weight in weights.items()}
+    squares = {name: np.zeros((len(weight), 1)) for name, weight in weights.items()}
     for seed in seeds:
         for number, (name, weight) in enumerate(weights.items()):
             gradient = draw(*weight.shape, seed=1000 * seed + number).double().numpy()
             averages[name] = momentum * averages[name] + (1 - momentum) * gradient
             update = polar_express((1 - momentum) * gradient + momentum * averages[name])
+            squares[name] = 0.9 * squares[name] + 0.1 * (update**2).mean(1, keepdims=True)
+            evened = update / np.sqrt(squares[name])
+            update = evened * np.linalg.norm(update) / np.linalg.norm(evened)
             rate = lr * math.sqrt(max(1, weight.shape[0] / weight.shape[1]))
             decay = np.where(update * weight >= 0, weight_decay * weight, 0)
             weights[name] = weight - rate * decay - rate * update
@@ -162,6 +166,7 @@ def test_muon_equals_the_one_of_torch_with_its_coefficients_and_precision(monkey
     monkeypatch.setattr(optim, "POLAR_EXPRESS", ((3.4445, -4.7750, 2.0315),) * 5)
     monkeypatch.setattr(optim, "POLAR_SAFETY", 1.0)
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)  # torch's knows no other precision
+    monkeypatch.setattr(optim, "even_rows", lambda update, row_sq: update)  # nor this
     ours, theirs = parameters(), parameters()
     optimizer = Muon(ours, lr=0.1, momentum=0.9)
     other = torch.optim.Muon(theirs.values(), lr=0.1, momentum=0.9, weight_decay=0.0, nesterov=True)
@@ -369,7 +374,7 @@ def test_restored_state_makes_the_next_steps_bit_equal():
     assert_goes_on_equal(load)
 
 
-@pytest.mark.parametrize("lost", ["momentum", "exp_avg", "exp_avg_sq", "updates"])
+@pytest.mark.parametrize("lost", ["momentum", "row_sq", "exp_avg", "exp_avg_sq", "updates"])
 def test_the_restore_check_notices_what_is_lost(lost):
     def forgetful(optimizers, tensors, updates):
         kept = {name: tensor * (not name.endswith("/" + lost)) for name, tensor in tensors.items()}
@@ -387,6 +392,8 @@ def test_state_is_named_whole_and_in_float32():
         for name, parameter in named.items():
             for key in {"matrix": ["momentum"], "bigram_embedding": []}.get(role, ["exp_avg", "exp_avg_sq"]):
                 expected[f"{name}/{key}"] = parameter.shape, torch.float32
+    for name, parameter in model.parameters_by_role()["matrix"].items():
+        expected[f"{name}/row_sq"] = parameter.shape[:1], torch.float32
     expected["bigram_embedding.weight/exp_avg_sq"] = (11,), torch.float32
     expected["bigram_embedding.weight/updates"] = (11,), torch.float32
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()} == expected

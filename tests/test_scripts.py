@@ -1,14 +1,20 @@
 """The scripts as a user runs them, from text to samples, and how every program ends on an error."""
 
+import codecs
+import contextlib
 import errno
 import io
 import json
 import math
 import os
+import pty
+import random
 import re
+import select
 import shutil
 import subprocess
 import sys
+import time
 
 import pyarrow.parquet as pq
 import pytest
@@ -41,6 +47,7 @@ def bits_per_byte(model, tokenizer, texts):
     length = model.config.max_seq_len
     rows = [stream[start : start + length + 1] for start in range(0, len(stream) - length, length)]
     rows, sizes = torch.tensor(rows), tokenizer.token_bytes()
+    rows[:, 0] = tokenizer.bos
     logarithms = torch.log_softmax(model.logits(rows[:, :-1]).double(), -1)
     of_targets = logarithms.gather(-1, rows[:, 1:, None]).squeeze(-1)
     is_text = rows[:, 1:] != tokenizer.bos
@@ -108,7 +115,7 @@ def test_from_text_to_samples_as_a_user_would(run_script, base_dir, data_dir):
 
     printed = succeeds("scripts.generate", "--run-name=tiny", PROMPT, "--max-new-tokens=12", "--seed=5")
     ids = [tokenizer.bos, *tokenizer.encode(PROMPT)]
-    tokens = engine.generate(model, ids, 12, generate.TEMPERATURE, generate.TOP_K, 5, stop=(tokenizer.bos,))
+    tokens = engine.generate(model, ids, 12, generate.TEMPERATURE, generate.TOP_K, seed=5, stop=(tokenizer.bos,))
     assert printed == PROMPT + tokenizer.decode(list(tokens)) + "\n"
 
 
@@ -211,6 +218,7 @@ def trained(base_dir, data_dir, tokenizer):
         "model_config": config.to_dict(),
         "tokenizer_sha256": tokenizer.sha256(),
         "total_batch_size": 64,
+        "loader": {"row": 24, "lanes": {}},
         "data_dir": str(data_dir),
         "data": dataset.fingerprint(dataset.open_shards(data_dir)),
     }
@@ -282,42 +290,227 @@ def test_an_evaluation_on_other_data_says_so(trained, monkeypatch, tmp_path, cap
     assert result["val_bpb"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_characters_of_several_tokens_are_printed_whole_and_once(tokenizer, monkeypatch):
-    text, printed = "a日🙂\u0301é\n", []
-    tokens = [tokenizer.inner.token_to_id(character) for character in byte_characters(text + "日")[:-1]]
-    monkeypatch.setattr(generate, "generate", lambda *arguments, **options: iter(tokens))
-    monkeypatch.setattr(generate, "print", lambda text, **options: printed.append(text), raising=False)
-    generate.answer(None, tokenizer, PROMPT)
-    assert printed == [PROMPT, *text, "\ufffd"]  # the last character was cut off and is shown as such
-
-
-def byte_characters(text):
-    """The characters that stand for the bytes of `text` in the byte-level alphabet of GPT-2."""
+def byte_tokens(data, tokenizer):
+    """The tokens of single bytes, by the byte-level alphabet of GPT-2."""
     kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     moved = [byte for byte in range(256) if byte not in kept]
     alphabet = {byte: chr(byte) for byte in kept} | {byte: chr(256 + place) for place, byte in enumerate(moved)}
-    return [alphabet[byte] for byte in text.encode()]
+    return [tokenizer.inner.token_to_id(alphabet[byte]) for byte in data]
+
+
+@pytest.fixture
+def printed(monkeypatch):
+    """What scripts/generate.py prints, piece by piece, each of which must reach the terminal at once."""
+    pieces = []
+
+    def noting(text="", end="\n", flush=False):
+        assert flush or end == "\n"
+        pieces.append(text)
+
+    monkeypatch.setattr(generate, "print", noting, raising=False)
+    return pieces
+
+
+def test_characters_of_several_tokens_are_printed_whole_and_once(trained, tokenizer, monkeypatch, printed):
+    text = "a日🙂\u0301é\n"
+    tokens = byte_tokens((text + "日").encode()[:-1], tokenizer)
+    monkeypatch.setattr(generate, "generate_batch", lambda *arguments, **options: iter([[token] for token in tokens]))
+    generate.answer(trained[1], tokenizer, PROMPT)
+    assert printed == [PROMPT, *text, "\ufffd"]  # the last character was cut off and is shown as such
+
+
+def test_bytes_that_are_no_text_are_printed_as_the_tokenizer_decodes_them(trained, tokenizer, monkeypatch, printed):
+    draw = random.Random(3)
+    tokens = byte_tokens([draw.choice([*range(256), *range(0xC0, 0x100)]) for _ in range(3000)], tokenizer)
+    monkeypatch.setattr(generate, "generate_batch", lambda *arguments, **options: iter([[token] for token in tokens]))
+    generate.answer(trained[1], tokenizer, PROMPT)
+    assert "".join(printed) == PROMPT + tokenizer.decode(tokens)
+    assert max(map(len, printed[1:])) <= 3  # nothing waits for a character that cannot come
 
 
 @pytest.mark.usefixtures("trained")
-def test_prompts_come_from_standard_input_up_to_an_empty_line(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("the river\nüber\n\nnever\n"))
+def test_every_line_of_standard_input_is_a_prompt(monkeypatch, capsys):
+    lines = io.BytesIO("the river\n\n\nüber \xff\nlast".encode("latin-1").replace(b"\xfc", "ü".encode()))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(lines, "utf-8"))
     monkeypatch.setattr(generate, "MAX_NEW_TOKENS", 0)
-    generate.main()
+    errors.run(generate.main)
     captured = capsys.readouterr()
-    assert captured.out == "the river\nüber\n"
-    assert "tiny, step 4" in captured.err
+    assert captured.out == "the river\nüber \ufffd\nlast\n"
+    assert "tiny, step 4, KV cache of up to 0.0 MiB" in captured.err
 
 
 def test_each_sample_of_a_prompt_has_a_seed_of_its_own(trained, tokenizer, monkeypatch, capsys):
     _, model = trained
-    monkeypatch.setattr(generate, "NUM_SAMPLES", 2)
+    monkeypatch.setattr(generate, "NUM_SAMPLES", 3)
     monkeypatch.setattr(generate, "MAX_NEW_TOKENS", 8)
     generate.answer(model, tokenizer, PROMPT)
     ids = [tokenizer.bos, *tokenizer.encode(PROMPT)]
-    first, second = (
+    expected = [
         PROMPT + tokenizer.decode(list(engine.generate(model, ids, 8, seed=generate.SEED + number))) + "\n"
-        for number in (0, 1)
-    )
-    assert first != second
-    assert capsys.readouterr().out == first + second
+        for number in range(3)
+    ]
+    assert len(set(expected)) == 3
+    assert capsys.readouterr().out == "".join(expected)
+
+
+def test_samples_are_read_one_after_another_and_made_together_only_when_needed(monkeypatch):
+    made = []
+
+    def batch():
+        for step in ([1, 2, 3], [4, None, 5], [6, None, None], [7, None, None]):
+            made.append(step)
+            yield step
+
+    monkeypatch.setattr(generate, "NUM_SAMPLES", 3)
+    first, second, third = generate.samples(batch())
+    assert (next(first), len(made)) == (1, 1)
+    assert (next(first), len(made)) == (4, 2)
+    assert list(first) == [6, 7]
+    assert (list(second), list(third), len(made)) == ([2], [3, 5], 4)
+
+
+def test_more_samples_than_fit_into_memory_are_refused_with_a_number_that_fits(
+    trained, tokenizer, monkeypatch, printed
+):
+    monkeypatch.setattr(generate.runtime, "memory_bytes", lambda device: 100_000)
+    monkeypatch.setattr(generate, "NUM_SAMPLES", 10**6)
+    with pytest.raises(errors.MemoryLimitError, match=r"--num-samples=1000000: .* use --num-samples=\d+$") as caught:
+        generate.answer(trained[1], tokenizer, PROMPT)
+    assert printed == []
+    monkeypatch.setattr(generate, "NUM_SAMPLES", int(str(caught.value).rpartition("=")[2]))
+    monkeypatch.setattr(generate, "MAX_NEW_TOKENS", 1)
+    generate.answer(trained[1], tokenizer, PROMPT)
+    assert printed.count(PROMPT) == generate.NUM_SAMPLES > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("TEMPERATURE", -0.1), ("TOP_K", -1), ("MAX_NEW_TOKENS", -1), ("SEED", -1), ("SEED", 2**63), ("TOP_P", 0.0),
+     ("TOP_P", 1.1), ("NUM_SAMPLES", 0)],
+)  # fmt: skip
+def test_settings_of_a_draw_that_cannot_be_are_refused(monkeypatch, name, value):
+    monkeypatch.setattr(generate, name, value)
+    with pytest.raises(errors.UserError, match=re.escape(f"--{name.lower().replace('_', '-')}={value}: ")):
+        generate.main()
+
+
+# ---- in a terminal ----
+
+
+class Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("terminal", "last", "code"), [(True, EOFError, None), (True, errors.Terminated, 130), (False, EOFError, 130)]
+)
+@pytest.mark.usefixtures("trained")
+def test_ctrl_c_ends_a_line_of_a_terminal_and_sigterm_the_program(monkeypatch, terminal, last, code):
+    come = iter([KeyboardInterrupt, KeyboardInterrupt, last])
+
+    def read(text):
+        raise next(come)
+
+    monkeypatch.setattr(sys, "stdin", Screen() if terminal else io.StringIO())
+    monkeypatch.setattr(generate, "input", read, raising=False)
+    if code is None:
+        errors.run(generate.main)
+    else:
+        with pytest.raises(SystemExit) as caught:
+            errors.run(generate.main)
+        assert caught.value.code == code
+    assert len(list(come)) == (0 if terminal else 2)
+
+
+IN_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, "-m", *sys.argv[1:]])
+"""
+
+
+class Terminal:
+    """A program in a pseudo-terminal of its own, whose Ctrl-C is a signal as in a real one."""
+
+    def __init__(self, *arguments):
+        self.end, theirs = pty.openpty()
+        command = [sys.executable, "-c", IN_TERMINAL, *arguments]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"}
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **streams)
+        os.close(theirs)
+        self.seen = ""
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def type(self, text):
+        """Send keys, reading meanwhile, because a terminal takes only so many before it must be read."""
+        data = text.encode()
+        while data:
+            data = data[os.write(self.end, data[:512]) :]
+            while self.read(0.0):
+                pass
+
+    def read(self, seconds):
+        """Whether something came within so many seconds."""
+        ready, _, _ = select.select([self.end], [], [], seconds)
+        with contextlib.suppress(OSError):  # on Linux, the end of the program
+            data = os.read(self.end, 65536) if ready else b""
+            self.seen += self.decoder.decode(data).replace("\r\n", "\n")
+            return bool(data)
+        return False
+
+    def wait_for(self, text):
+        """Read until `text` comes, and forget what was before its end."""
+        end = time.monotonic() + 60
+        while text not in self.seen:
+            self.read(0.1)
+            assert time.monotonic() < end, f"{text!r} did not come, but {self.seen[-2000:]!r}"
+        self.seen = self.seen.partition(text)[2]
+
+
+@pytest.fixture
+def terminal():
+    """Starts a program in a Terminal."""
+    started = []
+
+    def start(*arguments):
+        started.append(Terminal(*arguments))
+        return started[-1]
+
+    yield start
+    for program in started:
+        program.process.kill()
+        program.process.wait()
+        os.close(program.end)
+
+
+def test_a_conversation_in_a_terminal(trained, tokenizer, terminal):
+    _, model = trained
+
+    def beginning_of_answer(prompt):
+        ids = [tokenizer.bos, *tokenizer.encode(prompt)]
+        tokens = list(engine.generate(model, ids, 300, temperature=0, stop=(tokenizer.bos,)))
+        assert len(tokens) == 300
+        assert "> " not in tokenizer.decode(tokens)  # what the program asks with
+        return prompt[-50:] + tokenizer.decode(tokens[:20])
+
+    program = terminal("scripts.generate", "--run-name=tiny", "--max-new-tokens=100000000", "--temperature=0")
+    program.wait_for("step 4")
+    program.wait_for("> ")
+    program.type("\n")
+    program.wait_for("> ")
+    for keys in (f"{PROMPT}\n", "\x1b[A\n"):  # typed, and from the history
+        program.type(keys)
+        program.wait_for(beginning_of_answer(PROMPT))  # while the rest is not there and will not be for hours
+        program.type("\x03")
+        program.wait_for("> ")
+    program.type("no\x03")
+    program.wait_for("> ")
+    long = "".join(random.Random(0).choices("abc 🙂éü日", k=10_000)) + "."
+    program.type(f"{long}\n")
+    program.wait_for(beginning_of_answer(long))
+    program.type("\x03")
+    program.wait_for("> ")
+    program.type("\x04")
+    assert program.process.wait(timeout=60) == 0

@@ -103,6 +103,7 @@ def test_token_bytes_are_those_of_the_alphabet_and_bos_has_none(tokenizer):
     assert sizes[tokenizer.bos] == 0
     for token in range(1, tokenizer.vocab_size):
         assert sizes[token] == len(bytes_of(tokenizer, token)) > 0
+    assert tokenizer.byte_strings() == [b"", *(bytes_of(tokenizer, token) for token in range(1, len(sizes)))]
     singles = {bytes_of(tokenizer, token) for token in range(1, tokenizer.vocab_size) if sizes[token] == 1}
     assert singles == {bytes([byte]) for byte in range(256)}
 
