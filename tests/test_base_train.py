@@ -598,6 +598,7 @@ def test_what_a_run_is_cannot_change_even_if_asked_for(train, name, value):
 CHANGES = {
     "NUM_ITERATIONS": 4,
     "TOTAL_BATCH_SIZE": 64,
+    "BATCH_RAMP": True,
     "MATRIX_LR": 0.03,
     "EMBEDDING_LR": 0.1,
     "UNEMBEDDING_LR": 0.004,

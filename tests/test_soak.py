@@ -17,6 +17,7 @@ def soaked(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(soak, "KILLS", 2)
         patch.setattr(soak, "NUM_ITERATIONS", NUM_ITERATIONS)
+        patch.setitem(soak.TINY, "KEEP_LAST", 3)  # so that `halfway` has two
         return folder, soak.soak(folder)
 
 
