@@ -18,7 +18,7 @@ REFERENCE_WIDTH = 768
 # The weights in matrices and head that reach the lowest loss for a number of operations: a power law through the best
 # of our own runs of minutes on a CPU (dev/ladder.md) and nanochat's published optimum. Between them it is an
 # assumption.
-OPTIMUM_FLOPS, OPTIMUM_WEIGHTS = 6.5e13, 3.0e6
+OPTIMUM_FLOPS, OPTIMUM_WEIGHTS = 7.2e13, 3.0e6
 OPTIMUM_EXPONENT = math.log(129e6 / OPTIMUM_WEIGHTS) / math.log(1e18 / OPTIMUM_FLOPS)
 WIDTH_PER_LAYER, LEAST_WIDTH = 64, 256
 MOST_LAYERS = 26
