@@ -206,6 +206,7 @@ def memory_bytes(parameters, depth, width, device_tokens, vocab_size, element_by
     of each layer.
     """
     matrices = parameters["matrix"]
-    state = 12 * matrices + 16 * (sum(parameters.values()) - matrices)
+    pairs = parameters.get("bigram_embedding", 0)  # of which gradient and moments touch few rows
+    state = 12 * matrices + 16 * (sum(parameters.values()) - matrices - pairs) + 4 * pairs
     activations = depth * device_tokens * width * 20 * element_bytes + 3 * min(device_tokens, 512) * vocab_size * 4
     return state, activations

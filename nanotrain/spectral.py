@@ -11,6 +11,7 @@ import torch
 
 SMOOTHING = 200.0  # virtual neighbours of each token, drawn from p: few counts should not say much
 RIDGE = 1e-3  # of the head's regression, against the mean diagonal
+LARGEST_VOCABULARY = 16384  # all pairs of tokens are held at once, in 12 bytes each
 OVERSAMPLING, POWER_STEPS = 32, 2  # of the randomised factoring (Halko et al., arXiv:0909.4061)
 
 
@@ -19,7 +20,7 @@ def start(rows, vocab_size, width, generator):
     """(embedding (V, C), head (V, C)), float32 on the CPU, of a bigram model of `rows` (N, T) int64.
 
     The rows of the embedding have root mean square 1 and are turned at random, so that no channel is special. Tokens
-    that do not occur get random rows. Needs about 12 V^2 bytes for a moment.
+    that do not occur get random rows.
     """
     embedding = torch.randn(vocab_size, width, generator=generator)
     embedding /= embedding.square().mean(1, keepdim=True).sqrt()

@@ -63,7 +63,7 @@ DEPTH = 0  # layers; 0: as suit a horizon by minutes or operations, else 4
 ASPECT_RATIO = 0  # width per layer; 0: 64, and a width of at least 256
 HEAD_DIM = 128  # the width is rounded up to whole heads
 BIGRAM_ROWS = 65536  # of the hashed table of token pairs; 0: no table
-SPECTRAL_TOKENS = 2_000_000  # of the run, from whose pairs embedding and head start; 0: they start at random
+SPECTRAL_TOKENS = 2_000_000  # of the run, from whose pairs embedding and head start (vocabularies up to 16,384)
 # --- horizon: at most one of the first three
 NUM_ITERATIONS = 0  # optimizer steps
 TARGET_FLOPS = 0.0  # floating-point operations
@@ -234,7 +234,7 @@ def pretrain(rt, stop, watchdog):
             scaler.load_state_dict(saved["scaler"])
     elif first_weights:
         checkpoint.load_weights(model, first_weights)
-    elif SPECTRAL_TOKENS:
+    elif SPECTRAL_TOKENS and tokenizer.vocab_size <= spectral.LARGEST_VOCABULARY:
         rt.on_main(lambda: start_from_pairs(model, units, tokenizer, plan.tokens))
     pass_seconds = warm_up(rt, model, plan.device_rows)
     if new_horizon and not run.horizon_fixed:

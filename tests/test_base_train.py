@@ -31,6 +31,7 @@ from nanotrain import (
     runtime,
     scaling,
     schedule,
+    spectral,
 )
 from nanotrain.errors import CheckpointError, DataError, MemoryLimitError, NonFiniteError, SupersededError, UserError
 from nanotrain.tokenizer import BPETokenizer
@@ -159,6 +160,14 @@ def test_a_run_starts_as_the_bigram_model_of_its_first_tokens(train):
     few, many = (column(train(f"t{n}", NUM_ITERATIONS=40, SPECTRAL_TOKENS=n), "val/bpb")[0] for n in (64, 5000))
     assert many < few < at_random
     assert many < 0.6 * at_random
+
+
+def test_a_vocabulary_with_too_many_pairs_starts_at_random(train, monkeypatch):
+    expected = column(train("random", NUM_ITERATIONS=1, SPECTRAL_TOKENS=0), "val/bpb")
+    monkeypatch.setattr(spectral, "LARGEST_VOCABULARY", 319)
+    assert column(train("large", NUM_ITERATIONS=1), "val/bpb") == expected
+    monkeypatch.setattr(spectral, "LARGEST_VOCABULARY", 320)
+    assert column(train("small", NUM_ITERATIONS=1), "val/bpb") != expected
 
 
 def test_the_loss_falls(train):
