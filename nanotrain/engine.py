@@ -36,11 +36,10 @@ class KVCache:
 
     def __init__(self, config, num_rows, capacity, device):
         """config: the model's GPTConfig. float32, as the model's logits are."""
-        shape = (2, config.num_layers, num_rows, capacity, config.num_kv_heads, config.head_dim)
+        shape = (config.num_layers, 2, num_rows, capacity, config.num_kv_heads, config.head_dim)
         self.memory = torch.zeros(shape, device=device)  # zeros, for a NaN would shine through any mask
-        self.last_keys = torch.zeros(
-            config.num_layers, num_rows, *shape[-2:], device=device
-        )  # as gpt.offset needs them
+        # of each layer (num_rows, 1, K, D), as gpt.offset needs them
+        self.last_keys = list(torch.zeros(config.num_layers, num_rows, 1, *shape[-2:], device=device))
         self.capacity = capacity
         self.lengths, self.last_tokens = [0] * num_rows, [-1] * num_rows
 
@@ -60,29 +59,31 @@ class KVCache:
         for row, text in zip(rows, texts, strict=True):
             self.lengths[row], self.last_tokens[row] = len(text), text[-1] if text else -1
         tokens = self._tensor([text + [0] * (longest - len(text)) for text in texts])
-        positions = torch.arange(longest, device=tokens.device)[None]
-        slots = self._tensor(rows)[:, None] * self.capacity + positions
+        positions, rows = torch.arange(longest, device=tokens.device)[None], self._tensor(rows)
+        slots = rows[:, None] * self.capacity + positions
         previous = F.pad(tokens[:, :-1], (1, 0), value=-1)
         ends = self._tensor([len(text) - 1 for text in texts])
-        return tokens, NewTokens(self, positions, previous, slots.flatten(), self._tensor(rows), ends, 0, None)
+        return tokens, NewTokens(self, positions, previous, slots.flatten(), rows, ends)
 
     def append(self, tokens):
         """(tokens (B, 1), NewTokens): one more token, an int, for each row."""
-        positions, previous = self._tensor(self.lengths)[:, None], self._tensor(self.last_tokens)[:, None]
-        slots = torch.arange(len(tokens), device=positions.device) * self.capacity + positions[:, 0]
         seen, mask = max(self.lengths) + 1, None
+        slots = self._tensor([row * self.capacity + length for row, length in enumerate(self.lengths)])
+        new, positions, previous = self._tensor([tokens, self.lengths, self.last_tokens])[:, :, None]
         if min(self.lengths) + 1 < seen:
             behind = torch.arange(seen, device=positions.device) > positions
             mask = torch.zeros_like(behind, dtype=self.memory.dtype).masked_fill(behind, -torch.inf)[:, None, None]
         self.lengths, self.last_tokens = [length + 1 for length in self.lengths], list(tokens)
-        rows = torch.arange(len(tokens), device=positions.device)
-        return self._tensor(tokens)[:, None], NewTokens(self, positions, previous, slots, rows, 0 * rows, seen, mask)
+        windows = self.memory[:, :, : len(tokens), :seen].flatten(0, 1).unbind()
+        return new, NewTokens(self, positions, previous, slots, windows=windows, mask=mask)
 
     def drop(self, row):
         """Forget a row; the last one moves into its place."""
         last = len(self.lengths) - 1
         self.memory[:, :, row, : self.lengths[last]] = self.memory[:, :, last, : self.lengths[last]]
-        self.last_keys[:, row] = self.last_keys[:, last]
+        for layer, keys in enumerate(self.last_keys):
+            keys[row] = keys[last]
+            self.last_keys[layer] = keys[:last]
         for values in (self.lengths, self.last_tokens):
             values[row] = values[last]
             values.pop()
@@ -99,10 +100,12 @@ class NewTokens:
     positions: torch.Tensor  # (B or 1, T) int64, in their rows
     previous: torch.Tensor  # (B, T) int64, the token before each; -1 before the first of a row
     slots: torch.Tensor  # (B * T,) int64, their places in a layer's memory
-    rows: torch.Tensor  # (B,) int64, of the cache
-    ends: torch.Tensor  # (B,) int64, which of the T is the last of its row; -1: none, all is padding
-    seen: int  # so much of each row they attend to; 0: they begin their rows, and attend to each other
-    mask: torch.Tensor | None  # (B, 1, 1, seen) float32, -inf behind the end of a shorter row
+    # Of tokens that begin their rows, and attend to each other:
+    rows: torch.Tensor | None = None  # (B,) int64, of the cache
+    ends: torch.Tensor | None = None  # (B,) int64, which of the T is the last of its row; -1: none, all is padding
+    # Of a token that comes after others, in every row:
+    windows: tuple | None = None  # (B, seen, K, D), the keys and the values of each layer in turn that they attend to
+    mask: torch.Tensor | None = None  # (B, 1, 1, seen) float32, -inf behind the end of a shorter row
 
     def of_layer(self, layer):
         """What one layer's attention asks."""
@@ -120,20 +123,22 @@ class NewTokensOfLayer:
         """The last keys of the rows before these `k`, as they came out of their product, or None if these begin the
         rows; `k` takes their place.
         """
-        new, last_keys = self.tokens, self.tokens.cache.last_keys[self.layer]
-        before = last_keys[new.rows][:, None] if new.seen else None
+        new, last_keys = self.tokens, self.tokens.cache.last_keys
+        if new.windows:
+            before, last_keys[self.layer] = last_keys[self.layer], k
+            return before
         ends = k[torch.arange(len(k), device=k.device), new.ends.clamp(min=0)]
-        last_keys[new.rows] = ends * (new.ends >= 0)[:, None, None]
-        return before
+        last_keys[self.layer][new.rows] = (ends * (new.ends >= 0)[:, None, None])[:, None]
+        return None
 
     def extend(self, k, v):
         """Keep these keys and values; returns those that the tokens attend to, and the mask."""
-        new, (keys, values) = self.tokens, self.tokens.cache.memory[:, self.layer]
-        keys.flatten(0, 1).index_copy_(0, new.slots, k.flatten(0, 1))
-        values.flatten(0, 1).index_copy_(0, new.slots, v.flatten(0, 1))
-        if not new.seen:
+        new, (keys, values) = self.tokens, self.tokens.cache.memory[self.layer].flatten(1, 2)
+        keys.index_copy_(0, new.slots, k.flatten(0, 1))
+        values.index_copy_(0, new.slots, v.flatten(0, 1))
+        if not new.windows:
             return k, v, None
-        return keys[: len(k), : new.seen], values[: len(v), : new.seen], new.mask
+        return *new.windows[2 * self.layer : 2 * self.layer + 2], new.mask
 
 
 def generate(model, tokens, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, seed=0, stop=()):

@@ -76,7 +76,7 @@ def offset(k, before=None):
     halves = k.view(B, T, K, 2, D // 2)  # a channel and the one that it turns with
     slow = halves[..., D // 4 :]
     first = torch.zeros_like(slow[:, :1]) if before is None else before.view(B, 1, K, 2, D // 2)[..., D // 4 :]
-    shifted = torch.cat((first, slow[:, :-1]), dim=1)
+    shifted = first if T == 1 else torch.cat((first, slow[:, :-1]), dim=1)
     return torch.cat((halves[..., : D // 4], shifted), dim=-1).view(B, T, K, D)
 
 

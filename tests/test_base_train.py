@@ -24,6 +24,7 @@ from nanotrain import (
     core_bundle,
     core_eval,
     dataset,
+    engine,
     errors,
     guard,
     loss,
@@ -210,6 +211,33 @@ def test_tasks_are_scored_before_training_when_due_and_at_the_end_and_change_not
     assert scored[-1] == {"step": 6, "core/core_metric": core_eval.core_metric(scores)[0], **expected}
     assert equal(saved(run)[0], saved(whole)[0])
     assert [row for row in timeless(run) if "core/core_metric" not in row] == timeless(whole)
+
+
+def test_samples_come_when_due_and_at_the_end_and_are_those_of_the_weights(train, capsys):
+    run = train(SAMPLE_EVERY=4)
+    printed = re.split(r"\n\d\d:\d\d:\d\d ", "\n" + capsys.readouterr().out)
+    found = [event.removeprefix("sample: ").rstrip("\n") for event in printed if event.startswith("sample: ")]
+    model, tokenizer, _ = checkpoint.load_model(run)
+    expected = []
+    for prompt in base_train.PROMPTS:
+        ids = list(engine.generate(model, [tokenizer.bos, *tokenizer.encode(prompt)], 48))
+        expected.append((prompt + tokenizer.decode(ids)).rstrip("\n"))
+    assert found[len(expected) :] == expected
+    assert len(found) == 2 * len(expected)  # after steps 4 and 6
+    assert found[: len(expected)] != expected  # of other weights
+
+
+def test_the_time_of_evaluations_and_samples_is_not_that_of_training(train, tasks, monkeypatch):
+    for name in ("evaluate", "evaluate_core", "sample"):
+        original = getattr(base_train, name)
+
+        def slow(*arguments, original=original):
+            time.sleep(0.4)
+            return original(*arguments)
+
+        monkeypatch.setattr(base_train, name, slow)
+    run = train(**{**tasks, "CORE_METRIC_EVERY": 1}, EVAL_EVERY=1, SAMPLE_EVERY=1, NUM_ITERATIONS=2)
+    assert min(column(run, "train/tok_per_sec")) > TINY["TOTAL_BATCH_SIZE"] / 0.4
 
 
 def test_without_the_public_tasks_a_line_says_so_and_training_goes_on(train, monkeypatch, capsys):

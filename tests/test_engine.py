@@ -86,7 +86,8 @@ def one_position_off(self, tokens):
 
 def forgotten_keys(self, tokens):
     tokens, new = append(self, tokens)
-    self.last_keys.zero_()
+    for keys in self.last_keys:
+        keys.zero_()
     return tokens, new
 
 
@@ -195,7 +196,8 @@ def test_the_memory_of_a_cache_is_stated_and_no_more_than_the_texts_can_fill(mod
     monkeypatch.setattr(KVCache, "__init__", noting)
     for count, capacity in ((3, 6), (2 * T, T)):
         list(generate_batch(model, [[1, 2, 3], [4]], count))
-        assert made[-1].memory.nbytes + made[-1].last_keys.nbytes == KVCache.bytes(model.config, 2, capacity)
+        last_keys = sum(keys.nbytes for keys in made[-1].last_keys)
+        assert made[-1].memory.nbytes + last_keys == KVCache.bytes(model.config, 2, capacity)
         keys_and_values_of_a_token = 2 * 2 * 2 * 8 * 4  # layers, both, heads, head dimension, bytes of a float32
         assert made[-1].memory.nbytes == 2 * capacity * keys_and_values_of_a_token
 
