@@ -10,6 +10,7 @@ from conftest import ALONE
 from nanotrain import optim
 from nanotrain.gpt import GPT, GPTConfig
 from nanotrain.optim import AdamW, Muon, RowAdam, orthogonalize
+from nanotrain.runtime import Runtime
 
 SHAPES = ((8, 8), (6, 16), (16, 6), (16, 6), (1, 5), (5, 1))
 RATES = {"matrix": 0.02, "embedding": 0.3, "unembedding": 0.004, "scalar": 0.05}
@@ -296,6 +297,102 @@ def test_collected_gradients_are_dense_share_memory_and_average_the_sparse_ones_
     torch.testing.assert_close(table.grad.to_dense(), dense + other_dense)
 
 
+# ---- shares of ranks ----
+
+WORLDS = (1, 2, 3, 4, 5, 7, 8)
+
+
+def test_costs_are_dealt_largest_first_to_the_rank_with_the_least():
+    assert optim.deal([1, 5, 4, 1, 3], 2) == [0, 0, 1, 0, 1]
+    assert optim.deal([2, 2], 5) == [0, 1]
+    assert optim.deal([], 3) == []
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_elements_are_cut_into_runs_that_differ_by_one_at_most(world_size):
+    sizes = [1, 40, 7, 7, 1, 1, 100]
+    spans = optim.cut(sizes, world_size)
+    line = [rank for tensor in spans for rank, (begin, end) in enumerate(tensor) for _ in range(end - begin)]
+    assert line == sorted(line)
+    counts = [line.count(rank) for rank in range(world_size)]
+    assert sum(counts) == sum(sizes)
+    assert max(counts) - min(counts) <= 1
+    for size, tensor in zip(sizes, spans, strict=True):
+        owned = [element for begin, end in tensor for element in range(begin, end)]
+        assert owned == list(range(size))
+
+
+class Lonely(Runtime):
+    """One rank of several, to whom nobody sends anything."""
+
+    def share(self, owned):
+        assert len(owned) == self.world_size
+        return lambda: None
+
+
+def place_among(world_size, rank):
+    return Lonely(rank, rank, world_size, torch.device("cpu"), torch.float32, "test")
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_every_rank_updates_what_it_owns_as_one_process_would_and_nothing_else(world_size):
+    alone, _ = trained(3)
+    untouched = small_model()
+    moved = {name: 0 for name, _ in alone.named_parameters()}
+    for rank in range(world_size):
+        _, optimizers = trained(3, place_among(world_size, rank))
+        elements = [sum(len(state["exp_avg"]) for state in optimizers[1].state.values())]
+        elements += [sum(parameter.numel() for parameter in optimizers[1].spans) / world_size]
+        assert abs(elements[0] - elements[1]) <= 1
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                for name, parameter in zip(group["names"], group["params"], strict=True):
+                    begin, end = optimizer.own(parameter)
+                    here = torch.zeros(parameter.numel(), dtype=torch.bool)
+                    here[begin:end] = True
+                    moved[name] += here.int()
+                    expected = torch.where(
+                        here.view_as(parameter), dict(alone.named_parameters())[name], untouched.get_parameter(name)
+                    )
+                    torch.testing.assert_close(parameter, expected, rtol=0, atol=1e-5)
+                    assert (parameter in optimizer.state) == (end > begin)
+    for name, times in moved.items():
+        assert (times == (world_size if name.startswith("bigram") else 1)).all(), name
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_no_rank_orthogonalises_much_more_than_another(world_size):
+    model = small_model()
+    roles = model.parameters_by_role()
+    costs = [
+        sum(optim.orthogonalization_cost(p) for p in muon.spans if muon.own(p)[1])
+        for muon in (
+            optim.build(roles, RATES, 0.0, torch.float32, place_among(world_size, rank))[0]
+            for rank in range(world_size)
+        )
+    ]
+    total = 3 * (4 * 3 * 16**3 + 2 * 16 * 16 * (2 * 64 + 16))  # three layers: four square matrices, two long ones
+    assert sum(costs) == total
+    assert max(costs) <= total / world_size + 16 * 16 * (2 * 64 + 16)
+
+
+def test_the_footprint_of_a_small_model_is_the_one_counted_by_hand():
+    roles = small_model().parameters_by_role()
+    of_roles = {role: sum(p.numel() for p in named.values()) for role, named in roles.items()}
+    assert of_roles["bigram_embedding"] == 11 * 16
+    dense = sum(of_roles.values()) - of_roles["bigram_embedding"]
+    matrices, matrix_rows = of_roles["matrix"], 3 * (4 * 16 + 64 + 16)
+    state = 4 * (matrices + matrix_rows) + 8 * (dense - matrices) + 8 * 11
+    optimizers = optim.build(roles, RATES, 0.0, torch.float32, ALONE)
+    assert optim.footprint(optimizers, ALONE, 5) == {"gradients": 0, "rows": 0, "parameters": 0, "state": state}
+    place = place_among(4, 1)
+    found = optim.footprint(optim.build(roles, RATES, 0.0, torch.float32, place), place, 5)
+    assert found["gradients"] == 4 * dense * 2 * 3 // 4  # around the ring twice, a quarter of them at a time
+    assert found["parameters"] == 4 * dense * 3 // 4  # everything but one's own
+    assert found["rows"] == 3 * (5 * (8 + 4 * 16) + 2 * 8)
+    assert found["state"] == pytest.approx((state - 8 * 11) / 4 + 8 * 11, rel=0.1)
+
+
 # ---- groups, schedule, state ----
 
 
@@ -342,10 +439,10 @@ def test_set_schedule_scales_every_rate_from_its_own_base():
         assert "momentum" not in group
 
 
-def trained(steps):
+def trained(steps, runtime=ALONE):
     """A model and its optimizers after so many steps on fixed gradients."""
     model = small_model()
-    optimizers = optim.build(model.parameters_by_role(), RATES, weight_decay=0.1, dtype=torch.float32, runtime=ALONE)
+    optimizers = optim.build(model.parameters_by_role(), RATES, weight_decay=0.1, dtype=torch.float32, runtime=runtime)
     for seed in range(1, steps + 1):
         step(optimizers, dict(model.named_parameters()), seed)
     return model, optimizers
