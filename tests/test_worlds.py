@@ -27,7 +27,7 @@ SETTINGS = {
     "BIGRAM_ROWS": BIGRAM_ROWS,
     "SPECTRAL_TOKENS": 0,  # from pairs gradients nearly cancel at first, and AdamW makes a step of what is left
     "TOTAL_BATCH_SIZE": ROWS * SEQ_LEN,
-    "DEVICE_BATCH_SIZE": 105,
+    "DEVICE_BATCH_SIZE": 140,
     "NUM_ITERATIONS": STEPS,
     "EVAL_EVERY": STEPS,
     "SAVE_EVERY": 0,
@@ -38,6 +38,17 @@ SETTINGS = {
 def planned(name, ranks, fault="none", stop=0, **settings):
     flags = soak.flags(**{**SETTINGS, "RUN_NAME": name, **settings})
     return {"name": name, "ranks": ranks, "stop": stop, "fault": fault, "flags": flags}
+
+
+def all_plans():
+    plans = [planned(f"float{ranks}", ranks) for ranks in WORLDS]
+    short = {"DTYPE": "bfloat16", "EVAL_EVERY": 0, "TOTAL_BATCH_SIZE": 60 * SEQ_LEN}
+    plans += [planned(f"bfloat{ranks}", ranks, **short) for ranks in (1, 2, 3, 4)]
+    plans += [planned(fault, 2, fault, EVAL_EVERY=0) for fault in ("unsent", "unaveraged")]
+    for name, fault in (("moved", "none"), ("lost", "lost")):
+        plans.append(planned(name, 3, fault, stop=SAVED))
+        plans.append(planned(f"{name}-on", 2, RUN_NAME=name, RESUME=True))
+    return plans
 
 
 class Worlds:
@@ -74,13 +85,7 @@ def worlds(tmp_path_factory):
     """All runs."""
     folder = tmp_path_factory.mktemp("worlds")
     soak.make_inputs(folder)
-    plans = [planned(f"float{ranks}", ranks) for ranks in WORLDS]
-    plans += [planned(f"bfloat{ranks}", ranks, DTYPE="bfloat16", EVAL_EVERY=0) for ranks in (1, 2, 3, 4)]
-    plans += [planned(fault, 2, fault, EVAL_EVERY=0) for fault in ("unsent", "unaveraged")]
-    for name, fault in (("moved", "none"), ("lost", "lost")):
-        plans.append(planned(name, 3, fault, stop=SAVED))
-        plans.append(planned(f"{name}-on", 2, RUN_NAME=name, RESUME=True))
-    (folder / "plan.json").write_text(json.dumps(plans), encoding="utf-8")
+    (folder / "plan.json").write_text(json.dumps(all_plans()), encoding="utf-8")
     environment = {**os.environ, "NANOTRAIN_DIR": str(folder), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.worlds", str(folder)]
     done = subprocess.run(command, cwd=soak.ROOT, env=environment, capture_output=True, text=True, timeout=300)
@@ -93,6 +98,18 @@ def distances(ours, theirs):
     assert ours.keys() == theirs.keys()
     differences = {name: (ours[name].double() - theirs[name].double()).norm() for name in ours}
     return {name: (difference / theirs[name].double().norm()).item() for name, difference in differences.items()}
+
+
+def gradient_distance(worlds, one, other):
+    """The largest of the tensors' distances in the first step; those of scalars, which are zero but for rounding there,
+    are relative to the gradient as a whole.
+    """
+    ours, theirs = worlds.gradients(one), worlds.gradients(other)
+    whole = torch.cat([gradient.flatten() for gradient in theirs.values()]).norm()
+    scalars = {name for name, gradient in theirs.items() if not gradient.dim()}
+    found = [((ours[name] - theirs[name]).abs() / whole).item() for name in scalars]
+    ours, theirs = ({n: g for n, g in gradients.items() if n not in scalars} for gradients in (ours, theirs))
+    return max(*found, *distances(ours, theirs).values())
 
 
 def relative(ours, theirs):
@@ -108,7 +125,7 @@ def test_any_number_of_ranks_trains_as_one_does(worlds, ranks):
     assert len(worlds.column(one, "train/loss")) == STEPS
     for key, limit in (("train/loss", 1e-6), ("val/bpb", 1e-6), ("train/grad_norm", 1e-4)):
         assert relative(worlds.column(many, key), worlds.column(one, key)) < limit, key
-    assert max(distances(worlds.gradients(many), worlds.gradients(one)).values()) < 1e-6
+    assert gradient_distance(worlds, many, one) < 1e-6
     assert max(distances(worlds.tensors(many), worlds.tensors(one)).values()) < 1e-4
 
 
@@ -123,7 +140,7 @@ def test_in_bfloat16_the_losses_agree_to_its_rounding(worlds, ranks):
 def test_gradients_that_are_not_averaged_are_noticed_though_all_ranks_hold_the_same_weights(worlds):
     assert worlds.codes["unaveraged"] == [0, 0]
     assert relative(worlds.column("unaveraged", "train/loss"), worlds.column("float1", "train/loss")) > 1e-5
-    assert min(distances(worlds.gradients("unaveraged"), worlds.gradients("float1")).values()) > 1e-6
+    assert gradient_distance(worlds, "unaveraged", "float1") > 1e-3
     assert max(distances(worlds.tensors("unaveraged"), worlds.tensors("float1")).values()) > 1e-3
 
 
