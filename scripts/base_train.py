@@ -247,7 +247,7 @@ def pretrain(rt, stop, watchdog):
     if rt.world_size > 1:
         sparse = list(model.parameters_by_role().get("bigram_embedding", {}))
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sparse)  # optim shares these
-        trained = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        trained = DistributedDataParallel(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
     parameters = list(model.parameters())
 
     # ---- the run ----
