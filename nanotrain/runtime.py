@@ -27,6 +27,7 @@ from nanotrain.errors import PeerError, UserError
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 JOIN_SECONDS = 600.0  # in which all ranks must have started
+MESSAGE_BYTES = 2**26  # up to which tensors are sent together: long enough for full speed, short enough to copy
 
 # Dense bf16 FLOP/s as the vendors publish them, by a part of the device's name; the first match counts.
 PEAK_FLOPS = {
@@ -105,6 +106,49 @@ class Runtime:
         dist.all_gather_single(joined.flatten(0, 1), padded)
         return torch.cat([part[:size] for part, size in zip(joined, sizes, strict=True)])
 
+    def share(self, owned):
+        """Begin to give every rank the tensors that each rank owns; returns a function that waits until all are there.
+
+        owned: for each rank, a list of its 1-D contiguous tensors of one dtype, which the other ranks have too, to be
+        overwritten. Small ones travel in one message, large ones without being copied.
+        """
+        sent = []
+        for rank, tensors in enumerate(owned if self.world_size > 1 else ()):
+            for message in _messages(tensors):
+                if len(message) == 1:
+                    flat = message[0]
+                elif rank == self.rank:
+                    flat = torch.cat(message)
+                else:
+                    flat = message[0].new_empty(sum(map(len, message)))
+                sent.append((rank, message, flat, dist.broadcast(flat, rank, async_op=True)))
+
+        def wait():
+            for rank, message, flat, work in sent:
+                work.wait()
+                if rank != self.rank and len(message) > 1:
+                    torch._foreach_copy_(message, flat.split([len(tensor) for tensor in message]))
+
+        return wait
+
+    def assemble(self, part, sizes):
+        """The 1-D tensors of all ranks joined in order of rank, for rank 0; None for the others. sizes: of each rank's,
+        which all ranks know. It is made in the memory of the CPU, unless there is only one rank.
+        """
+        if self.world_size == 1:
+            return part
+        if not self.is_main:
+            if sizes[self.rank]:
+                dist.send(part.cpu(), 0)
+            return None
+        joined = torch.empty(sum(sizes), dtype=part.dtype)
+        for rank, place in enumerate(joined.split(sizes)):
+            if rank == self.rank:
+                place.copy_(part)
+            elif len(place):
+                dist.recv(place, rank)
+        return joined
+
     def on_main(self, function):
         """The result of `function()`, which only rank 0 runs; a UserError or OSError of it is raised on every rank."""
         result, error = None, None
@@ -180,6 +224,18 @@ def start(device="auto", dtype="auto", seed=1337, deterministic=True):
     torch.manual_seed(seed)
     compute_dtype, reason = _dtype(dtype, found)
     return Runtime(rank, local_rank, world_size, found, compute_dtype, reason)
+
+
+def _messages(tensors):
+    """Lists of consecutive tensors: as many as make up MESSAGE_BYTES at most, or one."""
+    found, size = [], MESSAGE_BYTES
+    for tensor in tensors:
+        if size + tensor.nbytes > MESSAGE_BYTES:
+            found.append([])
+            size = 0
+        found[-1].append(tensor)
+        size += tensor.nbytes
+    return found
 
 
 def _portable(error):

@@ -224,7 +224,9 @@ def pretrain(rt, stop, watchdog):
         "scalar": SCALAR_LR,
     }
     muon_dtype = torch.bfloat16 if rt.dtype == torch.bfloat16 else torch.float32
-    _, adamw, *_ = optimizers = optim.build(model.parameters_by_role(), rates, WEIGHT_DECAY, muon_dtype)
+    _, adamw, *_ = optimizers = optim.build(model.parameters_by_role(), rates, WEIGHT_DECAY, muon_dtype, rt)
+    if rt.world_size > 1:
+        say(rt, describe_sharing(optim.footprint(optimizers, rt, plan.total_batch_size // rt.world_size)))
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
     if saved:
         checkpoint.load_weights(model, model_tensors)
@@ -245,7 +247,7 @@ def pretrain(rt, stop, watchdog):
     if rt.world_size > 1:
         sparse = list(model.parameters_by_role().get("bigram_embedding", {}))
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sparse)  # optim shares these
-        trained = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        trained = DistributedDataParallel(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
     parameters = list(model.parameters())
 
     # ---- the run ----
@@ -288,8 +290,9 @@ def pretrain(rt, stop, watchdog):
             "environment": environment,
             **identity,
         }
+        moments = optim.state_tensors(optimizers, rt)
         failure = rt.on_main(
-            lambda: save_checkpoint(run_dir, run, model, optimizers, state, resumed_step, owner, verified)
+            lambda: save_checkpoint(run_dir, run, model, moments, state, resumed_step, owner, verified)
         )
         failed_saves = failed_saves + 1 if failure else 0
         if failure and (run.step == run.num_steps or failed_saves == FAILED_SAVES_LIMIT):
@@ -639,6 +642,15 @@ def describe(rt, plan, run, model_config, reason, shards, tokenizer, run_dir):
     return "\n".join(lines)
 
 
+def describe_sharing(footprint):
+    """The line that says what the ranks send each other and what each of them holds."""
+    sent = sum(size for name, size in footprint.items() if name != "state")
+    return (
+        f"sharing    a rank sends at most {sent / 1e6:,.1f} MB a step"
+        f" and holds {footprint['state'] / 1e6:,.1f} MB of optimizer state"
+    )
+
+
 def start_from_pairs(model, units, tokenizer, run_tokens):
     """Set embedding and head to those of the bigram model of the first tokens of the run."""
     seq_len = model.config.max_seq_len
@@ -744,10 +756,10 @@ def due(every, step, last):
     return every > 0 and (last or step % every == 0)
 
 
-def save_checkpoint(run_dir, run, model, optimizers, state, resumed_step, owner, verified):
+def save_checkpoint(run_dir, run, model, moments, state, resumed_step, owner, verified):
     """Save, and remove old checkpoints. Returns what kept it from being written, as a full disk does, or None."""
     try:
-        checkpoint.save(run_dir, run.step, model.state_dict(), optim.state_tensors(optimizers), state, owner)
+        checkpoint.save(run_dir, run.step, model.state_dict(), moments, state, owner)
     except OSError as error:
         return error.strerror or str(error)
     with contextlib.suppress(OSError):  # it is saved; what could not be removed goes another time

@@ -167,7 +167,7 @@ class Training:
         elif self.compile_mode == "block":
             model.compile_parts()
         muon_dtype = torch.bfloat16 if rt.dtype == torch.bfloat16 else torch.float32
-        return model, optim.build(model.parameters_by_role(), RATES, 0.0, muon_dtype)
+        return model, optim.build(model.parameters_by_role(), RATES, 0.0, muon_dtype, rt)
 
 
 def prepare_training(rt, training, next_batch=None):
@@ -202,11 +202,11 @@ def prepare_optimizers(rt, training):
     with rt.autocast():
         model(*tokens).backward()
     muons = [  # one a stack: of a whole Muon one could not tell the update of a stack from the momentum of the next
-        optim.Muon(dict(zip(group["names"], group["params"], strict=True)), group["lr"], dtype=muon.dtype)
+        optim.Muon(dict(zip(group["names"], group["params"], strict=True)), group["lr"], rt, dtype=muon.dtype)
         for group in muon.param_groups
     ]
     roles = {name: role for role, named in model.parameters_by_role().items() for name in named}
-    others = [(f"AdamW {roles[group['names'][0]]}", optim.AdamW([group])) for group in adamw.param_groups]
+    others = [(f"AdamW {roles[group['names'][0]]}", optim.AdamW([group], rt)) for group in adamw.param_groups]
     others += [("RowAdam bigram_embedding", optimizer) for optimizer in row_adam]
     orthogonalize, marks = optim.orthogonalize, []
 

@@ -2,8 +2,9 @@
 
 torchrun --standalone --nproc_per_node=2 -m tests.ranks FOLDER NUDGED_STEP STOPPED_STEP --depth=1 ...
 
-Before step NUDGED_STEP a weight of rank 1 is nudged, which whoever compares the hashes must notice. In STOPPED_STEP
-rank 1 alone gets SIGTERM.
+Before step NUDGED_STEP a weight of rank 1 is nudged, which whoever compares the hashes must notice: one of the table of
+pairs, because every rank updates all of that; what one rank owns all get from it anew. In STOPPED_STEP rank 1 alone
+gets SIGTERM.
 """
 
 import hashlib
@@ -37,7 +38,7 @@ def main():
         seen[:], step = optimizers, step + 1
         if step == nudged_step and rank == "1":
             with torch.no_grad():
-                optimizers[0].param_groups[0]["params"][0][0, 0] += 1e-6
+                optimizers[-1].param_groups[0]["params"][0][0, 0] += 1e-6
         if step == stopped_step and rank == "1":
             signal.raise_signal(signal.SIGTERM)
         record(optimizers)

@@ -5,10 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import ALONE
 
 from nanotrain import optim
 from nanotrain.gpt import GPT, GPTConfig
 from nanotrain.optim import AdamW, Muon, RowAdam, orthogonalize
+from nanotrain.runtime import Runtime
 
 SHAPES = ((8, 8), (6, 16), (16, 6), (16, 6), (1, 5), (5, 1))
 RATES = {"matrix": 0.02, "embedding": 0.3, "unembedding": 0.004, "scalar": 0.05}
@@ -59,7 +61,7 @@ def test_adamw_equals_the_one_of_torch(betas, weight_decay, eps):
         "weight_decay": weight_decay,
         "eps": eps,
     }
-    optimizer = AdamW([group])
+    optimizer = AdamW([group], ALONE)
     other = torch.optim.AdamW(
         theirs.values(), lr=0.05, betas=betas, weight_decay=weight_decay, eps=eps, foreach=False, fused=False
     )
@@ -155,7 +157,7 @@ def muon_steps(named, seeds, lr, momentum, weight_decay):
 def test_muon_equals_its_definition(weight_decay):
     named = parameters()
     expected = muon_steps(named, range(1, 6), 0.1, 0.9, weight_decay)
-    optimizer = Muon(named, lr=0.1, momentum=0.9, weight_decay=weight_decay)
+    optimizer = Muon(named, 0.1, ALONE, momentum=0.9, weight_decay=weight_decay)
     for seed in range(1, 6):
         step([optimizer], named, seed)
     for name, parameter in named.items():
@@ -168,7 +170,7 @@ def test_muon_equals_the_one_of_torch_with_its_coefficients_and_precision(monkey
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)  # torch's knows no other precision
     monkeypatch.setattr(optim, "even_rows", lambda update, row_sq: update)  # nor this
     ours, theirs = parameters(), parameters()
-    optimizer = Muon(ours, lr=0.1, momentum=0.9)
+    optimizer = Muon(ours, 0.1, ALONE, momentum=0.9)
     other = torch.optim.Muon(theirs.values(), lr=0.1, momentum=0.9, weight_decay=0.0, nesterov=True)
     for seed in range(1, 11):
         step([optimizer], ours, seed)
@@ -184,7 +186,7 @@ def test_cautious_decay_acts_only_where_it_agrees_with_the_update():
     gradient = torch.tensor([[3.0, 2.0], [-2.0, 3.0]])  # its polar factor has these signs
     for named, decay in ((with_decay, 0.5), (without, 0.0)):
         named["w"].grad = gradient.clone()
-        Muon(named, lr=0.1, weight_decay=decay).step()
+        Muon(named, 0.1, ALONE, weight_decay=decay).step()
     # the update is subtracted: it agrees with a decay of entries that have its sign
     expected = torch.tensor([[-0.05, 0.0], [0.0, -0.05]])
     torch.testing.assert_close((with_decay["w"] - without["w"]).detach(), expected, rtol=0, atol=1e-6)
@@ -192,11 +194,11 @@ def test_cautious_decay_acts_only_where_it_agrees_with_the_update():
 
 def test_a_stack_changes_nothing_for_its_members():
     together = parameters()
-    step([Muon(together, lr=0.1)], together, 1)
+    step([Muon(together, 0.1, ALONE)], together, 1)
     for number, name in enumerate(together):
         alone = {name: parameters()[name]}
         alone[name].grad = draw(*alone[name].shape, seed=1000 + number)
-        Muon(alone, lr=0.1).step()
+        Muon(alone, 0.1, ALONE).step()
         torch.testing.assert_close(alone[name], together[name], rtol=0, atol=1e-5)
 
 
@@ -233,7 +235,7 @@ def row_adam_steps(steps, optimizer_of):
 
 
 def row_adam(table):
-    return RowAdam([{"names": ["table"], "params": [table], "lr": 0.3, "beta2": 0.9}])
+    return RowAdam([{"names": ["table"], "params": [table], "lr": 0.3, "beta2": 0.9}], ALONE)
 
 
 def assert_row_adam_is_right(optimizer_of):
@@ -254,7 +256,7 @@ def test_the_row_adam_check_notices_lost_state(lost):
             super().step()
 
     with pytest.raises(AssertionError):
-        assert_row_adam_is_right(lambda table: Forgetful(row_adam(table).param_groups))
+        assert_row_adam_is_right(lambda table: Forgetful(row_adam(table).param_groups, ALONE))
 
 
 def test_row_adam_leaves_rows_without_gradient_alone_to_the_bit():
@@ -285,7 +287,8 @@ def test_collected_gradients_are_dense_share_memory_and_average_the_sparse_ones_
     table.grad, dense = sparse_gradient(1)
     matrix.grad = draw(3, 3, seed=2)
     other, other_dense = sparse_gradient(2)
-    pairs = [(table.grad._indices()[0], other._indices()[0]), (table.grad._values() / 2, other._values() / 2)]
+    here, there = table.grad.coalesce(), other.coalesce()  # each row once
+    pairs = [(here.indices()[0], there.indices()[0]), (here.values() / 2, there.values() / 2)]
     rows, whole = optim.collect_gradients([table, matrix], Ranks(pairs))
     assert whole is matrix.grad
     torch.testing.assert_close(table.grad.to_dense(), (dense + other_dense) / 2)
@@ -294,12 +297,108 @@ def test_collected_gradients_are_dense_share_memory_and_average_the_sparse_ones_
     torch.testing.assert_close(table.grad.to_dense(), dense + other_dense)
 
 
+# ---- shares of ranks ----
+
+WORLDS = (1, 2, 3, 4, 5, 7, 8)
+
+
+def test_costs_are_dealt_largest_first_to_the_rank_with_the_least():
+    assert optim.deal([1, 5, 4, 1, 3], 2) == [0, 0, 1, 0, 1]
+    assert optim.deal([2, 2], 5) == [0, 1]
+    assert optim.deal([], 3) == []
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_elements_are_cut_into_runs_that_differ_by_one_at_most(world_size):
+    sizes = [1, 40, 7, 7, 1, 1, 100]
+    spans = optim.cut(sizes, world_size)
+    line = [rank for tensor in spans for rank, (begin, end) in enumerate(tensor) for _ in range(end - begin)]
+    assert line == sorted(line)
+    counts = [line.count(rank) for rank in range(world_size)]
+    assert sum(counts) == sum(sizes)
+    assert max(counts) - min(counts) <= 1
+    for size, tensor in zip(sizes, spans, strict=True):
+        owned = [element for begin, end in tensor for element in range(begin, end)]
+        assert owned == list(range(size))
+
+
+class Lonely(Runtime):
+    """One rank of several, to whom nobody sends anything."""
+
+    def share(self, owned):
+        assert len(owned) == self.world_size
+        return lambda: None
+
+
+def place_among(world_size, rank):
+    return Lonely(rank, rank, world_size, torch.device("cpu"), torch.float32, "test")
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_every_rank_updates_what_it_owns_as_one_process_would_and_nothing_else(world_size):
+    alone, _ = trained(3)
+    untouched = small_model()
+    moved = {name: 0 for name, _ in alone.named_parameters()}
+    for rank in range(world_size):
+        _, optimizers = trained(3, place_among(world_size, rank))
+        elements = [sum(len(state["exp_avg"]) for state in optimizers[1].state.values())]
+        elements += [sum(parameter.numel() for parameter in optimizers[1].spans) / world_size]
+        assert abs(elements[0] - elements[1]) <= 1
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                for name, parameter in zip(group["names"], group["params"], strict=True):
+                    begin, end = optimizer.own(parameter)
+                    here = torch.zeros(parameter.numel(), dtype=torch.bool)
+                    here[begin:end] = True
+                    moved[name] += here.int()
+                    expected = torch.where(
+                        here.view_as(parameter), dict(alone.named_parameters())[name], untouched.get_parameter(name)
+                    )
+                    torch.testing.assert_close(parameter, expected, rtol=0, atol=1e-5)
+                    assert (parameter in optimizer.state) == (end > begin)
+    for name, times in moved.items():
+        assert (times == (world_size if name.startswith("bigram") else 1)).all(), name
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_no_rank_orthogonalises_much_more_than_another(world_size):
+    model = small_model()
+    roles = model.parameters_by_role()
+    costs = [
+        sum(optim.orthogonalization_cost(p) for p in muon.spans if muon.own(p)[1])
+        for muon in (
+            optim.build(roles, RATES, 0.0, torch.float32, place_among(world_size, rank))[0]
+            for rank in range(world_size)
+        )
+    ]
+    total = 3 * (4 * 3 * 16**3 + 2 * 16 * 16 * (2 * 64 + 16))  # three layers: four square matrices, two long ones
+    assert sum(costs) == total
+    assert max(costs) <= total / world_size + 16 * 16 * (2 * 64 + 16)
+
+
+def test_the_footprint_of_a_small_model_is_the_one_counted_by_hand():
+    roles = small_model().parameters_by_role()
+    of_roles = {role: sum(p.numel() for p in named.values()) for role, named in roles.items()}
+    assert of_roles["bigram_embedding"] == 11 * 16
+    dense = sum(of_roles.values()) - of_roles["bigram_embedding"]
+    matrices, matrix_rows = of_roles["matrix"], 3 * (4 * 16 + 64 + 16)
+    state = 4 * (matrices + matrix_rows) + 8 * (dense - matrices) + 8 * 11
+    optimizers = optim.build(roles, RATES, 0.0, torch.float32, ALONE)
+    assert optim.footprint(optimizers, ALONE, 5) == {"gradients": 0, "rows": 0, "parameters": 0, "state": state}
+    place = place_among(4, 1)
+    found = optim.footprint(optim.build(roles, RATES, 0.0, torch.float32, place), place, 5)
+    assert found["gradients"] == 4 * dense * 2 * 3 // 4  # around the ring twice, a quarter of them at a time
+    assert found["parameters"] == 4 * dense * 3 // 4  # everything but one's own
+    assert found["rows"] == 3 * (5 * (8 + 4 * 16) + 2 * 8)
+    assert found["state"] == pytest.approx((state - 8 * 11) / 4 + 8 * 11, rel=0.1)
+
+
 # ---- groups, schedule, state ----
 
 
 def test_build_puts_every_parameter_in_one_group_with_the_rate_of_its_role():
     model = small_model()
-    optimizers = optim.build(model.parameters_by_role(), RATES, weight_decay=0.1, dtype=torch.float32)
+    optimizers = optim.build(model.parameters_by_role(), RATES, weight_decay=0.1, dtype=torch.float32, runtime=ALONE)
     named = dict(model.named_parameters())
     held = {}
     for optimizer in optimizers:
@@ -327,7 +426,7 @@ def test_build_puts_every_parameter_in_one_group_with_the_rate_of_its_role():
 
 def test_set_schedule_scales_every_rate_from_its_own_base():
     model = small_model()
-    optimizers = optim.build(model.parameters_by_role(), RATES, weight_decay=0.1, dtype=torch.float32)
+    optimizers = optim.build(model.parameters_by_role(), RATES, weight_decay=0.1, dtype=torch.float32, runtime=ALONE)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     base = [group["lr"] for group in groups]
     for rate in (0.5, 0.25):  # the second does not build on the first
@@ -340,10 +439,10 @@ def test_set_schedule_scales_every_rate_from_its_own_base():
         assert "momentum" not in group
 
 
-def trained(steps):
+def trained(steps, runtime=ALONE):
     """A model and its optimizers after so many steps on fixed gradients."""
     model = small_model()
-    optimizers = optim.build(model.parameters_by_role(), RATES, weight_decay=0.1, dtype=torch.float32)
+    optimizers = optim.build(model.parameters_by_role(), RATES, weight_decay=0.1, dtype=torch.float32, runtime=runtime)
     for seed in range(1, steps + 1):
         step(optimizers, dict(model.named_parameters()), seed)
     return model, optimizers
@@ -357,7 +456,7 @@ def assert_goes_on_equal(restore):
     model, optimizers = trained(3)
     fresh, fresh_optimizers = trained(0)
     fresh.load_state_dict(model.state_dict())
-    saved = {name: tensor.clone() for name, tensor in optim.state_tensors(optimizers).items()}
+    saved = {name: tensor.clone() for name, tensor in optim.state_tensors(optimizers, ALONE).items()}
     restore(fresh_optimizers, saved, optimizers[1].updates)
     for seed in (4, 5):
         step(fresh_optimizers, dict(fresh.named_parameters()), seed)
@@ -386,7 +485,7 @@ def test_the_restore_check_notices_what_is_lost(lost):
 
 def test_state_is_named_whole_and_in_float32():
     model, optimizers = trained(1)
-    tensors = optim.state_tensors(optimizers)
+    tensors = optim.state_tensors(optimizers, ALONE)
     expected = {}
     for role, named in model.parameters_by_role().items():
         for name, parameter in named.items():
@@ -401,7 +500,7 @@ def test_state_is_named_whole_and_in_float32():
 
 def test_wrong_state_is_refused_with_the_name_of_the_tensor():
     _, optimizers = trained(1)
-    good = dict(optim.state_tensors(optimizers))
+    good = dict(optim.state_tensors(optimizers, ALONE))
     name = "blocks.0.expand.weight/momentum"
     missing = {key: tensor for key, tensor in good.items() if key != name}
     for bad in (missing, {**missing, "other/momentum": good[name]}, {**good, "other/momentum": good[name]}):
@@ -433,6 +532,6 @@ def test_accumulated_gradients_and_the_next_muon_step_equal_those_of_the_whole_b
         torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().amax().item())
         assert gradient.any(), name
     for model in models:  # AdamW's first step is a sign, which rounding may turn
-        optim.build(model.parameters_by_role(), RATES, weight_decay=0.0, dtype=torch.float32)[0].step()
+        optim.build(model.parameters_by_role(), RATES, weight_decay=0.0, dtype=torch.float32, runtime=ALONE)[0].step()
     for (name, one), two in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")

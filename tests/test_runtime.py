@@ -393,3 +393,11 @@ def test_the_command_says_what_this_machine_is(run_script):
     rates = re.findall(r"matmul +([\d,]+) GFLOP/s in (\w+)", done.stdout)
     assert [dtype for _, dtype in rates] == ["float32", "bfloat16"]
     assert all(int(rate.replace(",", "")) > 0 for rate, _ in rates)
+
+
+def test_small_tensors_travel_together_in_order_and_large_ones_alone(monkeypatch):
+    monkeypatch.setattr(runtime, "MESSAGE_BYTES", 40)
+    sizes = [3, 4, 3, 1, 25, 2, 10, 1]  # of four bytes each
+    messages = runtime._messages([torch.zeros(size) for size in sizes])
+    assert [[len(tensor) for tensor in message] for message in messages] == [[3, 4, 3], [1], [25], [2], [10], [1]]
+    assert runtime._messages([]) == []

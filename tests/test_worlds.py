@@ -1,0 +1,191 @@
+"""Training on 1, 2, 3, 4, 5 and 7 ranks is one training: losses, gradients, weights, optimizer state; what ranks send
+and hold; and that each of these comparisons notices a fault.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nanotrain import checkpoint, optim
+from nanotrain.gpt import GPTConfig
+from nanotrain.runtime import Runtime
+from tests import soak
+
+STEPS, SAVED = 20, 10
+WORLDS = (1, 2, 3, 4, 5, 7)
+ROWS, SEQ_LEN, BIGRAM_ROWS = 420, 8, 61  # rows of a step, which all of these can share
+SETTINGS = {
+    **soak.TINY,
+    "DEPTH": 2,
+    "ASPECT_RATIO": 16,
+    "MAX_SEQ_LEN": SEQ_LEN,
+    "BIGRAM_ROWS": BIGRAM_ROWS,
+    "SPECTRAL_TOKENS": 0,  # from pairs gradients nearly cancel at first, and AdamW makes a step of what is left
+    "TOTAL_BATCH_SIZE": ROWS * SEQ_LEN,
+    "DEVICE_BATCH_SIZE": 140,
+    "NUM_ITERATIONS": STEPS,
+    "EVAL_EVERY": STEPS,
+    "SAVE_EVERY": 0,
+    "KEEP_LAST": 9,
+}
+
+
+def planned(name, ranks, fault="none", stop=0, **settings):
+    flags = soak.flags(**{**SETTINGS, "RUN_NAME": name, **settings})
+    return {"name": name, "ranks": ranks, "stop": stop, "fault": fault, "flags": flags}
+
+
+def all_plans():
+    plans = [planned(f"float{ranks}", ranks) for ranks in WORLDS]
+    short = {"DTYPE": "bfloat16", "EVAL_EVERY": 0, "TOTAL_BATCH_SIZE": 60 * SEQ_LEN}
+    plans += [planned(f"bfloat{ranks}", ranks, **short) for ranks in (1, 2, 3, 4)]
+    plans += [planned(fault, 2, fault, EVAL_EVERY=0) for fault in ("unsent", "unaveraged")]
+    for name, fault in (("moved", "none"), ("lost", "lost")):
+        plans.append(planned(name, 3, fault, stop=SAVED))
+        plans.append(planned(f"{name}-on", 2, RUN_NAME=name, RESUME=True))
+    return plans
+
+
+class Worlds:
+    """What all the runs left behind."""
+
+    def __init__(self, folder, codes):
+        self.folder, self.codes = folder, codes
+
+    def log(self, name, rank):
+        return (self.folder / f"{name}.rank{rank}.log").read_text(encoding="utf-8")
+
+    def column(self, name, key):
+        """The values of `key` in the run's metrics, in order of steps."""
+        return [value for _, value in soak.recorded(self.folder / "runs" / name, key)]
+
+    def tensors(self, name):
+        """Weights and optimizer state of the newest checkpoint."""
+        weights, moments, _ = checkpoint.unpack(checkpoint.newest(self.folder / "runs" / name)[1])
+        return {**weights, **moments}
+
+    def gradients(self, name):
+        return load_file(self.folder / f"{name}.gradients")
+
+    def ranks(self, name):
+        """What each rank recorded."""
+        return [
+            json.loads((self.folder / f"{name}.rank{rank}.json").read_text(encoding="utf-8"))
+            for rank in range(len(self.codes[name]))
+        ]
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    """All runs."""
+    folder = tmp_path_factory.mktemp("worlds")
+    soak.make_inputs(folder)
+    (folder / "plan.json").write_text(json.dumps(all_plans()), encoding="utf-8")
+    environment = {**os.environ, "NANOTRAIN_DIR": str(folder), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.worlds", str(folder)]
+    done = subprocess.run(command, cwd=soak.ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return Worlds(folder, json.loads((folder / "codes.json").read_text(encoding="utf-8")))
+
+
+def distances(ours, theirs):
+    """{name: Frobenius norm of the difference, relative to that of theirs}."""
+    assert ours.keys() == theirs.keys()
+    differences = {name: (ours[name].double() - theirs[name].double()).norm() for name in ours}
+    return {name: (difference / theirs[name].double().norm()).item() for name, difference in differences.items()}
+
+
+def gradient_distance(worlds, one, other):
+    """The largest of the tensors' distances in the first step; those of scalars, which are zero but for rounding there,
+    are relative to the gradient as a whole.
+    """
+    ours, theirs = worlds.gradients(one), worlds.gradients(other)
+    whole = torch.cat([gradient.flatten() for gradient in theirs.values()]).norm()
+    scalars = {name for name, gradient in theirs.items() if not gradient.dim()}
+    found = [((ours[name] - theirs[name]).abs() / whole).item() for name in scalars]
+    ours, theirs = ({n: g for n, g in gradients.items() if n not in scalars} for gradients in (ours, theirs))
+    return max(*found, *distances(ours, theirs).values())
+
+
+def relative(ours, theirs):
+    """The largest relative difference of two lists of numbers."""
+    return max(abs(our / their - 1) for our, their in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("ranks", WORLDS[1:])
+def test_any_number_of_ranks_trains_as_one_does(worlds, ranks):
+    one, many = "float1", f"float{ranks}"
+    assert worlds.codes[many] == [0] * ranks, worlds.log(many, 0)
+    assert worlds.column(many, "data_hash") == worlds.column(one, "data_hash")
+    assert len(worlds.column(one, "train/loss")) == STEPS
+    for key, limit in (("train/loss", 1e-6), ("val/bpb", 1e-6), ("train/grad_norm", 1e-4)):
+        assert relative(worlds.column(many, key), worlds.column(one, key)) < limit, key
+    assert gradient_distance(worlds, many, one) < 1e-6
+    assert max(distances(worlds.tensors(many), worlds.tensors(one)).values()) < 1e-4
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_in_bfloat16_the_losses_agree_to_its_rounding(worlds, ranks):
+    assert worlds.codes[f"bfloat{ranks}"] == [0] * ranks
+    losses, alone = (worlds.column(f"bfloat{number}", "train/loss") for number in (ranks, 1))
+    assert 0 < relative(losses, alone) < 2e-3
+    assert alone != worlds.column("float1", "train/loss")
+
+
+def test_gradients_that_are_not_averaged_are_noticed_though_all_ranks_hold_the_same_weights(worlds):
+    assert worlds.codes["unaveraged"] == [0, 0]
+    assert relative(worlds.column("unaveraged", "train/loss"), worlds.column("float1", "train/loss")) > 1e-5
+    assert gradient_distance(worlds, "unaveraged", "float1") > 1e-3
+    assert max(distances(worlds.tensors("unaveraged"), worlds.tensors("float1")).values()) > 1e-3
+
+
+def test_parameters_that_are_not_sent_are_noticed_before_a_save(worlds):
+    assert 0 not in worlds.codes["unsent"]
+    assert f"step {STEPS}: the weights of rank 1 are not those of rank 0" in worlds.log("unsent", 0)
+    assert checkpoint.steps(worlds.folder / "runs" / "unsent") == []
+
+
+def test_a_run_goes_on_on_another_number_of_ranks(worlds):
+    assert worlds.codes["moved"] == [0, 0, 0]
+    assert f"stopped and saved at step {SAVED}" in worlds.log("moved", 0)
+    assert worlds.codes["moved-on"] == [0, 0], worlds.log("moved-on", 0)
+    assert relative(worlds.column("moved", "train/loss"), worlds.column("float1", "train/loss")) < 1e-6
+    assert max(distances(worlds.tensors("moved"), worlds.tensors("float1")).values()) < 1e-4
+
+
+def test_state_that_is_lost_at_a_save_is_noticed(worlds):
+    assert worlds.codes["lost"] + worlds.codes["lost-on"] == [0] * 5
+    losses = worlds.column("lost", "train/loss")
+    assert relative(losses[:SAVED], worlds.column("float1", "train/loss")[:SAVED]) < 1e-6
+    assert relative(losses, worlds.column("float1", "train/loss")) > 1e-5
+    assert max(distances(worlds.tensors("lost"), worlds.tensors("float1")).values()) > 1e-3
+
+
+def footprint(config, rank, world_size, table_rows):
+    """That of a model of this shape, of which only the shapes exist."""
+    place = Runtime(rank, rank, world_size, torch.device("meta"), torch.float32, "test")
+    rates = {"matrix": 1.0, "embedding": 1.0, "unembedding": 1.0, "scalar": 1.0}
+    roles = checkpoint.build_model(config, "meta").parameters_by_role()
+    return optim.footprint(optim.build(roles, rates, 0.0, torch.float32, place), place, table_rows)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
+def test_what_ranks_send_and_hold_is_what_the_plan_says(worlds, ranks):
+    """The kernel counts what each process sends; what it holds is the size of its tensors' memory."""
+    shape = checkpoint.unpack(checkpoint.newest(worlds.folder / "runs" / f"float{ranks}")[1])[2]["model_config"]
+    config, table_rows = GPTConfig(**shape), ROWS * SEQ_LEN // ranks
+    plans = [footprint(config, rank, ranks, table_rows) for rank in range(ranks)]
+    measured = worlds.ranks(f"float{ranks}")
+    assert [rank["state"] for rank in measured] == [plan["state"] for plan in plans]
+    first, last = 2, STEPS - 1  # steps; before the first and after the last there are other messages too
+    sent = sum(rank["sent"][last] - rank["sent"][first] for rank in measured) / (last - first)
+    expected = sum(plan[kind] for plan in plans for kind in ("gradients", "rows", "parameters"))
+    assert sent == pytest.approx(expected, rel=0.05)
+    if ranks > 1:
+        unshared = worlds.ranks("float1")[0]["state"]
+        assert sum(rank["state"] for rank in measured) == unshared + (ranks - 1) * 8 * BIGRAM_ROWS

@@ -1,0 +1,136 @@
+"""base_train on several world sizes, one run after the other, by processes that are forked from one which has imported
+everything.
+
+python -m tests.worlds FOLDER
+
+FOLDER/plan.json is a list of {"name", "ranks", "stop", "fault", "flags"}. In step "stop" rank 0 gets SIGTERM, and the
+fault is what goes wrong:
+
+    unsent        rank 1 does not send the parameters that it has updated
+    unaveraged    the gradients are not averaged over the ranks
+    lost          the optimizer state of rank 1 is zeros in what is saved
+    none          all goes well
+
+A run's ranks leave FOLDER/NAME.rank0.json and so on: the bytes that this process has sent over its sockets before each
+step, as the kernel counts them, and those of optimizer state that it holds; rank 0 leaves the first step's gradients in
+FOLDER/NAME.gradients; and FOLDER/codes.json has the exit code of every rank.
+"""
+
+import json
+import os
+import signal
+import socket
+import struct
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
+
+from nanotrain import config, errors, optim
+from nanotrain.runtime import Runtime
+from scripts import base_train
+
+BYTES_SENT = 200  # where struct tcp_info of Linux has tcpi_bytes_sent
+
+
+def main():
+    folder = Path(sys.argv[1])
+    codes = {}
+    for plan in json.loads((folder / "plan.json").read_text(encoding="utf-8")):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        children = [fork(folder, plan, rank, port) for rank in range(plan["ranks"])]
+        codes[plan["name"]] = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    (folder / "codes.json").write_text(json.dumps(codes), encoding="utf-8")
+
+
+def fork(folder, plan, rank, port):
+    """The id of a process that is this rank of the planned run."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        log = os.open(folder / f"{plan['name']}.rank{rank}.log", os.O_WRONLY | os.O_CREAT)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(plan["ranks"]))
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(plan["ranks"]))
+        errors.run(lambda: train(folder, plan, rank))
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def train(folder, plan, rank):
+    """The run, with its fault, and what is recorded of it."""
+    record = {"sent": [], "state": 0}
+    set_schedule, collect_gradients = optim.set_schedule, optim.collect_gradients
+
+    def recording(optimizers, *schedule):
+        states = [state for optimizer in optimizers for state in optimizer.state.values()]
+        record["state"] = sum(tensor.untyped_storage().nbytes() for state in states for tensor in state.values())
+        record["sent"].append(bytes_sent())
+        (folder / f"{plan['name']}.rank{rank}.json").write_text(json.dumps(record), encoding="utf-8")
+        if len(record["sent"]) == plan["stop"] and rank == 0:
+            signal.raise_signal(signal.SIGTERM)
+        set_schedule(optimizers, *schedule)
+
+    def collecting(parameters, runtime):
+        found = collect_gradients(parameters, runtime)
+        if len(record["sent"]) == 1 and rank == 0:
+            gradients = {str(number): parameter.grad.to_dense() for number, parameter in enumerate(parameters)}
+            save_file(gradients, folder / f"{plan['name']}.gradients")
+        return found
+
+    optim.set_schedule, optim.collect_gradients = recording, collecting
+    {"unsent": unsent, "unaveraged": unaveraged, "lost": lost, "none": lambda: None}[plan["fault"]]()
+    torch.set_num_threads(1)
+    config.override(vars(base_train), plan["flags"])
+    base_train.main_within_memory()
+
+
+def unsent():
+    share = Runtime.share
+    Runtime.share = lambda self, owned: share(self, [[] if rank == 1 else part for rank, part in enumerate(owned)])
+
+
+def unaveraged():
+    class Alone(DistributedDataParallel):
+        require_backward_grad_sync = property(lambda self: False, lambda self, wanted: None)
+
+    base_train.DistributedDataParallel = Alone
+
+
+def lost():
+    assemble = Runtime.assemble
+    Runtime.assemble = lambda self, part, sizes: assemble(self, part * 0 if self.rank == 1 else part, sizes)
+
+
+def bytes_sent():
+    """The bytes that this process has sent over the TCP connections which it has open."""
+    total = 0
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                with socket.socket(fileno=os.dup(int(name))) as connection:
+                    if connection.type == socket.SOCK_STREAM and connection.family != socket.AF_UNIX:
+                        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+                        total += struct.unpack_from("<Q", info, BYTES_SENT)[0]
+        except FileNotFoundError:  # it was open while the folder was listed
+            continue
+    return total
+
+
+if __name__ == "__main__":
+    main()
