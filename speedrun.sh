@@ -21,7 +21,7 @@ Choices, as environment variables (MINUTES=3 bash speedrun.sh):
   DATA_DIR       a folder of your own parquet shards instead of DATASET
   TRAIN_SHARDS   shards to download of a hosted data set (240 of about 100 MB)
   MINUTES        all-in after data are there: tokenizer, compilation, training,
-                 evaluation (6 without CUDA; with CUDA the model's size decides)
+                 evaluation (3 without CUDA; with CUDA the model's size decides)
   DEPTH          layers (20 with CUDA; else as suit MINUTES on this machine)
   VOCAB_SIZE     tokens of the vocabulary (32768 with CUDA; else as suit MINUTES)
   RUN_NAME       folder of the run (<data set>-<minutes>min and what else is chosen)
@@ -107,7 +107,7 @@ if [ "$gpus" -gt 0 ]; then
         --batch-ramp --bigram-rows=0 --spectral-tokens=0 --eval-tokens=10485760 --core-metric-every=2000)
     evaluation=(--eval-tokens=10485760 --core-max-per-task=0)
 else
-    dataset=${DATASET:-stdlib} depth=${DEPTH:-0} vocab_size=${VOCAB_SIZE:-0} minutes=${MINUTES:-6}
+    dataset=${DATASET:-stdlib} depth=${DEPTH:-0} vocab_size=${VOCAB_SIZE:-0} minutes=${MINUTES:-3}
     tokenizer_preset=(--max-chars=20000000 "--target-minutes=$minutes") # more text makes it no better
     preset=(--eval-tokens=32768 --evaluations-after=12)                 # for what base_eval does
     tasks=$NANOTRAIN_DIR/core/tasks-of-$(basename "${DATA_DIR:-$dataset}") # of its validation text: no network needed
