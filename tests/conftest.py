@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -47,6 +48,16 @@ TINY_RUN = {  # settings of base_train with which a step takes milliseconds
     "DTYPE": "float32",
     "COMPILE": "off",
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c_ends_programs():
+    """A shell starts what runs in its background with Ctrl-C ignored, and the programs of the tests would inherit
+    that.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)
