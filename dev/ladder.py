@@ -124,7 +124,8 @@ def plot(series, path):
         a, b = fit(points)
         grid = np.geomspace(points[0].flops, points[-1].flops)
         axes.plot(grid, a * grid**-b, "--", color="gray", linewidth=1)
-    axes.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="bits per byte of whole validation documents")
+    axes.set(xscale="log", xlabel="training FLOPs", ylabel="bits per byte of whole validation documents")
+    axes.xaxis.set_minor_formatter("")  # they would run into each other
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
