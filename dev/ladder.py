@@ -70,7 +70,7 @@ def series_of(names):
 def best(points):
     """The points that no other beats with as many operations or fewer."""
     return [
-        point for point in points if not any(o.flops <= point.flops and o.bpb < point.bpb for o in points if o != point)
+        point for point in points if not any(other.flops <= point.flops and other.bpb < point.bpb for other in points)
     ]
 
 

@@ -105,8 +105,8 @@ class Muon(SharedOptimizer):
     """Momentum, orthogonalised (Keller Jordan's Muon; Nesterov form), for 2-D parameters, in stacks of one shape.
 
     The update has singular values near 1; its rows are then evened out (`even_rows`), and it is scaled by
-    sqrt(max(1, rows / columns)). Weight decay is cautious
-    (arXiv:2411.16085): it acts only where it does not oppose the update.
+    sqrt(max(1, rows / columns)). Weight decay is cautious (arXiv:2411.16085): it acts only where it does not oppose the
+    update.
     """
 
     def __init__(self, named_parameters, lr, runtime, momentum=0.95, weight_decay=0.0, dtype=torch.float32):

@@ -332,9 +332,9 @@ def pretrain(rt, stop, watchdog):
                     loss = trained(batch.inputs, batch.targets) / micro_steps
                 scaler.scale(loss).backward()
                 loss_sum += loss.detach()
-            for optimizer in optimizers:
-                scaler.unscale_(optimizer)
             gradients = optim.collect_gradients(parameters, rt)
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)  # after all ranks have the same, so that all see the same overflow
             norm = torch.nn.utils.get_total_norm(gradients)
 
             # ---- what all ranks must know, in one reduction and one read ----

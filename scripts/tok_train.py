@@ -7,7 +7,7 @@ import time
 
 from tqdm import tqdm
 
-from nanotrain import config, dataset, errors, paths, runtime, scaling
+from nanotrain import config, dataset, errors, paths, scaling
 from nanotrain.errors import UserError
 from nanotrain.tokenizer import BPETokenizer
 
@@ -38,6 +38,8 @@ def planned_vocab_size():
     """The vocabulary that suits the model which this machine can train in TARGET_MINUTES."""
     if TARGET_MINUTES <= 0:
         raise UserError("--vocab-size=0 leaves the choice to the plan, which needs --target-minutes")
+    from nanotrain import runtime  # here, so that a tokenizer of a given size does not wait for torch
+
     rt = runtime.start()
     flops = scaling.training_flops(TARGET_MINUTES, runtime.training_flops(rt.device, rt.dtype) * scaling.EFFICIENCY)
     depth = scaling.choose_depth(flops, HEAD_DIM)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from nanotrain import dataset
+from nanotrain.checkpoint import build_model
 from nanotrain.runtime import Runtime
 from nanotrain.tokenizer import BPETokenizer
 
@@ -79,6 +80,15 @@ def base_dir(tmp_path, monkeypatch):
     folder = tmp_path / "nanotrain"
     monkeypatch.setenv("NANOTRAIN_DIR", str(folder))
     return folder
+
+
+def make_model(config, head_std):
+    """A model of small random weights with a head that prefers some tokens: a fresh one may be zero."""
+    model = build_model(config, "cpu")
+    model.init_weights(3)
+    with torch.no_grad():
+        model.head.weight.normal_(std=head_std, generator=torch.Generator().manual_seed(5))
+    return model
 
 
 def make_texts(count, seed=0):

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ALONE, make_shards, on_every_rank
+from conftest import ALONE, make_model, make_shards, on_every_rank
 
 from nanotrain import core_bundle, core_eval, loss
 from nanotrain.core_bundle import LANGUAGE_MODELING, MULTIPLE_CHOICE, SCHEMA, Bundle, Task
 from nanotrain.core_eval import Score
-from nanotrain.gpt import GPT, GPTConfig
+from nanotrain.gpt import GPTConfig
 
 ALPHABET = " abcdefghijklmnopqrstuvwxyz?:.\nAQ"
 
@@ -276,22 +276,12 @@ def solved(kind, item):
 # ---- a real model, against one item at a time ----
 
 
-def make_model(vocab_size, max_seq_len):
-    with torch.device("meta"):
-        model = GPT(GPTConfig(vocab_size, max_seq_len, 2, 2, 2, 8))
-    model.to_empty(device="cpu")
-    model.init_weights(3)
-    with torch.no_grad():  # a fresh head may be zero
-        model.head.weight.normal_(std=0.7, generator=torch.Generator().manual_seed(5))
-    return model
-
-
 @pytest.fixture(scope="module")
 def case():
     """A model of letters with a context of 24, and tasks of 13 items of which it solves some, in all kinds and lengths:
     every third continuation is what the model itself writes.
     """
-    model, draw = make_model(LETTERS.vocab_size, 24), random.Random(7)
+    model, draw = make_model(GPTConfig(LETTERS.vocab_size, 24, 2, 2, 2, 8), 0.7), random.Random(7)
 
     def text(most):
         return "".join(draw.choice("abcdefgh") for _ in range(draw.randint(1, most)))

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ALONE, make_shards, make_texts, on_every_rank
+from conftest import ALONE, make_model, make_shards, make_texts, on_every_rank
 
 from nanotrain import dataloader, loss_eval
 from nanotrain.errors import DataError
-from nanotrain.gpt import GPT, GPTConfig
+from nanotrain.gpt import GPTConfig
 from nanotrain.loss_eval import bits_per_byte, document_bits_per_byte, document_windows
 
 
@@ -24,23 +24,18 @@ class TableModel:
         return self.table[inputs, targets]
 
 
-def make_model(vocab_size):
-    with torch.device("meta"):
-        model = GPT(GPTConfig(vocab_size, 32, 2, 2, 2, 16))
-    model.to_empty(device="cpu")
-    model.init_weights(3)
-    with torch.no_grad():  # a fresh head may be zero
-        model.head.weight.normal_(std=0.5, generator=torch.Generator().manual_seed(5))
-    return model
-
-
 @pytest.fixture(scope="module")
 def case(tokenizer, tmp_path_factory):
     """A model, 13 validation rows of 24 tokens, and the bytes of each token."""
     folder = make_shards(tmp_path_factory.mktemp("validation"))
     rows = dataloader.validation_rows(folder / "shard_00002.parquet", tokenizer, 24, 13 * 24)
     rows[4, 7] = tokenizer.bos  # besides those between documents
-    return SimpleNamespace(model=make_model(320), rows=rows, token_bytes=tokenizer.token_bytes(), bos=tokenizer.bos)
+    return SimpleNamespace(
+        model=make_model(GPTConfig(320, 32, 2, 2, 2, 16), 0.5),
+        rows=rows,
+        token_bytes=tokenizer.token_bytes(),
+        bos=tokenizer.bos,
+    )
 
 
 def by_definition(case):
@@ -56,7 +51,7 @@ def by_definition(case):
 
 
 def test_uniform_logits_cost_the_logarithm_of_the_vocabulary(case):
-    model = make_model(320)
+    model = make_model(GPTConfig(320, 32, 2, 2, 2, 16), 0.5)
     with torch.no_grad():
         model.head.weight.zero_()
     targets = case.rows[:, 1:].ravel()
