@@ -354,8 +354,7 @@ def pretrain(rt, stop, watchdog):
                 run.recent_losses = [*run.recent_losses, mean_loss][-guard.LOSS_WINDOW :]
                 if GRAD_CLIP:
                     torch._foreach_mul_(gradients, (GRAD_CLIP / (norm + 1e-6)).clamp(max=1.0))
-                for optimizer in optimizers:
-                    scaler.step(optimizer)
+                optim.step(optimizers)  # and not by the scaler, which would read again what the norm has told
             else:
                 deviations = math.nan
                 run.skipped_steps += 1
@@ -375,7 +374,7 @@ def pretrain(rt, stop, watchdog):
                     parameter.grad.zero_()  # a view of DDP's bucket, which must stay
 
             # ---- log ----
-            rt.synchronize()
+            # A GPU still works on the update, which counts in the next step: to wait here would leave it idle then.
             seconds = time.monotonic() - begin
             if micro_steps == plan.accumulation or not step_seconds:
                 step_seconds.append(seconds * plan.accumulation / micro_steps)
