@@ -163,6 +163,7 @@ def pretrain(rt, stop, watchdog):
     # ---- data, and the checkpoint to go on from ----
     tokenizer = BPETokenizer.load(paths.tokenizer_dir(TOKENIZER_DIR))
     shards = rt.together(lambda: dataset.open_shards(paths.data_dir(DATA_DIR)))
+    check_nodes(rt, tokenizer, shards)
     data = rt.on_main(lambda: dataset.fingerprint(shards))
     saved, model_tensors, optimizer_tensors = load_checkpoint(rt, run_dir, run_name, tokenizer, data)
 
@@ -573,6 +574,20 @@ def check_same(saved, tokenizer, data):
             lines.append(f"{config.flag_of(name)} was {was}, is {now}: allow it with --allow-change={name.lower()}")
     if lines:
         raise UserError("this run was started with other settings:\n  " + "\n  ".join(lines))
+
+
+def check_nodes(rt, tokenizer, shards):
+    """Raise DataError on all ranks if one, on another machine, has another tokenizer or other shards than rank 0."""
+    opened = [[shard.name, shard.text_bytes, shard.group_rows] for shard in (*shards.train, shards.validation)]
+    here = {"tokenizer": tokenizer.sha256(), f"shards in {shards.folder}": opened}
+    there = list(rt.broadcast(list(here.values())))
+
+    def check():
+        for (name, found), expected in zip(here.items(), there, strict=True):
+            if found != expected:
+                raise DataError(f"rank {rt.rank} has not the {name} that rank 0 has: every node needs the same files")
+
+    rt.together(check)
 
 
 def choose_shape(vocab_size, flops_per_second):

@@ -358,6 +358,24 @@ def test_target_minutes_ends_in_time_and_the_horizon_is_recorded(train, monkeypa
     assert state["run"]["horizon_fixed"] is True
 
 
+@pytest.mark.parametrize("other", ["tokenizer", "shards"])
+def test_a_node_with_other_files_than_rank_0_is_named(other, data_dir, tokenizer, tmp_path):
+    class Second(runtime.Runtime):
+        def broadcast(self, value):
+            of_main.append(value)  # the first time as if it were rank 0's
+            return of_main[0]
+
+    of_main, place = [], Second(1, 0, 1, torch.device("cpu"), torch.float32, "test")
+    base_train.check_nodes(place, tokenizer, dataset.open_shards(data_dir))
+    base_train.check_nodes(place, tokenizer, dataset.open_shards(data_dir))
+    if other == "tokenizer":
+        tokenizer = BPETokenizer.train(make_texts(50, seed=1), 320)
+    else:
+        data_dir = make_shards(tmp_path / "data", documents=39)
+    with pytest.raises(DataError, match=rf"rank 1 has not the {other}.* that rank 0 has: every node needs the same"):
+        base_train.check_nodes(place, tokenizer, dataset.open_shards(data_dir))
+
+
 def test_float16_trains_through_the_gradient_scaler(train):
     run = train(NUM_ITERATIONS=30, DTYPE="float16", SPECTRAL_TOKENS=0)
     losses, state = column(run, "train/loss"), saved(run)[2]
