@@ -108,10 +108,8 @@ class Drawing:
 
 
 def _per_run(runs, part):
-    """The blocks of `part` for each run, under the run's name where there are several."""
-    if len(runs) == 1:
-        return part(runs[0])
-    return [block for run in runs for block in (page.Heading(run.name), *part(run))]
+    """The blocks of `part` for each run, folded under the run's name where there are several."""
+    return part(runs[0]) if len(runs) == 1 else [page.Fold(run.name, part(run)) for run in runs]
 
 
 def _table_by_run(runs, title, heads, rows):
@@ -143,7 +141,7 @@ def _numbers(runs):
             measure = shlex.join(
                 ["python", "-m", "scripts.base_eval", f"--run-name={run.folder.name if known else run.folder}"]
             )
-            blocks.append(page.Text(f"Left out: what scripts.base_eval measures of {run.name} ({measure})."))
+            blocks.append(page.Text(f"Left out: the numbers of scripts.base_eval for {run.name} ({measure})."))
     return blocks
 
 
@@ -380,7 +378,7 @@ def _documents(run):
     for detail in reversed(run.details):
         found = {kind: objects(dig(detail, "documents", kind))[:SHOWN_TEXTS] for kind in ("worst", "best")}
         if any(found.values()):
-            about = f"Whole documents after step {detail['step']:,}. The bits of a token are shown where you point."
+            about = f"After step {detail['step']:,}. The bits of a token are shown where you point."
             blocks = [page.Text(about), page.BitScale()]
             for kind, documents in found.items():
                 texts = [_document(f"{kind} {place}", document) for place, document in enumerate(documents, 1)]

@@ -129,6 +129,7 @@ def _read_json(path, complaints):
 
 def _read_metrics(path, complaints):
     """(steps, columns, {step: val bpb}, {step: core metric}) of `metrics.jsonl`. The last row of a step counts."""
+    names = [f"train/{name}" for name in COLUMNS]
     steps, rows, val_bpb, core_metric, unreadable = [], [], {}, {}, 0
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
@@ -139,7 +140,7 @@ def _read_metrics(path, complaints):
                     continue
                 if "train/loss" in row:
                     steps.append(row["step"])
-                    rows.append([number(row.get(f"train/{name}")) for name in COLUMNS])
+                    rows.append([number(row.get(name)) for name in names])
                 if "val/bpb" in row:
                     val_bpb[row["step"]] = number(row["val/bpb"])
                 if "core/core_metric" in row:
@@ -172,7 +173,7 @@ def core_of(run):
         core = _object(detail.get("core"))
         tasks = [_task(task, task.get("label"), "stderr", "random", "count") for task in objects(core.get("tasks"))]
         name = "CORE" if core.get("is_core") else "tasks"
-        found.append(Core(detail["step"], name, number(core.get("metric")), math.nan, tasks))
+        found.append(Core(detail["step"], name, number(core.get("metric")), number(core.get("stderr")), tasks))
     core = _object(run.evaluation.get("core"))
     name = "CORE" if core.get("is_core") else "tasks"
     scores = _object(core.get("tasks")).items()

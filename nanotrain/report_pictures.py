@@ -3,7 +3,9 @@
 Everything is drawn on white; the page turns the pictures over where it is dark (`report_page.DARK_PICTURES`).
 """
 
+import contextlib
 import io
+import logging
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -112,22 +114,35 @@ def curve_of(label, x, values):
 
 def png_of(*parts):
     """Panels or Bars below each other as the bytes of a PNG. Raises ImportError without matplotlib."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with _quiet("matplotlib"):
+        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
-    heights = [_height(part) for part in parts]
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # whatever this user's style is
-        matplotlib.rcParams.update(STYLE)
-        figure = Figure(figsize=(WIDTH_INCHES, sum(heights)), dpi=DPI, layout="constrained")
-        FigureCanvasAgg(figure)
-        all_axes = figure.subplots(len(parts), 1, squeeze=False, height_ratios=heights)[:, 0]
-        for axes, part in zip(all_axes, parts, strict=True):
-            (_draw_bars if isinstance(part, Bars) else _draw_panel)(axes, part)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
+        heights = [_height(part) for part in parts]
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()  # whatever this user's style is
+            matplotlib.rcParams.update(STYLE)
+            figure = Figure(figsize=(WIDTH_INCHES, sum(heights)), dpi=DPI, layout="constrained")
+            FigureCanvasAgg(figure)
+            all_axes = figure.subplots(len(parts), 1, squeeze=False, height_ratios=heights)[:, 0]
+            for axes, part in zip(all_axes, parts, strict=True):
+                (_draw_bars if isinstance(part, Bars) else _draw_panel)(axes, part)
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def _quiet(name):
+    """Without the warnings of a logger, as of a cache of fonts that takes a while or cannot be written."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _height(part):

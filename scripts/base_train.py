@@ -30,6 +30,7 @@ from nanotrain import (
     loss_eval,
     optim,
     paths,
+    report,
     runtime,
     scaling,
     schedule,
@@ -97,6 +98,7 @@ KEEP_LAST = 2  # newest checkpoints that stay
 KEEP_EVERY = 0  # steps between checkpoints that stay for good
 EARLY_STOP_PATIENCE = 0  # evaluations in a row without a better one after which the run ends; 0: off
 EARLY_STOP_MIN_DELTA = 0.0  # by how many bits per byte an evaluation must be better to count
+REPORT = True  # write report/ into the run's folder when it is done
 WANDB = "off"  # off, offline or online
 # -----------
 
@@ -113,7 +115,8 @@ TRAJECTORY = (
 FREE = (
     "RUN_NAME", "RESUME", "ALLOW_CHANGE", "DRY_RUN", "DEVICE", "DATA_DIR", "TOKENIZER_DIR", "DEVICE_BATCH_SIZE",
     "EVAL_EVERY", "EVAL_TOKENS", "EVALUATIONS_AFTER", "CORE_METRIC_EVERY", "CORE_BUNDLE", "CORE_MAX_PER_TASK",
-    "SAMPLE_EVERY", "SAVE_EVERY", "KEEP_LAST", "KEEP_EVERY", "EARLY_STOP_PATIENCE", "EARLY_STOP_MIN_DELTA", "WANDB",
+    "SAMPLE_EVERY", "SAVE_EVERY", "KEEP_LAST", "KEEP_EVERY", "EARLY_STOP_PATIENCE", "EARLY_STOP_MIN_DELTA", "REPORT",
+    "WANDB",
 )  # fmt: skip
 
 REFIT_PROGRESS = 0.25  # with TARGET_MINUTES the number of steps is corrected once here, where the learning rate is flat
@@ -206,7 +209,7 @@ def pretrain(rt, stop, watchdog):
     bundle = CORE_METRIC_EVERY and core_bundle.obtain(
         CORE_BUNDLE, paths.core_dir(), rt, CORE_MAX_PER_TASK, lambda line: say(rt, line)
     )
-    record = {"plan": plan.to_dict(), "environment": environment, **identity}
+    record = {"plan": plan.to_dict(), "environment": environment, **identity, "defaults": config.defaults(__file__)}
     owner = rt.on_main(lambda: checkpoint.claim(run_dir))
     rt.on_main(lambda: tokenizer.save(run_dir))
     rt.on_main(lambda: write_json(run_dir / "config.json", record))
@@ -435,6 +438,8 @@ def pretrain(rt, stop, watchdog):
             result = f"loss {mean_loss:.4f}" if run.val_bpb is None else f"val bpb {run.val_bpb:.4f}"
             used = f"{runtime.seconds_since_start():.0f} s, {rt.peak_memory_bytes() / 2**30:.1f} GiB"
             tracker.event(f"done in {used}: {result} after {run.num_steps} steps, {run_dir}")
+    if REPORT and rt.is_main and run.step == run.num_steps:
+        say(rt, report.attempt(run_dir))
 
 
 class LookAhead:
