@@ -288,7 +288,14 @@ def _step_times(runs):
     for run in runs:
         whole = _median(run.columns["seconds"])
         for part, seconds in run.parts_of_a_step().items():
-            rows.append([part, run.name, f"{1000 * _median(seconds):,.1f} ms", f"{_median(seconds) / whole:.1%}"])
+            rows.append(
+                [
+                    part,
+                    run.name,
+                    f"{1000 * _median(seconds):,.1f}\N{NO-BREAK SPACE}ms",
+                    f"{_median(seconds) / whole:.1%}",
+                ]
+            )
     if not rows:
         return page.Text("Left out: the parts of a step's time, which are not recorded.")
     return _table_by_run(runs, "A step's time", ["part", "run", "median", "of the whole"], rows)
@@ -489,12 +496,26 @@ def _commands(run):
         page.Code(checkout + command(run, changed)),
     ]
     if settings.get("TARGET_MINUTES") and len(run.steps):
-        steps = f"--num-iterations={run.steps[-1]} instead of --target-minutes={settings['TARGET_MINUTES']}"
-        blocks.append(page.Text(f"By minutes, the number of steps follows the machine. For as many as here: {steps}."))
+        blocks.append(
+            page.Text("By minutes, size and steps follow the machine. The same shape, batch and steps on any:")
+        )
+        blocks.append(page.Code(command(run, _pinned(run, changed))))
     if changed != settings:
         every = [page.Text("Also where defaults were edited in the script."), page.Code(command(run, settings))]
         blocks.append(page.Fold(f"The same with every setting of {run.name}", every))
     return blocks
+
+
+def _pinned(run, settings):
+    """`settings` with the shape, the batch and the number of steps that a run by minutes came to."""
+    found = {
+        "DEPTH": run.part("model_config").get("num_layers"),
+        "MAX_SEQ_LEN": run.part("model_config").get("max_seq_len"),
+        "TOTAL_BATCH_SIZE": run.part("plan").get("total_batch_size"),
+        "NUM_ITERATIONS": int(run.steps[-1]),
+    }
+    kept = {name: value for name, value in settings.items() if name not in ("TARGET_MINUTES", "EVALUATIONS_AFTER")}
+    return kept | {name: value for name, value in found.items() if value is not None}
 
 
 def command(run, settings):

@@ -70,7 +70,7 @@ def make_run(folder, steps=4, texts=("a plain text",), **changes):
     recorded = {
         "plan": {"total_batch_size": 1000, "parameters": {"matrix": 3_000_000, "embedding": 500_000}},
         "environment": {"world_size": 1, "commit": "abc123", "packages": {"torch": "2"}, "device_name": texts[0]},
-        "model_config": {"vocab_size": 300, "num_layers": 2},
+        "model_config": {"vocab_size": 300, "num_layers": 2, "max_seq_len": 64},
         "tokenizer_sha256": "00ff",
         "data": {"validation": "v", "files": {"v": {"bytes": 10, "sha256": "aa"}}},
         "settings": {**SETTINGS, "RUN_NAME": folder.name, **changes},
@@ -472,6 +472,24 @@ def test_the_command_sets_what_the_run_had(tmp_path):
     assert settings_of_command(report.command(run, {})) != expected
     run.config["environment"]["world_size"] = 8
     assert report.command(run, {}).startswith("torchrun --standalone --nproc_per_node=8 -m scripts.base_train")
+
+
+def test_a_run_by_minutes_has_a_command_that_does_not_depend_on_the_machine(tmp_path):
+    changes = {"TARGET_MINUTES": 2.5, "EVALUATIONS_AFTER": 3.0, "DEPTH": 0, "WARMUP_RATIO": 0.25}
+    run = read_run(make_run(tmp_path / "r", **changes))
+    codes = [block.text for block in report._commands(run) if isinstance(block, report_page.Code)]
+    as_it_was, pinned = map(settings_of_command, codes)
+    assert {name: as_it_was[name] for name in changes} == changes
+    assert {name: value for name, value in pinned.items() if value != as_it_was[name]} == {
+        "TARGET_MINUTES": 0.0,
+        "EVALUATIONS_AFTER": 0.0,
+        "DEPTH": 2,
+        "MAX_SEQ_LEN": 64,
+        "TOTAL_BATCH_SIZE": 1000,
+        "NUM_ITERATIONS": 4,
+    }
+    run = read_run(make_run(tmp_path / "by-steps", NUM_ITERATIONS=4))
+    assert len([block for block in report._commands(run) if isinstance(block, report_page.Code)]) == 1
 
 
 @pytest.mark.usefixtures("drawn")
