@@ -48,6 +48,7 @@ RESUME = False  # go on from the newest checkpoint that verifies; without one, s
 ALLOW_CHANGE = ""  # settings that --resume may change although they change the training, as in matrix_lr,warmdown_ratio
 INIT_FROM = ""  # begin a new run with the weights of this run; everything else starts anew
 DRY_RUN = False  # print the plan and stop
+REPORT = True  # write report/ into the run's folder when it is done
 # --- machine
 DEVICE = "auto"  # auto, cuda, mps or cpu
 DTYPE = "auto"  # of the matrix products: auto, bfloat16, float16 or float32
@@ -98,7 +99,6 @@ KEEP_LAST = 2  # newest checkpoints that stay
 KEEP_EVERY = 0  # steps between checkpoints that stay for good
 EARLY_STOP_PATIENCE = 0  # evaluations in a row without a better one after which the run ends; 0: off
 EARLY_STOP_MIN_DELTA = 0.0  # by how many bits per byte an evaluation must be better to count
-REPORT = True  # write report/ into the run's folder when it is done
 WANDB = "off"  # off, offline or online
 # -----------
 
@@ -114,9 +114,8 @@ TRAJECTORY = (
 )  # fmt: skip
 FREE = (
     "RUN_NAME", "RESUME", "ALLOW_CHANGE", "DRY_RUN", "DEVICE", "DATA_DIR", "TOKENIZER_DIR", "DEVICE_BATCH_SIZE",
-    "EVAL_EVERY", "EVAL_TOKENS", "EVALUATIONS_AFTER", "CORE_METRIC_EVERY", "CORE_BUNDLE", "CORE_MAX_PER_TASK",
-    "SAMPLE_EVERY", "SAVE_EVERY", "KEEP_LAST", "KEEP_EVERY", "EARLY_STOP_PATIENCE", "EARLY_STOP_MIN_DELTA", "REPORT",
-    "WANDB",
+    "EVAL_EVERY", "EVAL_TOKENS", "EVALUATIONS_AFTER", "CORE_METRIC_EVERY", "CORE_BUNDLE", "CORE_MAX_PER_TASK", "REPORT",
+    "SAMPLE_EVERY", "SAVE_EVERY", "KEEP_LAST", "KEEP_EVERY", "EARLY_STOP_PATIENCE", "EARLY_STOP_MIN_DELTA", "WANDB",
 )  # fmt: skip
 
 REFIT_PROGRESS = 0.25  # with TARGET_MINUTES the number of steps is corrected once here, where the learning rate is flat
