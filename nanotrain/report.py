@@ -28,7 +28,7 @@ OUT = ""  # folder for the report; empty: report/ in the folder of the first run
 
 NOT_REPEATED = ("RUN_NAME", "RESUME", "ALLOW_CHANGE", "DRY_RUN", "REPORT", "TOKENIZER_DIR")
 PICTURES = ("loss", "bits_per_byte", "schedule", "speed", "tasks")
-TOKEN_UNITS = ((1e9, "billion tokens"), (1e6, "million tokens"), (1.0, "tokens"))
+TOKEN_UNITS = ((1e9, "billion tokens"), (1e6, "million tokens"), (1e3, "thousand tokens"), (1.0, "tokens"))
 TIME_UNITS = ((3600.0, "hours of training"), (60.0, "minutes of training"), (1.0, "seconds of training"))
 LAST_STEPS = 20  # whose mean loss is the loss at the end
 SHOWN_CHARACTERS, SHOWN_TOKENS = 1500, 300  # of a text, at most
@@ -365,7 +365,7 @@ def _samples(run):
             by_prompt.setdefault(prompt, []).append(shown)
     blocks = []
     for prompt, texts in list(by_prompt.items())[:SHOWN_TEXTS]:
-        blocks += [page.Heading(f"After {prompt!r}"), page.Gallery(texts)]
+        blocks += [page.Heading(f"After {prompt!r}"), page.Gallery(spread(texts))]
     written = run.evaluation.get("samples")
     if isinstance(written, list) and written:
         blocks.append(page.Heading(f"Written by base_eval after step {evaluated_step(run):,}"))

@@ -26,7 +26,7 @@ class Run:
     core_metric: dict = field(default_factory=dict)  # {step: metric} during training
     config: dict = field(default_factory=dict)  # config.json
     evaluation: dict = field(default_factory=dict)  # evaluation.json
-    details: list = field(default_factory=list)  # some of evaluation/step_*.json, in the order of their steps
+    details: list = field(default_factory=list)  # of evaluation/step_*.json by step; only the last has its documents
     complaints: list = field(default_factory=list)  # what could not be read
 
     def part(self, *names):
@@ -109,8 +109,13 @@ def read_run(folder):
     run.evaluation = _read_json(folder / "evaluation.json", complaints)
     last = run.steps[-1] if len(run.steps) else math.inf
     found = {int(path.stem[5:]): path for path in folder.glob("evaluation/step_*.json") if path.stem[5:].isdecimal()}
-    steps = [step for step in sorted(found) if step <= last]  # not what a resume from before it has taken back
-    run.details = [{**_read_json(found[step], complaints), "step": step} for step in spread(steps)]
+    for step in sorted(found):
+        if step <= last:  # not what a resume from before it has taken back
+            detail = {**_read_json(found[step], complaints), "step": step}
+            if detail.get("documents"):
+                for earlier in run.details:
+                    earlier.pop("documents", None)  # they are large
+            run.details.append(detail)
     return run
 
 

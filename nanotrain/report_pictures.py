@@ -172,7 +172,7 @@ def _draw_panel(axes, panel):
 
 def _draw_curve(axes, curve, number):
     colour = COLOURS[number % len(COLOURS)]
-    marker = MARKERS[number % len(MARKERS)] if np.isfinite(curve.y).sum() <= 60 else None
+    marker = MARKERS[number % len(MARKERS)] if np.isfinite(curve.y).sum() <= 30 else None
     dashes = DASHES[number % len(DASHES)]
     axes.plot(
         curve.x,

@@ -169,10 +169,10 @@ def test_what_a_picture_shows_is_said_with_numbers(tmp_path, drawn):
     (gallery, *_) = page.sections[1].blocks
     said = {picture.name: picture.alternative for picture in gallery.blocks}
     assert said["loss"].startswith(
-        "train loss, nats per token: r from 4.75 to 4 at 3000 tokens, lowest 4, highest 4.75. "
+        "train loss, nats per token: r from 4.75 to 4 at 3 thousand tokens, lowest 4, highest 4.75. "
         "train loss, nats per token: r from 4.75 to 4 at 8 seconds of training"
     )
-    assert said["bits_per_byte"].startswith("validation, bits per byte: r from 3 to 1.25 at 3000 tokens")
+    assert said["bits_per_byte"].startswith("validation, bits per byte: r from 3 to 1.25 at 3 thousand tokens")
     assert "waiting for data from 500 to 500" in said["speed"]
     assert all(picture.alternative for section in page.sections for picture in pictures_in(section.blocks))
     assert [len(parts) for parts in drawn] == [2, 2, 2, 2, 1]
@@ -429,7 +429,7 @@ def test_the_curves_that_are_drawn_are_those_of_the_runs(tmp_path, monkeypatch):
     by_tokens, by_time = figures[0].axes
     assert [text.get_text() for text in by_tokens.get_legend().get_texts()] == ["one", "two"]
     for line in by_tokens.get_lines():
-        assert line.get_xdata().tolist() == [500, 1000, 1500, 2500, 3500, 4500]
+        assert line.get_xdata().tolist() == [0.5, 1, 1.5, 2.5, 3.5, 4.5]
         assert line.get_ydata() == pytest.approx([5 - step / 6 for step in range(1, 7)])
     assert by_time.get_lines()[0].get_xdata().tolist() == [2, 4, 6, 8, 10, 12]
     bars = figures[4].axes[0].patches
@@ -558,6 +558,24 @@ def test_records_after_the_last_step_are_of_an_attempt_that_was_taken_back(tmp_p
     (folder / "evaluation" / "step_00000009.json").write_text("{}")
     (folder / "evaluation" / "step_x.json").write_text("{}")
     assert [detail["step"] for detail in read_run(folder).details] == [2, 4]
+
+
+def test_of_many_records_some_samples_are_shown_and_the_last_documents(tmp_path):
+    folder = make_run(tmp_path / "r", steps=100)
+    for step in range(1, 100):
+        found = {"documents": {"worst": [{"text": f"of {step}"}]}}
+        if step % 10 == 0:
+            found["samples"] = [{"prompt": "p", "text": f"at {step}"}]
+        (folder / "evaluation" / f"step_{step:08d}.json").write_text(json.dumps(found))
+    (folder / "evaluation" / "step_00000100.json").write_text("{}")
+    run = read_run(folder)
+    heading, gallery, *_ = report._samples(run)
+    assert heading.text == "After 'p'"
+    assert [excerpt.label for excerpt in gallery.blocks] == [
+        f"step {step}" for step in (10, 20, 30, 40, 60, 70, 80, 90)
+    ]
+    assert report._documents(run)[0].text.startswith("After step 99.")
+    assert sum("documents" in detail for detail in run.details) == 1
 
 
 REMOVED = ["metrics.jsonl", "config.json", "evaluation.json", "evaluation/step_00000002.json"]
