@@ -326,7 +326,7 @@ tbody th { font-weight: normal; }
 thead th { color: var(--muted); font-weight: 600; }
 tr.changed > * { background: var(--changed); font-weight: 600; }
 pre { margin: 0; font: 13px/1.7 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
-  white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; background: var(--card); }
+  white-space: break-spaces; overflow-wrap: anywhere; unicode-bidi: isolate; background: var(--card); }
 figure pre { border-left: 3px solid var(--line); padding: 2px 0 2px 12px; }
 pre.code { border: 1px solid var(--line); border-radius: 6px; padding: 10px 12px; margin: 0 0 12px; }
 .scale span { color: var(--ink); padding: 1px 6px; }
