@@ -30,6 +30,7 @@ from nanotrain import (
     loss_eval,
     optim,
     paths,
+    report,
     runtime,
     scaling,
     schedule,
@@ -47,6 +48,7 @@ RESUME = False  # go on from the newest checkpoint that verifies; without one, s
 ALLOW_CHANGE = ""  # settings that --resume may change although they change the training, as in matrix_lr,warmdown_ratio
 INIT_FROM = ""  # begin a new run with the weights of this run; everything else starts anew
 DRY_RUN = False  # print the plan and stop
+REPORT = True  # write report/ into the run's folder when it is done
 # --- machine
 DEVICE = "auto"  # auto, cuda, mps or cpu
 DTYPE = "auto"  # of the matrix products: auto, bfloat16, float16 or float32
@@ -112,7 +114,7 @@ TRAJECTORY = (
 )  # fmt: skip
 FREE = (
     "RUN_NAME", "RESUME", "ALLOW_CHANGE", "DRY_RUN", "DEVICE", "DATA_DIR", "TOKENIZER_DIR", "DEVICE_BATCH_SIZE",
-    "EVAL_EVERY", "EVAL_TOKENS", "EVALUATIONS_AFTER", "CORE_METRIC_EVERY", "CORE_BUNDLE", "CORE_MAX_PER_TASK",
+    "EVAL_EVERY", "EVAL_TOKENS", "EVALUATIONS_AFTER", "CORE_METRIC_EVERY", "CORE_BUNDLE", "CORE_MAX_PER_TASK", "REPORT",
     "SAMPLE_EVERY", "SAVE_EVERY", "KEEP_LAST", "KEEP_EVERY", "EARLY_STOP_PATIENCE", "EARLY_STOP_MIN_DELTA", "WANDB",
 )  # fmt: skip
 
@@ -207,7 +209,7 @@ def pretrain(rt, stop, watchdog):
     bundle = CORE_METRIC_EVERY and core_bundle.obtain(
         CORE_BUNDLE, paths.core_dir(), rt, CORE_MAX_PER_TASK, lambda line: say(rt, line)
     )
-    record = {"plan": plan.to_dict(), "environment": environment, **identity}
+    record = {"plan": plan.to_dict(), "environment": environment, **identity, "defaults": config.defaults(__file__)}
     owner = rt.on_main(lambda: checkpoint.claim(run_dir))
     rt.on_main(lambda: tokenizer.save(run_dir))
     rt.on_main(lambda: write_json(run_dir / "config.json", record))
@@ -435,6 +437,8 @@ def pretrain(rt, stop, watchdog):
             result = f"loss {mean_loss:.4f}" if run.val_bpb is None else f"val bpb {run.val_bpb:.4f}"
             used = f"{runtime.seconds_since_start():.0f} s, {rt.peak_memory_bytes() / 2**30:.1f} GiB"
             tracker.event(f"done in {used}: {result} after {run.num_steps} steps, {run_dir}")
+    if REPORT and rt.is_main and run.step == run.num_steps:
+        say(rt, report.attempt(run_dir))
 
 
 class LookAhead:

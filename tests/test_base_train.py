@@ -29,6 +29,7 @@ from nanotrain import (
     guard,
     loss,
     loss_eval,
+    report,
     runtime,
     scaling,
     schedule,
@@ -492,6 +493,26 @@ def test_a_device_batch_that_does_not_divide_is_lowered_and_said(train, whole, c
     run = train(DEVICE_BATCH_SIZE=7)
     assert "4 rows (lowered from 7) of 16 x 2 micro-steps" in capsys.readouterr().out
     assert equal(saved(run)[0], saved(whole)[0])
+
+
+def test_the_report_is_written_after_the_last_save_of_a_finished_run_and_cannot_fail_it(
+    train, at_step, monkeypatch, capsys
+):
+    checkpoints = []
+
+    def write(run_dirs):
+        checkpoints.append(checkpoint.steps(run_dirs[0]))
+        raise OSError("no space for a report")
+
+    monkeypatch.setattr(report, "write", write)
+    at_step(2, terminate)
+    train(REPORT=True, NUM_ITERATIONS=4)
+    assert checkpoints == []
+    at_step()
+    run = train(REPORT=True, NUM_ITERATIONS=4, RESUME=True)
+    assert [steps[0] for steps in checkpoints] == [4]
+    assert "report     not written: OSError: no space for a report\n" in capsys.readouterr().out
+    assert json.loads((run / "config.json").read_text())["defaults"]["NUM_ITERATIONS"] == 0
 
 
 # ---- stopping and resuming ----
