@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The whole pipeline: environment, data, tokenizer, training, evaluation with samples, summary.
 set -euo pipefail
+{ # so that bash reads all of it before it begins, and a `git pull` during a run changes nothing
 for name in DATA_DIR NANOTRAIN_DIR; do # a relative path means the folder this was called from
     if [ -n "${!name:-}" ] && [[ ${!name} != /* ]]; then export "$name=$PWD/${!name}"; fi
 done
@@ -54,11 +55,24 @@ say_how_to_go_on() {
     exit 0
 }
 
+rule=$(printf '=%.0s' {1..80})
+heading() { # heading NAME: a line of 78 columns that ends with the minutes and seconds since the start
+    local clock
+    printf -v clock '%d:%02d' $((SECONDS / 60)) $((SECONDS % 60))
+    printf '\n== %s %s %s\n' "$1" "${rule:0:$((73 - ${#1} - ${#clock}))}" "$clock"
+}
+
+finished() { # finished NAME BEGIN: keep and say the seconds of a stage
+    names+=("$1")
+    seconds+=($((SECONDS - $2)))
+    printf -- '-- %s took %d s\n' "$1" $((SECONDS - $2))
+}
+
 stage() { # stage NAME COMMAND...
     local name=$1 begin=$SECONDS status=0
     shift
     if [ -n "$stopped" ]; then say_how_to_go_on; fi
-    printf '\n== %s\n' "$name"
+    heading "$name"
     "$@" &
     child=$!
     wait "$child" || status=$?
@@ -72,8 +86,7 @@ stage() { # stage NAME COMMAND...
         echo "error: stage \"$name\" failed with exit code $status" >&2
         exit "$status"
     fi
-    names+=("$name")
-    seconds+=($((SECONDS - begin)))
+    finished "$name" "$begin"
 }
 
 chosen="" # the choices, to say how to go on
@@ -92,10 +105,11 @@ if [ -n "${MINUTES:-}" ] && ! [[ $MINUTES =~ ^[0-9]*\.?[0-9]+$ ]]; then
 fi
 
 . dev/environment.sh
-printf '== environment\n'
+heading environment
 make_environment report || [ -n "$stopped" ] || exit 1
 if [ -n "$stopped" ]; then say_how_to_go_on; fi
 "$PYTHON" -m nanotrain.runtime
+finished environment 0
 
 gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 export NANOTRAIN_DIR=${NANOTRAIN_DIR:-$HOME/.cache/nanotrain}
@@ -159,23 +173,26 @@ stage training "${launch[@]}" -m scripts.base_train --resume "--run-name=$run_na
     "--wandb=${WANDB:-off}" --report=false "${preset[@]}" "${horizon[@]}"
 stage evaluation "${launch[@]}" -m scripts.base_eval "--run-name=$run_name" "${evaluation[@]}"
 
-printf '\n== summary\n'
+heading summary
 "$PYTHON" - "$run_dir/evaluation.json" << 'SUMMARY'
 import json, sys
 
 result = json.load(open(sys.argv[1]))
-print(f"bits per byte   {result['val_bpb']:.4f} on validation text, {result['train_bpb']:.4f} on train text,")
-print(f"                {result['doc_bpb']:.4f} on whole validation documents")
+print(f"bits per byte   {result['doc_bpb']:.4f} on whole validation documents")
+print(f"                {result['val_bpb']:.4f} on rows of validation text, {result['train_bpb']:.4f} on rows of train text")
 if core := result.get("core"):
-    print(f"{'CORE' if core['is_core'] else 'tasks':<15} {core['core_metric']:.4f} +- {core['standard_error']:.4f} (guessing: 0), ", end="")
-    print(f"accuracy {core['accuracy']:.3f} (guessing: {core['baseline']:.3f}), {len(core['tasks'])} tasks")
+    print(f"{'CORE' if core['is_core'] else 'tasks':<15} {core['core_metric']:.4f} +- {core['standard_error']:.4f} (guessing: 0),", end=" ")
+    print(f"accuracy {core['accuracy']:.3f} (guessing: {core['baseline']:.3f})")
 print(f"trained on      {result['tokens']:,} tokens in {result['step']:,} steps")
 SUMMARY
-printf 'time            '
-for i in "${!names[@]}"; do printf '%s %d s, ' "${names[$i]}" "${seconds[$i]}"; done
-printf 'in all %d s\n' "$SECONDS"
+taken=""
+for i in "${!names[@]}"; do taken+="${names[$i]} ${seconds[$i]} s, "; done
+printf 'time            %s\n' "$(fold -s -w 62 <<< "${taken}in all $SECONDS s" | sed '2,$s/^/                /')"
 cat << END
 files           $run_dir
 report          $run_dir/report/report.html
-talk to it      cd $PWD && $PYTHON -m scripts.generate --run-name=$run_dir
+talk to it      cd $PWD &&
+                .venv/bin/python -m scripts.generate --run-name=$run_dir
 END
+exit
+}
