@@ -1,0 +1,126 @@
+"""speedrun.sh with a stand-in for the interpreter: which stages it calls, how it stops, and how it goes on."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STAGES = ["nanotrain.dataset", "scripts.tok_train", "nanotrain.core_eval", "scripts.base_train", "scripts.base_eval"]
+EVALUATION = """{"val_bpb": 1.2345, "train_bpb": 1.1, "doc_bpb": 1.3, "step": 900, "tokens": 3686400, "core": {
+"is_core": false, "core_metric": 0.0813, "standard_error": 0.0165, "accuracy": 0.361, "baseline": 0.317}}"""
+PYTHON = f"""#!/bin/bash
+case $1 in
+    -c) echo 0; exit ;; # no GPU
+    -) exec {sys.executable} "$@" ;;
+esac
+echo "$2 $*" >> calls
+for argument; do case $argument in --run-name=*) run=$NANOTRAIN_DIR/runs/${{argument#*=}} ;; esac; done
+if [ "$2" = scripts.base_train ]; then
+    mkdir -p "$run"
+    touch "$run/tokenizer.json"
+    echo '{{"settings": {{"TARGET_MINUTES": 1.5}}}}' > "$run/config.json"
+fi
+if [ "$2" = "$(cat slow 2> /dev/null)" ]; then
+    trap 'exit 0' TERM
+    echo waits >> calls
+    while :; do sleep 0.02; done
+fi
+if [ "$2" = scripts.base_eval ]; then cp evaluation.json "$run/"; fi
+"""
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A clone with a finished environment whose interpreter only notes what it is called with."""
+    folder = tmp_path / "clone"
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / "dev").mkdir()
+    for name in ("speedrun.sh", "dev/environment.sh", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder / name)
+    shutil.copy(ROOT / "pyproject.toml", folder / ".venv" / ".installed-report")
+    (folder / ".venv" / "bin" / "python").write_text(PYTHON)
+    (folder / ".venv" / "bin" / "python").chmod(0o755)
+    (folder / "evaluation.json").write_text(EVALUATION)
+    return folder
+
+
+def start(tree, command="MINUTES=2 bash speedrun.sh"):
+    environment = {name: value for name, value in os.environ.items() if name not in ("DATASET", "DATA_DIR", "RUN_NAME")}
+    environment["NANOTRAIN_DIR"] = str(tree.parent / "base")
+    (tree / "calls").write_text("")
+    return subprocess.Popen(
+        ["bash", "-c", f"exec env {command}"], cwd=tree, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def called(tree):
+    """[(module, its arguments)] in the order of the calls, without the look at the machine."""
+    lines = [line.split(" ") for line in (tree / "calls").read_text().splitlines() if line != "waits"]
+    return [(module, arguments) for module, *arguments in lines if module != "nanotrain.runtime"]
+
+
+def stop_in(tree, stage):
+    """What it says and the stages it called when it is stopped, as by Ctrl-C in a terminal, in `stage`."""
+    (tree / "slow").write_text(stage)
+    process = start(tree)
+    deadline = time.monotonic() + 20
+    while "waits" not in (tree / "calls").read_text():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # which the stage ignores: bash starts it in the background
+    out, err = process.communicate(timeout=20)
+    (tree / "slow").unlink()
+    assert (process.returncode, err) == (0, "")
+    return out, [module for module, _ in called(tree)]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stopped_in_a_stage_and_called_as_it_says_it_goes_on(tree, stage):
+    out, stages = stop_in(tree, stage)
+    assert stages == STAGES[: STAGES.index(stage) + 1]
+    command = re.search(r"stopped. To go on, run the same command again:\n\n    (.*)\n$", out)[1]
+    assert "MINUTES=2" in command
+    process = start(tree, command)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (0, "")
+    training = dict(called(tree))["scripts.base_train"]
+    assert {"--resume", "--run-name=stdlib-2min"} <= set(training)
+    run = tree.parent / "base" / "runs" / "stdlib-2min"
+    if STAGES.index(stage) < STAGES.index("scripts.base_train"):
+        assert [module for module, _ in called(tree)] == STAGES
+    else:  # with the tokenizer and the time that the run began with
+        assert [module for module, _ in called(tree)] == [name for name in STAGES if name != "scripts.tok_train"]
+        assert {f"--tokenizer-dir={run}", "--target-minutes=1.5"} <= set(training)
+    summary = out[out.index("== summary") :].splitlines()
+    assert len(summary) < 20
+    assert all(len(line) <= 80 or str(tree.parent) in line for line in summary)
+    assert f"report          {run}/report/report.html" in summary
+    assert re.findall(r"^== (\w+) =+ \d+:\d\d$", out, re.MULTILINE)[0] == "environment"
+
+
+def test_that_test_notices_a_stop_that_is_not_obeyed(tree):
+    script = (tree / "speedrun.sh").read_text()
+    line = '    if [ -n "$stopped" ]; then say_how_to_go_on; fi\n'
+    assert script.count(line) == 2
+    (tree / "speedrun.sh").write_text(script.replace(line, ""))
+    with pytest.raises(AssertionError):
+        _, stages = stop_in(tree, "nanotrain.core_eval")
+        assert stages == STAGES[:3]
+
+
+def test_a_stage_that_fails_ends_it_with_its_code(tree):
+    python = tree / ".venv" / "bin" / "python"
+    python.write_text(PYTHON.replace("for argument;", '[ "$2" != scripts.tok_train ] || exit 6\nfor argument;'))
+    process = start(tree)
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (6, 'error: stage "tokenizer" failed with exit code 6\n')
+    assert [module for module, _ in called(tree)] == STAGES[:2]
