@@ -22,6 +22,7 @@ OPTIMUM_FLOPS, OPTIMUM_WEIGHTS = 7.2e13, 3.0e6
 OPTIMUM_EXPONENT = math.log(129e6 / OPTIMUM_WEIGHTS) / math.log(1e18 / OPTIMUM_FLOPS)
 WIDTH_PER_LAYER, LEAST_WIDTH = 64, 256
 MOST_LAYERS = 26
+MESSAGE_BYTES = 2**26  # up to which ranks send tensors together, in copies
 # width up to which a vocabulary and a row of so many tokens serve; only the first was measured by us
 VOCABULARIES = ((256, 4096), (512, 8192), (640, 16384), (math.inf, 32768))
 ROW_LENGTHS = ((384, 256), (512, 512), (640, 1024), (math.inf, 2048))
@@ -40,6 +41,29 @@ class Horizon:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """How a model runs, as far as it matters to what is kept for the backward pass."""
+
+    element_bytes: int  # 2 or 4, of an activation
+    compiled: bool
+    grad_checkpoint: bool  # only the inputs of blocks
+    loss_rows: int  # of which the loss has the logits at once
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank. They are not all needed at once: `peak` is the most at any time of a step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int  # with what the backward pass of a layer needs for a while
+    logits: int  # of a chunk of the loss, with its gradients
+    peak: int
+    moment: str  # when: in the loss, in the backward pass or in the update
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run will do. rows of a step = device_rows * accumulation * world_size."""
 
@@ -52,8 +76,7 @@ class Plan:
     tokens: int
     flops: float
     seconds: float  # an estimate, from the measured rate of matrix products
-    state_bytes: int  # weights, gradients and optimizer state of one rank, roughly
-    activation_bytes: int
+    memory: Memory  # of one rank
 
     def to_dict(self):
         """The fields as a JSON-like dict."""
@@ -71,15 +94,15 @@ def make_plan(
     device_batch_size,
     world_size,
     flops_per_second,
-    element_bytes,
+    kept,
     mean_batch_share=1.0,
 ):
     """The Plan of a run.
 
     parameters: {role: count}. total_batch_size: tokens of a step, 0 to let the horizon decide. device_batch_size: most
-    rows of a forward pass. flops_per_second: what all ranks together are expected to reach. element_bytes: 2 or 4, of
-    an activation. mean_batch_share: of total_batch_size over the run, where the batch grows. Raises UserError for a
-    batch that cannot be met.
+    rows of a forward pass. flops_per_second: what all ranks together are expected to reach. kept: how the model
+    runs. mean_batch_share: of total_batch_size over the run, where the batch grows. Raises UserError for a batch that
+    cannot be met.
     """
     weights = parameters["matrix"] + parameters["unembedding"]
     flops_per_token = training_flops_per_token(weights, depth, width, seq_len)
@@ -97,9 +120,7 @@ def make_plan(
     mean_tokens = total_batch_size * mean_batch_share
     num_steps = horizon.num_iterations or max(round(tokens / mean_tokens), 1)
     tokens = round(num_steps * mean_tokens)
-    state_bytes, activation_bytes = memory_bytes(
-        parameters, depth, width, device_rows * seq_len, vocab_size, element_bytes
-    )
+    shape = (depth, width, vocab_size, seq_len)
     flops = float(tokens * flops_per_token)
     return Plan(
         parameters,
@@ -111,8 +132,7 @@ def make_plan(
         tokens,
         flops,
         flops / flops_per_second,
-        state_bytes,
-        activation_bytes,
+        memory_plan(parameters, shape, device_rows, accumulation, world_size, kept),
     )
 
 
@@ -201,12 +221,62 @@ def width_factor(width):
     return (width / REFERENCE_WIDTH) ** -0.5
 
 
-def memory_bytes(parameters, depth, width, device_tokens, vocab_size, element_bytes):
-    """(state, activations) that one rank holds, roughly: float32 weights, gradients and moments; what backward keeps
-    of each layer.
+def memory_plan(parameters, shape, device_rows, accumulation, world_size, kept):
+    """The Memory that one rank needs.
+
+    parameters: {role: count}. shape: (depth, width, vocabulary, tokens of a row), with as many heads for keys and
+    values as for queries. kept: the Kept that describes how the model runs.
+
+    N tokens of a pass, C width, V vocabulary, e bytes of an element. What is smaller than a hundredth of a layer (the
+    norms' factors, softmax sums, positions) is left out.
     """
-    matrices = parameters["matrix"]
-    pairs = parameters.get("bigram_embedding", 0)  # of which gradient and moments touch few rows
-    state = 12 * matrices + 16 * (sum(parameters.values()) - matrices - pairs) + 4 * pairs
-    activations = depth * device_tokens * width * 20 * element_bytes + 3 * min(device_tokens, 512) * vocab_size * 4
-    return state, activations
+    depth, width, vocab_size, seq_len = shape
+    e, hidden, table = kept.element_bytes, device_rows * seq_len * width, vocab_size * width  # N C and V C
+    low = e if e < 4 else 0  # of a second copy of a weight, for the products
+    matrices, pairs = parameters["matrix"], parameters.get("bigram_embedding", 0)
+    dense = sum(parameters.values()) - pairs
+    sharing = world_size > 1
+
+    weights = 4 * (dense + pairs)
+    optimizer = (4 * matrices + 8 * (dense - matrices)) // world_size + 8 * pairs // width
+    rows_of_pass = 4 * min(hidden, pairs)
+    rows = 4 * min(hidden * accumulation * world_size, pairs)
+    gradients = 4 * dense + rows
+    held = 4 * dense + rows_of_pass * (accumulation - 1) if sharing or accumulation > 1 else 0  # during every pass
+
+    # ---- kept from the forward for the backward pass ----
+    # Of a layer: its input; the normed inputs of the products, in both halves; q, k, v and what attention gives; the
+    # hidden units before and after they are squared. Eager norms keep a float32 copy of their inputs (three, of which
+    # that of the heads is for q and k); compiled ones the input as it is, and the value is made again.
+    layer = hidden * (18 * e if kept.compiled else 15 * e + 16)
+    copies = low * matrices
+    values = parameters.get("value_embedding", 0) // table * e * hidden
+    outside = (4 + e + 4) * hidden + values  # sum of embeddings, its norm, input of the last norm, value embeddings
+    blocks = depth * e * hidden if kept.grad_checkpoint else depth * layer + copies
+    again = layer + copies // depth if kept.grad_checkpoint else 0  # of the layer that is run again
+    ready = e * hidden + 4 * table  # gradients of the loss by the hidden states and the head
+
+    # ---- at its fullest ----
+    chunk = 4 * min(kept.loss_rows, device_rows * seq_len) * vocab_size
+    logits = chunk * e // 4 * (3 if kept.compiled else 2) + chunk * ((2 if low else 1) if kept.compiled else 5)
+    cached = copies if kept.grad_checkpoint and not kept.compiled else 0  # autocast's, until the forward pass ends
+    loss = outside + blocks + cached + ready + e * hidden + low * table + logits
+    passing = hidden * (20 if kept.compiled else 13 * e)  # gradients inside a layer
+    backward = outside + blocks + max(2 * ready, 4 * table + again + passing)
+    end = outside + max(again, layer + copies // depth) + passing + (0 if held else gradients)
+    stack = -(-2 * depth // world_size) * 4 * width**2  # of the largest matrices that one rank orthogonalises at once
+    grams = stack // 4
+    muon = stack * (14 if low else 16) + grams * (2 if low else 8)
+    messages = 4 * (matrices + (0 if 4 * table > MESSAGE_BYTES // 2 else dense - matrices)) if sharing else 0
+    update = gradients + messages + max(muon, 2 * world_size * rows)
+    moments = {"loss": held + loss, "backward": held + max(backward, end), "update": update}
+    fullest = max(moments, key=moments.get)
+    return Memory(
+        weights,
+        gradients,
+        optimizer,
+        outside + blocks + again + passing,
+        ready + logits,
+        weights + optimizer + moments[fullest],
+        fullest,
+    )
