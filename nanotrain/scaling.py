@@ -22,6 +22,9 @@ OPTIMUM_FLOPS, OPTIMUM_WEIGHTS = 7.2e13, 3.0e6
 OPTIMUM_EXPONENT = math.log(129e6 / OPTIMUM_WEIGHTS) / math.log(1e18 / OPTIMUM_FLOPS)
 WIDTH_PER_LAYER, LEAST_WIDTH = 64, 256
 MOST_LAYERS = 26
+# A process without a GPU takes more memory than its tensors (dev/LOG.md): what torch loads and prepares in its first
+# step, and the holes of a heap in which an aligned block does not fit where its like has been.
+LOADED_BYTES, HEAP = 150e6, 1.9
 MESSAGE_BYTES = 2**26  # up to which ranks send tensors together, in copies
 # width up to which a vocabulary and a row of so many tokens serve; only the first was measured by us
 VOCABULARIES = ((256, 4096), (512, 8192), (640, 16384), (math.inf, 32768))
@@ -219,6 +222,12 @@ def split_batch(total_batch_size, seq_len, device_batch_size, world_size):
 def width_factor(width):
     """Factor of the embeddings' and the head's learning rates against those at the reference width."""
     return (width / REFERENCE_WIDTH) ** -0.5
+
+
+def process_growth(memory):
+    """The bytes by which a process on the CPU will grow at most, from before it makes the model."""
+    lasting = memory.weights + memory.optimizer
+    return round(LOADED_BYTES + lasting + HEAP * (memory.peak - lasting))
 
 
 def memory_plan(parameters, shape, device_rows, accumulation, world_size, kept):

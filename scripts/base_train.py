@@ -653,7 +653,7 @@ def describe(rt, plan, run, model_config, reason, shards, tokenizer, run_dir):
 
 def describe_batch(rt, plan, model_config):
     """The lines about the batch and the memory that it needs."""
-    memory, free = plan.memory, runtime.free_memory_bytes(rt.device)
+    memory, free, needed = plan.memory, runtime.free_memory_bytes(rt.device), plan.memory.peak
     lowered = f" (lowered from {DEVICE_BATCH_SIZE})" if plan.device_rows < DEVICE_BATCH_SIZE else ""
     parts = ("weights", "gradients", "optimizer", "activations", "logits")
     lines = [
@@ -662,7 +662,12 @@ def describe_batch(rt, plan, model_config):
         f"memory     {memory.peak / 2**30:.2f} GiB a rank, most in the {memory.moment}: "
         + ", ".join(f"{part} {getattr(memory, part) / 2**30:.2f}" for part in parts),
     ]
-    if memory.peak > free:
+    if rt.device.type == "cpu":
+        needed, taken = scaling.process_growth(memory), rt.peak_memory_bytes()
+        lines.append(
+            f"process    about {(taken + needed) / 2**30:.1f} GiB at most, {taken / 2**30:.1f} of them taken already"
+        )
+    if needed > free:
         if not GRAD_CHECKPOINT and memory.moment != "update":
             lower = "give --grad-checkpoint, or lower "
         else:
@@ -670,7 +675,7 @@ def describe_batch(rt, plan, model_config):
         smaller = f"--device-batch-size={max(plan.device_rows // 2, 1)} (now {plan.device_rows})"
         if memory.moment == "update" or plan.device_rows == 1:
             smaller = f"--depth={model_config.num_layers // 2 or 1} (now {model_config.num_layers})"
-        lines.append(f"warning    more than the {free / 2**30:.2f} GiB that are free for a rank: {lower}{smaller}")
+        lines.append(f"warning    more than the {free / 2**30:.1f} GiB that are free for a rank: {lower}{smaller}")
     return lines
 
 
