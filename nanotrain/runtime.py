@@ -395,6 +395,11 @@ def can_compile():
     return bool(torch.cuda.is_available() or shutil.which("g++") or shutil.which("clang++"))
 
 
+def silence_profiler():
+    """Keep torch's profiler from writing a line to the terminal whenever it starts or stops."""
+    os.environ["KINETO_LOG_LEVEL"] = "6"  # above all of its levels
+
+
 def trust_cpu_flags(trust):
     """Let torch.compile take the vector instructions that the CPU names, without compiling nine test programs first,
     which takes as long as the model.
