@@ -25,7 +25,7 @@ MOST_LAYERS = 26
 # A process without a GPU takes more memory than its tensors (dev/LOG.md): what torch loads and prepares in its first
 # step, and the holes of a heap in which an aligned block does not fit where its like has been.
 LOADED_BYTES, HEAP = 150e6, 1.9
-MESSAGE_BYTES = 2**26  # up to which ranks send tensors together, in copies
+MESSAGE_BYTES = 2**26  # of runtime: up to which ranks send tensors together, in copies
 # width up to which a vocabulary and a row of so many tokens serve; only the first was measured by us
 VOCABULARIES = ((256, 4096), (512, 8192), (640, 16384), (math.inf, 32768))
 ROW_LENGTHS = ((384, 256), (512, 512), (640, 1024), (math.inf, 2048))
@@ -231,61 +231,68 @@ def process_growth(memory):
 
 
 def memory_plan(parameters, shape, device_rows, accumulation, world_size, kept):
-    """The Memory that one rank needs.
+    """The Memory that one rank needs, of tensors alone.
 
     parameters: {role: count}. shape: (depth, width, vocabulary, tokens of a row), with as many heads for keys and
-    values as for queries. kept: the Kept that describes how the model runs.
-
-    N tokens of a pass, C width, V vocabulary, e bytes of an element. What is smaller than a hundredth of a layer (the
+    values as for queries. kept: the Kept that says how the model runs. What is smaller than a hundredth of a layer (the
     norms' factors, softmax sums, positions) is left out.
+    """
+    width, hidden = shape[1], device_rows * shape[3] * shape[1]
+    matrices, pairs = parameters["matrix"], parameters.get("bigram_embedding", 0)
+    dense = sum(parameters.values()) - pairs
+    rows = 4 * min(hidden * accumulation * world_size, pairs)  # of the table of pairs that have a gradient
+    weights, gradients = 4 * (dense + pairs), 4 * dense + rows
+    optimizer = (4 * matrices + 8 * (dense - matrices)) // world_size + 8 * pairs // width
+    lasting = accumulation > 1 or world_size > 1  # gradients that are there during every pass
+    held = 4 * dense + 4 * min(hidden, pairs) * (accumulation - 1) if lasting else 0
+    activations, logits, moments = _pass_bytes(parameters, shape, device_rows, kept, 0 if lasting else gradients)
+    moments = {name: held + size for name, size in moments.items()}
+    moments["update"] = gradients + _update_bytes(parameters, shape, rows, world_size, kept)
+    moment = max(moments, key=moments.get)
+    peak = weights + optimizer + moments[moment]
+    return Memory(weights, gradients, optimizer, activations, logits, peak, moment)
+
+
+def _pass_bytes(parameters, shape, device_rows, kept, gradients):
+    """(activations, logits, {moment: most bytes}) of a forward and backward pass that makes so many bytes of gradients.
+
+    N tokens, C width, V vocabulary, e bytes of an element.
     """
     depth, width, vocab_size, seq_len = shape
     e, hidden, table = kept.element_bytes, device_rows * seq_len * width, vocab_size * width  # N C and V C
-    low = e if e < 4 else 0  # of a second copy of a weight, for the products
-    matrices, pairs = parameters["matrix"], parameters.get("bigram_embedding", 0)
-    dense = sum(parameters.values()) - pairs
-    sharing = world_size > 1
+    low = e if e < 4 else 0  # of the second copy of a weight that the products take
 
-    weights = 4 * (dense + pairs)
-    optimizer = (4 * matrices + 8 * (dense - matrices)) // world_size + 8 * pairs // width
-    rows_of_pass = 4 * min(hidden, pairs)
-    rows = 4 * min(hidden * accumulation * world_size, pairs)
-    gradients = 4 * dense + rows
-    held = 4 * dense + rows_of_pass * (accumulation - 1) if sharing or accumulation > 1 else 0  # during every pass
-
-    # ---- kept from the forward for the backward pass ----
-    # Of a layer: its input; the normed inputs of the products, in both halves; q, k, v and what attention gives; the
-    # hidden units before and after they are squared. Eager norms keep a float32 copy of their inputs (three, of which
-    # that of the heads is for q and k); compiled ones the input as it is, and the value is made again.
+    # Of a layer, in C: its input; the normed inputs of attention and MLP; q, k, v and what attention gives; the hidden
+    # units (4) before and after they are squared: 15. Eager norms also keep their four inputs in float32; compiled ones
+    # three as they are, and make the first again from the layer's own.
     layer = hidden * (18 * e if kept.compiled else 15 * e + 16)
-    copies = low * matrices
-    values = parameters.get("value_embedding", 0) // table * e * hidden
-    outside = (4 + e + 4) * hidden + values  # sum of embeddings, its norm, input of the last norm, value embeddings
+    copies = low * parameters["matrix"]
+    inputs = (8 + e) * hidden  # of the first and the last norm, in float32, and what the first gives to all layers
+    inputs += e * hidden * (parameters.get("value_embedding", 0) // table)
     blocks = depth * e * hidden if kept.grad_checkpoint else depth * layer + copies
-    again = layer + copies // depth if kept.grad_checkpoint else 0  # of the layer that is run again
-    ready = e * hidden + 4 * table  # gradients of the loss by the hidden states and the head
+    one = layer + copies // depth
+    again = one if kept.grad_checkpoint else 0  # of the layer that is run again
+    passing = hidden * (20 if kept.compiled else 13 * e)  # gradients on their way through a layer
 
-    # ---- at its fullest ----
-    chunk = 4 * min(kept.loss_rows, device_rows * seq_len) * vocab_size
-    logits = chunk * e // 4 * (3 if kept.compiled else 2) + chunk * ((2 if low else 1) if kept.compiled else 5)
-    cached = copies if kept.grad_checkpoint and not kept.compiled else 0  # autocast's, until the forward pass ends
-    loss = outside + blocks + cached + ready + e * hidden + low * table + logits
-    passing = hidden * (20 if kept.compiled else 13 * e)  # gradients inside a layer
-    backward = outside + blocks + max(2 * ready, 4 * table + again + passing)
-    end = outside + max(again, layer + copies // depth) + passing + (0 if held else gradients)
-    stack = -(-2 * depth // world_size) * 4 * width**2  # of the largest matrices that one rank orthogonalises at once
-    grams = stack // 4
-    muon = stack * (14 if low else 16) + grams * (2 if low else 8)
-    messages = 4 * (matrices + (0 if 4 * table > MESSAGE_BYTES // 2 else dense - matrices)) if sharing else 0
-    update = gradients + messages + max(muon, 2 * world_size * rows)
-    moments = {"loss": held + loss, "backward": held + max(backward, end), "update": update}
-    fullest = max(moments, key=moments.get)
-    return Memory(
-        weights,
-        gradients,
-        optimizer,
-        outside + blocks + again + passing,
-        ready + logits,
-        weights + optimizer + moments[fullest],
-        fullest,
-    )
+    # The loss has the gradients of hidden states and head ready, and the logits of a chunk: those of this and the last
+    # in e, and of the kernel's steps so many in float32 as are there at once.
+    ready = e * hidden + 4 * table
+    chunk = min(kept.loss_rows, device_rows * seq_len) * vocab_size
+    logits = chunk * (3 * e + (8 if low else 4) if kept.compiled else 2 * e + 20)
+    cached = copies if kept.grad_checkpoint and not kept.compiled else 0  # by autocast, until the forward pass ends
+    loss = inputs + blocks + cached + ready + e * hidden + low * table + logits
+    first = inputs + blocks + max(2 * ready, 4 * table + again + passing)  # the last layer, where nothing is free yet
+    last = inputs + one + passing + gradients
+    return inputs + blocks + again + passing, ready + logits, {"loss": loss, "backward": max(first, last)}
+
+
+def _update_bytes(parameters, shape, rows, world_size, kept):
+    """The most bytes that the optimizers take for a while; rows: bytes of a sparse gradient."""
+    depth, width, vocab_size, _ = shape
+    stack = -(-2 * depth // world_size) * 4 * width**2  # of the MLP's matrices that a rank orthogonalises at once
+    gram, low = stack // 4, kept.element_bytes < 4
+    muon = 14 * stack + 2 * gram if low else 16 * stack + 8 * gram  # update, stack, iterate, next or float32 result
+    sent = parameters["matrix"]
+    if 4 * vocab_size * width <= MESSAGE_BYTES // 2:
+        sent = sum(count for role, count in parameters.items() if role != "bigram_embedding")
+    return (4 * sent if world_size > 1 else 0) + max(muon, 2 * world_size * rows)
