@@ -24,7 +24,7 @@ WIDTH_PER_LAYER, LEAST_WIDTH = 64, 256
 MOST_LAYERS = 26
 # A process without a GPU takes more memory than its tensors (dev/LOG.md): what torch loads and prepares in its first
 # step, and the holes of a heap in which an aligned block does not fit where its like has been.
-LOADED_BYTES, HEAP = 150e6, 1.9
+LOADED_BYTES, HEAP = 150e6, 2.0
 MESSAGE_BYTES = 2**26  # of runtime: up to which ranks send tensors together, in copies
 # width up to which a vocabulary and a row of so many tokens serve; only the first was measured by us
 VOCABULARIES = ((256, 4096), (512, 8192), (640, 16384), (math.inf, 32768))
