@@ -73,7 +73,9 @@ class Runtime:
     def sum(self, values):
         """The sums over all ranks of a list of numbers or () tensors, as floats, with one read of the device."""
         device = self.device if self.device.type == "cuda" else "cpu"  # MPS has no float64
-        total = torch.stack([torch.as_tensor(value, device=device).double() for value in values])
+        # a float as it is: as_tensor alone would make it float32 first
+        exact = [value if torch.is_tensor(value) else torch.tensor(value, dtype=torch.float64) for value in values]
+        total = torch.stack([value.to(device).double() for value in exact])
         if self.world_size > 1:
             dist.all_reduce(total)
         return total.tolist()
