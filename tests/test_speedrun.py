@@ -52,7 +52,9 @@ def tree(tmp_path):
 
 
 def start(tree, command="MINUTES=2 bash speedrun.sh"):
-    environment = {name: value for name, value in os.environ.items() if name not in ("DATASET", "DATA_DIR", "RUN_NAME")}
+    choices = re.findall(r"^  ([A-Z_]+)  ", (ROOT / "speedrun.sh").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {"DATASET", "MINUTES"} <= set(choices)
+    environment = {name: value for name, value in os.environ.items() if name not in choices}
     environment["NANOTRAIN_DIR"] = str(tree.parent / "base")
     (tree / "calls").write_text("")
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
@@ -65,8 +67,8 @@ def called(tree):
     return [(module, arguments) for module, *arguments in lines if module != "nanotrain.runtime"]
 
 
-def stop_in(tree, stage):
-    """What it says and the stages it called when it is stopped, as by Ctrl-C in a terminal, in `stage`."""
+def interrupt_in(tree, stage):
+    """(process, stdout, stderr) of a run that gets Ctrl-C, as in a terminal, in `stage`."""
     (tree / "slow").write_text(stage)
     process = start(tree)
     deadline = time.monotonic() + 20
@@ -77,6 +79,12 @@ def stop_in(tree, stage):
     os.killpg(process.pid, signal.SIGINT)  # which the stage ignores: bash starts it in the background
     out, err = process.communicate(timeout=20)
     (tree / "slow").unlink()
+    return process, out, err
+
+
+def stop_in(tree, stage):
+    """What it says and the stages it called when it is stopped in `stage`."""
+    process, out, err = interrupt_in(tree, stage)
     assert (process.returncode, err) == (0, "")
     return out, [module for module, _ in called(tree)]
 
@@ -99,7 +107,7 @@ def test_stopped_in_a_stage_and_called_as_it_says_it_goes_on(tree, stage):
         assert [module for module, _ in called(tree)] == [name for name in STAGES if name != "scripts.tok_train"]
         assert {f"--tokenizer-dir={run}", "--target-minutes=1.5"} <= set(training)
     summary = out[out.index("== summary") :].splitlines()
-    assert len(summary) < 20
+    assert len(summary) < 24
     assert all(len(line) <= 80 or str(tree.parent) in line for line in summary)
     assert f"report          {run}/report/report.html" in summary
     assert re.findall(r"^== (\w+) =+ \d+:\d\d$", out, re.MULTILINE)[0] == "environment"
@@ -110,12 +118,7 @@ def test_that_test_notices_a_stop_that_is_not_obeyed(tree):
     line = '    if [ -n "$stopped" ]; then say_how_to_go_on; fi\n'
     assert script.count(line) == 2
     (tree / "speedrun.sh").write_text(script.replace(line, ""))
-    (tree / "slow").write_text("nanotrain.core_eval")
-    process = start(tree)
-    while "waits" not in (tree / "calls").read_text():
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=20)
+    interrupt_in(tree, "nanotrain.core_eval")
     assert [module for module, _ in called(tree)] == STAGES
 
 
