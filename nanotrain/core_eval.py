@@ -251,7 +251,7 @@ def main():
     shards = dataset.open_shards(paths.data_dir(DATA_DIR))
     counts = core_bundle.make(MAKE_BUNDLE, shards.validation.path, ITEMS_PER_TASK)
     listed = ", ".join(f"{count} {label}" for label, count in counts.items())
-    print(f"{MAKE_BUNDLE}: {listed}, from {shards.validation.path}")
+    print(f"{MAKE_BUNDLE}, of {shards.validation.path.name}:\n{listed}")
 
 
 if __name__ == "__main__":

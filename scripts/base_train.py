@@ -446,7 +446,7 @@ def pretrain(rt, stop, watchdog):
         else:
             result = f"loss {mean_loss:.4f}" if run.val_bpb is None else f"val bpb {run.val_bpb:.4f}"
             used = f"{runtime.seconds_since_start():.0f} s, {rt.peak_memory_bytes() / 2**30:.1f} GiB"
-            tracker.event(f"done in {used}: {result} after {run.num_steps} steps, {run_dir}")
+            tracker.event(f"done in {used}: {result} after {run.num_steps} steps")
     if REPORT and rt.is_main and run.step == run.num_steps:
         say(rt, report.attempt(run_dir))
 
@@ -610,9 +610,9 @@ def choose_shape(vocab_size, flops_per_second):
     if not depth and (TARGET_MINUTES or TARGET_FLOPS):
         flops = TARGET_FLOPS or scaling.training_flops(TARGET_MINUTES, flops_per_second)
         depth = scaling.choose_depth(flops, HEAD_DIM)
-        reason = f"for about {flops:.1e} FLOPs"
+        reason = f"{flops:.1e} FLOPs"
         if TARGET_MINUTES:
-            reason += f" in {TARGET_MINUTES:.3g} minutes at {flops_per_second / 1e9:,.0f} GFLOP/s"
+            reason += f": {TARGET_MINUTES:.3g} minutes at {flops_per_second / 1e9:,.0f} GFLOP/s"
     elif not depth:
         depth, reason = DEFAULT_DEPTH, "the default"
     width, heads = scaling.model_width(depth, ASPECT_RATIO, HEAD_DIM)
@@ -677,8 +677,8 @@ def describe_batch(rt, plan, model_config):
     lines = [
         f"batch      {plan.total_batch_size:,} tokens = {plan.device_rows} rows{lowered} of {model_config.max_seq_len}"
         f" x {plan.accumulation} micro-steps x {rt.world_size} ranks",
-        f"memory     {memory.peak / 2**30:.2f} GiB a rank, most in the {memory.moment}: "
-        + ", ".join(f"{part} {getattr(memory, part) / 2**30:.2f}" for part in parts),
+        f"memory     {memory.peak / 2**30:.2f} GiB a rank, most in the {memory.moment}:",
+        "           " + ", ".join(f"{part} {getattr(memory, part) / 2**30:.2f}" for part in parts),
     ]
     if rt.device.type == "cpu":
         needed, taken = scaling.process_growth(memory), rt.peak_memory_bytes()

@@ -419,11 +419,11 @@ def test_without_a_depth_the_machine_and_the_minutes_choose_the_model(train, cap
         return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("model"))
 
     slow, fast = (model_line(f"r{rate:.0f}", rate, TARGET_MINUTES=2.0) for rate in (1e9, 1e13))
-    assert "depth 2 (for about 9.0e+10 FLOPs in 2 minutes at 1 GFLOP/s), width 256" in slow
+    assert "depth 2 (9.0e+10 FLOPs: 2 minutes at 1 GFLOP/s), width 256" in slow
     depth = scaling.choose_depth(9e14, 128)
     assert depth > 3
-    assert f"depth {depth} (for about 9.0e+14 FLOPs in 2 minutes at 9,000 GFLOP/s)" in fast
-    assert "depth 12 (for about 1.0e+18 FLOPs)" in model_line("flops", 1e9, TARGET_FLOPS=1e18, TOTAL_BATCH_SIZE=0)
+    assert f"depth {depth} (9.0e+14 FLOPs: 2 minutes at 9,000 GFLOP/s)" in fast
+    assert "depth 12 (1.0e+18 FLOPs)" in model_line("flops", 1e9, TARGET_FLOPS=1e18, TOTAL_BATCH_SIZE=0)
 
 
 def test_a_run_whose_shape_was_chosen_keeps_it_on_another_machine(train, monkeypatch):
