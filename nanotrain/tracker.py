@@ -12,7 +12,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-PLAIN_SECONDS = 5.0  # between lines where there is no terminal
+# Seconds between lines where there is no terminal: the first, then a share of the time so far, up to the last. So the
+# log of a minute can be followed and the log of a day is not a book.
+PLAIN_SECONDS, PLAIN_SHARE, MOST_PLAIN_SECONDS = 5.0, 0.02, 60.0
 
 
 class Tracker:
@@ -33,6 +35,7 @@ class Tracker:
         _cut_back(path, first_step)
         self._file = open(path, "a", encoding="utf-8")
         self.is_terminal = sys.stderr.isatty()
+        self._begin = time.monotonic()
         self.bar = tqdm(
             total=num_steps,
             initial=first_step,
@@ -81,9 +84,12 @@ class Tracker:
         if self.is_terminal:
             self.bar.set_postfix_str(line, refresh=False)
             self.bar.update(1)
-        elif time.monotonic() - self._last_line > PLAIN_SECONDS or step == self.num_steps:
+        elif time.monotonic() - self._last_line > self._plain_seconds() or step == self.num_steps:
             self._last_line = time.monotonic()
             print(f"step {step}/{self.num_steps}: {line}, {seconds_left:.0f} s left", flush=True)
+
+    def _plain_seconds(self):
+        return min(max(PLAIN_SECONDS, PLAIN_SHARE * (time.monotonic() - self._begin)), MOST_PLAIN_SECONDS)
 
     def record(self, step, metrics):
         """Write a row of metrics; NaN and infinity, which JSON does not have, become null."""

@@ -1,6 +1,7 @@
 """The record of a run: rows of metrics.jsonl, lines for people, and a wandb that can never end a run."""
 
 import io
+import itertools
 import json
 import math
 import sys
@@ -133,6 +134,28 @@ class Terminal(io.StringIO):
 
     def isatty(self):
         return True
+
+
+def plain_seconds(tmp_path, capsys, monkeypatch):
+    """When the lines of three hours of steps of a second come."""
+    clock = [1000.0]
+    monkeypatch.setattr(tracker_module.time, "monotonic", lambda: clock[0])
+    with Tracker(tmp_path, "r", {}, 3 * 3600) as tracker:
+        for step in range(1, 3 * 3600 + 1):
+            clock[0] += 1
+            tracker.step(step, METRICS, 0.0)
+    return [int(line.partition("/")[0].removeprefix("step ")) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_lines_come_often_at_first_and_a_log_of_hours_stays_short(tmp_path, capsys, monkeypatch):
+    seconds = plain_seconds(tmp_path, capsys, monkeypatch)
+    gaps = [after - before for before, after in itertools.pairwise(seconds)]
+    assert len(seconds) < 400
+    assert seconds[0] == 1
+    assert max(gaps[:20]) <= 6
+    assert max(gaps) <= 61
+    monkeypatch.setattr(tracker_module, "PLAIN_SHARE", 0.0)
+    assert len(plain_seconds(tmp_path, capsys, monkeypatch)) > 1000
 
 
 def test_on_a_terminal_there_is_a_bar_and_no_line_for_a_step(tmp_path, capsys, monkeypatch):
