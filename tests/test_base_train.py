@@ -39,6 +39,8 @@ from nanotrain.tokenizer import BPETokenizer
 from scripts import base_train
 
 TINY = {**TINY_RUN, "NUM_ITERATIONS": 6}
+MEASURED = {f"train/{name}" for name in ("tok_per_sec", "seconds", "loader_seconds", "optimizer_seconds")}
+MEASURED |= {"system/peak_memory_bytes"}  # what differs between two equal runs
 
 
 def main(**settings):
@@ -120,9 +122,9 @@ def column(run_dir, key):
 
 
 def timeless(run_dir):
-    """Everything in metrics.jsonl but the times."""
+    """Everything in metrics.jsonl but times and memory."""
     lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in row.items() if key != "train/tok_per_sec"} for row in lines]
+    return [{key: value for key, value in row.items() if key not in MEASURED} for row in lines]
 
 
 def saved(run_dir, step=None):
@@ -295,7 +297,7 @@ def test_the_same_command_gives_the_same_run_and_another_seed_does_not(train, wh
 
 def test_the_run_folder_is_whole_by_itself(whole, tokenizer):
     names = sorted(path.name for path in whole.iterdir())
-    assert names == ["checkpoints", "config.json", "metrics.jsonl", "owner.json", "tokenizer.json"]
+    assert names == ["checkpoints", "config.json", "evaluation", "metrics.jsonl", "owner.json", "tokenizer.json"]
     model, loaded, meta = checkpoint.load_model(whole)
     assert loaded.to_json() == tokenizer.to_json()
     assert model.logits(torch.tensor([[0, 5, 7]])).shape == (1, 3, tokenizer.vocab_size)
@@ -337,7 +339,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now, self.timing = 0.0, False
-        monkeypatch.setattr(base_train, "time", SimpleNamespace(monotonic=self.monotonic))
+        monkeypatch.setattr(base_train, "time", SimpleNamespace(monotonic=self.monotonic, perf_counter=time.perf_counter))
         monkeypatch.setattr(runtime, "seconds_since_start", lambda: self.now)
 
     def monotonic(self):
@@ -723,7 +725,7 @@ def test_p8_a_step_that_is_not_finite_leaves_weights_and_moments_alone(train, po
     assert equal(before[1], after[1])
     assert before[2]["updates"] == after[2]["updates"] == 2
     assert not equal(after[0], later[0])
-    assert [row["train/skipped_steps"] for row in rows(run)] == [0, 0, 1, 1, 1, 1]
+    assert [row["system/skipped_steps"] for row in rows(run)] == [0, 0, 1, 1, 1, 1]
     assert [row["train/loss"] is None for row in rows(run)] == [False, False, True, False, False, False]
     assert "step 3: loss" in capsys.readouterr().out
     assert all(tensor.isfinite().all() for tensor in saved(run)[0].values())
@@ -731,7 +733,7 @@ def test_p8_a_step_that_is_not_finite_leaves_weights_and_moments_alone(train, po
 
 def test_skipped_steps_that_are_not_in_a_row_end_nothing(train, poison):
     poison({1, 2, 4, 5})
-    assert rows(train())[-1]["train/skipped_steps"] == 4
+    assert rows(train())[-1]["system/skipped_steps"] == 4
 
 
 def test_three_in_a_row_end_the_run_and_the_checkpoint_stays_as_it_was(train, poison, base_dir):
