@@ -14,6 +14,7 @@ import re
 import string
 import threading
 import time
+from pathlib import Path
 
 from nanotrain import paths
 from nanotrain.errors import CheckpointError, UserError
@@ -176,7 +177,8 @@ class WandbRun:
                 run.define_metric("step", hidden=True)
                 for group in GROUPS:
                     run.define_metric(f"{group}/*", step_metric="step")
-                self._say(f"wandb: {run.url}" if attempt == "online" else f"wandb offline: wandb sync {run.dir}/..")
+                where = run.url if attempt == "online" else f"offline, to be sent by wandb sync {Path(run.dir).parent}"
+                self._say(f"wandb: {where}")
                 return wandb, run
             except Exception as error:
                 self._say(f"wandb {attempt} does not work: {_first_line(error)}")
