@@ -361,6 +361,11 @@ def use_compile_cache(folder):
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
+def silence_profiler():
+    """Keep torch's profiler from writing a line to the terminal whenever it starts or stops."""
+    os.environ["KINETO_LOG_LEVEL"] = "6"  # above all of its levels
+
+
 def trust_cpu_flags(trust):
     """Let torch.compile take the vector instructions that the CPU names, without compiling nine test programs first,
     which takes as long as the model.

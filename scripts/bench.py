@@ -737,6 +737,7 @@ def step_table():
     noise. The last line is what the step would take if all operations of the formula ran at the matmul rate.
     """
     rt = runtime.start(DEVICE, DTYPE)
+    runtime.silence_profiler()  # its lines would break the progress bar
     tokenizer = BPETokenizer.load(paths.tokenizer_dir(TOKENIZER_DIR))
     units = dataloader.units_of(dataset.open_shards(paths.data_dir(DATA_DIR)).train, LANES)
     runtime.use_tokenizer_threads(False)  # the reader has threads of its own
