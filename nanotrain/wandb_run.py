@@ -20,9 +20,10 @@ from nanotrain import paths
 from nanotrain.errors import CheckpointError, UserError
 
 PREFIX = "wandb:"
-START_SECONDS = 30.0  # for wandb to answer, before it goes offline
+START_SECONDS = 20.0  # for wandb to answer, before it goes offline
 FINISH_SECONDS = 120.0  # for wandb to send the rest; `wandb sync` sends what is then left
 MAX_CALLS = 100_000  # that wait, so that memory is bounded
+MAX_FAILURES = 3  # calls that failed, after which wandb is left alone
 GROUPS = ("train", "val", "core", "system")  # of metrics, each drawn against the optimizer step
 HARDEST_TOKENS = 5  # of a text, in the table of the worst
 
@@ -143,14 +144,15 @@ class WandbRun:
     def _work(self, mode):
         """The thread: start wandb, then one call after another until None."""
         wandb, run = self._start(mode)
-        works = run is not None
+        failures = 0 if run else MAX_FAILURES
         while (call := self._calls.get()) is not None:
-            if works:
+            if failures < MAX_FAILURES:
                 try:
                     call(wandb, run)
                 except Exception as error:
-                    works = False
-                    self._say(f"wandb is off from here: {_first_line(error)}")
+                    failures += 1
+                    what = "is off from here" if failures == MAX_FAILURES else "did not take something"
+                    self._say(f"wandb {what}: {_first_line(error)}")
         if run is not None:
             try:
                 run.finish(exit_code=self._exit_code)
@@ -169,7 +171,7 @@ class WandbRun:
                 # console: what wandb copies of the output would go through it before it is printed
                 own = {"silent": True, "console": "off", "init_timeout": self._start_seconds}
                 settings = wandb.Settings(**own, finish_timeout=self._finish_seconds)
-                wandb.setup(settings=wandb.Settings(silent=True))
+                wandb.setup(settings=wandb.Settings(silent=True, mode=attempt))  # its own telemetry obeys only this
                 if attempt == "online" and not wandb.login(prompt=False, verify=False):
                     raise UserError("no key is known: `wandb login`, or set WANDB_API_KEY")
                 run = wandb.init(**self._options, id=self.id, mode=attempt, settings=settings)
@@ -214,7 +216,7 @@ def fetch(reference, folder, api=None):
 def _api():
     import wandb
 
-    wandb.setup(settings=wandb.Settings(silent=True))
+    wandb.setup(settings=wandb.Settings(silent=True, mode="online"))
     if not wandb.login(prompt=False, verify=False):
         raise UserError("wandb knows no key here: `wandb login`, or set WANDB_API_KEY")
     return wandb.Api()

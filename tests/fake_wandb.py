@@ -22,7 +22,7 @@ class FakeWandb(types.ModuleType):
         return settings
 
     def setup(self, settings):
-        self.note("setup")
+        self.note("setup", settings["mode"])
 
     def login(self, prompt, verify):
         assert (prompt, verify) == (False, False), "it would ask, or wait for the server"
