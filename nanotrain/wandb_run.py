@@ -22,6 +22,7 @@ from nanotrain.errors import CheckpointError, UserError
 PREFIX = "wandb:"
 START_SECONDS = 20.0  # for wandb to answer, before it goes offline
 FINISH_SECONDS = 120.0  # for wandb to send the rest; `wandb sync` sends what is then left
+FLUSH_SECONDS = 1.0  # between writes of wandb's file
 MAX_CALLS = 100_000  # that wait, so that memory is bounded
 MAX_FAILURES = 3  # calls that failed, after which wandb is left alone
 GROUPS = ("train", "val", "core", "system")  # of metrics, each drawn against the optimizer step
@@ -171,6 +172,8 @@ class WandbRun:
                 # console: what wandb copies of the output would go through it before it is printed
                 own = {"silent": True, "console": "off", "init_timeout": self._start_seconds}
                 settings = wandb.Settings(**own, finish_timeout=self._finish_seconds)
+                with contextlib.suppress(Exception):  # not in every version; a kill costs what was not flushed
+                    settings.x_transaction_log_flush_interval = FLUSH_SECONDS
                 wandb.setup(settings=wandb.Settings(silent=True, mode=attempt))  # its own telemetry obeys only this
                 if attempt == "online" and not wandb.login(prompt=False, verify=False):
                     raise UserError("no key is known: `wandb login`, or set WANDB_API_KEY")
