@@ -30,6 +30,7 @@ from nanotrain import (
     loss_eval,
     optim,
     paths,
+    report,
     runtime,
     scaling,
     schedule,
@@ -48,6 +49,7 @@ RESUME = False  # go on from the newest checkpoint that verifies; without one, s
 ALLOW_CHANGE = ""  # settings that --resume may change although they change the training, as in matrix_lr,warmdown_ratio
 INIT_FROM = ""  # begin a new run with the weights of this run (or wandb:ENTITY/PROJECT/NAME:ALIAS)
 DRY_RUN = False  # print the plan and stop
+REPORT = True  # write report/ into the run's folder when it is done
 # --- machine
 DEVICE = "auto"  # auto, cuda, mps or cpu
 DTYPE = "auto"  # of the matrix products: auto, bfloat16, float16 or float32
@@ -118,7 +120,7 @@ TRAJECTORY = (
 )  # fmt: skip
 FREE = (
     "RUN_NAME", "RESUME", "ALLOW_CHANGE", "DRY_RUN", "DEVICE", "DATA_DIR", "TOKENIZER_DIR", "DEVICE_BATCH_SIZE",
-    "EVAL_EVERY", "EVAL_TOKENS", "EVALUATIONS_AFTER", "CORE_METRIC_EVERY", "CORE_BUNDLE", "CORE_MAX_PER_TASK",
+    "EVAL_EVERY", "EVAL_TOKENS", "EVALUATIONS_AFTER", "CORE_METRIC_EVERY", "CORE_BUNDLE", "CORE_MAX_PER_TASK", "REPORT",
     "SAMPLE_EVERY", "SAVE_EVERY", "KEEP_LAST", "KEEP_EVERY", "EARLY_STOP_PATIENCE", "EARLY_STOP_MIN_DELTA", "WANDB",
     "WANDB_PROJECT", "WANDB_TAGS", "WANDB_NOTES", "WANDB_LOG_EVERY",
 )  # fmt: skip
@@ -170,6 +172,7 @@ def pretrain(rt, stop, watchdog):
     # ---- data, and the checkpoint to go on from ----
     tokenizer = BPETokenizer.load(paths.tokenizer_dir(TOKENIZER_DIR))
     shards = rt.together(lambda: dataset.open_shards(paths.data_dir(DATA_DIR)))
+    check_nodes(rt, tokenizer, shards)
     data = rt.on_main(lambda: dataset.fingerprint(shards))
     saved, model_tensors, optimizer_tensors = load_checkpoint(rt, run_dir, run_name, tokenizer, data)
 
@@ -213,7 +216,7 @@ def pretrain(rt, stop, watchdog):
     bundle = CORE_METRIC_EVERY and core_bundle.obtain(
         CORE_BUNDLE, paths.core_dir(), rt, CORE_MAX_PER_TASK, lambda line: say(rt, line)
     )
-    record = {"plan": plan.to_dict(), "environment": environment, **identity}
+    record = {"plan": plan.to_dict(), "environment": environment, **identity, "defaults": config.defaults(__file__)}
     owner = rt.on_main(lambda: checkpoint.claim(run_dir))
     rt.on_main(lambda: tokenizer.save(run_dir))
     rt.on_main(lambda: write_json(run_dir / "config.json", record))
@@ -371,8 +374,7 @@ def pretrain(rt, stop, watchdog):
                 run.recent_losses = [*run.recent_losses, mean_loss][-guard.LOSS_WINDOW :]
                 if GRAD_CLIP:
                     torch._foreach_mul_(gradients, (GRAD_CLIP / (norm + 1e-6)).clamp(max=1.0))
-                for optimizer in optimizers:
-                    scaler.step(optimizer)
+                optim.step(optimizers)  # and not by the scaler, which would read again what the norm has told
             else:
                 deviations = math.nan
                 run.skipped_steps += 1
@@ -393,7 +395,7 @@ def pretrain(rt, stop, watchdog):
 
             # ---- log ----
             update_seconds = time.perf_counter() - update_begin
-            rt.synchronize()
+            # A GPU still works on the update, which counts in the next step: to wait here would leave it idle then.
             seconds = time.monotonic() - begin
             if micro_steps == plan.accumulation or not step_seconds:
                 step_seconds.append(seconds * plan.accumulation / micro_steps)
@@ -460,6 +462,8 @@ def pretrain(rt, stop, watchdog):
             tracker.event(f"done in {used}: {result} after {run.num_steps} steps, {run_dir}")
             if in_wandb:
                 in_wandb.checkpoint(run_dir, run.best_step if run.best_step >= 0 else run.step, run.best_bpb)
+    if REPORT and rt.is_main and run.step == run.num_steps:
+        say(rt, report.attempt(run_dir))
 
 
 class LookAhead:
@@ -601,6 +605,20 @@ def check_same(saved, tokenizer, data):
             lines.append(f"{config.flag_of(name)} was {was}, is {now}: allow it with --allow-change={name.lower()}")
     if lines:
         raise UserError("this run was started with other settings:\n  " + "\n  ".join(lines))
+
+
+def check_nodes(rt, tokenizer, shards):
+    """Raise DataError on all ranks if one, on another machine, has another tokenizer or other shards than rank 0."""
+    opened = [[shard.name, shard.text_bytes, shard.group_rows] for shard in (*shards.train, shards.validation)]
+    here = {"tokenizer": tokenizer.sha256(), f"shards in {shards.folder}": opened}
+    there = list(rt.broadcast(list(here.values())))
+
+    def check():
+        for (name, found), expected in zip(here.items(), there, strict=True):
+            if found != expected:
+                raise DataError(f"rank {rt.rank} has not the {name} that rank 0 has: every node needs the same files")
+
+    rt.together(check)
 
 
 def choose_shape(vocab_size, flops_per_second):

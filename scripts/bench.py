@@ -187,8 +187,7 @@ def prepare_training(rt, training, next_batch=None):
             mean.backward()
         with record_function("optimizer"):
             torch.nn.utils.get_total_norm(optim.collect_gradients(parameters, rt))
-            for optimizer in optimizers:
-                optimizer.step()
+            optim.step(optimizers)
         for parameter in parameters:
             parameter.grad = None
 
