@@ -187,7 +187,7 @@ print(f"trained on      {result['tokens']:,} tokens in {result['step']:,} steps"
 SUMMARY
 taken=""
 for i in "${!names[@]}"; do taken+="${names[$i]} ${seconds[$i]} s, "; done
-printf 'time            %s\n' "$(fold -s -w 62 <<< "${taken}in all $SECONDS s" | sed '2,$s/^/                /')"
+printf 'time            %d s: %s\n' "$SECONDS" "${taken%, }" | sed 's/, training/,\n                training/'
 cat << END
 files           $run_dir
 report          $run_dir/report/report.html

@@ -699,12 +699,13 @@ def describe_batch(rt, plan, model_config):
     """The lines about the batch and the memory that it needs."""
     memory, free, needed = plan.memory, runtime.free_memory_bytes(rt.device), plan.memory.peak
     lowered = f" (lowered from {DEVICE_BATCH_SIZE})" if plan.device_rows < DEVICE_BATCH_SIZE else ""
-    parts = ("weights", "gradients", "optimizer", "activations", "logits")
+    names = ("weights", "gradients", "optimizer", "activations", "logits")
+    parts = [f"{name} {getattr(memory, name) / 2**30:.2f}" for name in names]
     lines = [
         f"batch      {plan.total_batch_size:,} tokens = {plan.device_rows} rows{lowered} of {model_config.max_seq_len}"
         f" x {plan.accumulation} micro-steps x {rt.world_size} ranks",
-        f"memory     {memory.peak / 2**30:.2f} GiB a rank, most in the {memory.moment}:",
-        "           " + ", ".join(f"{part} {getattr(memory, part) / 2**30:.2f}" for part in parts),
+        f"memory     {memory.peak / 2**30:.2f} GiB a rank, most in the {memory.moment}: {', '.join(parts[:2])},",
+        f"           {', '.join(parts[2:])}",
     ]
     if rt.device.type == "cpu":
         needed, taken = scaling.process_growth(memory), rt.peak_memory_bytes()

@@ -109,6 +109,7 @@ def test_stopped_in_a_stage_and_called_as_it_says_it_goes_on(tree, stage):
     summary = out[out.index("== summary") :].splitlines()
     assert len(summary) < 24
     assert all(len(line) <= 80 or str(tree.parent) in line for line in summary)
+    assert re.search(r"^time +\d+ s: environment \d+ s, data \d+ s, ", "\n".join(summary), re.MULTILINE)
     assert f"report          {run}/report/report.html" in summary
     assert re.findall(r"^== (\w+) =+ \d+:\d\d$", out, re.MULTILINE)[0] == "environment"
 
