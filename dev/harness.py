@@ -158,7 +158,9 @@ def compare(out, found):
             theirs = {str(row["doc"]["number"]): bool(row["acc"]) for row in rows}
             ours = expected[label]
             same = sum(theirs.get(number) == answer for number, answer in ours.items())
-            print(f"{label:<28}{same} of {len(ours)} items equal, {sum(ours.values())} and {sum(theirs.values())} right")
+            print(
+                f"{label:<28}{same} of {len(ours)} items equal, {sum(ours.values())} and {sum(theirs.values())} right"
+            )
 
 
 if __name__ == "__main__":

@@ -106,7 +106,12 @@ def base_model():
     """The exported model, as it was or with its matrices in 4 bits."""
     if not FOUR_BITS:
         return AutoModelForCausalLM.from_pretrained(MODEL, trust_remote_code=True, dtype=torch.float32)
-    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    bits = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=["lm_head", "value_gate"],  # a gate is too narrow for the kernels
+    )
     model = AutoModelForCausalLM.from_pretrained(MODEL, trust_remote_code=True, quantization_config=bits)
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 

@@ -26,7 +26,12 @@ CARD = CODE / "model_card.md"
 SHARD_SIZE = "5GB"
 LISTED_SHARDS = 20  # of the training data, in the model card
 TOLERANCE = 1e-3  # of float32 logits, which the softcap bounds to 15
-CHECKED_TEXTS = ("def main():\n    return 1\n", "  Ünïcode, 日本語, 🙂🏽\r\n\t0123", f"text that names {BOS} is text", "")
+CHECKED_TEXTS = (
+    "def main():\n    return 1\n",
+    "  Ünïcode, 日本語, 🙂🏽\r\n\t0123",
+    f"text that names {BOS} is text",
+    "",
+)
 
 STOCK_NAMES = {
     "attention.query": "self_attn.q_proj",
@@ -67,8 +72,8 @@ def convert(model, tokenizer):
 
     special = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.bos}
     shape, rename = (stock_config, stock_name) if model.config.plain else (own_config, own_name)
-    with torch.device("meta"):
-        converted = (NanoChatForCausalLM if model.config.plain else NanotrainForCausalLM)(shape(model.config, special))
+    kind = NanoChatForCausalLM if model.config.plain else NanotrainForCausalLM
+    converted = kind(shape(model.config, special))
     tensors = {rename(name): tensor for name, tensor in model.state_dict().items()}
     converted.load_state_dict(tensors, assign=True)  # all of them, or it raises
     converted.generation_config = GenerationConfig(

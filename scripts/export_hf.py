@@ -51,7 +51,9 @@ def main():
         if out.exists():
             out.rmdir()
         folder.rename(out)
-    kind = "transformers' own NanoChatForCausalLM" if model.config.plain else "with its own code (trust_remote_code=True)"
+    kind = (
+        "transformers' own NanoChatForCausalLM" if model.config.plain else "with its own code (trust_remote_code=True)"
+    )
     print(f"{out}: step {meta['step']} of {run_dir.name}, {kind}, logits equal to {difference:.1g}")
 
 

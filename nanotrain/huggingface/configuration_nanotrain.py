@@ -12,7 +12,7 @@ class NanotrainConfig(PretrainedConfig):
     """
 
     model_type = "nanotrain"
-    keys_to_ignore_at_inference = ["cache", "past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012 - transformers wants a list
 
     def __init__(
         self,

@@ -73,8 +73,8 @@ def rotate(x, cos, sin):
 
 
 def shift(x, before, begins):
-    """x (B, T, ...), before (B, 1, ...) or None, begins (B, T) -> each place has what the place before it had, or, where
-    a row begins, zeros.
+    """x (B, T, ...), before (B, 1, ...) or None, begins (B, T) bool -> each place has what the place before it had, or
+    zeros where a row begins.
     """
     first = torch.zeros_like(x[:, :1]) if before is None else before
     shifted = torch.cat((first, x[:, :-1]), dim=1)
@@ -151,7 +151,7 @@ class NanotrainPreTrainedModel(PreTrainedModel):
     config_class = NanotrainConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["NanotrainBlock"]
+    _no_split_modules = ["NanotrainBlock"]  # noqa: RUF012 - transformers wants a list
     _supports_sdpa = True
 
     def _init_weights(self, module):
@@ -200,7 +200,9 @@ class NanotrainModel(NanotrainPreTrainedModel):
         seen = 0 if cache is None else cache.get_seq_length()
         T, device = input_ids.size(1), input_ids.device
         if attention_mask is not None and attention_mask.shape != (len(input_ids), seen + T):
-            raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, not {(len(input_ids), seen + T)}")
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}, not {(len(input_ids), seen + T)}"
+            )
         if position_ids is None and attention_mask is None:
             position_ids = torch.arange(seen, seen + T, device=device)[None]
         elif position_ids is None:
@@ -243,7 +245,10 @@ class NanotrainModel(NanotrainPreTrainedModel):
             attention_mask = None
         if attention_mask is None and (seen == 0 or length == 1):
             return None
-        queries, keys = torch.arange(seen, seen + length, device=device)[:, None], torch.arange(seen + length, device=device)
+        queries, keys = (
+            torch.arange(seen, seen + length, device=device)[:, None],
+            torch.arange(seen + length, device=device),
+        )
         if attention_mask is None:
             return (keys <= queries)[None, None]
         # padding sees itself, for to see nothing would give NaN
@@ -283,8 +288,9 @@ class NanotrainForCausalLM(NanotrainPreTrainedModel, GenerationMixin):
         logits_to_keep=0,
         **kwargs,
     ):
-        """input_ids (B, T) int64 -> logits (B, T, V) float32, or of the last `logits_to_keep` places; with labels (B, T)
-        int64, -100 where none counts, also the mean loss in nats.
+        """input_ids (B, T) int64 -> logits (B, T, V) float32, or of the last `logits_to_keep` places.
+
+        labels (B, T) int64: the same tokens, -100 where none counts; then also the mean loss in nats of the next one.
         """
         cache = past_key_values if cache is None else cache
         found = self.model(input_ids, attention_mask, position_ids, cache, use_cache)
