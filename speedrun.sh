@@ -145,7 +145,7 @@ config, minutes, spent = pathlib.Path(sys.argv[1]), float(sys.argv[2]), float(sy
 if config.exists():
     print(json.loads(config.read_text())["settings"]["TARGET_MINUTES"])
 else:
-    print(max(minutes - (spent + 5) / 60, 0.3 * minutes))
+    print(max(minutes - (spent + 6) / 60, 0.3 * minutes))
 LEFT
     )
     horizon=("--target-minutes=$left")
@@ -156,7 +156,7 @@ if [ "$nproc" -gt 1 ]; then
 fi
 stage training "${launch[@]}" -m scripts.base_train --resume "--run-name=$run_name" "--data-dir=$data_dir" \
     "--tokenizer-dir=$tokenizer_dir" "--depth=$depth" \
-    "--wandb=${WANDB:-off}" "${preset[@]}" "${horizon[@]}"
+    "--wandb=${WANDB:-off}" --report=false "${preset[@]}" "${horizon[@]}"
 stage evaluation "${launch[@]}" -m scripts.base_eval "--run-name=$run_name" "${evaluation[@]}"
 
 printf '\n== summary\n'
@@ -176,5 +176,6 @@ for i in "${!names[@]}"; do printf '%s %d s, ' "${names[$i]}" "${seconds[$i]}"; 
 printf 'in all %d s\n' "$SECONDS"
 cat << END
 files           $run_dir
+report          $run_dir/report/report.html
 talk to it      cd $PWD && $PYTHON -m scripts.generate --run-name=$run_dir
 END

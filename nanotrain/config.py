@@ -9,6 +9,8 @@ makes `--depth=4`, typed by its default and explained by its comment in `--help`
 does a script call `override(globals())`.
 """
 
+import ast
+import contextlib
 import difflib
 import math
 import re
@@ -27,6 +29,18 @@ END_LINE = re.compile(r"# -{6,}")
 def settings(namespace):
     """The settings of a script, {NAME: value}, in the order of its source. `namespace` is the script's globals()."""
     return {name: namespace[name] for name, _ in _documented(namespace) if name}
+
+
+def defaults(path):
+    """The settings in the source of a script, {NAME: value}, as they are without a command line; without those that
+    are no plain values.
+    """
+    names, found = {name for name, _ in _documented({"__file__": path}) if name}, {}
+    for node in ast.parse(Path(path).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in names:
+            with contextlib.suppress(ValueError):
+                found[node.targets[0].id] = ast.literal_eval(node.value)
+    return found
 
 
 def override(namespace, argv=None, positional=False, short=()):

@@ -335,7 +335,7 @@ class DataLoader:
             copied.record()
         self._free.put((slot, copied))
         inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-        inputs[:, 0] = self.reader.tokenizer.bos
+        inputs[:, 0].fill_(self.reader.tokenizer.bos)
         return Batch(inputs, targets, total, state)
 
     def close(self):

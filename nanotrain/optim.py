@@ -42,15 +42,21 @@ class SharedOptimizer(torch.optim.Optimizer):
                 share = _scaled((begin, end), parameter, shape)
                 self.state[parameter][key] = torch.zeros(share[1] - share[0], device=parameter.device)
 
-    @torch.no_grad()
     def step(self):
         """Update every parameter from its gradient."""
+        for wait in self.begin():
+            wait()
+
+    @torch.no_grad()
+    def begin(self):
+        """Update this rank's part of every parameter from its gradient; returns the functions that wait for the rest.
+        What is done travels while the next group is worked on.
+        """
         sent = []
         for group in self.param_groups:
             self.update(self.owned(group["params"]), group)
-            sent.append(self.send(group["params"]))  # while the next group is worked on
-        for wait in sent:
-            wait()
+            sent.append(self.send(group["params"]))
+        return sent
 
     def update(self, parameters, group):
         """Update this rank's elements of `parameters`, of which it has some, by the settings of their group."""
@@ -114,7 +120,9 @@ class Muon(SharedOptimizer):
         stacks = {}
         for name, parameter in named_parameters.items():
             stacks.setdefault(tuple(sorted(parameter.shape)), []).append((name, parameter))
-        groups = [{"params": [p for _, p in stack], "names": [n for n, _ in stack]} for stack in stacks.values()]
+        # The largest first: the last of all has nothing left behind which it could travel.
+        stacks = sorted(stacks.values(), key=lambda stack: -sum(parameter.numel() for _, parameter in stack))
+        groups = [{"params": [p for _, p in stack], "names": [n for n, _ in stack]} for stack in stacks]
         defaults = {"lr": lr, "base_lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         parameters = list(named_parameters.values())
         owners = deal([orthogonalization_cost(parameter) for parameter in parameters], runtime.world_size)
@@ -185,22 +193,24 @@ class AdamW(SharedOptimizer):
         for group in self.param_groups:
             group["base_lr"] = group["lr"]
 
-    @torch.no_grad()
-    def step(self):
-        """Update every parameter from its gradient."""
-        super().step()
+    def begin(self):
+        """Update this rank's elements; returns the functions that wait for those of the others."""
+        sent = super().begin()
         self.updates += 1
+        return sent
 
     def update(self, parameters, group):
         """Update this rank's elements of `parameters` by the settings of their group."""
         if parameters:
+            # one tensor, made on the device: to bring a number there would wait for it
+            steps = torch.full((len(parameters),), float(self.updates), device=parameters[0].device)
             adamw(
                 [parameter.view(-1)[slice(*self.own(parameter))] for parameter in parameters],
                 [parameter.grad.flatten()[slice(*self.own(parameter))] for parameter in parameters],
                 [self.state[parameter]["exp_avg"] for parameter in parameters],
                 [self.state[parameter]["exp_avg_sq"] for parameter in parameters],
                 max_exp_avg_sqs=[],
-                state_steps=[torch.tensor(float(self.updates), device=parameter.device) for parameter in parameters],
+                state_steps=list(steps.unbind()),
                 fused=parameters[0].device.type in ("cpu", "cuda"),
                 amsgrad=False,
                 beta1=group["betas"][0],
@@ -232,8 +242,8 @@ class RowAdam(SharedOptimizer):
             group["base_lr"] = group["lr"]
 
     @torch.no_grad()
-    def step(self):
-        """Update the rows that have a gradient."""
+    def begin(self):
+        """Update the rows that have a gradient; there is nothing to wait for."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 gradient = parameter.grad.coalesce()
@@ -244,6 +254,7 @@ class RowAdam(SharedOptimizer):
                 second = torch.lerp(state["exp_avg_sq"][rows], values.square().mean(1), weight)
                 state["updates"][rows], state["exp_avg_sq"][rows] = updates, second
                 parameter.index_add_(0, rows, values * (-group["lr"] / (second.sqrt() + group["eps"]))[:, None])
+        return []
 
 
 def build(roles, rates, weight_decay, dtype, runtime):
@@ -276,6 +287,16 @@ def build(roles, rates, weight_decay, dtype, runtime):
         group = {"names": list(named), "params": list(named.values()), "lr": rate, "beta2": 0.99}
         optimizers.append(RowAdam([group], runtime))
     return optimizers
+
+
+def step(optimizers):
+    """Update the parameters of all `optimizers`, as `build` gives them, from their gradients.
+
+    The last comes first: the large tables of AdamW are quickly done, and travel while Muon works.
+    """
+    sent = [wait for optimizer in reversed(optimizers) for wait in optimizer.begin()]
+    for wait in sent:
+        wait()
 
 
 @torch.no_grad()

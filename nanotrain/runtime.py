@@ -73,7 +73,11 @@ class Runtime:
     def sum(self, values):
         """The sums over all ranks of a list of numbers or () tensors, as floats, with one read of the device."""
         device = self.device if self.device.type == "cuda" else "cpu"  # MPS has no float64
-        total = torch.stack([torch.as_tensor(value, device=device).double() for value in values])
+        numbers = [0.0 if isinstance(value, torch.Tensor) else value for value in values]
+        total = torch.tensor(numbers, dtype=torch.float64).to(device, non_blocking=True)  # one by one each would wait
+        for place, value in zip(total, values, strict=True):
+            if isinstance(value, torch.Tensor):
+                place.copy_(value)
         if self.world_size > 1:
             dist.all_reduce(total)
         return total.tolist()
@@ -82,7 +86,7 @@ class Runtime:
         """Rank 0's `value` (anything JSON-like), on every rank."""
         box = [value]
         if self.world_size > 1:
-            dist.broadcast_object_list(box, src=0, device=self.device)
+            dist.broadcast_object_list(box, src=0)  # by the CPU: a GPU's collective would not wait for a slow rank 0
         return box[0]
 
     def gather(self, value):
@@ -208,10 +212,10 @@ def start(device="auto", dtype="auto", seed=1337, deterministic=True):
     config.choice("DTYPE", dtype, ("auto", *DTYPES))
     rank, local_rank, world_size = _place()
     found = _device(device, local_rank)
+    if found.type == "cuda":
+        torch.cuda.set_device(found)  # before NCCL begins, which takes the present one
     if world_size > 1:
         _join(found, world_size)
-    if found.type == "cuda":
-        torch.cuda.set_device(found)
     if found.type == "cpu":
         _keep_freed_memory()
     if deterministic or found.type == "cpu":
@@ -359,6 +363,11 @@ def use_tokenizer_threads(parallel):
 def use_compile_cache(folder):
     """Let torch.compile keep its results in `folder`; call it before anything is compiled."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+
+
+def silence_profiler():
+    """Keep torch's profiler from writing a line to the terminal whenever it starts or stops."""
+    os.environ["KINETO_LOG_LEVEL"] = "6"  # above all of its levels
 
 
 def trust_cpu_flags(trust):

@@ -1,6 +1,6 @@
 """Evaluate a trained model: bits per byte on train and validation text, the CORE tasks, and samples.
 
-The result also goes into `evaluation.json` in the run's folder.
+The result also goes into `evaluation.json` in the run's folder, and into the run's report.
 
     python -m scripts.base_eval --run-name=d4
     torchrun --standalone --nproc_per_node=8 -m scripts.base_eval --run-name=d20
@@ -21,6 +21,7 @@ from nanotrain import (
     errors,
     loss_eval,
     paths,
+    report,
     runtime,
 )
 from nanotrain.engine import generate
@@ -40,6 +41,7 @@ CORE = True  # evaluate on the tasks of CORE, or of CORE_BUNDLE
 CORE_BUNDLE = ""  # folder or zip of tasks; empty: the public one of CORE, fetched where it is not there yet
 CORE_MAX_PER_TASK = 500  # items of each task; 0: all, as published scores do
 SAMPLE_TOKENS = 96  # of each sample
+REPORT = True  # write the run's report anew
 # ------------
 
 PROMPTS = ("import os\n", "def __init__(self", "class", "The", "If the")
@@ -71,6 +73,8 @@ def main():
         result["samples"] = samples(model, tokenizer)
         with dataset.atomic_file(run_dir / "evaluation.json") as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if REPORT:
+            say(rt, report.attempt(run_dir))
     rt.close()
 
 

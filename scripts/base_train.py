@@ -30,6 +30,7 @@ from nanotrain import (
     loss_eval,
     optim,
     paths,
+    report,
     runtime,
     scaling,
     schedule,
@@ -47,6 +48,7 @@ RESUME = False  # go on from the newest checkpoint that verifies; without one, s
 ALLOW_CHANGE = ""  # settings that --resume may change although they change the training, as in matrix_lr,warmdown_ratio
 INIT_FROM = ""  # begin a new run with the weights of this run; everything else starts anew
 DRY_RUN = False  # print the plan and stop
+REPORT = True  # write report/ into the run's folder when it is done
 # --- machine
 DEVICE = "auto"  # auto, cuda, mps or cpu
 DTYPE = "auto"  # of the matrix products: auto, bfloat16, float16 or float32
@@ -114,7 +116,7 @@ TRAJECTORY = (
 )  # fmt: skip
 FREE = (
     "RUN_NAME", "RESUME", "ALLOW_CHANGE", "DRY_RUN", "DEVICE", "DATA_DIR", "TOKENIZER_DIR", "DEVICE_BATCH_SIZE",
-    "EVAL_EVERY", "EVAL_TOKENS", "EVALUATIONS_AFTER", "CORE_METRIC_EVERY", "CORE_BUNDLE", "CORE_MAX_PER_TASK",
+    "EVAL_EVERY", "EVAL_TOKENS", "EVALUATIONS_AFTER", "CORE_METRIC_EVERY", "CORE_BUNDLE", "CORE_MAX_PER_TASK", "REPORT",
     "SAMPLE_EVERY", "SAVE_EVERY", "KEEP_LAST", "KEEP_EVERY", "EARLY_STOP_PATIENCE", "EARLY_STOP_MIN_DELTA", "WANDB",
 )  # fmt: skip
 
@@ -165,6 +167,7 @@ def pretrain(rt, stop, watchdog):
     # ---- data, and the checkpoint to go on from ----
     tokenizer = BPETokenizer.load(paths.tokenizer_dir(TOKENIZER_DIR))
     shards = rt.together(lambda: dataset.open_shards(paths.data_dir(DATA_DIR)))
+    check_nodes(rt, tokenizer, shards)
     data = rt.on_main(lambda: dataset.fingerprint(shards))
     saved, model_tensors, optimizer_tensors = load_checkpoint(rt, run_dir, run_name, tokenizer, data)
 
@@ -208,7 +211,7 @@ def pretrain(rt, stop, watchdog):
     bundle = CORE_METRIC_EVERY and core_bundle.obtain(
         CORE_BUNDLE, paths.core_dir(), rt, CORE_MAX_PER_TASK, lambda line: say(rt, line)
     )
-    record = {"plan": plan.to_dict(), "environment": environment, **identity}
+    record = {"plan": plan.to_dict(), "environment": environment, **identity, "defaults": config.defaults(__file__)}
     owner = rt.on_main(lambda: checkpoint.claim(run_dir))
     rt.on_main(lambda: tokenizer.save(run_dir))
     rt.on_main(lambda: write_json(run_dir / "config.json", record))
@@ -356,8 +359,7 @@ def pretrain(rt, stop, watchdog):
                 run.recent_losses = [*run.recent_losses, mean_loss][-guard.LOSS_WINDOW :]
                 if GRAD_CLIP:
                     torch._foreach_mul_(gradients, (GRAD_CLIP / (norm + 1e-6)).clamp(max=1.0))
-                for optimizer in optimizers:
-                    scaler.step(optimizer)
+                optim.step(optimizers)  # and not by the scaler, which would read again what the norm has told
             else:
                 deviations = math.nan
                 run.skipped_steps += 1
@@ -377,7 +379,7 @@ def pretrain(rt, stop, watchdog):
                     parameter.grad.zero_()  # a view of DDP's bucket, which must stay
 
             # ---- log ----
-            rt.synchronize()
+            # A GPU still works on the update, which counts in the next step: to wait here would leave it idle then.
             seconds = time.monotonic() - begin
             if micro_steps == plan.accumulation or not step_seconds:
                 step_seconds.append(seconds * plan.accumulation / micro_steps)
@@ -437,6 +439,8 @@ def pretrain(rt, stop, watchdog):
             result = f"loss {mean_loss:.4f}" if run.val_bpb is None else f"val bpb {run.val_bpb:.4f}"
             used = f"{runtime.seconds_since_start():.0f} s, {rt.peak_memory_bytes() / 2**30:.1f} GiB"
             tracker.event(f"done in {used}: {result} after {run.num_steps} steps, {run_dir}")
+    if REPORT and rt.is_main and run.step == run.num_steps:
+        say(rt, report.attempt(run_dir))
 
 
 class LookAhead:
@@ -576,6 +580,20 @@ def check_same(saved, tokenizer, data):
             lines.append(f"{config.flag_of(name)} was {was}, is {now}: allow it with --allow-change={name.lower()}")
     if lines:
         raise UserError("this run was started with other settings:\n  " + "\n  ".join(lines))
+
+
+def check_nodes(rt, tokenizer, shards):
+    """Raise DataError on all ranks if one, on another machine, has another tokenizer or other shards than rank 0."""
+    opened = [[shard.name, shard.text_bytes, shard.group_rows] for shard in (*shards.train, shards.validation)]
+    here = {"tokenizer": tokenizer.sha256(), f"shards in {shards.folder}": opened}
+    there = list(rt.broadcast(list(here.values())))
+
+    def check():
+        for (name, found), expected in zip(here.items(), there, strict=True):
+            if found != expected:
+                raise DataError(f"rank {rt.rank} has not the {name} that rank 0 has: every node needs the same files")
+
+    rt.together(check)
 
 
 def choose_shape(vocab_size, flops_per_second):

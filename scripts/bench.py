@@ -187,8 +187,7 @@ def prepare_training(rt, training, next_batch=None):
             mean.backward()
         with record_function("optimizer"):
             torch.nn.utils.get_total_norm(optim.collect_gradients(parameters, rt))
-            for optimizer in optimizers:
-                optimizer.step()
+            optim.step(optimizers)
         for parameter in parameters:
             parameter.grad = None
 
@@ -737,6 +736,7 @@ def step_table():
     noise. The last line is what the step would take if all operations of the formula ran at the matmul rate.
     """
     rt = runtime.start(DEVICE, DTYPE)
+    runtime.silence_profiler()  # its lines would break the progress bar
     tokenizer = BPETokenizer.load(paths.tokenizer_dir(TOKENIZER_DIR))
     units = dataloader.units_of(dataset.open_shards(paths.data_dir(DATA_DIR)).train, LANES)
     runtime.use_tokenizer_threads(False)  # the reader has threads of its own

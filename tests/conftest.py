@@ -48,6 +48,7 @@ TINY_RUN = {  # settings of base_train with which a step takes milliseconds
     "EVAL_TOKENS": 64,
     "DTYPE": "float32",
     "COMPILE": "off",
+    "REPORT": False,
 }
 
 

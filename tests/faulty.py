@@ -6,6 +6,7 @@ FAULTS, separated by commas; STEP 1 is the first that this process does:
 
     nan@RANK:STEP         the loss of this rank is NaN
     kill@RANK:STEP        the rank ends itself with SIGKILL, unless torchrun has already started it again
+    lose@RANK:STEP        once, the rank ends its torchrun with SIGKILL and then itself, as a machine does that fails
     terminate@RANK:STEP   the rank sends SIGTERM to torchrun, and begins the step when it has got it back
     late@RANK             the rank starts LATE seconds after the others, where torchrun has started it again
     forget-loader         a resume takes the data from their beginning
@@ -56,6 +57,10 @@ def main():
         record()
         if planned("kill") and not RESTARTED:
             (folder / f"rank{RANK}.killed").write_text(str(step), encoding="utf-8")
+            os.kill(os.getpid(), signal.SIGKILL)
+        if planned("lose") and not (folder / f"rank{RANK}.lost").exists():
+            (folder / f"rank{RANK}.lost").write_text(str(step), encoding="utf-8")
+            os.kill(os.getppid(), signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
         if planned("terminate"):
             os.kill(os.getppid(), signal.SIGTERM)

@@ -29,6 +29,7 @@ from nanotrain import (
     guard,
     loss,
     loss_eval,
+    report,
     runtime,
     scaling,
     schedule,
@@ -358,6 +359,24 @@ def test_target_minutes_ends_in_time_and_the_horizon_is_recorded(train, monkeypa
     assert state["run"]["horizon_fixed"] is True
 
 
+@pytest.mark.parametrize("other", ["tokenizer", "shards"])
+def test_a_node_with_other_files_than_rank_0_is_named(other, data_dir, tokenizer, tmp_path):
+    class Second(runtime.Runtime):
+        def broadcast(self, value):
+            of_main.append(value)  # the first time as if it were rank 0's
+            return of_main[0]
+
+    of_main, place = [], Second(1, 0, 1, torch.device("cpu"), torch.float32, "test")
+    base_train.check_nodes(place, tokenizer, dataset.open_shards(data_dir))
+    base_train.check_nodes(place, tokenizer, dataset.open_shards(data_dir))
+    if other == "tokenizer":
+        tokenizer = BPETokenizer.train(make_texts(50, seed=1), 320)
+    else:
+        data_dir = make_shards(tmp_path / "data", documents=39)
+    with pytest.raises(DataError, match=rf"rank 1 has not the {other}.* that rank 0 has: every node needs the same"):
+        base_train.check_nodes(place, tokenizer, dataset.open_shards(data_dir))
+
+
 def test_float16_trains_through_the_gradient_scaler(train):
     run = train(NUM_ITERATIONS=30, DTYPE="float16", SPECTRAL_TOKENS=0)
     losses, state = column(run, "train/loss"), saved(run)[2]
@@ -474,6 +493,26 @@ def test_a_device_batch_that_does_not_divide_is_lowered_and_said(train, whole, c
     run = train(DEVICE_BATCH_SIZE=7)
     assert "4 rows (lowered from 7) of 16 x 2 micro-steps" in capsys.readouterr().out
     assert equal(saved(run)[0], saved(whole)[0])
+
+
+def test_the_report_is_written_after_the_last_save_of_a_finished_run_and_cannot_fail_it(
+    train, at_step, monkeypatch, capsys
+):
+    checkpoints = []
+
+    def write(run_dirs):
+        checkpoints.append(checkpoint.steps(run_dirs[0]))
+        raise OSError("no space for a report")
+
+    monkeypatch.setattr(report, "write", write)
+    at_step(2, terminate)
+    train(REPORT=True, NUM_ITERATIONS=4)
+    assert checkpoints == []
+    at_step()
+    run = train(REPORT=True, NUM_ITERATIONS=4, RESUME=True)
+    assert [steps[0] for steps in checkpoints] == [4]
+    assert "report     not written: OSError: no space for a report\n" in capsys.readouterr().out
+    assert json.loads((run / "config.json").read_text())["defaults"]["NUM_ITERATIONS"] == 0
 
 
 # ---- stopping and resuming ----

@@ -145,6 +145,14 @@ def test_settings_are_those_between_heading_and_end_in_the_order_of_the_source(s
     ]
 
 
+def test_defaults_are_those_of_the_source_whatever_the_command_line_says(script, tmp_path):
+    before = config.settings(script)
+    config.override(script, ["--depth=9", "--resume"])
+    assert config.defaults(script["__file__"]) == before != config.settings(script)
+    (tmp_path / "other.py").write_text("# --- a\nA = 2 * 3  # six\nB = -1.5  # minus\n# -------\nC = 1\n")
+    assert config.defaults(tmp_path / "other.py") == {"B": -1.5}
+
+
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help_prints_docstring_headings_defaults_and_comments_and_ends_with_zero(script, capsys, flag):
     with pytest.raises(SystemExit) as caught:

@@ -1,10 +1,15 @@
-"""Two ranks under torchrun: SIGTERM, SIGKILL and numbers that are not finite, at a known step of a known rank."""
+"""Two ranks under torchrun: SIGTERM, SIGKILL and numbers that are not finite, at a known step of a known rank; and two
+nodes, of which one is lost.
+"""
 
+import contextlib
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -17,20 +22,96 @@ LONGEST = 100  # seconds for a launch: whatever happens, all ranks have left by 
 STEPS, EVERY = 12, 5
 STOPPED, SAVED, KILLED = 4, 5, 8  # steps: SIGTERM comes in one, another is the last saved before that of SIGKILL
 BAD = {"single": 3, "first": 6, "second": 7, "third": 8}
+SHORT, LONG = 15, 60  # seconds for which a node waits for another
+NODE = (  # the arguments of torchrun on every node, beside the place where they meet
+    "--nnodes=2",
+    "--nproc_per_node=1",
+    "--max-restarts=3",
+    "--rdzv-backend=c10d",
+    "--local-addr=127.0.0.1",  # whatever this machine's name resolves to
+)
+# torch 2.13 otherwise tells a node that comes anew nothing of where the others meet (README, Several machines)
+OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
+def start(folder, left, name, fault, torchrun, stdout, stderr, variables=(), **settings):
+    """The process of torchrun with these arguments and environment variables; its ranks of tests.faulty leave their
+    files in `left`.
+    """
+    settings = {**soak.TINY, "NUM_ITERATIONS": STEPS, "EVAL_EVERY": EVERY, "SAVE_EVERY": EVERY, **settings}
+    settings.update(DEVICE_BATCH_SIZE=2, RESUME=True, RUN_NAME=name)
+    program = ("-m", "tests.faulty", str(left), fault, *soak.flags(**settings))
+    command = [sys.executable, "-m", "torch.distributed.run", *torchrun, *program]
+    environment = {**os.environ, **dict(variables), "NANOTRAIN_DIR": str(folder), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=soak.ROOT, env=environment, text=True, stdout=stdout, stderr=stderr)
+
+
+class Nodes:
+    """Two nodes that train one run: each a torchrun with one rank, started by the same command. Node 0 has the place
+    where they meet, and rank 0.
+    """
+
+    def __init__(self, folder, left, name, fault, patience):
+        """patience: seconds for which a node waits for the other."""
+        self.left, self.run = left, folder / "runs" / name
+        left.mkdir()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        configuration = f"--rdzv-conf=join_timeout={patience},keep_alive_interval=1,keep_alive_max_attempt=4"
+        torchrun = (*NODE, f"--rdzv-endpoint=127.0.0.1:{self.port}", configuration)
+        self.options = (folder, left, name, fault, torchrun)
+        self.begin, self.processes = time.monotonic(), []
+
+    def __enter__(self):
+        self.start()
+        self.wait_for(self.is_open)
+        self.start()
+        return self
+
+    def __exit__(self, *error):
+        for process in self.processes:
+            if process.poll() is None:
+                process.terminate()  # and not kill, so that torchrun takes its ranks along
+                process.wait()
+
+    def start(self):
+        """Start a torchrun; what it prints goes into a file."""
+        number = len(self.processes)
+        with open(self.left / f"node{number}.log", "wb") as log:
+            self.processes.append(start(*self.options, stdout=log, stderr=log, variables=OWN_STORE))
+
+    def is_open(self):
+        """Whether the first node can be met."""
+        with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", self.port)):
+            return True
+
+    def wait_for(self, reached):
+        """Return once `reached()` is."""
+        while not reached():
+            assert time.monotonic() - self.begin < 2 * LONGEST, [self.log(n) for n in range(len(self.processes))]
+            time.sleep(0.01)
+
+    def end_of(self, number):
+        """The exit code of the torchrun that was started as this number."""
+        self.wait_for(lambda: self.processes[number].poll() is not None)
+        return self.processes[number].returncode
+
+    def log(self, number):
+        """What the torchrun that was started as this number and its ranks have printed."""
+        return (self.left / f"node{number}.log").read_text(encoding="utf-8")
+
+    def read(self, name):
+        """The contents of a file that a rank has left."""
+        return (self.left / name).read_text(encoding="utf-8")
 
 
 def launch(folder, name, fault, restarts=0, **settings):
     """Run two ranks of tests.faulty; returns their exit code, what they printed, and what each left behind."""
     left = folder / f"{name}-{fault.partition('@')[0]}"
     left.mkdir()
-    torchrun = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}")
-    settings = {**soak.TINY, "NUM_ITERATIONS": STEPS, "EVAL_EVERY": EVERY, "SAVE_EVERY": EVERY, **settings}
-    settings.update(DEVICE_BATCH_SIZE=2, RESUME=True, RUN_NAME=name)
-    command = [sys.executable, "-m", *torchrun, "-m", "tests.faulty", str(left), fault, *soak.flags(**settings)]
-    environment = {**os.environ, "NANOTRAIN_DIR": str(folder), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command, cwd=soak.ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    torchrun = ("--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}")
+    process = start(folder, left, name, fault, torchrun, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **settings)
     try:
         printed, errors = process.communicate(timeout=LONGEST)
     finally:
@@ -86,6 +167,20 @@ def poisoned(folder):
     return launch(folder, "poisoned", faults, SAVE_EVERY=1, KEEP_LAST=9, EVAL_EVERY=0)
 
 
+@pytest.fixture(scope="module")
+def nodes(folder):
+    """Two pairs of nodes, the second of which is lost in step KILLED. (Nobody brings it back, it is started again.)"""
+    fault = f"lose@1:{KILLED}"
+    with Nodes(folder, folder / "abandoned", "abandoned", fault, SHORT) as abandoned:
+        abandoned.end_of(1)
+        with Nodes(folder, folder / "rejoined", "rejoined", fault, LONG) as rejoined:  # while the first pair waits
+            rejoined.end_of(1)
+            rejoined.start()
+            rejoined.codes = [rejoined.end_of(number) for number in range(3)]
+        abandoned.codes = [abandoned.end_of(number) for number in range(2)]
+    return abandoned, rejoined
+
+
 def weights(run, step):
     return checkpoint.read(run, step)[checkpoint.MODEL]
 
@@ -112,6 +207,30 @@ def test_p1_bit_exact_resume_after_sigterm_and_after_sigkill_of_one_rank_under_m
     assert weights(killed.run, STEPS) == weights(whole.run, STEPS)
     assert soak.differences(whole.run, killed.run) == []
     assert [hashes[-1] for hashes in killed.hashes] == [hashes[-1] for hashes in whole.hashes]
+
+
+def test_p7_a_node_that_is_not_brought_back_ends_the_other_in_bounded_time(nodes):
+    abandoned, _ = nodes
+    assert abandoned.codes == [1, -9], abandoned.log(0)
+    assert abandoned.read("rank1.lost") == str(KILLED)
+    assert "error: another rank has ended, and says why itself" in abandoned.log(0)
+    assert "RendezvousTimeoutError" in abandoned.log(0)  # torchrun's own, once it has waited
+    lost, ended = ((abandoned.left / name).stat().st_mtime for name in ("rank1.lost", "node0.log"))
+    assert SHORT - 1 < ended - lost < SHORT + 20
+    assert checkpoint.steps(abandoned.run) == [SAVED]
+
+
+def test_p1_bit_exact_after_a_node_is_lost_and_started_again(whole, nodes):
+    _, rejoined = nodes
+    assert rejoined.codes == [0, -9, 0], [rejoined.log(number) for number in range(3)]
+    assert rejoined.read("rank1.lost") == str(KILLED)
+    assert [rejoined.read(f"rank{rank}.end") for rank in range(2)] == ["0", "0"]
+    assert "error: another rank has ended, and says why itself" in rejoined.log(0)
+    assert f"resume     rejoined at step {SAVED}\n" in rejoined.log(0)
+    assert weights(rejoined.run, STEPS) == weights(whole.run, STEPS)
+    assert soak.differences(whole.run, rejoined.run) == []
+    hashes = [rejoined.read(f"rank{rank}.hashes").split() for rank in range(2)]
+    assert [found[-1] for found in hashes] == [found[-1] for found in whole.hashes]
 
 
 def test_p1_the_comparison_notices_one_bit_of_the_weights(whole, tmp_path):

@@ -163,6 +163,7 @@ def test_bad_data_of_one_rank_stops_all_in_the_same_step(run_script, tokenizer, 
         "--device=cpu",
         "--spectral-tokens=0",
         "--run-name=r",
+        "--report=false",
         f"--data-dir={folder}",
     ]
     done = run_script("scripts.base_train", *flags, ranks=2, OMP_NUM_THREADS="1")

@@ -322,6 +322,51 @@ def test_elements_are_cut_into_runs_that_differ_by_one_at_most(world_size):
         assert owned == list(range(size))
 
 
+def events_of_a_step(update, monkeypatch):
+    """What happens in `update(optimizers)`: the stacks that Muon works on, what is sent, and the waiting, in order."""
+    events = []
+
+    class Recorder(Runtime):
+        def share(self, owned):
+            number = sum(event.startswith("send") for event in events)
+            events.append(f"send {number}: {sum(len(tensor) for part in owned for tensor in part)}")
+            return lambda: events.append(f"wait {number}")
+
+    monkeypatch.setattr(Muon, "update", lambda self, parameters, group: events.append(f"Muon {len(group['params'])}"))
+    model, place = small_model(), Recorder(0, 0, 2, torch.device("cpu"), torch.float32, "test")
+    optimizers = optim.build(model.parameters_by_role(), RATES, weight_decay=0.1, dtype=torch.float32, runtime=place)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    model.bigram_embedding.weight.grad = torch.ones(11, 16).to_sparse(1)
+    update(optimizers)
+    return model, events
+
+
+def assert_sends_overlap(update, monkeypatch):
+    """All is sent as soon as it is done, what takes no time first and the largest stack before the others, and nobody
+    waits before all is.
+    """
+    model, events = events_of_a_step(update, monkeypatch)
+    waits = [event for event in events if event.startswith("wait")]
+    assert waits == [f"wait {number}" for number in range(len(waits))]
+    assert events[-len(waits) :] == waits
+    assert [event for event in events if event.startswith("Muon")] == ["Muon 6", "Muon 12"]  # of 1,024 and 256 each
+    assert [event.partition(": ")[2] or event for event in events[-len(waits) - 4 : -len(waits)]] == [
+        "Muon 6", "6144", "Muon 12", "3072",
+    ]  # fmt: skip
+    sent = sum(int(event.partition(": ")[2]) for event in events if event.startswith("send"))
+    assert sent == sum(parameter.numel() for parameter in model.parameters()) - model.bigram_embedding.weight.numel()
+
+
+def test_what_is_updated_travels_while_the_rest_is_worked_on(monkeypatch):
+    assert_sends_overlap(optim.step, monkeypatch)
+
+
+def test_the_check_of_overlap_notices_optimizers_that_wait_for_each_other(monkeypatch):
+    with pytest.raises(AssertionError):
+        assert_sends_overlap(lambda optimizers: [optimizer.step() for optimizer in optimizers[::-1]], monkeypatch)
+
+
 class Lonely(Runtime):
     """One rank of several, to whom nobody sends anything."""
 

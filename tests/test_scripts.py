@@ -76,8 +76,11 @@ def test_from_text_to_samples_as_a_user_would(run_script, base_dir, data_dir):
 
     shape = ("--depth=1", "--aspect-ratio=16", "--head-dim=16", "--max-seq-len=16", "--lanes=4")
     batch = ("--total-batch-size=128", "--device-batch-size=8", "--num-iterations=20")
-    succeeds("scripts.base_train", *shape, *batch, "--dtype=float32", "--compile=off", "--run-name=tiny")
+    printed = succeeds("scripts.base_train", *shape, *batch, "--dtype=float32", "--compile=off", "--run-name=tiny")
     run = base_dir / "runs" / "tiny"
+    report = run / "report" / "report.html"
+    assert f"report     {report}" in printed.splitlines()
+    assert "of scripts.base_eval" in report.read_text(encoding="utf-8")
     model, _, meta = checkpoint.load_model(run)
     assert meta["step"] == 20
     assert meta["val_bpb"] == pytest.approx(bits_per_byte(model, tokenizer, val_texts), rel=1e-5)
@@ -112,6 +115,8 @@ def test_from_text_to_samples_as_a_user_would(run_script, base_dir, data_dir):
     assert f"\n{core_eval.headline(bundle, scores)}\n" in printed
     assert [sample.startswith(prompt) for sample, prompt in zip(result["samples"], base_eval.PROMPTS, strict=True)]
     assert all(sample in printed for sample in result["samples"])
+    assert f"report     {report}" in printed.splitlines()
+    assert f"{result['doc_bpb']:.4f}" in report.read_text(encoding="utf-8")
 
     printed = succeeds("scripts.generate", "--run-name=tiny", PROMPT, "--max-new-tokens=12", "--seed=5")
     ids = [tokenizer.bos, *tokenizer.encode(PROMPT)]
@@ -207,8 +212,9 @@ def test_a_program_that_succeeds_calls_its_parts_in_turn_and_does_not_exit():
 
 
 @pytest.fixture
-def trained(base_dir, data_dir, tokenizer):
+def trained(base_dir, data_dir, tokenizer, monkeypatch):
     """(run folder, model) of random weights in a run named `tiny`."""
+    monkeypatch.setattr(base_eval, "REPORT", False)
     run, config = base_dir / "runs" / "tiny", GPTConfig(tokenizer.vocab_size, 16, 1, 2, 2, 8)
     model = checkpoint.build_model(config, "cpu")
     model.init_weights(0)
@@ -250,7 +256,7 @@ def test_an_evaluation_of_nothing_is_refused(monkeypatch, settings, message):
 def test_two_ranks_evaluate_as_one_does(trained, run_script, data_dir, tmp_path, monkeypatch):
     run, tasks = trained[0], tmp_path / "tasks"
     core_bundle.make(tasks, data_dir / "shard_00002.parquet", 8)
-    settings = {"STEP": 4, "DTYPE": "float32", "SAMPLE_TOKENS": 1, "CORE_BUNDLE": str(tasks)}
+    settings = {"STEP": 4, "DTYPE": "float32", "SAMPLE_TOKENS": 1, "CORE_BUNDLE": str(tasks), "REPORT": False}
     options = [f"{config.flag_of(name)}={value}" for name, value in settings.items()]
     done = run_script("scripts.base_eval", *options, ranks=2, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
