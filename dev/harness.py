@@ -1,12 +1,12 @@
 """The same texts and questions for lm-evaluation-harness (`pip install -e '.[lm-eval]'`) and for nanotrain, compared.
 
-    python dev/harness.py --run-name=r --bundle=DIR --out=TASKS         JSONL, YAML, and what nanotrain says of them
-    lm_eval --model hf --model_args pretrained=EXPORTED,... --include_path TASKS ... --log_samples --output_path FOUND
-    python dev/harness.py --out=TASKS --found=FOUND                     item by item
+    python dev/harness.py --run-name=r --out=TASKS             JSONL and YAML, and what nanotrain says of them
+    lm_eval run ...                                            as the first command prints it; needs no network
+    python dev/harness.py --out=TASKS --found=TASKS/found      item by item
 
-README.md has the whole commands. Both see the same tokens: a document here is the first whole lines of a document of
-the validation shard that fit into one row; a choice begins where the tokens of the choices part, and is scored as in
-core_eval by the mean loss of its tokens, which the harness has no metric for, so that it comes with the tasks.
+Both see the same tokens. A document here is the first whole lines of a document of the validation shard that fit into
+one row. A choice begins where the tokens of the choices part, and counts as in core_eval by the mean loss of its
+tokens; the harness has no such metric, so it comes with the tasks.
 """
 
 import json
@@ -23,7 +23,7 @@ from nanotrain.errors import UserError
 RUN_NAME = ""  # folder under NANOTRAIN_DIR/runs; empty: the run that was saved last
 DATA_DIR = ""  # folder of shards; empty: the one the run was trained on
 BUNDLE = ""  # folder or zip of tasks in the format of CORE; empty: the one that is kept for the run's data set
-TASKS = "copa,openbook_qa,arc_easy"  # of them, multiple choice
+TASKS = ""  # of them, as in copa,arc_easy; empty: all of multiple choice
 ITEMS = 150  # of each task, at most
 DOCUMENTS = 200  # of the validation shard
 OUT = ""  # folder for the tasks
@@ -61,6 +61,17 @@ doc_to_text: ""
 doc_to_target: text
 metric_list: [{{metric: bits_per_byte}}]
 """
+# The harness puts BOS before a document of its own accord, and one token more than core_eval into a cut prompt.
+COMMANDS = """
+With the exported folder as $EXPORTED:
+
+export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+lm_eval run --model hf --device cpu --batch_size 16 --include_path {out} --output_path {out}/found \\
+    --model_args pretrained=$EXPORTED,dtype=float32,trust_remote_code=True,max_length={length},add_bos_token=False \\
+    --tasks nanotrain_documents
+lm_eval run --model hf --device cpu --batch_size 16 --include_path {out} --output_path {out}/found \\
+    --model_args pretrained=$EXPORTED,dtype=float32,trust_remote_code=True,max_length={choice_length} \\
+    --tasks {tasks} --log_samples"""
 
 
 def main():
@@ -75,18 +86,20 @@ def main():
     rt = runtime.start("cpu", "float32")
     folder = paths.data_dir(DATA_DIR or meta["data_dir"])
     bundle = core_bundle.read(BUNDLE or paths.core_dir() / f"tasks-of-{folder.name}", ITEMS)
-    named = {task.label: task for task in bundle.tasks}
-    missing = [label for label in TASKS.split(",") if label not in named or named[label].kind != "multiple_choice"]
+    named = {task.label: task for task in bundle.tasks if task.kind == core_bundle.MULTIPLE_CHOICE}
+    labels = TASKS.split(",") if TASKS else list(named)
+    missing = [label for label in labels if label not in named]
     if missing:
-        there = ", ".join(label for label, task in named.items() if task.kind == "multiple_choice")
-        raise UserError(f"--tasks={TASKS}: no multiple choice called {missing[0]}; there: {there}")
+        raise UserError(f"--tasks={TASKS}: no multiple choice called {missing[0]}; there: {', '.join(named)}")
     expected = {"documents": documents(out, dataset.open_shards(folder).validation.path, model, tokenizer, rt)}
     print(f"{'documents':<28}{expected['documents']:.6f} bits per byte")
     (out / "nanotrain_pick.py").write_text(PICK, encoding="utf-8")
-    for label in TASKS.split(","):
+    for label in labels:
         expected[label] = choices(out, named[label], model, tokenizer, rt)
         print(f"{label:<28}{sum(expected[label].values()):.0f} of {len(expected[label])} right")
     (out / "expected.json").write_text(json.dumps(expected, indent=1) + "\n", encoding="utf-8")
+    length, tasks = model.config.max_seq_len, ",".join(f"nanotrain_{label}" for label in labels)
+    print(COMMANDS.format(length=length, choice_length=length - 1, out=out, tasks=tasks))
 
 
 def documents(out, shard, model, tokenizer, rt):
@@ -141,7 +154,7 @@ def mean_loss(model, ids, start):
 def write(out, name, template, rows):
     path = out / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (out / f"{name}.yaml").write_text(template.format(name=name, file=path), encoding="utf-8")
+    (out / f"{name}.yaml").write_text(template.format(name=name, file=json.dumps(str(path))), encoding="utf-8")
 
 
 def compare(out, found):
