@@ -103,7 +103,7 @@ nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
 if [ "$gpus" -gt 0 ]; then
     dataset=${DATASET:-fineweb-edu} depth=${DEPTH:-20} vocab_size=${VOCAB_SIZE:-32768} minutes=${MINUTES:-}
     tokenizer_preset=() tasks=""
-    preset=(--max-seq-len=2048 --device-batch-size=16 --matrix-lr=0.02 --weight-decay=0.1 --warmdown-ratio=0.75
+    preset=(--max-seq-len=2048 --device-batch-size=0 --matrix-lr=0.02 --weight-decay=0.1 --warmdown-ratio=0.75
         --batch-ramp --bigram-rows=0 --spectral-tokens=0 --eval-tokens=10485760 --core-metric-every=2000)
     evaluation=(--eval-tokens=10485760 --core-max-per-task=0)
 else

@@ -77,8 +77,13 @@ def _softcap_and_slope(logits):
     return SOFTCAP * tanh, 1 - tanh * tanh
 
 
+def chunk_rows(device):
+    """How many rows' logits are held at once on a device."""
+    return CHUNK_ROWS.get(device.type, LARGE_CHUNK_ROWS)
+
+
 def _chunks(hidden):
-    size = CHUNK_ROWS.get(hidden.device.type, LARGE_CHUNK_ROWS)
+    size = chunk_rows(hidden.device)
     return [slice(start, start + size) for start in range(0, len(hidden), size)]
 
 

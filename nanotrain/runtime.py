@@ -5,6 +5,7 @@
 
 import contextlib
 import ctypes
+import gc
 import os
 import platform
 import shutil
@@ -178,6 +179,28 @@ class Runtime:
             raise getattr(errors, first[0])(first[1])
         return result
 
+    def largest_that_fits(self, most, attempt):
+        """The first of `most`, half of it, ... 1 with which `attempt(number)` runs out of memory on no rank; 0 if there
+        is none. All ranks try the same numbers; `attempt` must not wait for another rank.
+        """
+        number = most
+        while number:
+            failed = False
+            try:
+                attempt(number)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                failed = True
+            # Only here, where the error and the frames of its traceback have gone, can their tensors go too.
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if not any(self.gather(failed)):
+                break
+            number //= 2
+        return number
+
     def synchronize(self):
         """Wait until the device has done all its work, so that a clock reading means something."""
         _synchronize(self.device)
@@ -349,6 +372,12 @@ def _keep_freed_memory():
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: no private mapping for blocks below 1 GiB
 
 
+def is_out_of_memory(error):
+    """Whether `error` says that the device or the machine has no memory left."""
+    texts = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")  # of the CPU, of a GPU, of its libraries
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts)
+
+
 def is_lost_peer(error):
     """Whether `error` is what a collective raises when another rank has ended."""
     text = str(error)
@@ -363,6 +392,11 @@ def use_tokenizer_threads(parallel):
 def use_compile_cache(folder):
     """Let torch.compile keep its results in `folder`; call it before anything is compiled."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+
+
+def can_compile():
+    """Whether torch.compile has what it needs: a GPU, or a C++ compiler."""
+    return bool(torch.cuda.is_available() or shutil.which("g++") or shutil.which("clang++"))
 
 
 def silence_profiler():
@@ -467,6 +501,18 @@ def memory_bytes(device):
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_memory_bytes(device):
+    """What a rank may count on: the whole memory of its GPU; of a CPU its share of what programs can still get."""
+    if device.type == "cuda":
+        return memory_bytes(device)
+    free = memory_bytes(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 def device_name(device):

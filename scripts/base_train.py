@@ -27,6 +27,7 @@ from nanotrain import (
     dataset,
     errors,
     guard,
+    loss,
     loss_eval,
     optim,
     paths,
@@ -76,7 +77,8 @@ TARGET_PARAM_DATA_RATIO = 10.0  # training tokens per matrix and head weight, if
 # --- batch
 TOTAL_BATCH_SIZE = 0  # tokens of one optimizer step; 0: by the plan
 BATCH_RAMP = False  # begin with a quarter of the micro-steps, then half of them
-DEVICE_BATCH_SIZE = 16  # rows of one forward pass; lowered to a divisor; lower it if memory runs out
+DEVICE_BATCH_SIZE = 16  # rows of one forward pass, lowered to a divisor; 0: on CUDA the most that fit, elsewhere 16
+GRAD_CHECKPOINT = False  # run each block again in the backward pass: less memory, more time, the same bits
 # --- optimization
 MATRIX_LR = 0.04  # Muon, for the matrices of the blocks
 EMBEDDING_LR = 0.35  # AdamW, for the token embedding (half of it for value embeddings), at width 768
@@ -116,12 +118,14 @@ TRAJECTORY = (
 )  # fmt: skip
 FREE = (
     "RUN_NAME", "RESUME", "ALLOW_CHANGE", "DRY_RUN", "DEVICE", "DATA_DIR", "TOKENIZER_DIR", "DEVICE_BATCH_SIZE",
-    "EVAL_EVERY", "EVAL_TOKENS", "EVALUATIONS_AFTER", "CORE_METRIC_EVERY", "CORE_BUNDLE", "CORE_MAX_PER_TASK", "REPORT",
-    "SAMPLE_EVERY", "SAVE_EVERY", "KEEP_LAST", "KEEP_EVERY", "EARLY_STOP_PATIENCE", "EARLY_STOP_MIN_DELTA", "WANDB",
+    "GRAD_CHECKPOINT", "EVAL_EVERY", "EVAL_TOKENS", "EVALUATIONS_AFTER", "CORE_METRIC_EVERY", "CORE_BUNDLE",
+    "CORE_MAX_PER_TASK", "REPORT", "SAMPLE_EVERY", "SAVE_EVERY", "KEEP_LAST", "KEEP_EVERY", "EARLY_STOP_PATIENCE",
+    "EARLY_STOP_MIN_DELTA", "WANDB",
 )  # fmt: skip
 
 REFIT_PROGRESS = 0.25  # with TARGET_MINUTES the number of steps is corrected once here, where the learning rate is flat
 DEFAULT_DEPTH = 4
+DEFAULT_ROWS = 16  # of a forward pass
 SLOW_SECONDS = 1800.0  # without progress in which a rank is taken to hang: at the start, evaluating, sampling, saving
 STEP_SECONDS, SLOW_STEP_FACTOR = 120.0, 20.0  # and in a step: this, or so many times a usual step if that is more
 DRIFT_EVERY = 500  # steps between comparisons of the weights of all ranks
@@ -195,7 +199,7 @@ def pretrain(rt, stop, watchdog):
     }
     first_weights = None if saved else load_first_weights(rt, identity)
     model = checkpoint.build_model(model_config, "meta")
-    plan = make_plan(rt, model, saved, speed)
+    plan = make_plan(rt, model, saved, speed, DEVICE_BATCH_SIZE or DEFAULT_ROWS)
     run = Run(**saved["run"]) if saved else Run(plan.num_steps, horizon_fixed=not TARGET_MINUTES)
     planned = (*HORIZON, "TOTAL_BATCH_SIZE", "BATCH_RAMP")
     new_horizon = not saved or any(saved["settings"].get(name) != globals()[name] for name in planned)
@@ -211,16 +215,16 @@ def pretrain(rt, stop, watchdog):
     bundle = CORE_METRIC_EVERY and core_bundle.obtain(
         CORE_BUNDLE, paths.core_dir(), rt, CORE_MAX_PER_TASK, lambda line: say(rt, line)
     )
-    record = {"plan": plan.to_dict(), "environment": environment, **identity, "defaults": config.defaults(__file__)}
     owner = rt.on_main(lambda: checkpoint.claim(run_dir))
     rt.on_main(lambda: tokenizer.save(run_dir))
-    rt.on_main(lambda: write_json(run_dir / "config.json", record))
 
     # ---- weights and optimizers ----
     units = dataloader.units_of(shards.train, LANES)
     runtime.use_tokenizer_threads(False)  # the readers have threads of their own
     model = model.to_empty(device=rt.device)
     model.init_weights(SEED)
+    if GRAD_CHECKPOINT:
+        model.checkpoint_activations()
     factor = scaling.width_factor(model_config.model_dim)
     rates = {
         "matrix": MATRIX_LR,
@@ -243,6 +247,12 @@ def pretrain(rt, stop, watchdog):
         checkpoint.load_weights(model, first_weights)
     elif SPECTRAL_TOKENS and tokenizer.vocab_size <= spectral.LARGEST_VOCABULARY:
         rt.on_main(lambda: start_from_pairs(model, units, tokenizer, plan.tokens))
+    if rows_are_tried(rt):
+        rows = rows_that_fit(rt, model, plan.device_rows * plan.accumulation)
+        plan = make_plan(rt, model, saved, speed, rows)
+        say(rt, "\n".join([f"fits       {rows} rows", *describe_batch(rt, plan, model_config)]))
+    record = {"plan": plan.to_dict(), "environment": environment, **identity, "defaults": config.defaults(__file__)}
+    rt.on_main(lambda: write_json(run_dir / "config.json", record))
     pass_seconds = warm_up(rt, model, plan.device_rows)
     if new_horizon and not run.horizon_fixed:
         run.num_steps = rt.broadcast(
@@ -613,10 +623,11 @@ def choose_shape(vocab_size, flops_per_second):
     return GPTConfig(vocab_size, seq_len, depth, heads, heads, HEAD_DIM, bigram_rows, PLAIN), reason
 
 
-def make_plan(rt, model, saved, flops_per_second):
+def make_plan(rt, model, saved, flops_per_second, device_batch_size):
     parameters = {role: sum(p.numel() for p in named.values()) for role, named in model.parameters_by_role().items()}
     horizon = scaling.Horizon(NUM_ITERATIONS, TARGET_FLOPS, TARGET_MINUTES, TARGET_PARAM_DATA_RATIO)
     shape = model.config
+    compiled = COMPILE != "off" and runtime.can_compile()
     return scaling.make_plan(
         parameters,
         shape.num_layers,
@@ -625,10 +636,10 @@ def make_plan(rt, model, saved, flops_per_second):
         shape.max_seq_len,
         horizon,
         saved["total_batch_size"] if saved and not TOTAL_BATCH_SIZE else TOTAL_BATCH_SIZE,
-        DEVICE_BATCH_SIZE,
+        device_batch_size,
         rt.world_size,
         flops_per_second,
-        rt.dtype.itemsize,
+        scaling.Kept(rt.dtype.itemsize, compiled, GRAD_CHECKPOINT, loss.chunk_rows(rt.device)),
         schedule.mean_batch_share() if BATCH_RAMP else 1.0,
     )
 
@@ -641,7 +652,6 @@ def describe(rt, plan, run, model_config, reason, shards, tokenizer, run_dir):
     on_disk = sum(shard.text_bytes for shard in shards.train) / bytes_per_token
     tokens = run.num_steps * plan.total_batch_size * (schedule.mean_batch_share() if BATCH_RAMP else 1)
     tables = sum(count for role, count in plan.parameters.items() if "embedding" in role and role != "unembedding")
-    lowered = f" (lowered from {DEVICE_BATCH_SIZE})" if plan.device_rows < DEVICE_BATCH_SIZE else ""
     minutes = TARGET_MINUTES or plan.seconds / 60
     lines = [
         f"run        {run_dir}",
@@ -650,17 +660,44 @@ def describe(rt, plan, run, model_config, reason, shards, tokenizer, run_dir):
         f"model      depth {model_config.num_layers} ({reason}), width {model_config.model_dim}",
         f"weights    {plan.parameters['matrix']:,} in matrices, {plan.parameters['unembedding']:,} in the head,"
         f" {tables:,} in tables",
-        f"batch      {plan.total_batch_size:,} tokens = {plan.device_rows} rows{lowered} of {model_config.max_seq_len}"
-        f" x {plan.accumulation} micro-steps x {rt.world_size} ranks",
+        *describe_batch(rt, plan, model_config),
         f"horizon    {'about ' if TARGET_MINUTES else ''}{run.num_steps:,} steps, {tokens / 1e6:,.1f} M tokens,"
         f" {tokens * plan.flops_per_token:.1e} FLOPs, about {minutes:.1f} minutes",
         f"data       about {on_disk / 1e6:,.1f} M tokens in {shards.folder}: {tokens / on_disk:.1f} epochs",
-        f"memory     about {plan.state_bytes / 2**30:.2f} GiB of weights and state,"
-        f" {plan.activation_bytes / 2**30:.2f} GiB of activations a rank",
     ]
+    if rows_are_tried(rt):
+        lines.append("rows       as many as fit are tried once the model is there")
     if tokens > 4 * on_disk:
         lines.append("warning    more than 4 epochs: more text would help more than more steps")
     return "\n".join(lines)
+
+
+def describe_batch(rt, plan, model_config):
+    """The lines about the batch and the memory that it needs."""
+    memory, free, needed = plan.memory, runtime.free_memory_bytes(rt.device), plan.memory.peak
+    lowered = f" (lowered from {DEVICE_BATCH_SIZE})" if plan.device_rows < DEVICE_BATCH_SIZE else ""
+    parts = ("weights", "gradients", "optimizer", "activations", "logits")
+    lines = [
+        f"batch      {plan.total_batch_size:,} tokens = {plan.device_rows} rows{lowered} of {model_config.max_seq_len}"
+        f" x {plan.accumulation} micro-steps x {rt.world_size} ranks",
+        f"memory     {memory.peak / 2**30:.2f} GiB a rank, most in the {memory.moment}: "
+        + ", ".join(f"{part} {getattr(memory, part) / 2**30:.2f}" for part in parts),
+    ]
+    if rt.device.type == "cpu":
+        needed, taken = scaling.process_growth(memory), rt.peak_memory_bytes()
+        lines.append(
+            f"process    about {(taken + needed) / 2**30:.1f} GiB at most, {taken / 2**30:.1f} of them taken already"
+        )
+    if needed > free:
+        if not GRAD_CHECKPOINT and memory.moment != "update":
+            lower = "give --grad-checkpoint, or lower "
+        else:
+            lower = "lower "
+        smaller = f"--device-batch-size={max(plan.device_rows // 2, 1)} (now {plan.device_rows})"
+        if memory.moment == "update" or plan.device_rows == 1:
+            smaller = f"--depth={model_config.num_layers // 2 or 1} (now {model_config.num_layers})"
+        lines.append(f"warning    more than the {free / 2**30:.1f} GiB that are free for a rank: {lower}{smaller}")
+    return lines
 
 
 def describe_sharing(footprint):
@@ -687,6 +724,35 @@ def start_from_pairs(model, units, tokenizer, run_tokens):
         model.head.weight.copy_(head)
 
 
+def rows_are_tried(rt):
+    """Whether the rows of a forward pass are found by trying: elsewhere memory that runs out ends the process."""
+    return DEVICE_BATCH_SIZE == 0 and rt.device.type == "cuda"
+
+
+def rows_that_fit(rt, model, most):
+    """The first of `most`, half of it, and so on, with which forward and backward pass fit on every rank beside weights
+    and optimizer state. No weight changes.
+    """
+
+    def attempt(rows):
+        tokens = torch.zeros(rows, model.config.max_seq_len, dtype=torch.int64, device=rt.device)
+        # Eager, which takes no less memory than compiled code, and no minute of compilation for each number of rows.
+        with torch.compiler.set_stance("force_eager"):
+            try:
+                for _ in range(2):  # the second with the gradients there, as micro-steps have them
+                    with rt.autocast():
+                        mean = model(tokens, tokens)
+                    mean.backward()
+                rt.synchronize()
+            finally:
+                model.zero_grad()
+
+    rows = rt.largest_that_fits(most, attempt)
+    if not rows:
+        raise MemoryLimitError(f"out of memory with a single row: {less_memory(0)}")
+    return rows
+
+
 def warm_up(rt, model, rows):
     """Compile what can be compiled, and return the seconds of one forward and backward pass afterwards. No weight
     changes.
@@ -711,7 +777,7 @@ def warm_up(rt, model, rows):
             failure = None
             break
         except Exception as error:
-            if is_out_of_memory(error) or (COMPILE == "on" and attempt):
+            if runtime.is_out_of_memory(error) or (COMPILE == "on" and attempt):
                 raise
             # Once more: torch's parallel compilers sometimes meet a precompiled header that is only half written.
             torch.compiler.reset()
@@ -742,7 +808,7 @@ def evaluate(rt, run, model, validation, token_bytes, tracker):
         tracker.progress("evaluation", -(-len(validation) // rt.world_size)) as bar,
         torch.compiler.set_stance("force_eager"),
     ):
-        val_bpb = loss_eval.bits_per_byte(model, validation, token_bytes, rt, DEVICE_BATCH_SIZE, bar)
+        val_bpb = loss_eval.bits_per_byte(model, validation, token_bytes, rt, DEVICE_BATCH_SIZE or DEFAULT_ROWS, bar)
     run.val_bpb = val_bpb if math.isfinite(val_bpb) else None  # a checkpoint holds no NaN
     tracker.record(run.step, {"val/bpb": val_bpb})
     if run.val_bpb is not None and (run.best_bpb is None or val_bpb < run.best_bpb):
@@ -765,7 +831,7 @@ def evaluate_core(rt, run, model, tokenizer, bundle, tracker, watchdog):
             if bar:
                 bar(items)
 
-        scores = core_eval.evaluate(model, tokenizer, bundle.tasks, rt, DEVICE_BATCH_SIZE, done)
+        scores = core_eval.evaluate(model, tokenizer, bundle.tasks, rt, DEVICE_BATCH_SIZE or DEFAULT_ROWS, done)
     centered = {f"core/{score.label}": score.centered for score in scores}
     tracker.record(run.step, {"core/core_metric": core_eval.core_metric(scores)[0], **centered})
     tracker.event(f"step {run.step}: {core_eval.headline(bundle, scores)}")
@@ -807,10 +873,6 @@ def non_finite_message(model, run, losses):
     )
 
 
-def is_out_of_memory(error):
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
 def main_within_memory():
     """`main`, with a sentence instead of a traceback where memory runs out or another rank has ended."""
     try:
@@ -820,13 +882,15 @@ def main_within_memory():
             raise PeerError(
                 "another rank has ended, and says why itself: --resume goes on from the last checkpoint"
             ) from None
-        if not is_out_of_memory(error):
+        if not runtime.is_out_of_memory(error):
             raise
-        if DEVICE_BATCH_SIZE > 1:
-            smaller = f"--device-batch-size={DEVICE_BATCH_SIZE // 2} (now {DEVICE_BATCH_SIZE})"
-        else:
-            smaller = "a smaller --max-seq-len"
-        raise MemoryLimitError(f"out of memory: try {smaller}, or a smaller --depth") from None
+        raise MemoryLimitError(f"out of memory: {less_memory(DEVICE_BATCH_SIZE)}") from None
+
+
+def less_memory(rows):
+    """What to do where memory ran out with so many rows a pass; 0: the number does not matter."""
+    smaller = f"--device-batch-size={rows // 2} (now {rows})" if rows > 1 else "a smaller --max-seq-len"
+    return f"try {smaller}, {'' if GRAD_CHECKPOINT else '--grad-checkpoint, '}or a smaller --depth"
 
 
 def write_json(path, value):

@@ -18,7 +18,6 @@ import json
 import math
 import multiprocessing
 import random
-import shutil
 import signal
 import statistics
 import sys
@@ -34,7 +33,6 @@ import torch.nn.functional as F
 from torch.autograd import DeviceType
 from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint as rerun_in_backward
 from tqdm import tqdm
 
 from nanotrain import checkpoint, config, dataloader, dataset, engine, errors, gpt, loss, optim, paths, runtime, scaling
@@ -158,8 +156,7 @@ class Training:
         model = checkpoint.build_model(self.config(), rt.device)
         model.init_weights(0)
         if self.checkpointing == "on":
-            for block in model.blocks:
-                block.forward = partial(rerun_in_backward, block.forward, use_reentrant=False)
+            model.checkpoint_activations()
         if self.compile_mode != "off":
             runtime.trust_cpu_flags(True)
         if self.compile_mode == "whole":
@@ -521,8 +518,7 @@ def training(**changes):
 
 def compile_mode():
     """`block` where the settings and this machine let it compile, else `off`."""
-    found = torch.cuda.is_available() or shutil.which("g++") or shutil.which("clang++")
-    return "block" if COMPILE == "on" or (COMPILE == "auto" and found) else "off"
+    return "block" if COMPILE == "on" or (COMPILE == "auto" and runtime.can_compile()) else "off"
 
 
 def variant(labels, work, dtype="", **options):

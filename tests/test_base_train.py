@@ -9,6 +9,7 @@ import shutil
 import signal
 import struct
 import time
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,6 +37,7 @@ from nanotrain import (
     spectral,
 )
 from nanotrain.errors import CheckpointError, DataError, MemoryLimitError, NonFiniteError, SupersededError, UserError
+from nanotrain.gpt import GPT, Block, GPTConfig
 from nanotrain.tokenizer import BPETokenizer
 from scripts import base_train
 
@@ -143,9 +145,12 @@ def equal(first, second):
     )
 
 
-def same_run(first, second):
-    """Whether two runs ended in the same weights, the same optimizer state, the same place, with the same record."""
+def same_run(first, second, but_for=()):
+    """Whether two runs ended in the same weights, the same optimizer state, the same place, with the same record; the
+    settings `but_for` must differ.
+    """
     ours, theirs = saved(first), saved(second)
+    assert all(ours[2]["settings"].pop(name) != theirs[2]["settings"].pop(name) for name in but_for)
     return (
         equal(ours[0], theirs[0])
         and equal(ours[1], theirs[1])
@@ -404,6 +409,16 @@ def test_a_growing_batch_takes_the_same_rows_in_order_with_smaller_steps_first(t
     assert last[2]["loader"]["row"] == counts[-1]
 
 
+def test_a_plain_run_trains_what_the_stock_class_of_transformers_has(train):
+    run = train("plain", PLAIN=True, NUM_ITERATIONS=10)
+    tensors, _, state = saved(run)
+    assert state["model_config"]["plain"]
+    assert all("value" not in name or name.endswith("attention.value.weight") for name in tensors)
+    assert not [name for name in tensors if "scale" in name or "bigram" in name]
+    losses = column(run, "train/loss")
+    assert losses[-1] < losses[0]
+
+
 # ---- the dial ----
 
 
@@ -513,6 +528,122 @@ def test_the_report_is_written_after_the_last_save_of_a_finished_run_and_cannot_
     assert [steps[0] for steps in checkpoints] == [4]
     assert "report     not written: OSError: no space for a report\n" in capsys.readouterr().out
     assert json.loads((run / "config.json").read_text())["defaults"]["NUM_ITERATIONS"] == 0
+
+
+def test_a_device_batch_of_0_is_that_of_the_default_where_nothing_is_tried(train, whole, capsys):
+    run = train(DEVICE_BATCH_SIZE=0, NUM_ITERATIONS=1)
+    printed = capsys.readouterr().out
+    assert "8 rows of 16 x 1 micro-steps" in printed
+    assert not re.search(r"^(fits|rows) ", printed, re.M)
+    assert column(run, "data_hash") == column(whole, "data_hash")[:1]
+    assert len(column(run, "val/bpb")) == 2
+
+
+def forbid_rows(monkeypatch, most):
+    """Passes over more than `most` rows run out of memory, and the number of rows is found by trying."""
+    tried, forward = [], GPT.forward
+
+    def limited(self, inputs, targets):
+        tried.append(len(inputs))
+        if len(inputs) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, inputs, targets)
+
+    monkeypatch.setattr(GPT, "forward", limited)
+    monkeypatch.setattr(base_train, "rows_are_tried", lambda rt: base_train.DEVICE_BATCH_SIZE == 0)
+    return tried
+
+
+def test_a_device_batch_of_0_is_the_most_that_fits_where_it_is_tried(train, whole, monkeypatch, capsys):
+    tried = forbid_rows(monkeypatch, 5)
+    run = train(DEVICE_BATCH_SIZE=0)
+    assert tried[:3] == [8, 4, 4]
+    assert set(tried[3:]) == {4}
+    printed = capsys.readouterr().out.splitlines()
+    place = printed.index("fits       4 rows")
+    assert printed[place + 1] == "batch      128 tokens = 4 rows of 16 x 2 micro-steps x 1 ranks"
+    assert printed[place + 2].startswith("memory     0.00 GiB a rank")
+    assert equal(saved(run)[0], saved(whole)[0])
+    assert json.loads((run / "config.json").read_text())["plan"]["device_rows"] == 4
+
+
+def test_a_row_that_does_not_fit_is_a_sentence(train, monkeypatch):
+    forbid_rows(monkeypatch, 0)
+    with pytest.raises(MemoryLimitError, match=r"with a single row: try a smaller --max-seq-len, --grad-checkpoint"):
+        train(DEVICE_BATCH_SIZE=0)
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "rows", "advice"),
+    [
+        (False, 4, "give --grad-checkpoint, or lower --device-batch-size=2 (now 4)"),
+        (True, 4, "lower --device-batch-size=2 (now 4)"),
+        (True, 1, "lower --depth=4 (now 8)"),
+    ],
+)
+def test_a_plan_that_exceeds_the_memory_names_the_setting_to_lower(monkeypatch, checkpointing, rows, advice):
+    monkeypatch.setattr(base_train, "GRAD_CHECKPOINT", checkpointing)
+    monkeypatch.setattr(base_train, "TOTAL_BATCH_SIZE", 4096)
+    model = checkpoint.build_model(GPTConfig(100, 512, 8, 2, 2, 8), "meta")
+    plan = base_train.make_plan(ALONE, model, None, 1e12, rows)
+    needed = scaling.process_growth(plan.memory)
+    for free, warns in ((needed - 1, True), (needed, False)):
+        monkeypatch.setattr(runtime, "free_memory_bytes", lambda device, free=free: free)
+        warnings = [line for line in base_train.describe_batch(ALONE, plan, model.config) if "warning" in line]
+        gib = f"{free / 2**30:.1f}"
+        assert warnings == [f"warning    more than the {gib} GiB that are free for a rank: {advice}"] * warns
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_the_most_rows_fit_and_twice_as_many_do_not(monkeypatch):
+    device = torch.device("cuda", 0)
+    rt = runtime.Runtime(0, 0, 1, device, torch.bfloat16, "test")
+    model = checkpoint.build_model(GPTConfig(512, 256, 4, 2, 2, 64, 1000), device)
+    model.init_weights(0)
+    torch.cuda.set_per_process_memory_fraction(2**30 / runtime.memory_bytes(device))
+    try:
+        rows = base_train.rows_that_fit(rt, model, 4096)
+        assert 1 < rows < 4096
+        assert torch.cuda.memory_allocated(device) < 2**26  # what did not fit has gone
+        assert base_train.rows_that_fit(rt, model, 2 * rows) == rows
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+# ---- activation checkpointing ----
+
+
+@pytest.fixture
+def block_runs(monkeypatch):
+    """The numbers of times that blocks ran with and without gradients wanted; a factor on what they give when they run
+    again in the backward pass, for a twin.
+    """
+    found, forward = {"runs": 0, "again": 1.0}, Block.forward
+
+    def counted(self, x, *others):
+        found["runs"] += torch.is_grad_enabled()
+        inside = traceback.extract_stack()
+        again = any(frame.name == "unpack_hook" for frame in inside)
+        return forward(self, x * found["again"] if again else x, *others)
+
+    monkeypatch.setattr(Block, "forward", counted)
+    return found
+
+
+def test_checkpointed_activations_give_the_same_bits(train, whole, block_runs):
+    run = train("checkpointed", GRAD_CHECKPOINT=True)
+    assert block_runs["runs"] % 2 == 0
+    checkpointed, block_runs["runs"] = block_runs["runs"], 0
+    assert same_run(run, whole, but_for=["GRAD_CHECKPOINT"])
+    train("kept")
+    assert checkpointed == 2 * block_runs["runs"]
+
+
+def test_the_comparison_notices_a_block_that_runs_otherwise_the_second_time(train, whole, block_runs):
+    block_runs["again"] = 1.001
+    run = train("checkpointed", GRAD_CHECKPOINT=True)
+    assert not equal(saved(run)[0], saved(whole)[0])
 
 
 # ---- stopping and resuming ----
@@ -927,7 +1058,7 @@ def test_no_data_set_no_tokenizer_and_a_broken_one_say_which_command_helps(train
         ({"MAX_SEQ_LEN": -1}, r"--max-seq-len=-1: must not be negative"),
         ({"LANES": 0}, r"--lanes=0: at least 1"),
         ({"KEEP_LAST": 0}, r"--keep-last=0: at least 1"),
-        ({"DEVICE_BATCH_SIZE": 0}, r"--device-batch-size=0: at least 1"),
+        ({"DEVICE_BATCH_SIZE": -1}, r"--device-batch-size=-1: must not be negative"),
         ({"DEPTH": -1}, r"--depth=-1: must not be negative"),
         ({"HEAD_DIM": 15}, r"--head-dim=15: .*even"),
         ({"WARMUP_RATIO": 1.5}, r"--warmup-ratio=1.5: a share, at most 1"),

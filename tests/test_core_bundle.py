@@ -323,6 +323,14 @@ def test_text_without_words_gives_the_tasks_that_need_none(tmp_path, texts):
     assert len(core_bundle.read(tmp_path / "bundle").tasks) == 1
 
 
+def test_a_continuation_that_another_document_has_too_is_no_wrong_answer():
+    pieces = [core_bundle._Piece(number, f"{number}", "same" if number < 3 else f"c{number}") for number in range(6)]
+    for seed in range(5):
+        others = core_bundle._others(pieces, pieces[0], random.Random(seed), 3)
+        assert sorted(other.continuation for other in others) == ["c3", "c4", "c5"]
+    assert core_bundle._others(pieces, pieces[0], random.Random(0), 4) is None
+
+
 def test_one_document_gives_no_choices_from_others(tmp_path):
     dataset.write_shard(tmp_path / "shard_00000.parquet", [" ".join(make_texts(30))])
     counts = core_bundle.make(tmp_path / "bundle", tmp_path / "shard_00000.parquet", 20)

@@ -196,6 +196,10 @@ def test_mean_losses_are_those_computed_by_hand():
     assert core_eval._scores(MODEL_XYZ, shifted, False, ALONE, 1) != pytest.approx(expected, rel=1e-2)
 
 
+def test_choices_that_differ_by_rounding_are_equal_and_the_first_counts():
+    assert [core_eval._first_least([1.0 + more, 1.0]) for more in (0.0, 2e-6, 1e-4)] == [0, 0, 1]
+
+
 def test_the_likelier_context_by_hand():
     """After x comes y, after anything else z."""
     x, y, z = (1 + ALPHABET.index(character) for character in "xyz")
@@ -336,6 +340,15 @@ def test_neither_the_number_of_ranks_nor_the_batch_size_changes_anything(case, w
         world_size, lambda rank: core_eval.evaluate(case.model, LETTERS, case.tasks, rank, batch_rows)
     )
     assert found == [case.alone] * world_size
+
+
+def test_losses_are_those_of_the_models_logits_in_float32(case):
+    encoded = [[0, *ids] for ids in LETTERS.encode_batch(core_eval.prompts(case.tasks[1], 0))]
+    batch = core_eval.sequences(case.tasks[1].kind, encoded, 24)
+    for (ids, start), found in zip(batch, core_eval._scores(case.model, batch, False, ALONE, 4), strict=True):
+        logits = case.model.logits(torch.tensor([ids[:-1]]))[0, start - 1 :].double()
+        expected = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[start:])).item()
+        assert found == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("batch_rows", [1, 2, 8])

@@ -1,6 +1,7 @@
 """Generation with a cache against the model's own logits without one, and the draw against its distribution."""
 
 import inspect
+import math
 import random
 from dataclasses import replace
 from itertools import islice
@@ -336,3 +337,22 @@ def test_the_largest_draw_takes_the_last_token_that_can_come():
     logits = torch.tensor([[1.0, -1e9, 0.5, 0.7]])
     assert pick(logits, 1.0, 0, 1.0, [Last()]) == [2]
     assert pick(logits, 1.0, 0, 0.6, [Last()]) == [3]
+
+
+class Fixed:
+    """Draws this share of what there is."""
+
+    def __init__(self, share):
+        self.share = share
+
+    def getrandbits(self, count):
+        return math.ceil(self.share * 2**count)
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(1.0, 4), (0.75, 3), (0.5, 2), (0.25, 1)])
+def test_equal_tokens_share_the_draw_and_top_p_keeps_no_more_than_it_needs(top_p, kept):
+    draws = [Fixed(place / kept) for place in range(kept)]  # where the share of each begins
+    picked = pick(torch.zeros(kept, 4), 1.0, 0, top_p, draws)
+    assert len(set(picked)) == kept
+    ends = pick(torch.zeros(kept, 4), 1.0, 0, top_p, [Fixed((place + 1) / kept - 1e-6) for place in range(kept)])
+    assert ends == picked

@@ -71,6 +71,13 @@ def test_a_small_case_by_hand():
     assert found == pytest.approx(nats / math.log(2) / size, rel=1e-12)
 
 
+def test_sums_are_float64():
+    count, cost = 100_000, 0.1
+    rows = np.ones((1, count + 1), dtype=np.int32)
+    found = bits_per_byte(TableModel([[0.0, 0.0], [0.0, cost]]), rows, torch.tensor([0, 1]), ALONE, 1)
+    assert found == pytest.approx(float(np.float32(cost)) / math.log(2), rel=1e-12)
+
+
 def test_special_tokens_are_in_neither_sum():
     token_bytes = torch.tensor([0, 2])
     plain = np.array([[1, 1, 1, 1, 1]], dtype=np.int32)

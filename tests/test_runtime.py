@@ -1,5 +1,6 @@
 """One process, two processes, devices and precisions."""
 
+import gc
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -274,6 +276,15 @@ found["together"] = told(rt.together, lambda: rt.rank)
 found["together, one failing"] = told(rt.together, lambda: rt.rank or fail(DataError("rank 0 fails")))
 found["together, other failing"] = told(rt.together, lambda: fail(DataError("rank 1 fails")) if rt.rank else 0)
 found["together, both failing"] = told(rt.together, lambda: fail(DataError(f"rank {rt.rank}")))
+
+def trial(number):
+    tried.append(number)
+    if number > (12, 3)[rt.rank]:  # the ranks have unequal memory
+        raise torch.OutOfMemoryError("no memory")
+
+for name, runtime_of_trial in (("fits", rt), ("fits alone", runtime.Runtime(0, 0, 1, rt.device, rt.dtype, ""))):
+    tried = []
+    found[name] = [runtime_of_trial.largest_that_fits(40, trial), tried]
 found["afterwards"] = rt.gather(rt.rank)
 rt.close()
 found["seconds"] = [time.monotonic() - begin, runtime.seconds_since_start()]
@@ -324,6 +335,79 @@ def test_an_error_on_one_rank_is_raised_on_both(two_ranks):
         assert found["together, one failing"] == ["DataError", "rank 0 fails"]
         assert found["together, other failing"] == ["DataError", "rank 1 fails"]
         assert found["together, both failing"] == ["DataError", "rank 0"]
+
+
+def test_ranks_of_unequal_memory_find_one_number_that_fits_all(two_ranks):
+    assert [found["fits"] for found in two_ranks] == [[2, [40, 20, 10, 5, 2]]] * 2
+    alone = [found["fits alone"] for found in two_ranks]  # the twin: without asking the others they differ
+    assert alone == [[10, [40, 20, 10]], [2, [40, 20, 10, 5, 2]]]
+
+
+class Held:
+    """Something large, in a frame of its own that refers to itself, as those of torch may."""
+
+    def __init__(self):
+        self.itself = self
+
+
+@pytest.mark.parametrize("collected", [True, False], ids=["as it is", "twin"])
+def test_what_did_not_fit_is_freed_before_the_next_trial(monkeypatch, collected):
+    rt, seen = runtime.start(device="cpu"), []
+    if not collected:
+        monkeypatch.setattr(runtime.gc, "collect", lambda: 0)
+
+    def trial(number):
+        still_there = [reference() for reference in seen if reference() is not None]
+        if still_there:
+            raise AssertionError(still_there)
+        held = Held()
+        seen.append(weakref.ref(held))
+        if number > 6:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    gc.disable()  # it would otherwise come when it likes
+    try:
+        if collected:
+            assert rt.largest_that_fits(24, trial) == 6
+            assert len(seen) == 3
+        else:
+            with pytest.raises(AssertionError):
+                rt.largest_that_fits(24, trial)
+    finally:
+        gc.enable()
+
+
+def test_where_nothing_fits_the_number_is_0_and_other_errors_are_not_taken_for_memory():
+    def fail(error):
+        raise error
+
+    rt = runtime.start(device="cpu")
+    assert rt.largest_that_fits(5, lambda number: fail(MemoryError())) == 0
+    assert rt.largest_that_fits(5, lambda number: None) == 5
+    with pytest.raises(RuntimeError, match="shapes"):
+        rt.largest_that_fits(5, lambda number: fail(RuntimeError("shapes differ")))
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("x"), True),
+        (MemoryError(), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_what_counts_as_memory_that_has_run_out(error, expected):
+    assert runtime.is_out_of_memory(error) is expected
+
+
+def test_ranks_of_one_machine_share_its_free_memory(monkeypatch):
+    alone = runtime.free_memory_bytes(torch.device("cpu"))
+    assert 2**26 < alone < runtime.memory_bytes(torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert runtime.free_memory_bytes(torch.device("cpu")) == pytest.approx(alone / 4, rel=0.2)
 
 
 # ---- clock, hardware, command ----
