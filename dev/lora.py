@@ -8,25 +8,29 @@ It evaluates on the last sixteenth of the text while it trains, stops early when
 the best adapter.
 """
 
+import importlib.util
 import resource
 import sys
 import time
 from pathlib import Path
 
-import torch
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    EarlyStoppingCallback,
-    Trainer,
-    TrainingArguments,
-)
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from nanotrain import config, errors
 from nanotrain.errors import UserError
+
+try:
+    import torch
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        BitsAndBytesConfig,
+        EarlyStoppingCallback,
+        Trainer,
+        TrainingArguments,
+    )
+except ImportError as error:
+    sys.exit(f"error: {error}: pip install -e '.[finetune]'")
 
 # --- settings
 MODEL = ""  # folder that scripts.export_hf wrote
@@ -46,6 +50,10 @@ SEED = 1337  # of the adapter and of the order of the rows
 def main():
     if not (MODEL and TEXT and OUT):
         raise UserError("give all three: --model=FOLDER --text=FILE --out=FOLDER")
+    if not Path(MODEL, "config.json").is_file():
+        raise UserError(f"--model={MODEL}: no exported model: python -m scripts.export_hf --out={MODEL} writes one")
+    if FOUR_BITS and not importlib.util.find_spec("bitsandbytes"):
+        raise UserError("--four-bits needs bitsandbytes: pip install bitsandbytes")
     tokenizer = AutoTokenizer.from_pretrained(MODEL, trust_remote_code=True)
     rows = rows_of(Path(TEXT).read_text(encoding="utf-8"), tokenizer)
     held_out = max(len(rows) // 16, 1)
