@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as tensor_bytes
 
-from nanotrain import paths
+from nanotrain import paths, wandb_run
 from nanotrain.errors import CheckpointError, DataError
 from nanotrain.gpt import GPT, GPTConfig
 from nanotrain.store import Store
@@ -89,7 +89,11 @@ def unpack(files):
 
 
 def find_run(name=""):
-    """The folder of the run `name`, or of the run that was saved last. Raises CheckpointError if there is none."""
+    """The folder of the run `name`, or of the run that was saved last; `wandb:ENTITY/PROJECT/NAME:ALIAS` is an artifact
+    of one, which is fetched. Raises CheckpointError if there is none.
+    """
+    if name.startswith(wandb_run.PREFIX):
+        return wandb_run.fetch(name, paths.artifacts_dir())
     if name:
         return paths.run_dir(name)
     runs = paths.base_dir() / "runs"

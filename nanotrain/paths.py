@@ -44,6 +44,11 @@ def core_dir():
     return base_dir() / "core"
 
 
+def artifacts_dir():
+    """The folder of runs that were loaded from wandb."""
+    return base_dir() / "artifacts"
+
+
 def run_dir(name):
     """The folder of the run `name`; a name with a slash is taken as a path."""
     if "/" in name or os.sep in name:

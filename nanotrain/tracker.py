@@ -1,6 +1,7 @@
-"""What a run tells: the progress bar, `metrics.jsonl`, and wandb if asked for. Only rank 0 says anything.
+"""What a run tells: the progress bar, the record in its folder, and wandb if asked for. Only rank 0 says anything.
 
-`metrics.jsonl` is the record: one JSON object a line, `step` counting finished optimizer steps.
+metrics.jsonl                     numbers: one JSON object a line, `step` counting finished optimizer steps
+evaluation/step_00001000.json     what an evaluation found beside them: samples, tasks, the best and worst text
 """
 
 import contextlib
@@ -18,20 +19,19 @@ PLAIN_SECONDS = 5.0  # between lines where there is no terminal
 class Tracker:
     """The voice of one run. Use as a context manager: every way out closes the bar, the file and wandb."""
 
-    def __init__(
-        self, run_dir, run_name, config, num_steps, first_step=0, wandb_mode="off", wandb_id=None, enabled=True
-    ):
-        """first_step: the step resumed from; later rows of `metrics.jsonl` are cut off. enabled: False on all ranks
-        but 0.
+    def __init__(self, run_dir, num_steps, first_step=0, enabled=True):
+        """first_step: the step resumed from; what was recorded of later ones goes. enabled: False on all ranks but
+        0.
         """
-        self.enabled, self.num_steps, self.wandb, self.wandb_id = enabled, num_steps, None, wandb_id
-        self._last_line, self._write_failed = 0.0, False
+        self.enabled, self.num_steps = enabled, num_steps
+        self._wandb, self._wandb_every = None, 1
+        self._last_line, self._write_failed, self._evaluation = 0.0, False, {}
         if not enabled:
             return
-        Path(run_dir).mkdir(parents=True, exist_ok=True)
-        path = Path(run_dir) / "metrics.jsonl"
-        _cut_back(path, first_step)
-        self._file = open(path, "a", encoding="utf-8")
+        self._run_dir = Path(run_dir)
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        _cut_back(self._run_dir, first_step)
+        self._file = open(self._run_dir / "metrics.jsonl", "a", encoding="utf-8")
         self.is_terminal = sys.stderr.isatty()
         self.bar = tqdm(
             total=num_steps,
@@ -40,24 +40,10 @@ class Tracker:
             dynamic_ncols=True,
             bar_format="{n_fmt}/{total_fmt} {bar} {remaining} left{postfix}",
         )
-        if wandb_mode != "off":
-            self._start_wandb(run_dir, run_name, config, wandb_mode)
 
-    def _start_wandb(self, run_dir, run_name, config, mode):
-        try:
-            import wandb  # slow to import, and off by default
-        except Exception as error:  # missing, or broken by another package
-            self.event(f"wandb is off: {error}")
-            return
-        options = {"project": "nanotrain", "name": run_name, "id": self.wandb_id, "config": config, "dir": str(run_dir)}
-        for attempt in dict.fromkeys((mode, "offline")):
-            try:
-                settings = wandb.Settings(init_timeout=30, silent=True)
-                self.wandb = wandb.init(**options, mode=attempt, resume="allow", settings=settings)
-                self.wandb_id = self.wandb.id
-                return
-            except Exception as error:  # a tracker must never end a run
-                self.event(f"wandb {attempt} does not work: {type(error).__name__}: {error}")
+    def use_wandb(self, run, every=1):
+        """Log to a WandbRun too: evaluations, and every so many steps (and at the last) the numbers of a step."""
+        self._wandb, self._wandb_every = run, every
 
     def set_num_steps(self, num_steps):
         """The horizon, once it is known or corrected."""
@@ -72,7 +58,9 @@ class Tracker:
         """
         if not self.enabled:
             return
-        self.record(step, metrics)
+        row = self._write(step, metrics)
+        if self._wandb and (step % self._wandb_every == 0 or step == self.num_steps):
+            self._wandb.log(step, row)
         line = (
             f"loss {metrics['train/loss']:.4f}, lr {metrics['train/lr']:.4g}, {metrics['train/tok_per_sec']:,.0f} tok/s"
         )
@@ -87,25 +75,50 @@ class Tracker:
 
     def record(self, step, metrics):
         """Write a row of metrics; NaN and infinity, which JSON does not have, become null."""
-        if not self.enabled:
-            return
+        if self.enabled:
+            row = self._write(step, metrics)
+            if self._wandb:
+                self._wandb.log(step, row)
+
+    def _write(self, step, metrics):
         row = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in metrics.items()
         }
-        try:
+        with self._a_full_disk_ends_nothing("metrics.jsonl"):
             self._file.write(json.dumps({"step": step, **row}) + "\n")
             self._file.flush()
-        except OSError as error:  # a full disk must not end a run
+        return row
+
+    def evaluation(self, step, **parts):
+        """Record what an evaluation found beside its numbers: JSON-like values, added to those of this step so far.
+
+        val_bpb: a number, or None if it was not finite. samples: [{prompt, text}], the text what the model wrote. core:
+        {metric, stderr, random, is_core, tasks: [{label, accuracy, centered, count, stderr, random}]}. documents and
+        token_bits: see `loss_eval.Details`.
+        """
+        if not self.enabled:
+            return
+        if self._evaluation.get("step") != step:
+            self._evaluation = {"step": step}
+        self._evaluation |= parts
+        folder = self._run_dir / "evaluation"
+        with self._a_full_disk_ends_nothing("an evaluation"):
+            folder.mkdir(exist_ok=True)
+            temporary = folder / ".part"
+            temporary.write_text(json.dumps(self._evaluation, allow_nan=False) + "\n", encoding="utf-8")
+            temporary.replace(folder / f"step_{step:08d}.json")
+        if self._wandb:
+            self._wandb.evaluation(step, parts)
+
+    @contextlib.contextmanager
+    def _a_full_disk_ends_nothing(self, what):
+        try:
+            yield
+        except OSError as error:
             if not self._write_failed:
-                self.event(f"metrics.jsonl could not be written ({error.strerror}); training goes on")
+                self.event(f"{what} could not be written ({error.strerror}); training goes on")
             self._write_failed = True
-        if self.wandb:
-            try:
-                self.wandb.log({"step": step, **row})
-            except Exception as error:
-                self.wandb = None
-                self.event(f"wandb is off from here: {type(error).__name__}: {error}")
 
     def event(self, text):
         """Say something that happened, with the time of day."""
@@ -122,26 +135,32 @@ class Tracker:
         with tqdm(total=total, desc=description, leave=False, dynamic_ncols=True) as bar:
             yield bar.update
 
-    def close(self):
-        """Close the bar, the file, and wandb."""
+    def close(self, failed=False):
+        """Close the bar, the file, and wandb; failed: the run ends with an error."""
         if not self.enabled:
             return
         self.bar.close()
         with contextlib.suppress(OSError):
             self._file.close()
-        if self.wandb:
-            with contextlib.suppress(Exception):
-                self.wandb.finish()
+        if self._wandb:
+            self._wandb.close(failed)
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *error):
-        self.close()
+    def __exit__(self, kind, *error):
+        self.close(failed=kind is not None)
 
 
-def _cut_back(path, step):
-    """Drop the rows after `step` (all of them where nothing is resumed), and a last line that was cut by a crash."""
+def _cut_back(run_dir, step):
+    """Drop what was recorded after `step` (all of it where nothing is resumed), and a last line that was cut by a
+    crash.
+    """
+    for path in (run_dir / "evaluation").glob("step_*.json"):
+        number = path.stem.removeprefix("step_")
+        if number.isdecimal() and (not step or int(number) > step):
+            path.unlink()
+    path = run_dir / "metrics.jsonl"
     if not path.exists():
         return
     kept = []

@@ -36,6 +36,7 @@ from nanotrain import (
     scaling,
     schedule,
     spectral,
+    wandb_run,
 )
 from nanotrain.engine import generate
 from nanotrain.errors import CheckpointError, DataError, MemoryLimitError, NonFiniteError, PeerError, UserError
@@ -47,7 +48,7 @@ from nanotrain.tracker import Tracker
 RUN_NAME = ""  # folder of the run under NANOTRAIN_DIR/runs; empty: d<depth>, or base where the plan chooses it
 RESUME = False  # go on from the newest checkpoint that verifies; without one, start
 ALLOW_CHANGE = ""  # settings that --resume may change although they change the training, as in matrix_lr,warmdown_ratio
-INIT_FROM = ""  # begin a new run with the weights of this run; everything else starts anew
+INIT_FROM = ""  # begin a new run with the weights of this run (or wandb:ENTITY/PROJECT/NAME:ALIAS)
 DRY_RUN = False  # print the plan and stop
 REPORT = True  # write report/ into the run's folder when it is done
 # --- machine
@@ -102,7 +103,12 @@ KEEP_LAST = 2  # newest checkpoints that stay
 KEEP_EVERY = 0  # steps between checkpoints that stay for good
 EARLY_STOP_PATIENCE = 0  # evaluations in a row without a better one after which the run ends; 0: off
 EARLY_STOP_MIN_DELTA = 0.0  # by how many bits per byte an evaluation must be better to count
+# --- wandb
 WANDB = "off"  # off, offline or online
+WANDB_PROJECT = "nanotrain"  # that the run belongs to
+WANDB_TAGS = ""  # of the run, as in baseline,cpu
+WANDB_NOTES = ""  # about the run
+WANDB_LOG_EVERY = 10  # steps between those whose numbers are logged; metrics.jsonl has all
 # -----------
 
 # What --resume does with a setting that differs from the checkpoint's: refused, or to be allowed by name, or free.
@@ -120,7 +126,7 @@ FREE = (
     "RUN_NAME", "RESUME", "ALLOW_CHANGE", "DRY_RUN", "DEVICE", "DATA_DIR", "TOKENIZER_DIR", "DEVICE_BATCH_SIZE",
     "GRAD_CHECKPOINT", "EVAL_EVERY", "EVAL_TOKENS", "EVALUATIONS_AFTER", "CORE_METRIC_EVERY", "CORE_BUNDLE",
     "CORE_MAX_PER_TASK", "REPORT", "SAMPLE_EVERY", "SAVE_EVERY", "KEEP_LAST", "KEEP_EVERY", "EARLY_STOP_PATIENCE",
-    "EARLY_STOP_MIN_DELTA", "WANDB",
+    "EARLY_STOP_MIN_DELTA", "WANDB", "WANDB_PROJECT", "WANDB_TAGS", "WANDB_NOTES", "WANDB_LOG_EVERY",
 )  # fmt: skip
 
 REFIT_PROGRESS = 0.25  # with TARGET_MINUTES the number of steps is corrected once here, where the learning rate is flat
@@ -269,11 +275,14 @@ def pretrain(rt, stop, watchdog):
     loader_state = saved["loader"] if saved else None
     threads = runtime.cores_of_a_rank()
     reader = dataloader.RowReader(units, tokenizer, seq_len, LANES, SEED, rt.rank, rt.world_size, loader_state, threads)
-    tracker = rt.together(
-        lambda: Tracker(run_dir, run_name, settings, run.num_steps, run.step, WANDB, run.wandb_id, rt.is_main)
-    )
-    run.wandb_id = tracker.wandb_id
-    token_bytes = tokenizer.token_bytes()
+    tracker = rt.together(lambda: Tracker(run_dir, run.num_steps, run.step, rt.is_main))
+    in_wandb = None
+    if WANDB != "off" and rt.is_main:
+        run_id = run.wandb_id or wandb_run.new_id(f"d{model_config.num_layers}-{shards.folder.name}")
+        options = wandb_run.options(WANDB_PROJECT, WANDB_TAGS, WANDB_NOTES, record)
+        in_wandb = wandb_run.WandbRun(run_dir, WANDB, run_id, options, tracker.event)
+        in_wandb.sources(run_dir, record, shards.folder.name)
+        tracker.use_wandb(in_wandb, WANDB_LOG_EVERY)
     peak_flops = runtime.peak_flops(rt.device)
     resumed_step = run.step if saved else None
     step_seconds, typical_seconds, evaluation_seconds, core_seconds = [], math.inf, 0.0, 0.0
@@ -293,6 +302,8 @@ def pretrain(rt, stop, watchdog):
         for part in rt.gather(next_batch.state["lanes"]):
             loader_state["lanes"].update(part)
         spent = run.seconds + runtime.seconds_since_start()
+        if in_wandb:
+            run.wandb_id = in_wandb.id
         state = {
             "step": run.step,
             "val_bpb": run.val_bpb,
@@ -315,11 +326,13 @@ def pretrain(rt, stop, watchdog):
             raise CheckpointError(f"{which} could not be written: {failure}: {run_dir}. Older ones are intact")
         if failure:
             tracker.event(f"step {run.step}: the checkpoint could not be written ({failure}); training goes on")
+        else:
+            tracker.event(f"step {run.step}: checkpoint saved")
 
     with tracker, dataloader.DataLoader(reader, plan.device_rows, rt.device) as loader:
         batches = rt.together(lambda: LookAhead(loader))
         if EVAL_EVERY and run.step == 0:
-            evaluation_seconds = evaluate(rt, run, model, validation, token_bytes, tracker)
+            evaluation_seconds = evaluate(rt, run, model, validation, tokenizer, tracker)
         if bundle and run.step == 0:  # which also finds out now, and not at the end, whether it can be done
             core_seconds = evaluate_core(rt, run, model, tokenizer, bundle, tracker, watchdog)
         while run.step < run.num_steps:
@@ -337,9 +350,11 @@ def pretrain(rt, stop, watchdog):
 
             # ---- gradients of the whole batch ----
             loss_sum, row_hash = torch.zeros((), device=rt.device), 0
-            first_batch = batches.next
+            first_batch, loader_seconds = batches.next, 0.0
             for micro_step in range(micro_steps):
+                asked = time.perf_counter()
                 batch = batches.take()
+                loader_seconds += time.perf_counter() - asked
                 row_hash += batch.row_hash
                 # before the forward, where DDP decides whether this backward will average over the ranks
                 trained.require_backward_grad_sync = micro_step == micro_steps - 1
@@ -364,6 +379,7 @@ def pretrain(rt, stop, watchdog):
 
             # ---- update ----
             run.step += 1
+            update_begin = time.perf_counter()
             if math.isfinite(mean_loss) and math.isfinite(grad_norm):
                 deviations = guard.deviations(run.recent_losses, mean_loss)
                 run.recent_losses = [*run.recent_losses, mean_loss][-guard.LOSS_WINDOW :]
@@ -389,6 +405,7 @@ def pretrain(rt, stop, watchdog):
                     parameter.grad.zero_()  # a view of DDP's bucket, which must stay
 
             # ---- log ----
+            update_seconds = time.perf_counter() - update_begin
             # A GPU still works on the update, which counts in the next step: to wait here would leave it idle then.
             seconds = time.monotonic() - begin
             if micro_steps == plan.accumulation or not step_seconds:
@@ -401,9 +418,14 @@ def pretrain(rt, stop, watchdog):
                 "train/tok_per_sec": plan.total_batch_size * micro_steps / plan.accumulation / seconds,
                 "train/epoch": reader.epoch(batch.state),
                 "train/loss_deviations": deviations,
-                "train/skipped_steps": run.skipped_steps,
+                "train/seconds": seconds,
+                "train/loader_seconds": loader_seconds,
+                "system/skipped_steps": run.skipped_steps,
+                "system/peak_memory_bytes": rt.peak_memory_bytes(),
                 "data_hash": f"{(int(hash_low) + (int(hash_high) << 32)) % 2**64:016x}",
             }
+            if rt.device.type == "cpu":  # on the others it is only queued by then
+                metrics["train/optimizer_seconds"] = update_seconds
             if peak_flops:
                 metrics["train/mfu"] = (
                     metrics["train/tok_per_sec"] * plan.flops_per_token / (peak_flops * rt.world_size)
@@ -425,7 +447,7 @@ def pretrain(rt, stop, watchdog):
             last = run.step == run.num_steps
             stopping = stops > 0 and not last
             if due(EVAL_EVERY, run.step, last) and not stopping:
-                evaluation_seconds = evaluate(rt, run, model, validation, token_bytes, tracker)
+                evaluation_seconds = evaluate(rt, run, model, validation, tokenizer, tracker)
                 if 0 < EARLY_STOP_PATIENCE <= run.stale_evaluations and not last:
                     tracker.event(f"step {run.step}: {run.stale_evaluations} evaluations without a better one: the end")
                     run.num_steps, run.horizon_fixed, last = run.step, True, True
@@ -433,7 +455,7 @@ def pretrain(rt, stop, watchdog):
             if bundle and due(CORE_METRIC_EVERY, run.step, last) and not stopping:
                 core_seconds = evaluate_core(rt, run, model, tokenizer, bundle, tracker, watchdog)
             if due(SAMPLE_EVERY, run.step, last) and not stopping and rt.is_main:
-                sample(model, tokenizer, tracker)
+                sample(run, model, tokenizer, tracker)
             if due(SAVE_EVERY, run.step, last) or last or stopping or run.best_step == run.step:
                 save(batches.next)
             if stopping:
@@ -449,6 +471,8 @@ def pretrain(rt, stop, watchdog):
             result = f"loss {mean_loss:.4f}" if run.val_bpb is None else f"val bpb {run.val_bpb:.4f}"
             used = f"{runtime.seconds_since_start():.0f} s, {rt.peak_memory_bytes() / 2**30:.1f} GiB"
             tracker.event(f"done in {used}: {result} after {run.num_steps} steps, {run_dir}")
+            if in_wandb:
+                in_wandb.checkpoint(run_dir, run.best_step if run.best_step >= 0 else run.step, run.best_bpb)
     if REPORT and rt.is_main and run.step == run.num_steps:
         say(rt, report.attempt(run_dir))
 
@@ -493,9 +517,11 @@ def check_settings():
     for name, value in config.settings(globals()).items():
         if isinstance(value, (int, float)) and value < 0:
             raise UserError(f"{config.flag_of(name)}={value}: must not be negative")
+    if RUN_NAME.startswith(wandb_run.PREFIX):
+        raise UserError(f"--run-name={RUN_NAME}: begin a new run with its weights, by --init-from={RUN_NAME}")
     if SEED >= 2**63:
         raise UserError(f"--seed={SEED}: must be below 2^63")
-    for name in ("LANES", "KEEP_LAST"):
+    for name in ("LANES", "KEEP_LAST", "WANDB_LOG_EVERY"):
         if globals()[name] < 1:
             raise UserError(f"{config.flag_of(name)}={globals()[name]}: at least 1")
     if EARLY_STOP_PATIENCE and not EVAL_EVERY:
@@ -538,7 +564,7 @@ def load_first_weights(rt, identity):
     """The weights that a new run begins with, by name: those of the run INIT_FROM; None without one."""
     if not INIT_FROM:
         return None
-    run_dir = paths.run_dir(INIT_FROM)
+    run_dir = rt.on_main(lambda: checkpoint.find_run(INIT_FROM))
 
     def load():
         step, files, _ = checkpoint.newest(run_dir)
@@ -801,23 +827,26 @@ def steps_in_time(run, step_seconds, evaluation_seconds, core_seconds):
     return run.step + max(round(left / each), 1)
 
 
-def evaluate(rt, run, model, validation, token_bytes, tracker):
+def evaluate(rt, run, model, validation, tokenizer, tracker):
     """Measure bits per byte on the validation rows, record it in `run` and the log, and return the seconds it took."""
-    begin = time.monotonic()
+    begin, details = time.monotonic(), loss_eval.Details(tokenizer)
     with (
         tracker.progress("evaluation", -(-len(validation) // rt.world_size)) as bar,
         torch.compiler.set_stance("force_eager"),
     ):
-        val_bpb = loss_eval.bits_per_byte(model, validation, token_bytes, rt, DEVICE_BATCH_SIZE or DEFAULT_ROWS, bar)
+        rows = DEVICE_BATCH_SIZE or DEFAULT_ROWS
+        val_bpb = loss_eval.bits_per_byte(model, validation, tokenizer.token_bytes(), rt, rows, bar, details.add)
     run.val_bpb = val_bpb if math.isfinite(val_bpb) else None  # a checkpoint holds no NaN
     tracker.record(run.step, {"val/bpb": val_bpb})
+    tracker.evaluation(run.step, val_bpb=run.val_bpb, **details.result(rt))
     if run.val_bpb is not None and (run.best_bpb is None or val_bpb < run.best_bpb):
         run.best_bpb, run.best_step = val_bpb, run.step
     if run.val_bpb is not None and (run.goal_bpb is None or val_bpb < run.goal_bpb):
         run.goal_bpb, run.stale_evaluations = val_bpb - EARLY_STOP_MIN_DELTA, 0
     else:
         run.stale_evaluations += 1
-    tracker.event(f"step {run.step}: val bpb {val_bpb:.4f}")
+    best = ", the best so far" if run.best_step == run.step > 0 else ""
+    tracker.event(f"step {run.step}: val bpb {val_bpb:.4f}{best}")
     return time.monotonic() - begin
 
 
@@ -834,8 +863,26 @@ def evaluate_core(rt, run, model, tokenizer, bundle, tracker, watchdog):
         scores = core_eval.evaluate(model, tokenizer, bundle.tasks, rt, DEVICE_BATCH_SIZE or DEFAULT_ROWS, done)
     centered = {f"core/{score.label}": score.centered for score in scores}
     tracker.record(run.step, {"core/core_metric": core_eval.core_metric(scores)[0], **centered})
+    tracker.evaluation(run.step, core=described_core(bundle, scores))
     tracker.event(f"step {run.step}: {core_eval.headline(bundle, scores)}")
     return time.monotonic() - begin
+
+
+def described_core(bundle, scores):
+    """The scores as `Tracker.evaluation` records them."""
+    metric, standard_error = core_eval.core_metric(scores)
+    tasks = [
+        {
+            "label": score.label,
+            "accuracy": score.accuracy,
+            "centered": score.centered,
+            "count": score.num_items,
+            "stderr": score.standard_error,
+            "random": score.baseline,
+        }
+        for score in scores
+    ]
+    return {"metric": metric, "stderr": standard_error, "is_core": bundle.is_core, "tasks": tasks}
 
 
 def due(every, step, last):
@@ -854,11 +901,14 @@ def save_checkpoint(run_dir, run, model, moments, state, resumed_step, owner, ve
     return None
 
 
-def sample(model, tokenizer, tracker):
+def sample(run, model, tokenizer, tracker):
+    found = []
     with torch.compiler.set_stance("force_eager"):
         for prompt in PROMPTS:
             tokens = list(generate(model, [tokenizer.bos, *tokenizer.encode(prompt)], 48))
-            tracker.event(f"sample: {prompt}{tokenizer.decode(tokens)}")
+            found.append({"prompt": prompt, "text": tokenizer.decode(tokens)})
+            tracker.event(f"sample: {prompt}{found[-1]['text']}")
+    tracker.evaluation(run.step, samples=found)
 
 
 def non_finite_message(model, run, losses):

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import struct
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ALONE, TINY_RUN, make_shards, make_texts
+from fake_wandb import FakeWandb
 
 from nanotrain import (
     checkpoint,
@@ -35,6 +37,7 @@ from nanotrain import (
     scaling,
     schedule,
     spectral,
+    wandb_run,
 )
 from nanotrain.errors import CheckpointError, DataError, MemoryLimitError, NonFiniteError, SupersededError, UserError
 from nanotrain.gpt import GPT, Block, GPTConfig
@@ -42,6 +45,8 @@ from nanotrain.tokenizer import BPETokenizer
 from scripts import base_train
 
 TINY = {**TINY_RUN, "NUM_ITERATIONS": 6}
+MEASURED = {f"train/{name}" for name in ("tok_per_sec", "seconds", "loader_seconds", "optimizer_seconds")}
+MEASURED |= {"system/peak_memory_bytes"}  # what differs between two equal runs
 
 
 def main(**settings):
@@ -123,9 +128,9 @@ def column(run_dir, key):
 
 
 def timeless(run_dir):
-    """Everything in metrics.jsonl but the times."""
+    """Everything in metrics.jsonl but times and memory."""
     lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in row.items() if key != "train/tok_per_sec"} for row in lines]
+    return [{key: value for key, value in row.items() if key not in MEASURED} for row in lines]
 
 
 def saved(run_dir, step=None):
@@ -301,7 +306,7 @@ def test_the_same_command_gives_the_same_run_and_another_seed_does_not(train, wh
 
 def test_the_run_folder_is_whole_by_itself(whole, tokenizer):
     names = sorted(path.name for path in whole.iterdir())
-    assert names == ["checkpoints", "config.json", "metrics.jsonl", "owner.json", "tokenizer.json"]
+    assert names == ["checkpoints", "config.json", "evaluation", "metrics.jsonl", "owner.json", "tokenizer.json"]
     model, loaded, meta = checkpoint.load_model(whole)
     assert loaded.to_json() == tokenizer.to_json()
     assert model.logits(torch.tensor([[0, 5, 7]])).shape == (1, 3, tokenizer.vocab_size)
@@ -343,7 +348,9 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now, self.timing = 0.0, False
-        monkeypatch.setattr(base_train, "time", SimpleNamespace(monotonic=self.monotonic))
+        monkeypatch.setattr(
+            base_train, "time", SimpleNamespace(monotonic=self.monotonic, perf_counter=time.perf_counter)
+        )
         monkeypatch.setattr(runtime, "seconds_since_start", lambda: self.now)
 
     def monotonic(self):
@@ -893,7 +900,7 @@ def test_p8_a_step_that_is_not_finite_leaves_weights_and_moments_alone(train, po
     assert equal(before[1], after[1])
     assert before[2]["updates"] == after[2]["updates"] == 2
     assert not equal(after[0], later[0])
-    assert [row["train/skipped_steps"] for row in rows(run)] == [0, 0, 1, 1, 1, 1]
+    assert [row["system/skipped_steps"] for row in rows(run)] == [0, 0, 1, 1, 1, 1]
     assert [row["train/loss"] is None for row in rows(run)] == [False, False, True, False, False, False]
     assert "step 3: loss" in capsys.readouterr().out
     assert all(tensor.isfinite().all() for tensor in saved(run)[0].values())
@@ -901,7 +908,7 @@ def test_p8_a_step_that_is_not_finite_leaves_weights_and_moments_alone(train, po
 
 def test_skipped_steps_that_are_not_in_a_row_end_nothing(train, poison):
     poison({1, 2, 4, 5})
-    assert rows(train())[-1]["train/skipped_steps"] == 4
+    assert rows(train())[-1]["system/skipped_steps"] == 4
 
 
 def test_three_in_a_row_end_the_run_and_the_checkpoint_stays_as_it_was(train, poison, base_dir):
@@ -1065,6 +1072,8 @@ def test_no_data_set_no_tokenizer_and_a_broken_one_say_which_command_helps(train
         ({"WARMUP_RATIO": 0.5, "WARMDOWN_RATIO": 0.6}, r"overlap: together at most 1"),
         ({"SCHEDULE": "constant"}, r"--schedule=constant: must be one of trapezoid, cosine, linear"),
         ({"COMPILE": "maybe"}, r"--compile=maybe: must be one of auto, on, off"),
+        ({"RUN_NAME": "wandb:a/b/c:best"}, r"--run-name=wandb:a/b/c:best: .*by --init-from=wandb:a/b/c:best"),
+        ({"WANDB_LOG_EVERY": 0}, r"--wandb-log-every=0: at least 1"),
         ({"WANDB": "yes"}, r"--wandb=yes: must be one of off, offline, online"),
         ({"DTYPE": "fp8"}, r"--dtype=fp8: must be one of auto, bfloat16, float16, float32"),
         ({"DEVICE": "tpu"}, r"--device=tpu: must be one of auto, cuda, mps, cpu"),
@@ -1190,6 +1199,64 @@ def test_a_new_run_can_begin_with_the_weights_of_another(train, whole, data_dir,
     assert column(run, "data_hash") != column(whole, "data_hash")
     state = saved(run)[2]
     assert (state["updates"], state["settings"]["INIT_FROM"]) == (6, str(whole))
+
+
+def test_a_run_in_wandb_goes_on_there_and_its_best_checkpoint_is_loaded_again(train, at_step, monkeypatch):
+    fakes = [FakeWandb(), FakeWandb()]
+    at_step(4, terminate)
+    for fake in fakes:
+        monkeypatch.setitem(sys.modules, "wandb", fake)
+        run = train(WANDB="offline", WANDB_LOG_EVERY=2, RESUME=True, EVAL_EVERY=3, SAMPLE_EVERY=6)
+        assert fake.done[-1] == ("finish", 0)
+    (first,), (second,) = (fake.of("init") for fake in fakes)
+    for mode, options in (first, second):
+        assert (mode, options["config"]["depth"]) == ("offline", 1)
+        del options["config"]["plan"]  # which holds a measured speed
+    assert first == second  # the same id, name and settings
+    assert re.fullmatch(r"d1-data\d*-\d{8}-\d{4}-[a-z0-9]{4}", first[1]["id"])
+    assert saved(run)[2]["run"]["wandb_id"] == first[1]["id"]
+    logged = [[(row["step"], *sorted(row)[1:2]) for (row,) in fake.of("log")] for fake in fakes]
+    numbers, of_evaluation = "system/peak_memory_bytes", ("val/bpb", "val/token_bits")
+    assert logged == [
+        [*((0, name) for name in of_evaluation), (2, numbers), *((3, name) for name in of_evaluation), (4, numbers)],
+        [(6, numbers), *((6, name) for name in of_evaluation), (6, "val/samples")],
+    ]
+    kinds = [[artifact.kind for artifact, _ in fake.of("log_artifact")] for fake in fakes]
+    assert kinds == [["tokenizer", "dataset"], ["tokenizer", "dataset", "model"]]
+    artifact, aliases = fakes[1].of("log_artifact")[-1]
+    assert artifact.metadata == {"step": 6, "val_bpb": saved(run)[2]["val_bpb"]}
+    assert aliases == ["best", "step-6"]
+
+    monkeypatch.setattr(wandb_run, "_api", lambda: artifact.api)
+    name = f"wandb:me/nanotrain/{first[1]['name']}:best"
+    model, _, _ = checkpoint.load_model(checkpoint.find_run(name))
+    assert equal(dict(model.named_parameters()), saved(run)[0])
+    new = train("new", INIT_FROM=name, NUM_ITERATIONS=1, EVAL_EVERY=1)
+    assert column(new, "val/bpb")[0] == column(run, "val/bpb")[-1]
+
+    weights = next(inside for inside in artifact.files if inside.endswith("model.safetensors"))
+    artifact.files[weights] = artifact.files[weights][:-1] + bytes([artifact.files[weights][-1] ^ 1])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        train("other", INIT_FROM=name)
+
+
+def test_a_wandb_that_raises_on_every_call_changes_nothing(train, whole, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(("everything",)))
+    run = train(WANDB="online", WANDB_LOG_EVERY=1)
+    assert capsys.readouterr().out.count("wandb offline does not work: ConnectionError: no setup") == 1
+    ours, theirs = saved(run), saved(whole)
+    for state in (ours[2], theirs[2]):
+        del state["run"]["wandb_id"], state["settings"]["WANDB"], state["settings"]["WANDB_LOG_EVERY"]
+    assert equal(ours[0], theirs[0])
+    assert equal(ours[1], theirs[1])
+    assert ours[2] == theirs[2]
+    assert timeless(run) == timeless(whole)
+    # without the thread between them the same wandb ends the run
+    monkeypatch.setattr(
+        wandb_run.WandbRun, "_later", lambda self, call: call(sys.modules["wandb"], sys.modules["wandb"])
+    )
+    with pytest.raises(ConnectionError):
+        train("direct", WANDB="online", WANDB_LOG_EVERY=1)
 
 
 def test_what_another_run_must_have_to_begin_with_its_weights(train, whole, base_dir):

@@ -1,5 +1,7 @@
 """Bits per byte against hand-computed sums, at every batch size and rank count."""
 
+import itertools
+import json
 import math
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ from nanotrain import dataloader, loss_eval
 from nanotrain.errors import DataError
 from nanotrain.gpt import GPTConfig
 from nanotrain.loss_eval import bits_per_byte, document_bits_per_byte, document_windows
+from nanotrain.runtime import Runtime
 
 
 class TableModel:
@@ -206,3 +209,114 @@ def test_validation_documents_are_the_first_ones_whole(tokenizer, tmp_path):
     for num_bytes, count in ((1, 1), (sizes[0], 1), (sizes[0] + 1, 2), (sum(sizes[:9]), 9), (10**9, 40)):
         found = dataloader.validation_documents(folder / "shard_00002.parquet", tokenizer, num_bytes)
         assert [tokenizer.decode(ids) for ids in found] == texts[:count]
+
+
+# ---- where the loss is ----
+
+
+def details_of(case, tokenizer, world_size, batch_rows=4, add=loss_eval.Details.add):
+    """What every rank of several finds, what they share being put together by hand."""
+    handed = {"sum": [], "gather": []}
+    for known in (False, True):
+        results = []
+        for number in range(world_size):
+            rank = Runtime(number, number, world_size, torch.device("cpu"), torch.float32, "test")
+            details = loss_eval.Details(tokenizer)
+            vars(rank)["sum"] = lambda values: [1.0] * len(values)
+            bits_per_byte(
+                case.model,
+                case.rows,
+                case.token_bytes,
+                rank,
+                batch_rows,
+                None,
+                lambda *batch, d=details: add(d, *batch),
+            )
+            totals = [sum(column) for column in zip(*handed["sum"], strict=True)] if known else None
+            vars(rank)["sum"] = lambda values, totals=totals: totals or handed["sum"].append(values) or values
+            vars(rank)["gather"] = lambda value, known=known: (
+                handed["gather"] if known else handed["gather"].append(value) or [value]
+            )
+            results.append(details.result(rank))
+    assert all(result == results[0] for result in results)
+    return results[0]
+
+
+def details_by_definition(case, tokenizer):
+    """({text: (bits per byte, bits of each token)} of what rows hold of documents, bits of all tokens)."""
+    texts, every = {}, []
+    for row in case.rows.tolist():
+        logits = case.model.logits(torch.tensor([row[:-1]]))[0].double()
+        bits = (-torch.log_softmax(logits, -1)[range(24), row[1:]] / math.log(2)).tolist()
+        every += [cost for token, cost in zip(row[1:], bits, strict=True) if token != case.bos]
+        for is_bos, group in itertools.groupby(zip(row[1:], bits, strict=True), lambda pair: pair[0] == case.bos):
+            ids, costs = zip(*group, strict=True)
+            if not is_bos and len(ids) >= 6:
+                text = tokenizer.decode(ids)
+                texts[text] = (sum(costs) / sum(case.token_bytes[token].item() for token in ids), costs)
+    return texts, every
+
+
+def same_details(found, texts, every):
+    ordered = sorted(texts, key=lambda text: texts[text][0])
+    counts, _ = np.histogram(np.clip(every, 0, 20), found["token_bits"]["edges"])
+    good = found["token_bits"]["counts"] == counts.tolist()
+    for kind, expected in (("worst", ordered[::-1][:5]), ("best", ordered[:5])):
+        described = found["documents"][kind]
+        good &= [text["text"] for text in described] == expected
+        for text in described:
+            bpb, bits = texts.get(text["text"], (math.inf, [math.inf]))
+            good &= text["bpb"] == pytest.approx(bpb, rel=1e-5)
+            good &= "".join(piece for piece, _ in text["tokens"]) == text["text"]
+            good &= sum(cost for _, cost in text["tokens"]) == pytest.approx(sum(bits), abs=0.02)
+    return good
+
+
+def test_the_worst_and_best_texts_and_the_histogram_are_those_of_the_definition(case, tokenizer):
+    texts, every = details_by_definition(case, tokenizer)
+    assert len(texts) > 10
+    found = details_of(case, tokenizer, 1)
+    assert same_details(found, texts, every)
+    assert json.loads(json.dumps(found)) == found
+    shifted = details_of(case, tokenizer, 1, add=lambda details, targets, nats: details.add(targets, nats.roll(1, 1)))
+    assert not same_details(shifted, texts, every)
+
+
+@pytest.mark.parametrize(("world_size", "batch_rows"), [(2, 4), (3, 1), (16, 2)])
+def test_they_are_the_same_for_every_number_of_ranks(case, tokenizer, world_size, batch_rows):
+    assert same_details(details_of(case, tokenizer, world_size, batch_rows), *details_by_definition(case, tokenizer))
+
+
+def test_tokens_that_are_parts_of_a_character_are_shown_as_the_character(tokenizer):
+    ids = tokenizer.encode("a ☃ b")
+    assert len(ids) > 5  # its bytes are tokens of their own
+    details = loss_eval.Details(tokenizer)
+    details.add(torch.tensor([ids]), torch.full((1, len(ids)), math.log(2), dtype=torch.float64))
+    (text,) = details.result(ALONE)["documents"]["worst"]
+    assert text["text"] == "a ☃ b"
+    assert dict(text["tokens"])["☃"] >= 3
+    assert sum(bits for _, bits in text["tokens"]) == len(ids)
+    assert text["bpb"] == len(ids) / 7
+
+
+def test_losses_that_are_not_finite_are_left_out_and_dear_ones_count_at_the_end(tokenizer):
+    details, token = loss_eval.Details(tokenizer), tokenizer.encode("a")[0]
+    nats = math.log(2) * torch.tensor([[math.nan, math.inf, 1.1, 500.0], [1.0, 2.0, 3.0, 4.0]], dtype=torch.float64)
+    details.add(torch.full((2, 4), token), nats)
+    found = details.result(ALONE)
+    assert [text["bpb"] for text in found["documents"]["worst"]] == [2.5]
+    counts = found["token_bits"]["counts"]
+    assert (sum(counts), counts[-1], counts[4]) == (6, 1, 2)
+
+
+def test_what_is_kept_is_bounded(tokenizer):
+    details, token = loss_eval.Details(tokenizer), tokenizer.encode("a")[0]
+    costs = torch.rand(40, 50, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.5
+    for batch in costs:
+        details.add(torch.full((50, 400), token), (math.log(2) * batch).expand(50, 400))
+    assert len(details._texts) <= 500
+    documents = details.result(ALONE)["documents"]
+    ordered = sorted(costs.flatten().tolist())
+    assert [text["bpb"] for text in documents["best"]] == pytest.approx(ordered[:5])
+    assert [text["bpb"] for text in documents["worst"]] == pytest.approx(ordered[:-6:-1])
+    assert {len(text["tokens"]) for kind in documents.values() for text in kind} == {300}

@@ -1,10 +1,9 @@
-"""The record of a run: rows of metrics.jsonl, lines for people, and a wandb that can never end a run."""
+"""The record of a run: rows of metrics.jsonl, what evaluations found, lines for people, and what goes to wandb."""
 
 import io
 import json
 import math
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ def rows(run_dir):
 
 
 def run_steps(run_dir, steps, **options):
-    with Tracker(run_dir, "r", {}, 10, **options) as tracker:
+    with Tracker(run_dir, 10, **options) as tracker:
         for step in steps:
             tracker.step(step, {**METRICS, "train/loss": float(step)}, 1.0)
 
@@ -29,7 +28,7 @@ def run_steps(run_dir, steps, **options):
 
 
 def test_every_step_is_one_json_line_that_is_on_disk_at_once(tmp_path):
-    with Tracker(tmp_path / "new" / "run", "r", {}, 2) as tracker:
+    with Tracker(tmp_path / "new" / "run", 2) as tracker:
         tracker.record(0, {"val/bpb": 1.5})
         assert rows(tmp_path / "new" / "run") == [{"step": 0, "val/bpb": 1.5}]
         tracker.step(1, {**METRICS, "data_hash": "00ff"}, 1.0)
@@ -40,7 +39,7 @@ def test_what_json_does_not_have_becomes_null(tmp_path):
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
 
-    with Tracker(tmp_path, "r", {}, 2) as tracker:
+    with Tracker(tmp_path, 2) as tracker:
         tracker.record(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1.0, "e": 0, "f": "nan"})
     line = (tmp_path / "metrics.jsonl").read_text()
     expected = {"step": 1, "a": None, "b": None, "c": None, "d": 1.0, "e": 0, "f": "nan"}
@@ -61,7 +60,7 @@ def test_resuming_cuts_later_rows_and_a_half_written_line_and_goes_on_below(tmp_
 
 
 def test_all_rows_of_the_step_resumed_from_stay(tmp_path):
-    with Tracker(tmp_path, "r", {}, 10) as tracker:
+    with Tracker(tmp_path, 10) as tracker:
         tracker.record(0, {"val/bpb": 3.0})
         for step in (1, 2, 3):
             tracker.step(step, METRICS, 1.0)
@@ -78,7 +77,7 @@ def test_all_rows_of_the_step_resumed_from_stay(tmp_path):
 
 def test_a_run_that_starts_over_at_step_zero_keeps_no_row_of_the_first_attempt(tmp_path):
     for _ in range(2):
-        with Tracker(tmp_path, "r", {}, 10) as tracker:
+        with Tracker(tmp_path, 10) as tracker:
             tracker.record(0, {"val/bpb": 3.0})
             tracker.step(1, METRICS, 1.0)
     assert [row["step"] for row in rows(tmp_path)] == [0, 1]
@@ -86,7 +85,7 @@ def test_a_run_that_starts_over_at_step_zero_keeps_no_row_of_the_first_attempt(t
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
 def test_a_full_disk_costs_rows_but_not_the_run(tmp_path, capsys):
-    with Tracker(tmp_path, "r", {}, 10) as tracker:
+    with Tracker(tmp_path, 10) as tracker:
         tracker._file.close()
         tracker._file = open("/dev/full", "w")  # every write there fails as on a full disk
         for step in range(1, 4):
@@ -95,14 +94,53 @@ def test_a_full_disk_costs_rows_but_not_the_run(tmp_path, capsys):
     assert printed.count("No space left on device") == 1
 
 
+# ---- evaluations ----
+
+
+def evaluations(run_dir):
+    """{file name: what is in it}, of all that is in the folder."""
+    return {path.name: json.loads(path.read_text()) for path in sorted((run_dir / "evaluation").iterdir())}
+
+
+def test_the_parts_of_an_evaluation_are_one_file_of_its_step(tmp_path):
+    with Tracker(tmp_path, 10) as tracker:
+        tracker.evaluation(5, val_bpb=1.5, documents={"worst": [], "best": []})
+        tracker.evaluation(5, samples=[{"prompt": "a", "text": "b 日"}])
+        tracker.evaluation(10, val_bpb=None)
+    first = {"step": 5, "val_bpb": 1.5, "documents": {"worst": [], "best": []}}
+    assert evaluations(tmp_path) == {
+        "step_00000005.json": {**first, "samples": [{"prompt": "a", "text": "b 日"}]},
+        "step_00000010.json": {"step": 10, "val_bpb": None},
+    }
+
+
+@pytest.mark.parametrize(("resumed", "kept"), [(0, []), (4, []), (5, [5]), (9, [5]), (10, [5, 10])])
+def test_resuming_removes_the_evaluations_of_later_steps(tmp_path, resumed, kept):
+    with Tracker(tmp_path, 10) as tracker:
+        tracker.evaluation(5, val_bpb=1.5)
+        tracker.evaluation(10, val_bpb=1.2)
+    with Tracker(tmp_path, 10, first_step=resumed):
+        assert list(evaluations(tmp_path)) == [f"step_{step:08d}.json" for step in kept]
+
+
+def test_an_evaluation_that_cannot_be_written_ends_nothing(tmp_path, capsys):
+    (tmp_path / "evaluation").write_text("a file where the folder belongs")
+    with Tracker(tmp_path, 10) as tracker:
+        tracker.evaluation(5, val_bpb=1.5)
+        tracker.step(6, METRICS, 1.0)
+    assert "an evaluation could not be written" in capsys.readouterr().out
+    assert [row["step"] for row in rows(tmp_path)] == [6]
+
+
 # ---- ranks ----
 
 
 def test_other_ranks_write_and_print_nothing(tmp_path, capsys):
-    with Tracker(tmp_path / "run", "r", {}, 10, wandb_mode="online", enabled=False) as tracker:
+    with Tracker(tmp_path / "run", 10, enabled=False) as tracker:
         tracker.set_num_steps(5)
         tracker.step(1, METRICS, 1.0)
         tracker.record(1, {"val/bpb": 1.0})
+        tracker.evaluation(1, val_bpb=1.0)
         tracker.event("something")
         with tracker.progress("evaluation", 3) as update:
             assert update is None
@@ -116,7 +154,7 @@ def test_other_ranks_write_and_print_nothing(tmp_path, capsys):
 def test_without_a_terminal_there_are_plain_lines_some_seconds_apart_and_at_the_end(tmp_path, capsys, monkeypatch):
     clock = [1000.0]
     monkeypatch.setattr(tracker_module.time, "monotonic", lambda: clock[0])
-    with Tracker(tmp_path, "r", {}, 9) as tracker:
+    with Tracker(tmp_path, 9) as tracker:
         for step in range(1, 10):
             tracker.step(step, {**METRICS, "train/mfu": 0.123}, 42.4)
             clock[0] += 2.0
@@ -138,7 +176,7 @@ class Terminal(io.StringIO):
 def test_on_a_terminal_there_is_a_bar_and_no_line_for_a_step(tmp_path, capsys, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    with Tracker(tmp_path, "r", {}, 9, first_step=3) as tracker:
+    with Tracker(tmp_path, 9, first_step=3) as tracker:
         assert tracker.bar.n == 3
         tracker.step(4, METRICS, 42.0)
         tracker.event("something happened")
@@ -155,85 +193,43 @@ def test_on_a_terminal_there_is_a_bar_and_no_line_for_a_step(tmp_path, capsys, m
 # ---- wandb ----
 
 
-class FakeWandb(types.ModuleType):
-    """Stands in for wandb: records what it is given, and fails where it is told to."""
+class Told:
+    """Stands in for a WandbRun: what it was told."""
 
-    def __init__(self, failing=()):
-        super().__init__("wandb")
-        self.failing, self.inits, self.logged, self.finished, self.id = set(failing), [], [], False, "abc123"
+    def __init__(self):
+        self.calls = []
 
-    def fail(self, *places):
-        if self.failing & set(places):
-            raise ConnectionError(f"no {places[0]}")
-
-    def Settings(self, **settings):
-        self.fail("Settings")
-        return settings
-
-    def init(self, **options):
-        self.inits.append(options)
-        self.fail("init", options["mode"])
-        return self
-
-    def log(self, row):
-        self.fail("log")
-        self.logged.append(row)
-
-    def finish(self):
-        self.finished = True
-        self.fail("finish")
+    def __getattr__(self, name):
+        return lambda *arguments: self.calls.append((name, *arguments))
 
 
-def track(run_dir, **options):
-    with Tracker(run_dir, "r", {"DEPTH": 4}, 10, **options) as tracker:
-        tracker.record(1, {"loss": math.nan})
-        tracker.record(2, {"loss": 2.0})
-    assert [row["step"] for row in rows(run_dir)] == [1, 2]
-    return tracker
+def test_wandb_is_told_of_every_evaluation_and_of_some_steps_and_the_last(tmp_path):
+    told = Told()
+    with Tracker(tmp_path, 7) as tracker:
+        tracker.use_wandb(told, every=3)
+        for step in range(1, 8):
+            tracker.step(step, {**METRICS, "train/grad_norm": math.nan}, 1.0)
+        tracker.record(7, {"val/bpb": 1.0})
+        tracker.evaluation(7, val_bpb=1.0)
+    row = {**METRICS, "train/grad_norm": None}
+    assert told.calls == [
+        *(("log", step, row) for step in (3, 6, 7)),
+        ("log", 7, {"val/bpb": 1.0}),
+        ("evaluation", 7, {"val_bpb": 1.0}),
+        ("close", False),
+    ]
+    assert len(rows(tmp_path)) == 8
 
 
-def test_wandb_gets_the_settings_the_rows_and_the_run_it_goes_on_with(tmp_path, monkeypatch):
-    fake = FakeWandb()
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    tracker = track(tmp_path, wandb_mode="online", wandb_id="earlier")
-    (options,) = fake.inits
-    assert (options["mode"], options["id"], options["resume"]) == ("online", "earlier", "allow")
-    assert (options["name"], options["config"]) == ("r", {"DEPTH": 4})
-    assert fake.logged == [{"step": 1, "loss": None}, {"step": 2, "loss": 2.0}]
-    assert fake.finished
-    assert tracker.wandb_id == "abc123"
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_wandb_is_closed_on_every_way_out_and_knows_that_the_run_has_failed(tmp_path, error):
+    told = Told()
 
+    def run():
+        with Tracker(tmp_path, 7) as tracker:
+            tracker.use_wandb(told)
+            raise error
 
-def test_wandb_off_is_not_even_imported(tmp_path, monkeypatch):
-    fake = FakeWandb(("Settings", "init", "log"))
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    track(tmp_path)
-    assert fake.inits == []
-
-
-def test_wandb_that_cannot_go_online_goes_offline_and_says_so(tmp_path, monkeypatch, capsys):
-    fake = FakeWandb(("online",))
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    track(tmp_path, wandb_mode="online")
-    assert [options["mode"] for options in fake.inits] == ["online", "offline"]
-    assert "wandb online does not work: ConnectionError" in capsys.readouterr().out
-    assert len(fake.logged) == 2
-
-
-@pytest.mark.parametrize("mode", ["online", "offline"])
-@pytest.mark.parametrize("failing", [("Settings",), ("init",), ("log",), ("finish",), ("Settings", "init", "log")])
-def test_wandb_that_fails_anywhere_never_ends_the_run(tmp_path, monkeypatch, capsys, failing, mode):
-    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(failing))
-    track(tmp_path, wandb_mode=mode)
-    if failing != ("finish",):
-        assert "wandb" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("source", ["import a_module_that_is_missing", "raise RuntimeError('broken')"])
-def test_wandb_that_cannot_be_imported_never_ends_the_run(tmp_path, monkeypatch, capsys, source):
-    (tmp_path / "packages").mkdir()
-    (tmp_path / "packages" / "wandb.py").write_text(source)
-    monkeypatch.syspath_prepend(tmp_path / "packages")
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    track(tmp_path / "run", wandb_mode="offline")
-    assert "wandb is off" in capsys.readouterr().out
+    with pytest.raises(error):
+        run()
+    assert told.calls == [("close", True)]
