@@ -38,6 +38,10 @@ class GPTConfig:
     num_kv_heads: int
     head_dim: int
     bigram_rows: int = 0  # of the hashed table of token pairs; 0: no table
+    plain: bool = False  # without what transformers' NanoChatForCausalLM lacks: see `GPT`
+
+    def __post_init__(self):
+        assert not (self.plain and self.bigram_rows), "a plain model has no table of pairs"
 
     @property
     def model_dim(self):
@@ -45,8 +49,8 @@ class GPTConfig:
         return self.num_heads * self.head_dim
 
     def has_value_embedding(self, layer):
-        """Every layer of a shallow model; of a deeper one every other layer, the last included."""
-        return self.num_layers <= 4 or (self.num_layers - 1 - layer) % 2 == 0
+        """Every layer of a shallow model; of a deeper one every other layer, the last included; none of a plain one."""
+        return not self.plain and (self.num_layers <= 4 or (self.num_layers - 1 - layer) % 2 == 0)
 
     def to_dict(self):
         """The fields as a JSON-like dict; `GPTConfig(**d)` takes them back."""
@@ -96,6 +100,7 @@ class Attention(nn.Module):
     def __init__(self, config, has_value_embedding):
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.plain = config.plain
         kv_dim = config.num_kv_heads * config.head_dim
         self.query = nn.Linear(config.model_dim, config.model_dim, bias=False)
         self.key = nn.Linear(config.model_dim, kv_dim, bias=False)
@@ -115,8 +120,9 @@ class Attention(nn.Module):
         if value_embedding is not None:
             gate = 2 * torch.sigmoid(self.value_gate(x[..., :GATE_CHANNELS]))  # (B, T, K)
             v = v + gate.unsqueeze(-1) * value_embedding.view(B, T, self.num_kv_heads, self.head_dim)
-        before = None if cached is None else cached.keys_before(k)
-        q, k = norm(rotate(q, cos, sin)), norm(rotate(offset(k, before), cos, sin))
+        if not self.plain:
+            k = offset(k, None if cached is None else cached.keys_before(k))
+        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
         k, v, mask = (k, v, None) if cached is None else cached.extend(k, v)
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2),
@@ -124,7 +130,7 @@ class Attention(nn.Module):
             v.transpose(1, 2).to(q.dtype),
             attn_mask=mask,
             is_causal=T > 1,  # a single token comes after all that it attends to
-            scale=ATTENTION_GAIN / math.sqrt(self.head_dim),
+            scale=(1.0 if self.plain else ATTENTION_GAIN) / math.sqrt(self.head_dim),
             enable_gqa=self.num_kv_heads != self.num_heads,
         )  # (B, H, T, D)
         return self.output(y.transpose(1, 2).reshape(B, T, C))
@@ -138,18 +144,25 @@ class Block(nn.Module):
         self.attention = Attention(config, config.has_value_embedding(layer))
         self.expand = nn.Linear(config.model_dim, 4 * config.model_dim, bias=False)
         self.contract = nn.Linear(4 * config.model_dim, config.model_dim, bias=False)
-        self.residual_scale = nn.Parameter(torch.empty(()))
-        self.x0_scale = nn.Parameter(torch.empty(()))
+        self.plain = config.plain
+        if not self.plain:
+            self.residual_scale = nn.Parameter(torch.empty(()))
+            self.x0_scale = nn.Parameter(torch.empty(()))
 
     def forward(self, x, x0, value_embedding, cos, sin, cached=None):
         """x, x0 (B, T, C), value_embedding (B, T, K * D) or None -> (B, T, C)."""
-        x = self.residual_scale.to(x.dtype) * x + self.x0_scale.to(x.dtype) * x0
+        if not self.plain:
+            x = self.residual_scale.to(x.dtype) * x + self.x0_scale.to(x.dtype) * x0
         x = x + self.attention(norm(x), value_embedding, cos, sin, cached)
         return x + self.contract(F.relu(self.expand(norm(x))).square())
 
 
 class GPT(nn.Module):
-    """Tokens in, mean loss out; `logits` for everything else."""
+    """Tokens in, mean loss out; `logits` for everything else.
+
+    A plain one is what transformers' NanoChatForCausalLM computes: without value embeddings, offset keys, sharper
+    attention, the table of pairs, and the scalars that mix earlier states of the stream into later ones.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -167,7 +180,8 @@ class GPT(nn.Module):
             }
         )
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.backout_scale = nn.Parameter(torch.empty(()))
+        if not config.plain:
+            self.backout_scale = nn.Parameter(torch.empty(()))
         self.head = nn.Linear(C, config.vocab_size, bias=False)
         self.register_buffer("cos", torch.empty(config.max_seq_len, 1, config.head_dim // 2), persistent=False)
         self.register_buffer("sin", torch.empty(config.max_seq_len, 1, config.head_dim // 2), persistent=False)
@@ -204,10 +218,12 @@ class GPT(nn.Module):
                 attention.value_gate.weight.copy_(
                     torch.empty(attention.value_gate.weight.shape).uniform_(0, 0.02, generator=generator)
                 )
-            place = layer / max(self.config.num_layers - 1, 1)
-            block.residual_scale.fill_(1.15 - 0.10 * place)
-            block.x0_scale.fill_(0.20 - 0.15 * place)
-        self.backout_scale.fill_(0.2)
+            if not self.config.plain:
+                place = layer / max(self.config.num_layers - 1, 1)
+                block.residual_scale.fill_(1.15 - 0.10 * place)
+                block.x0_scale.fill_(0.20 - 0.15 * place)
+        if not self.config.plain:
+            self.backout_scale.fill_(0.2)
         half = self.config.head_dim // 2
         frequencies = ROPE_BASE ** (-torch.arange(half, dtype=torch.float64) / half)
         angles = torch.arange(self.config.max_seq_len, dtype=torch.float64)[:, None] * frequencies
@@ -256,7 +272,7 @@ class GPT(nn.Module):
                 x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(*arguments)
-        return norm(x - self.backout_scale.to(dtype) * middle)
+        return norm(x if self.config.plain else x - self.backout_scale.to(dtype) * middle)
 
     def forward(self, inputs, targets):
         """inputs, targets (B, T) int64 -> () float32, the mean loss in nats per token."""

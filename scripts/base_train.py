@@ -67,6 +67,7 @@ DEPTH = 0  # layers; 0: as suit a horizon by minutes or operations, else 4
 ASPECT_RATIO = 0  # width per layer; 0: 64, and a width of at least 256
 HEAD_DIM = 128  # the width is rounded up to whole heads
 BIGRAM_ROWS = 65536  # of the hashed table of token pairs; 0: no table
+PLAIN = False  # only what transformers' own NanoChat class has, so no table of pairs either: for scripts.export_hf
 SPECTRAL_TOKENS = 2_000_000  # of the run, from whose pairs embedding and head start (vocabularies up to 16,384)
 # --- horizon: at most one of the first three
 NUM_ITERATIONS = 0  # optimizer steps
@@ -112,7 +113,8 @@ WANDB_LOG_EVERY = 10  # steps between those whose numbers are logged; metrics.js
 
 # What --resume does with a setting that differs from the checkpoint's: refused, or to be allowed by name, or free.
 IDENTITY = (
-    "SEED", "MAX_SEQ_LEN", "LANES", "DEPTH", "ASPECT_RATIO", "HEAD_DIM", "BIGRAM_ROWS", "SPECTRAL_TOKENS", "INIT_FROM",
+    "SEED", "MAX_SEQ_LEN", "LANES", "DEPTH", "ASPECT_RATIO", "HEAD_DIM", "BIGRAM_ROWS", "PLAIN", "SPECTRAL_TOKENS",
+    "INIT_FROM",
 )  # fmt: skip
 HORIZON = ("NUM_ITERATIONS", "TARGET_FLOPS", "TARGET_MINUTES", "TARGET_PARAM_DATA_RATIO")
 TRAJECTORY = (
@@ -643,7 +645,8 @@ def choose_shape(vocab_size, flops_per_second):
         depth, reason = DEFAULT_DEPTH, "the default"
     width, heads = scaling.model_width(depth, ASPECT_RATIO, HEAD_DIM)
     seq_len = MAX_SEQ_LEN or scaling.row_length(width)
-    return GPTConfig(vocab_size, seq_len, depth, heads, heads, HEAD_DIM, BIGRAM_ROWS), reason
+    bigram_rows = 0 if PLAIN else BIGRAM_ROWS
+    return GPTConfig(vocab_size, seq_len, depth, heads, heads, HEAD_DIM, bigram_rows, PLAIN), reason
 
 
 def make_plan(rt, model, saved, flops_per_second, device_batch_size):

@@ -416,6 +416,16 @@ def test_a_growing_batch_takes_the_same_rows_in_order_with_smaller_steps_first(t
     assert last[2]["loader"]["row"] == counts[-1]
 
 
+def test_a_plain_run_trains_what_the_stock_class_of_transformers_has(train):
+    run = train("plain", PLAIN=True, NUM_ITERATIONS=10)
+    tensors, _, state = saved(run)
+    assert state["model_config"]["plain"]
+    assert all("value" not in name or name.endswith("attention.value.weight") for name in tensors)
+    assert not [name for name in tensors if "scale" in name or "bigram" in name]
+    losses = column(run, "train/loss")
+    assert losses[-1] < losses[0]
+
+
 # ---- the dial ----
 
 

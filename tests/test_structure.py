@@ -81,8 +81,34 @@ def test_everything_imported_is_the_library_the_standard_library_or_declared(nam
 
 def test_every_declared_dependency_is_imported_somewhere():
     tops = {module.partition(".")[0] for tree in TREES.values() for module in imported(tree)}
-    tools = {"pytest", "ruff"}  # run from outside
+    tools = {"pytest", "ruff", "accelerate", "peft", "lm_eval"}  # run from outside, or by dev/ alone
     assert declared_modules() - tools <= tops
+
+
+def imported_at_once(tree):
+    """The packages that importing a source imports."""
+    return {module.partition(".")[0] for module in imported(ast.Module([n for n in tree.body if is_import(n)], []))}
+
+
+def is_import(node):
+    return isinstance(node, (ast.Import, ast.ImportFrom))
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_nothing_needs_transformers_before_it_is_asked_to_export(name):
+    assert "transformers" not in imported_at_once(TREES[name])
+    assert imported_at_once(ast.parse("import transformers.utils")) == {"transformers"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nanotrain" / "huggingface").glob("*_nanotrain.py")))
+def test_the_files_of_an_exported_folder_stand_alone(path):
+    nodes = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if is_import(node)]
+    beside = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level}
+    assert beside <= {"configuration_nanotrain"}
+    assert imported(ast.Module([node for node in nodes if not getattr(node, "level", 0)], [])) <= {
+        "math", "torch", "torch.nn.functional", "transformers", "transformers.cache_utils", "transformers.generation",
+        "transformers.modeling_layers", "transformers.modeling_outputs",
+    }  # fmt: skip
 
 
 def test_the_library_has_no_import_cycle():

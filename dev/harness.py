@@ -1,0 +1,180 @@
+"""The same texts and questions for lm-evaluation-harness (`pip install -e '.[lm-eval]'`) and for nanotrain, compared.
+
+    python dev/harness.py --run-name=r --out=TASKS             JSONL and YAML, and what nanotrain says of them
+    lm_eval run ...                                            as the first command prints it; needs no network
+    python dev/harness.py --out=TASKS --found=TASKS/found      item by item
+
+Both see the same tokens. A document here is the first whole lines of a document of the validation shard that fit into
+one row. A choice begins where the tokens of the choices part, and counts as in core_eval by the mean loss of its
+tokens; the harness has no such metric, so it comes with the tasks.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from nanotrain import checkpoint, config, core_bundle, core_eval, dataset, errors, loss_eval, paths, runtime
+from nanotrain.errors import UserError
+
+# --- settings
+RUN_NAME = ""  # folder under NANOTRAIN_DIR/runs; empty: the run that was saved last
+DATA_DIR = ""  # folder of shards; empty: the one the run was trained on
+BUNDLE = ""  # folder or zip of tasks in the format of CORE; empty: the one that is kept for the run's data set
+TASKS = ""  # of them, as in copa,arc_easy; empty: all of multiple choice
+ITEMS = 150  # of each task, at most
+DOCUMENTS = 200  # of the validation shard
+OUT = ""  # folder for the tasks
+FOUND = ""  # what lm_eval wrote to its --output_path
+# ------------
+
+PICK = '''"""The choice whose tokens have the lowest mean loss."""
+
+
+def process_results(doc, results):
+    means = [-likelihood / length for (likelihood, _), length in zip(results, doc["lengths"])]
+    pick = min(range(len(means)), key=lambda choice: (means[choice] > min(means) + 1e-5, choice))
+    return {"acc": float(pick == doc["gold"])}
+'''
+CHOICE = """\
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: context
+doc_to_choice: choices
+doc_to_target: gold
+target_delimiter: ""
+process_results: !function nanotrain_pick.process_results
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+TEXT = """\
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: text
+metric_list: [{{metric: bits_per_byte}}]
+"""
+# The harness puts BOS before a document of its own accord, and one token more than core_eval into a cut prompt.
+COMMANDS = """
+With the exported folder as $EXPORTED:
+
+export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+lm_eval run --model hf --device cpu --batch_size 16 --include_path {out} --output_path {out}/found \\
+    --model_args pretrained=$EXPORTED,dtype=float32,trust_remote_code=True,max_length={length},add_bos_token=False \\
+    --tasks nanotrain_documents
+lm_eval run --model hf --device cpu --batch_size 16 --include_path {out} --output_path {out}/found \\
+    --model_args pretrained=$EXPORTED,dtype=float32,trust_remote_code=True,max_length={choice_length} \\
+    --tasks {tasks} --log_samples"""
+
+
+def main():
+    if not OUT:
+        raise UserError("where to? give a folder, as in --out=tasks")
+    if FOUND:
+        compare(Path(OUT), Path(FOUND))
+        return
+    out = Path(OUT).expanduser().absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    model, tokenizer, meta = checkpoint.load_model(checkpoint.find_run(RUN_NAME))
+    rt = runtime.start("cpu", "float32")
+    folder = paths.data_dir(DATA_DIR or meta["data_dir"])
+    bundle = core_bundle.read(BUNDLE or paths.core_dir() / f"tasks-of-{folder.name}", ITEMS)
+    named = {task.label: task for task in bundle.tasks if task.kind == core_bundle.MULTIPLE_CHOICE}
+    labels = TASKS.split(",") if TASKS else list(named)
+    missing = [label for label in labels if label not in named]
+    if missing:
+        raise UserError(f"--tasks={TASKS}: no multiple choice called {missing[0]}; there: {', '.join(named)}")
+    expected = {"documents": documents(out, dataset.open_shards(folder).validation.path, model, tokenizer, rt)}
+    print(f"{'documents':<28}{expected['documents']:.6f} bits per byte")
+    (out / "nanotrain_pick.py").write_text(PICK, encoding="utf-8")
+    for label in labels:
+        expected[label] = choices(out, named[label], model, tokenizer, rt)
+        print(f"{label:<28}{sum(expected[label].values()):.0f} of {len(expected[label])} right")
+    (out / "expected.json").write_text(json.dumps(expected, indent=1) + "\n", encoding="utf-8")
+    length, tasks = model.config.max_seq_len, ",".join(f"nanotrain_{label}" for label in labels)
+    print(COMMANDS.format(length=length, choice_length=length - 1, out=out, tasks=tasks))
+
+
+def documents(out, shard, model, tokenizer, rt):
+    """Write the documents; returns their bits per byte."""
+    texts = []
+    for text in (text for group in dataset.row_groups([shard]) for text in group if text):
+        lines = text.splitlines(keepends=True)
+        while lines and len(tokenizer.encode("".join(lines))) > model.config.max_seq_len:
+            lines = lines[: len(lines) // 2]
+        if lines:
+            texts.append("".join(lines))
+        if len(texts) == DOCUMENTS:
+            break
+    write(out, "nanotrain_documents", TEXT, [{"text": text} for text in texts])
+    ids = [tokenizer.encode(text) for text in texts]
+    windows = loss_eval.document_windows(ids, tokenizer.bos, model.config.max_seq_len)
+    assert len(windows) == len(texts), "each fits into one"
+    return loss_eval.document_bits_per_byte(model, windows, tokenizer.token_bytes(), rt, 16)
+
+
+def choices(out, task, model, tokenizer, rt):
+    """Write the items of a task; returns {number of the item: whether core_eval's rule picks the right one}."""
+    rows, right = [], {}
+    for index, item in enumerate(task.items):
+        texts = core_eval.prompts(task, index)
+        encoded = [[tokenizer.bos, *tokenizer.encode(text)] for text in texts]
+        sequences = core_eval.sequences(task.kind, encoded, model.config.max_seq_len)
+        lengths = [len(ids) - start for ids, start in sequences]
+        pick = core_eval._first_least([mean_loss(model, ids, start) for ids, start in sequences])
+        right[index] = pick == item["gold"]
+        common = encoded[0][1 : len(encoded[0]) - lengths[0]]
+        context = tokenizer.decode(common)
+        # The harness encodes the context by itself, without the spaces at its end, to find where a choice begins.
+        if context != context.rstrip() or tokenizer.encode(context) != common or not texts[0].startswith(context):
+            context, lengths = texts[0][: len(texts[0]) - len(item["choices"][0])], None
+        parts = [text[len(context) :] for text in texts]
+        rows.append({"number": index, "context": context, "choices": parts, "gold": item["gold"], "lengths": lengths})
+    whole = core_eval.evaluate(model, tokenizer, [task], rt, 16)[0]
+    assert round(whole.accuracy * len(task.items)) == sum(right.values()), "as scripts.base_eval counts"
+    kept = [row for row in rows if row["lengths"]]
+    print(f"{task.label:<28}{len(rows) - len(kept)} items left out, whose choices part inside of what the harness cuts")
+    write(out, f"nanotrain_{task.label}", CHOICE, kept)
+    return {row["number"]: right[row["number"]] for row in kept}
+
+
+def mean_loss(model, ids, start):
+    """The mean nats of the tokens from `start` on."""
+    tokens = torch.tensor([ids])
+    return model.token_losses(tokens[:, :-1], tokens[:, 1:].contiguous())[0, start - 1 :].double().mean().item()
+
+
+def write(out, name, template, rows):
+    path = out / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (out / f"{name}.yaml").write_text(template.format(name=name, file=json.dumps(str(path))), encoding="utf-8")
+
+
+def compare(out, found):
+    """Print how far the harness agrees with what nanotrain said."""
+    expected = json.loads((out / "expected.json").read_text(encoding="utf-8"))
+    for path in sorted(found.rglob("results_*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))["results"].get("nanotrain_documents")
+        if result:
+            ours, theirs = expected["documents"], result["bits_per_byte,none"]
+            print(f"{'documents':<28}{ours:.6f} and {theirs:.6f} bits per byte: {abs(ours - theirs):.1e} apart")
+    for label in sorted(expected.keys() - {"documents"}):
+        for path in sorted(found.rglob(f"samples_nanotrain_{label}_*.jsonl")):
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            theirs = {str(row["doc"]["number"]): bool(row["acc"]) for row in rows}
+            ours = expected[label]
+            same = sum(theirs.get(number) == answer for number, answer in ours.items())
+            print(
+                f"{label:<28}{same} of {len(ours)} items equal, {sum(ours.values())} and {sum(theirs.values())} right"
+            )
+
+
+if __name__ == "__main__":
+    errors.run(lambda: config.override(globals()), main)

@@ -1,0 +1,311 @@
+"""A nanotrain model for transformers (5.x): `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.
+
+It computes what nanotrain's own gpt.py computes, whose tests compare the two. A token of it also looks at the token
+before it (the keys' offset, the table of pairs), so its cache keeps a little more than keys and values; a token at
+position 0 has none before it, which is how the padding on the left of a batch stays without effect.
+
+    B rows   T tokens   S tokens with those in the cache   C width   H heads   K key and value heads   D head dimension
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .configuration_nanotrain import NanotrainConfig
+
+# Until transformers 5.23 the cache was called past_key_values.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+class RecentLayer(DynamicLayer):
+    """One layer's keys and values, and by name what the next token must know of the last: tensors (B, ...)."""
+
+    is_croppable = False  # what was recent before the last tokens is gone
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.recent = {}
+
+    def exchange(self, name, new):
+        """Keep `new` under `name`; returns what was there, or None."""
+        before = self.recent.get(name)
+        self.recent[name] = new
+        return before
+
+    def reset(self):
+        super().reset()
+        self.recent = {}
+
+    def crop(self, tokens_to_remove):
+        if tokens_to_remove:
+            raise ValueError("the cache of a nanotrain model cannot be cropped")
+
+    def reorder_cache(self, beam_idx):
+        super().reorder_cache(beam_idx)
+        self.recent = {name: value[beam_idx.to(value.device)] for name, value in self.recent.items()}
+
+    def batch_repeat_interleave(self, repeats):
+        super().batch_repeat_interleave(repeats)
+        self.recent = {name: value.repeat_interleave(repeats, 0) for name, value in self.recent.items()}
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self.recent = {name: value[indices] for name, value in self.recent.items()}
+
+
+def norm(x, eps):
+    """RMSNorm over the last dimension, without parameters; the result has x's dtype."""
+    return F.rms_norm(x, (x.size(-1),), eps=eps).to(x.dtype)
+
+
+def rotate(x, cos, sin):
+    """Rotary positions on (B, T, H, D): the two halves of D are turned by minus theta; cos, sin (B, T, 1, D / 2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+def shift(x, before, begins):
+    """x (B, T, ...), before (B, 1, ...) or None, begins (B, T) bool -> each place has what the place before it had, or
+    zeros where a row begins.
+    """
+    first = torch.zeros_like(x[:, :1]) if before is None else before
+    shifted = torch.cat((first, x[:, :-1]), dim=1)
+    return shifted.masked_fill(begins.view(*begins.shape, *[1] * (x.ndim - 2)), 0)
+
+
+class NanotrainAttention(nn.Module):
+    """Causal attention with offset keys; a gated value embedding is added to the values of some layers."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.config, self.layer = config, layer
+        kv_dim = config.num_key_value_heads * config.head_dim
+        self.query = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
+        self.key = nn.Linear(config.hidden_size, kv_dim, bias=False)
+        self.value = nn.Linear(config.hidden_size, kv_dim, bias=False)
+        self.output = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        if layer in config.value_embedding_layers:
+            channels = min(config.gate_channels, config.hidden_size)
+            self.value_gate = nn.Linear(channels, config.num_key_value_heads, bias=False)
+
+    def forward(self, x, value_embedding, cos, sin, begins, mask, cache):
+        """x (B, T, C), value_embedding (B, T, K * D) or None, begins (B, T) bool, mask (B, 1, T, S) bool or None ->
+        (B, T, C).
+        """
+        B, T, _ = x.shape
+        D, eps = self.config.head_dim, self.config.rms_norm_eps
+        q, k, v = self.query(x).view(B, T, -1, D), self.key(x).view(B, T, -1, D), self.value(x).view(B, T, -1, D)
+        if value_embedding is not None:
+            gate = 2 * torch.sigmoid(self.value_gate(x[..., : self.config.gate_channels]))  # (B, T, K)
+            v = v + gate.unsqueeze(-1) * value_embedding.view(B, T, -1, D)
+        # The slowly turning half of a key's channels comes from the token before.
+        before = None if cache is None else cache.layers[self.layer].exchange("key", k[:, -1:])
+        halves, shifted = (keys.view(B, T, -1, 2, D // 2) for keys in (k, shift(k, before, begins)))
+        k = torch.cat((halves[..., : D // 4], shifted[..., D // 4 :]), dim=-1).view(B, T, -1, D)
+        q, k = norm(rotate(q, cos, sin), eps), norm(rotate(k, cos, sin), eps)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2).to(q.dtype)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None and T > 1,
+            scale=self.config.attention_gain / math.sqrt(D),
+            enable_gqa=k.size(1) != q.size(1),
+        )
+        return self.output(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class NanotrainBlock(GradientCheckpointingLayer):
+    """One layer: mix in the embedding x0, attend, then the ReLU^2 MLP, each on a normed input."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.attention = NanotrainAttention(config, layer)
+        self.expand = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.contract = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.residual_scale = nn.Parameter(torch.ones(()))
+        self.x0_scale = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, x0, value_embedding, cos, sin, begins, mask, cache=None):
+        """x, x0 (B, T, C) -> (B, T, C); the rest as for the attention."""
+        x = self.residual_scale * x + self.x0_scale * x0
+        x = x + self.attention(norm(x, self.eps), value_embedding, cos, sin, begins, mask, cache)
+        return x + self.contract(F.relu(self.expand(norm(x, self.eps))).square())
+
+
+class NanotrainPreTrainedModel(PreTrainedModel):
+    """Weights, loading and saving."""
+
+    config_class = NanotrainConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["NanotrainBlock"]  # noqa: RUF012 - transformers wants a list
+    _supports_sdpa = True
+
+    def _init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, NanotrainBlock):
+            init.ones_(module.residual_scale)
+            init.zeros_(module.x0_scale)
+        elif isinstance(module, NanotrainModel):
+            init.zeros_(module.backout_scale)
+
+
+class NanotrainModel(NanotrainPreTrainedModel):
+    """Token ids in, the normed input of the head out."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.bigram_rows:
+            self.bigram_embedding = nn.Embedding(config.bigram_rows, config.hidden_size)
+        kv_dim = config.num_key_value_heads * config.head_dim
+        self.value_embeddings = nn.ModuleDict(
+            {str(layer): nn.Embedding(config.vocab_size, kv_dim) for layer in config.value_embedding_layers}
+        )
+        self.blocks = nn.ModuleList(NanotrainBlock(config, layer) for layer in range(config.num_hidden_layers))
+        self.backout_scale = nn.Parameter(torch.zeros(()))
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def set_input_embeddings(self, value):
+        self.embedding = value
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, cache=None, use_cache=None):
+        """input_ids (B, T) int64, attention_mask (B, S) of ones and zeros or None -> last_hidden_state (B, T, C)."""
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if self.gradient_checkpointing and self.training:
+            use_cache, cache = False, None
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        if cache is not None:
+            _prepare(cache, self.config.num_hidden_layers)
+        seen = 0 if cache is None else cache.get_seq_length()
+        T, device = input_ids.size(1), input_ids.device
+        if attention_mask is not None and attention_mask.shape != (len(input_ids), seen + T):
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}, not {(len(input_ids), seen + T)}"
+            )
+        if position_ids is None and attention_mask is None:
+            position_ids = torch.arange(seen, seen + T, device=device)[None]
+        elif position_ids is None:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, seen:]
+        position_ids = position_ids.expand(len(input_ids), T)
+        begins = position_ids == 0
+        embedded = self.embedding(input_ids)
+        if self.config.bigram_rows:
+            before = None if cache is None else cache.layers[0].exchange("token", input_ids[:, -1:])
+            embedded = embedded + self.bigram_embedding(self._pairs(input_ids, before, begins))
+        x = x0 = norm(embedded, self.config.rms_norm_eps)
+        cos, sin = self._rotation(position_ids, x.dtype)
+        mask = self._mask(attention_mask, seen, T, device)
+        for layer, block in enumerate(self.blocks):
+            if layer == len(self.blocks) // 2:
+                middle = x
+            table = self.value_embeddings[str(layer)] if str(layer) in self.value_embeddings else None
+            x = block(x, x0, None if table is None else table(input_ids), cos, sin, begins, mask, cache)
+        x = norm(x - self.backout_scale * middle, self.config.rms_norm_eps)
+        return BaseModelOutputWithPast(last_hidden_state=x, **{CACHE: cache})
+
+    def _pairs(self, tokens, before, begins):
+        """(B, T) int64: the row of the table of pairs for each token and the one before it; the last one where a row
+        begins.
+        """
+        last = self.config.bigram_rows - 1
+        previous = shift(tokens, before, begins)
+        return torch.where(begins, last, ((36313 * tokens) ^ (27191 * previous)) % last)
+
+    def _rotation(self, position_ids, dtype):
+        """cos, sin (B, T, 1, D / 2)."""
+        half = self.config.head_dim // 2
+        places = torch.arange(half, device=position_ids.device, dtype=torch.float32)
+        angles = position_ids[..., None].float() * self.config.rope_theta ** (-places / half)
+        return angles.cos().to(dtype)[:, :, None], angles.sin().to(dtype)[:, :, None]
+
+    def _mask(self, attention_mask, seen, length, device):
+        """(B or 1, 1, T, S) bool, or None where plain causality, or seeing all, is right."""
+        if attention_mask is not None and attention_mask.all():
+            attention_mask = None
+        if attention_mask is None and (seen == 0 or length == 1):
+            return None
+        queries, keys = (
+            torch.arange(seen, seen + length, device=device)[:, None],
+            torch.arange(seen + length, device=device),
+        )
+        if attention_mask is None:
+            return (keys <= queries)[None, None]
+        # padding sees itself, for to see nothing would give NaN
+        return (keys <= queries) & attention_mask[:, None, None].bool() | (keys == queries)
+
+
+class NanotrainForCausalLM(NanotrainPreTrainedModel, GenerationMixin):
+    """Logits of the next token, and its loss."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = NanotrainModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.model.embedding
+
+    def set_input_embeddings(self, value):
+        self.model.embedding = value
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings):
+        self.lm_head = new_embeddings
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        position_ids=None,
+        cache=None,
+        past_key_values=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        **kwargs,
+    ):
+        """input_ids (B, T) int64 -> logits (B, T, V) float32, or of the last `logits_to_keep` places.
+
+        labels (B, T) int64: the same tokens, -100 where none counts; then also the mean loss in nats of the next one.
+        """
+        cache = past_key_values if cache is None else cache
+        found = self.model(input_ids, attention_mask, position_ids, cache, use_cache)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        bound = self.config.final_logit_softcapping
+        logits = bound * torch.tanh(self.lm_head(found.last_hidden_state[:, kept]).float() / bound)
+        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: getattr(found, CACHE)})
+
+
+def _prepare(cache, num_layers):
+    """Give a new transformers cache our kind of layers."""
+    layers = cache.layers
+    if len(layers) == num_layers and all(isinstance(layer, RecentLayer) for layer in layers):
+        return
+    if not isinstance(cache, DynamicCache) or cache.get_seq_length():
+        raise ValueError(f"a nanotrain model needs a DynamicCache of its own, not this {type(cache).__name__}")
+    cache.layers, cache.layer_class_to_replicate = [RecentLayer() for _ in range(num_layers)], None

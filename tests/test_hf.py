@@ -1,0 +1,450 @@
+"""The export against the model it was made from, in transformers' own hands."""
+
+import copy
+import json
+import math
+import shutil
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make_texts
+from test_gpt import SHAPES, random_model, random_tokens
+
+from nanotrain import checkpoint, dataset, errors, hf
+from nanotrain.engine import generate_batch
+from nanotrain.gpt import GPTConfig
+from nanotrain.loss import softcap
+from scripts import export_hf
+
+transformers = pytest.importorskip("transformers", reason="the extra `export` is missing: tests/run.sh installs it")
+from nanotrain.huggingface import modeling_nanotrain as modeling  # noqa: E402
+
+ODD_TEXTS = [
+    "",
+    " ",
+    "<|bos|>",
+    "a <|bos|> b<|bos|><|bos|>",
+    "<|bos",
+    "🙂🏽‍👩‍🚀 日本語 ʼn ﷺ",
+    "a\u0000b\u200b\ufffd\ufeff\u2028\x85\x1b",
+    "e\u0301 \u00e9 ſtraße İi \u1e9b\u0323",
+    "\r\n\r \t\n   x  ",
+    "'ll 'LL 12345 ٣٤٥ x²",
+    "\U0010ffff\ud7ff\ue000",
+]
+PROMPTS = ([1], [5, 6, 7], list(range(20, 41)))  # after BOS
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _modules_in_a_folder_of_ours(tmp_path_factory):
+    """transformers copies the code of a model there before it imports it."""
+    transformers.utils.logging.disable_progress_bar()
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", folder)
+        patch.setattr(sys, "path", list(sys.path))
+        yield
+
+
+def shaped(name, tokenizer, max_seq_len=96):
+    return replace(SHAPES[name], vocab_size=tokenizer.vocab_size, max_seq_len=max_seq_len)
+
+
+def load(folder, plain=False, **options):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=not plain, **options)
+
+
+def left_padded(prompts, token=0):
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[token] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+# ---- the same numbers ----
+
+
+@torch.no_grad()
+def assert_the_same(model, converted, tokenizer):
+    """Logits of whole rows and of padded prompts, in float32 and bfloat16, and 64 greedy tokens with and without a
+    cache.
+    """
+    tokens = random_tokens(model.config, rows=4)
+    torch.testing.assert_close(converted(tokens).logits, model.logits(tokens), rtol=0, atol=1e-4)
+    prompts = [[tokenizer.bos, *prompt] for prompt in PROMPTS]
+    batch = left_padded(prompts)
+    logits = converted(**batch).logits
+    for row, prompt in enumerate(prompts):
+        expected = model.logits(torch.tensor([prompt]))[0]
+        torch.testing.assert_close(logits[row, -len(prompt) :], expected, rtol=0, atol=1e-4)
+
+    expected = [list(text) for text in zip(*generate_batch(model, prompts, 64, temperature=0), strict=True)]
+    for options in ({}, {"use_cache": False}):
+        found = converted.generate(**batch, max_new_tokens=64, do_sample=False, eos_token_id=None, **options)
+        assert found[:, batch["input_ids"].size(1) :].tolist() == expected
+
+    # In bfloat16 it is as far from float32 as the model itself.
+    exact, (ours, theirs) = model.logits(tokens), bfloat16_logits(model, converted, tokens)
+    assert (theirs - exact).square().mean() < 2 * (ours - exact).square().mean()
+
+
+@torch.no_grad()
+def bfloat16_logits(model, converted, tokens):
+    """(those of the model as it is evaluated in bfloat16, those of the converted one in bfloat16)."""
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model.hidden(tokens)
+        ours = softcap((hidden @ model.head.weight.t()).float())
+    return ours, copy.deepcopy(converted).to(torch.bfloat16)(tokens).logits.float()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_logits_and_greedy_tokens_are_those_of_the_model(name, tokenizer):
+    model = random_model(shaped(name, tokenizer), seed=2)
+    assert_the_same(model, hf.convert(model, tokenizer), tokenizer)
+
+
+@pytest.mark.parametrize("shape", [{"bigram_rows": 997}, {"plain": True}], ids=["full", "plain"])
+def test_the_likeliest_tokens_are_the_same_in_bfloat16(shape, tokenizer):
+    """Of a model that has a favourite after each token, as after training: rounding decides among equals."""
+    model = random_model(GPTConfig(tokenizer.vocab_size, 96, 3, 4, 2, 64, **shape))
+    with torch.no_grad():
+        model.head.weight.copy_(model.embedding.weight.roll(1, 0))
+        for block in model.blocks:
+            block.attention.output.weight.mul_(0.4)
+            block.contract.weight.mul_(0.4)
+        if model.config.bigram_rows:
+            model.bigram_embedding.weight.mul_(0.4)
+    tokens = random_tokens(model.config, rows=4)
+    ours, theirs = bfloat16_logits(model, hf.convert(model, tokenizer), tokens)
+    assert (ours.argmax(-1) == theirs.argmax(-1)).float().mean() >= 0.99
+    favourites = ours.argmax(-1) == (tokens + 1) % tokenizer.vocab_size
+    assert favourites.float().mean() < 0.99, "the layers matter too"
+
+
+def forgets(method):
+    def exchange(self, name, new):
+        method(self, name, new)
+        return None
+
+    return exchange
+
+
+def nothing_before(x, before, begins):
+    return torch.zeros_like(x)
+
+
+def across_the_beginning(x, before, begins):
+    return shift(x, before, torch.zeros_like(begins))
+
+
+def positions_from_zero(self, position_ids, dtype):
+    return rotation(self, torch.arange(position_ids.size(1)).expand_as(position_ids), dtype)
+
+
+def padding_is_seen(self, attention_mask, seen, length, device):
+    return mask(self, None, seen, length, device)
+
+
+shift, rotation, mask = modeling.shift, modeling.NanotrainModel._rotation, modeling.NanotrainModel._mask
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "changed"),
+    [
+        (modeling.RecentLayer, "exchange", forgets(modeling.RecentLayer.exchange)),
+        (modeling, "shift", nothing_before),
+        (modeling, "shift", across_the_beginning),
+        (modeling.NanotrainModel, "_rotation", positions_from_zero),
+        (modeling.NanotrainModel, "_mask", padding_is_seen),
+        (hf.gpt, "ATTENTION_GAIN", 1.5),
+        (hf.gpt, "GATE_CHANNELS", 12),
+        (hf.gpt, "ROPE_BASE", 100_000),
+    ],
+    ids=["recent", "before", "beginning", "positions", "padding", "gain", "gate", "base"],
+)
+def test_the_comparison_notices(monkeypatch, tokenizer, target, name, changed):
+    model = random_model(replace(shaped("table of pairs", tokenizer), num_kv_heads=1), seed=2)
+    assert_the_same(copy.deepcopy(model), hf.convert(copy.deepcopy(model), tokenizer), tokenizer)
+    if target is not hf.gpt:
+        monkeypatch.setattr(target, name, changed)
+
+    def compare():
+        with monkeypatch.context() as patch:
+            if target is hf.gpt:  # the folder gets a wrong number, the model keeps the right one
+                patch.setattr(target, name, changed)
+            converted = hf.convert(model, tokenizer)
+        assert_the_same(model, converted, tokenizer)
+
+    with pytest.raises((AssertionError, RuntimeError)):
+        compare()
+
+
+def test_beams_and_repeated_rows_keep_what_is_recent(tokenizer):
+    model = random_model(shaped("table of pairs", tokenizer), seed=2)
+    converted = hf.convert(model, tokenizer)
+    batch = left_padded([[tokenizer.bos, *prompt] for prompt in PROMPTS])
+    options = {"max_new_tokens": 20, "do_sample": False, "num_beams": 3, "eos_token_id": None}
+    with_cache = converted.generate(**batch, **options)
+    assert torch.equal(with_cache, converted.generate(**batch, use_cache=False, **options))
+    greedy = converted.generate(**batch, **{**options, "num_beams": 1})
+    assert not torch.equal(with_cache, greedy)
+
+
+def test_a_text_in_pieces_is_the_text(tokenizer):
+    model = random_model(shaped("table of pairs", tokenizer))
+    converted, tokens = hf.convert(model, tokenizer), random_tokens(model.config)
+    cache, found = None, []
+    for piece in tokens.split([1, 30, 1, 64], dim=1):
+        output = converted(piece, cache=cache, use_cache=True)
+        cache = output.cache
+        found.append(output.logits)
+    torch.testing.assert_close(torch.cat(found, 1).detach(), model.logits(tokens), rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="cannot be cropped"):
+        cache.crop(-1)
+
+
+def test_what_cannot_be_right_is_refused(tokenizer):
+    converted = hf.convert(random_model(shaped("one layer", tokenizer)), tokenizer)
+    tokens = random_tokens(SHAPES["one layer"])
+    with pytest.raises(ValueError, match="needs a DynamicCache"):
+        converted(tokens, cache=transformers.StaticCache(converted.config, max_cache_len=20))
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 3\)"):
+        converted(tokens, attention_mask=torch.ones(2, 3))
+
+
+# ---- the folder ----
+
+
+@pytest.fixture(params=["table of pairs", "plain"])
+def exported(request, tokenizer, tmp_path):
+    """(model, folder) of each kind of architecture."""
+    model = random_model(shaped(request.param, tokenizer), seed=2)
+    hf.write(model, tokenizer, tmp_path / "exported")
+    return model, tmp_path / "exported"
+
+
+def test_a_folder_survives_loading_and_saving(exported, tokenizer, tmp_path):
+    model, folder = exported
+    assert hf.check(model, tokenizer, folder) < 1e-4
+    first = load(folder, model.config.plain)
+    first.save_pretrained(tmp_path / "again")
+    second = load(tmp_path / "again", model.config.plain)
+    tensors, again = first.state_dict(), second.state_dict()
+    assert len(tensors) == len(model.state_dict())
+    assert tensors.keys() == again.keys()
+    assert all(torch.equal(tensors[name], again[name]) for name in tensors)
+    tokens = random_tokens(model.config)
+    assert torch.equal(first(tokens).logits, second(tokens).logits)
+    assert type(first).__module__.startswith("transformers.models.nanochat" if model.config.plain else "transformers_m")
+    code = {path.name for path in folder.glob("*.py")}
+    assert code == (set() if model.config.plain else set(hf.CODE_FILES))
+
+
+def test_a_large_model_is_written_in_parts(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf, "SHARD_SIZE", "40KB")
+    model = random_model(shaped("plain", tokenizer))
+    hf.write(model, tokenizer, tmp_path / "parts")
+    assert len(list((tmp_path / "parts").glob("model-*.safetensors"))) > 1
+    assert hf.check(model, tokenizer, tmp_path / "parts") < 1e-4
+
+
+def test_the_stock_configuration_has_every_field_whose_default_is_another(tokenizer):
+    written = hf.stock_config(GPTConfig(1000, 77, 5, 6, 2, 8, plain=True), {"bos_token_id": 0, "eos_token_id": 0})
+    expected = {
+        "vocab_size": 1000, "hidden_size": 48, "intermediate_size": 192, "num_hidden_layers": 5,
+        "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 77,
+        "rms_norm_eps": 1e-6, "final_logit_softcapping": 15.0, "pad_token_id": None, "bos_token_id": 0,
+        "eos_token_id": 0, "tie_word_embeddings": False, "attention_bias": False, "hidden_act": "relu2",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+    }  # fmt: skip
+    assert {name: getattr(written, name) for name in expected} == expected
+
+
+def test_the_tokenizer_gives_the_tokens_of_training(exported, tokenizer):
+    model, folder = exported
+    other = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=not model.config.plain)
+    sources = [path.read_text(encoding="utf-8") for path in sorted(hf.CODE.parent.glob("*.py"))]
+    texts = [*make_texts(100, seed=9), *ODD_TEXTS, *sources]
+    expected = [[tokenizer.bos, *ids] for ids in tokenizer.encode_batch(texts)]
+    assert other(texts, verbose=False)["input_ids"] == expected
+    assert other(texts, add_special_tokens=False, verbose=False)["input_ids"] == [ids[1:] for ids in expected]
+    assert [other.decode(ids, skip_special_tokens=True) for ids in expected] == texts
+    assert other.bos_token_id == other.eos_token_id == tokenizer.bos
+    assert other.model_max_length == model.config.max_seq_len
+    padded = other(["a", "a b c"], padding=True)["attention_mask"]
+    assert padded[0][0] == 0
+
+
+# ---- training ----
+
+
+def losses_of_training(folder, plain, tmp_path):
+    """The losses of ten steps of Trainer on one batch."""
+    rows = [{"input_ids": row, "labels": row} for row in random_tokens(GPTConfig(50, 24, 1, 1, 1, 8), rows=4)]
+    arguments = transformers.TrainingArguments(
+        tmp_path / "trainer",
+        max_steps=10,
+        per_device_train_batch_size=4,
+        learning_rate=5e-3,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        activation_checkpointing=True,
+        dataloader_pin_memory=False,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    trainer = transformers.Trainer(load(folder, plain), arguments, train_dataset=rows)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_trainer_takes_ten_steps_and_the_loss_falls(exported, tmp_path):
+    pytest.importorskip("accelerate", reason="the extra `export` is missing: tests/run.sh installs it")
+    model, folder = exported
+    losses = losses_of_training(folder, model.config.plain, tmp_path)
+    assert len(losses) == 10
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_loss_and_gradients_are_the_models_with_checkpointing_or_without(tokenizer):
+    model = random_model(shaped("table of pairs", tokenizer, max_seq_len=24))
+    tokens = random_tokens(model.config)
+    model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).backward()
+    expected = {hf.own_name(name): p.grad.to_dense().clone() for name, p in model.named_parameters()}
+    loss = model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).item()
+    for checkpointing in (False, True):
+        converted = copy.deepcopy(hf.convert(model, tokenizer)).train()
+        if checkpointing:
+            converted.activation_checkpointing_enable()
+        found = converted(tokens, labels=tokens).loss
+        assert found.item() == pytest.approx(loss, abs=1e-4)
+        converted.zero_grad()
+        found.backward()
+        for name, parameter in converted.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_fresh_one_is_finite_and_knows_nothing(tokenizer):
+    config = hf.own_config(shaped("table of pairs", tokenizer), {"bos_token_id": 0, "eos_token_id": 0})
+    fresh = modeling.NanotrainForCausalLM(config)
+    assert all(parameter.isfinite().all() for parameter in fresh.parameters())
+    tokens = random_tokens(SHAPES["table of pairs"])
+    assert fresh(tokens, labels=tokens).loss.item() == pytest.approx(math.log(config.vocab_size), abs=0.1)
+
+
+# ---- the program ----
+
+
+@pytest.fixture
+def run(base_dir, data_dir, tokenizer, monkeypatch, tmp_path):
+    """A run named `tiny`, which export_hf is told to export to `out`."""
+    run, config = base_dir / "runs" / "tiny", shaped("table of pairs", tokenizer, max_seq_len=16)
+    model = random_model(config)
+    tokenizer.save(run)
+    state = {
+        "step": 4,
+        "model_config": config.to_dict(),
+        "tokenizer_sha256": tokenizer.sha256(),
+        "loader": {"row": 24, "lanes": {}},
+        "data_dir": str(data_dir),
+        "data": dataset.fingerprint(dataset.open_shards(data_dir)),
+        "settings": {"DEPTH": 3, "DATA_DIR": "/secret/place"},
+        "val_bpb": 1.25,
+        "environment": {"commit": "abc123", "device_name": "an abacus", "packages": {"torch": "9.9"}},
+    }
+    checkpoint.save(run, 4, model.state_dict(), {}, state)
+    monkeypatch.setattr(export_hf, "RUN_NAME", "tiny")
+    monkeypatch.setattr(export_hf, "OUT", str(tmp_path / "out"))
+    return run
+
+
+FILES = {
+    "LICENSE", "README.md", "config.json", "configuration_nanotrain.py", "generation_config.json", "model.safetensors",
+    "modeling_nanotrain.py", "tokenizer.json", "tokenizer_config.json",
+}  # fmt: skip
+
+
+def test_the_program_writes_a_folder_with_its_card(run, tmp_path, capsys):
+    core = {"is_core": True, "core_metric": 0.125, "standard_error": 0.01, "max_per_task": 500, "tasks": {}}
+    result = {"step": 4, "train_bpb": 1.1, "val_bpb": 1.2, "doc_bpb": 1.3, "core": core}
+    (run / "evaluation.json").write_text(json.dumps(result))
+    export_hf.main()
+    assert "logits equal to" in capsys.readouterr().out
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == FILES
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".out")] == []
+    card = (out / "README.md").read_text(encoding="utf-8")
+    for part in ("| 1.2000 |", "| 1.3000 |", "| 0.1250 +- 0.0100 |", "abc123", "an abacus", "DEPTH = 3", "9.9"):
+        assert part in card, part
+    assert "384 tokens in 4 steps" in card
+    assert "secret" not in card
+    assert "{" not in card
+    assert (out / "LICENSE").read_text() == export_hf.LICENCE.read_text()
+    with pytest.raises(errors.UserError, match="exists and is not an empty folder"):
+        export_hf.main()
+    (run / "evaluation.json").write_text(json.dumps({**result, "step": 3}))
+    shutil.rmtree(out)
+    export_hf.main()
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "1.2500" in card  # of the checkpoint itself
+    assert "CORE | not measured" in card
+
+
+@pytest.mark.usefixtures("run")
+def test_a_folder_that_differs_from_the_model_never_gets_its_name(monkeypatch, tmp_path):
+    own_config = hf.own_config
+
+    def changed(*arguments):
+        config = own_config(*arguments)
+        config.attention_gain = 1.5
+        return config
+
+    monkeypatch.setattr(hf, "own_config", changed)
+    with pytest.raises(errors.FileError, match="logits differ by") as caught:
+        export_hf.main()
+    assert caught.value.exit_code == 1
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
+
+
+@pytest.mark.usefixtures("run")
+def test_a_tokenizer_that_differs_is_an_error_too(monkeypatch, tmp_path):
+    write_tokenizer = hf.write_tokenizer
+
+    def changed(tokenizer, folder, max_length):
+        write_tokenizer(tokenizer, folder, max_length)
+        path = folder / "tokenizer_config.json"
+        path.write_text(path.read_text().replace('"split_special_tokens": true', '"split_special_tokens": false'))
+
+    monkeypatch.setattr(hf, "write_tokenizer", changed)
+    with pytest.raises(errors.FileError, match=r"reads 'text that names <\|bos\|> is text' as other tokens"):
+        export_hf.main()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("run")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"OUT": ""}, "--out=exported"),
+        ({"STEP": -1}, "--step=-1: at least 0"),
+        ({"BEST": True, "STEP": 4}, "--best and --step=4"),
+        ({"STEP": 3}, "--step=3: no such checkpoint"),
+    ],
+    ids=["out", "negative", "two", "step"],
+)
+def test_a_wrong_setting_is_said(monkeypatch, settings, message):
+    for name, value in settings.items():
+        monkeypatch.setattr(export_hf, name, value)
+    with pytest.raises(errors.UserError, match=message):
+        export_hf.main()
+
+
+@pytest.mark.usefixtures("run")
+def test_without_transformers_the_command_that_installs_it_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(errors.UserError, match=r"pip install -e '\.\[export\]'"):
+        export_hf.main()
