@@ -125,7 +125,8 @@ else
     tokenizer_preset=(--max-chars=20000000 "--target-minutes=$minutes") # more text makes it no better
     preset=(--eval-tokens=32768 --evaluations-after=12)                 # for what base_eval does
     tasks=$NANOTRAIN_DIR/core/tasks-of-$(basename "${DATA_DIR:-$dataset}") # of its validation text: no network needed
-    evaluation=(--eval-tokens=131072 --eval-document-bytes=250000 "--core-bundle=$tasks" --core-max-per-task=40)
+    evaluation=(--eval-tokens=131072 --eval-document-bytes=250000 "--core-bundle=$tasks" --core-max-per-task=40
+        --sample-tokens=48)
 fi
 data_dir=${DATA_DIR:-$NANOTRAIN_DIR/data/$dataset}
 run_name=${RUN_NAME:-$(basename "$data_dir")${minutes:+-${minutes}min}${DEPTH:+-d$DEPTH}${VOCAB_SIZE:+-v$VOCAB_SIZE}}
