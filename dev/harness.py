@@ -85,7 +85,9 @@ def main():
     model, tokenizer, meta = checkpoint.load_model(checkpoint.find_run(RUN_NAME))
     rt = runtime.start("cpu", "float32")
     folder = paths.data_dir(DATA_DIR or meta["data_dir"])
-    bundle = core_bundle.read(BUNDLE or paths.core_dir() / f"tasks-of-{folder.name}", ITEMS)
+    bundle = core_bundle.read(
+        Path(BUNDLE).expanduser() if BUNDLE else paths.core_dir() / f"tasks-of-{folder.name}", ITEMS
+    )
     named = {task.label: task for task in bundle.tasks if task.kind == core_bundle.MULTIPLE_CHOICE}
     labels = TASKS.split(",") if TASKS else list(named)
     missing = [label for label in labels if label not in named]

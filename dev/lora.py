@@ -118,9 +118,13 @@ def base_model():
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=torch.float32,
-        llm_int8_skip_modules=["lm_head", "value_gate"],  # a gate is too narrow for the kernels
+        llm_int8_skip_modules=["lm_head", "value_gate"],  # gates are tiny
     )
     model = AutoModelForCausalLM.from_pretrained(MODEL, trust_remote_code=True, quantization_config=bits)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes 0.50 would repack the weights in the first evaluation, and then let no gradient through
+            module.support_avx512bf16_for_cpu = False
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
