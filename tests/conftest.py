@@ -52,6 +52,14 @@ TINY_RUN = {  # settings of base_train with which a step takes milliseconds
 }
 
 
+SLOW_FILES = ("test_worlds.py", "test_base_train.py", "test_faults.py", "test_scripts.py", "test_soak.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The slow files come first, so that where processes share the files none is alone with one at the end."""
+    items.sort(key=lambda item: item.path.name not in SLOW_FILES)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _ctrl_c_ends_programs():
     """A shell starts what runs in its background with Ctrl-C ignored, and the programs of the tests would inherit

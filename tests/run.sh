@@ -6,4 +6,5 @@ cd "$(dirname "$0")/.."
 make_environment dev export report
 "$PYTHON" -m ruff check --quiet .
 "$PYTHON" -m ruff format --check --quiet .
-"$PYTHON" -m pytest -n auto --maxprocesses=4 --dist=loadfile "$@" # a file is the work of one process: it shares runs
+# The tests of a file share runs, so one process does them all.
+"$PYTHON" -m pytest -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder "$@"

@@ -347,7 +347,7 @@ def test_the_command_makes_a_bundle(run_script, base_dir, tmp_path, own):
         OMP_NUM_THREADS="1",
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith(f"{folder}: 7 last_word, 7 next_piece, ")
+    assert done.stdout.startswith(f"{folder}, of {own[0].name}:\n7 last_word, 7 next_piece, ")
     core_bundle.make(tmp_path / "expected", own[0], 7)
     assert contents(folder) == contents(tmp_path / "expected")
 

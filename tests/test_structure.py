@@ -81,7 +81,7 @@ def test_everything_imported_is_the_library_the_standard_library_or_declared(nam
 
 def test_every_declared_dependency_is_imported_somewhere():
     tops = {module.partition(".")[0] for tree in TREES.values() for module in imported(tree)}
-    tools = {"pytest", "ruff", "accelerate", "peft", "lm_eval"}  # run from outside, or by dev/ alone
+    tools = {"pytest", "pytest_xdist", "ruff", "accelerate", "peft", "lm_eval"}  # run from outside, or by dev/ alone
     assert declared_modules() - tools <= tops
 
 
