@@ -6,5 +6,6 @@ cd "$(dirname "$0")/.."
 make_environment dev export report
 "$PYTHON" -m ruff check --quiet .
 "$PYTHON" -m ruff format --check --quiet .
-# The tests of a file share runs, so one process does them all.
+# The tests of a file share runs, so one process does them all; more threads in each would wait for one another.
+export OMP_NUM_THREADS=1
 "$PYTHON" -m pytest -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder "$@"
