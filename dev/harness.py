@@ -38,28 +38,26 @@ def process_results(doc, results):
     pick = min(range(len(means)), key=lambda choice: (means[choice] > min(means) + 1e-5, choice))
     return {"acc": float(pick == doc["gold"])}
 '''
-CHOICE = """\
+TASK = """\
 task: {name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {file}}}}}
 test_split: test
+"""
+CHOICE = """\
 output_type: multiple_choice
 doc_to_text: context
 doc_to_choice: choices
 doc_to_target: gold
 target_delimiter: ""
 process_results: !function nanotrain_pick.process_results
-metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """
 TEXT = """\
-task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
 output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: text
-metric_list: [{{metric: bits_per_byte}}]
+metric_list: [{metric: bits_per_byte}]
 """
 # The harness puts BOS before a document of its own accord, and one token more than core_eval into a cut prompt.
 COMMANDS = """
@@ -153,10 +151,10 @@ def mean_loss(model, ids, start):
     return model.token_losses(tokens[:, :-1], tokens[:, 1:].contiguous())[0, start - 1 :].double().mean().item()
 
 
-def write(out, name, template, rows):
+def write(out, name, kind, rows):
     path = out / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (out / f"{name}.yaml").write_text(template.format(name=name, file=json.dumps(str(path))), encoding="utf-8")
+    (out / f"{name}.yaml").write_text(TASK.format(name=name, file=json.dumps(str(path))) + kind, encoding="utf-8")
 
 
 def compare(out, found):

@@ -19,7 +19,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as tensor_bytes
 
 from nanotrain import paths, wandb_run
-from nanotrain.errors import CheckpointError, DataError
+from nanotrain.errors import CheckpointError, DataError, UserError
 from nanotrain.gpt import GPT, GPTConfig
 from nanotrain.store import Store
 from nanotrain.tokenizer import BPETokenizer
@@ -86,6 +86,14 @@ def unpack(files):
     Raises CheckpointError if another program wrote them and they are not what they should be.
     """
     return _tensors(files[MODEL]), _tensors(files[OPTIMIZER]), _state(files)
+
+
+def check_choice(best, step):
+    """Raise UserError unless `load_model` can be told so to take one checkpoint."""
+    if step < 0:
+        raise UserError(f"--step={step}: at least 0")
+    if best and step:
+        raise UserError(f"--best and --step={step}: two checkpoints; give one of them")
 
 
 def find_run(name=""):

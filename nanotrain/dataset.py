@@ -204,6 +204,11 @@ def row_groups(shard_paths, start=0, step=1):
             number += 1
 
 
+def hash_of(fingerprint):
+    """One SHA-256, in hex, of all names, sizes and hashes in a `fingerprint`."""
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
+
+
 def fingerprint(shards):
     """{name: {bytes, sha256}} of every shard and which is validation: what a checkpoint remembers of its data.
 

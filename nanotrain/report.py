@@ -7,8 +7,6 @@ It can be made at any time, also of a run that is still going. What a run did no
 says so.
 """
 
-import hashlib
-import json
 import math
 import shlex
 import time
@@ -463,8 +461,7 @@ def _surroundings(run):
         rows.append(
             ("data", f"{len(files)} shards, {size:,.1f} MB, validation {dig(run.config, 'data', 'validation')}")
         )
-        everything = json.dumps(run.part("data"), sort_keys=True).encode()
-        rows.append(("data, SHA-256 of all names, sizes and hashes", hashlib.sha256(everything).hexdigest()))
+        rows.append(("data, SHA-256 of all names, sizes and hashes", dataset.hash_of(run.part("data"))))
     if tokenizer := run.config.get("tokenizer_sha256"):
         rows.append(("tokenizer, SHA-256", str(tokenizer)))
         rows.append(("tokenizer, tokens", str(dig(run.config, "model_config", "vocab_size"))))

@@ -6,7 +6,6 @@ it goes on offline: `wandb sync` sends what it has kept.
 """
 
 import contextlib
-import hashlib
 import json
 import queue
 import random
@@ -16,7 +15,7 @@ import threading
 import time
 from pathlib import Path
 
-from nanotrain import paths
+from nanotrain import dataset, paths
 from nanotrain.errors import CheckpointError, UserError
 
 PREFIX = "wandb:"
@@ -44,7 +43,7 @@ def options(project, tags, notes, record):
         "project": project,
         "tags": [tag.strip() for tag in tags.split(",") if tag.strip()],
         "notes": notes or None,
-        "config": {**settings, **described, "data_sha256": _sha256(record["data"])},
+        "config": {**settings, **described, "data_sha256": dataset.hash_of(record["data"])},
     }
 
 
@@ -98,7 +97,7 @@ class WandbRun:
     def sources(self, run_dir, record, data_name):
         """Log what the run is made from: its tokenizer, and the names, sizes and hashes of its data."""
         tokenizer = {"sha256": record["tokenizer_sha256"], "vocab_size": record["model_config"]["vocab_size"]}
-        data = {"sha256": _sha256(record["data"]), "name": data_name}
+        data = {"sha256": dataset.hash_of(record["data"]), "name": data_name}
         files = {"tokenizer.json": run_dir / "tokenizer.json"}
         self.artifact(f"tokenizer-{tokenizer['sha256'][:12]}", "tokenizer", tokenizer, files)
         self.artifact(f"data-{data['sha256'][:12]}", "dataset", data, values={"data.json": record["data"]})
@@ -223,10 +222,6 @@ def _api():
     if not wandb.login(prompt=False, verify=False):
         raise UserError("wandb knows no key here: `wandb login`, or set WANDB_API_KEY")
     return wandb.Api()
-
-
-def _sha256(value):
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _group(name):

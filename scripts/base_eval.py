@@ -48,11 +48,10 @@ PROMPTS = ("import os\n", "def __init__(self", "class", "The", "If the")
 
 
 def main():
-    for name, least in (("DEVICE_BATCH_SIZE", 1), ("EVAL_DOCUMENT_BYTES", 0), ("CORE_MAX_PER_TASK", 0), ("STEP", 0)):
+    for name, least in (("DEVICE_BATCH_SIZE", 1), ("EVAL_DOCUMENT_BYTES", 0), ("CORE_MAX_PER_TASK", 0)):
         if globals()[name] < least:
             raise UserError(f"{config.flag_of(name)}={globals()[name]}: at least {least}")
-    if BEST and STEP:
-        raise UserError(f"--best and --step={STEP}: two checkpoints; give one of them")
+    checkpoint.check_choice(BEST, STEP)
     rt = runtime.start(DEVICE, DTYPE)
     run_dir = rt.on_main(lambda: checkpoint.find_run(RUN_NAME))
     model, tokenizer, meta = rt.together(lambda: checkpoint.load_model(run_dir, rt.device, BEST, STEP))

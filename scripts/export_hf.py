@@ -30,10 +30,7 @@ LICENCE = Path(__file__).parent.parent / "LICENSE"
 def main():
     if not OUT:
         raise UserError("where to? give a folder, as in --out=exported")
-    if STEP < 0:
-        raise UserError(f"--step={STEP}: at least 0")
-    if BEST and STEP:
-        raise UserError(f"--best and --step={STEP}: two checkpoints; give one of them")
+    checkpoint.check_choice(BEST, STEP)
     out = Path(OUT).expanduser().absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={OUT} exists and is not an empty folder: choose another, or remove it")
