@@ -366,10 +366,21 @@ def _keep_freed_memory():
     """Tell glibc to reuse large freed blocks: fresh pages of a 32 MB tensor cost more time than the product that fills
     it.
     """
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt  # only glibc has it
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never give the top of the heap back
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: no private mapping for blocks below 1 GiB
+    _call_glibc("mallopt", -1, 2**31 - 1)  # M_TRIM_THRESHOLD: never give the top of the heap back
+    _call_glibc("mallopt", -3, 2**30)  # M_MMAP_THRESHOLD: no private mapping for blocks below 1 GiB
+
+
+def give_back_freed_memory():
+    """Give back to the system what `start` lets glibc keep, before something else than a step needs memory: its large
+    blocks would fit into none of the holes that a step leaves.
+    """
+    _call_glibc("malloc_trim", 0)
+
+
+def _call_glibc(function, *arguments):
+    """Elsewhere nothing happens: on macOS there is no such function, on Windows no library without a name."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        getattr(ctypes.CDLL(None), function)(*arguments)
 
 
 def is_out_of_memory(error):

@@ -253,6 +253,7 @@ def pretrain(rt, stop, watchdog):
         checkpoint.load_weights(model, first_weights)
     elif SPECTRAL_TOKENS and tokenizer.vocab_size <= spectral.LARGEST_VOCABULARY:
         rt.on_main(lambda: start_from_pairs(model, units, tokenizer, plan.tokens))
+        runtime.give_back_freed_memory()  # the counts of all pairs
     if rows_are_tried(rt):
         rows = rows_that_fit(rt, model, plan.device_rows * plan.accumulation)
         plan = make_plan(rt, model, saved, speed, rows)
@@ -316,6 +317,7 @@ def pretrain(rt, stop, watchdog):
             "environment": environment,
             **identity,
         }
+        runtime.give_back_freed_memory()  # a file is put together in memory
         moments = optim.state_tensors(optimizers, rt)
         failure = rt.on_main(
             lambda: save_checkpoint(run_dir, run, model, moments, state, resumed_step, owner, verified)

@@ -618,6 +618,23 @@ def test_on_a_gpu_the_most_rows_fit_and_twice_as_many_do_not(monkeypatch):
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
+def test_memory_goes_back_after_the_start_from_pairs_and_before_a_save(train, monkeypatch):
+    calls = []
+    for module, name in (
+        (base_train, "start_from_pairs"),
+        (runtime, "give_back_freed_memory"),
+        (base_train, "warm_up"),
+        (checkpoint, "save"),
+    ):
+        real = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *a, _name=name, _real=real, **k: (calls.append(_name), _real(*a, **k))[1]
+        )
+    train(NUM_ITERATIONS=2, SAVE_EVERY=1)
+    saves = ["give_back_freed_memory", "save"]
+    assert calls == ["start_from_pairs", "give_back_freed_memory", "warm_up", *saves, *saves]
+
+
 # ---- activation checkpointing ----
 
 

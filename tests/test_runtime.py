@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import platform
 import re
 import socket
 import subprocess
@@ -408,6 +409,42 @@ def test_ranks_of_one_machine_share_its_free_memory(monkeypatch):
     assert 2**26 < alone < runtime.memory_bytes(torch.device("cpu"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert runtime.free_memory_bytes(torch.device("cpu")) == pytest.approx(alone / 4, rel=0.2)
+
+
+HEAP = """
+import torch
+from pathlib import Path
+from nanotrain import runtime
+
+def resident_mib():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) // 1024
+
+runtime.start("cpu")
+before = resident_mib()
+blocks = [torch.ones(2**18) for _ in range(200)]  # of 1 MiB
+last = blocks.pop()
+del blocks
+kept = resident_mib() - before
+{call}
+print(kept, resident_mib() - before)
+"""
+
+
+@pytest.mark.skipif("glibc" not in platform.libc_ver()[0], reason="only glibc can be told to keep freed memory")
+@pytest.mark.parametrize("call", ["runtime.give_back_freed_memory()", ""])
+def test_freed_memory_is_kept_until_it_is_given_back(call):
+    command = [sys.executable, "-c", HEAP.format(call=call)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    kept, left = map(int, result.stdout.split())
+    assert 190 < kept < 220
+    assert left < 20 if call else left == kept
+
+
+def test_where_there_is_no_glibc_nothing_happens(monkeypatch):
+    monkeypatch.setattr(runtime.ctypes, "CDLL", lambda name: fail(TypeError("argument 1 must be str, not None")))
+    assert runtime.start("cpu").device.type == "cpu"
+    runtime.give_back_freed_memory()
 
 
 # ---- clock, hardware, command ----
