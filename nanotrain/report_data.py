@@ -174,23 +174,21 @@ def _row(line):
 def core_of(run):
     """The newest Core of a run, or None; that of `evaluation.json` where both are of the same step."""
     found = []
-    for detail in run.details:
-        core = _object(detail.get("core"))
-        tasks = [_task(task, task.get("label"), "stderr", "random", "count") for task in objects(core.get("tasks"))]
+    for step, evaluation in [
+        *((detail["step"], detail) for detail in run.details),
+        (evaluated_step(run), run.evaluation),
+    ]:
+        core = _object(evaluation.get("core"))
+        tasks = [_task(label, _object(task)) for label, task in _object(core.get("tasks")).items()]
         name = "CORE" if core.get("is_core") else "tasks"
-        found.append(Core(detail["step"], name, number(core.get("metric")), number(core.get("stderr")), tasks))
-    core = _object(run.evaluation.get("core"))
-    name = "CORE" if core.get("is_core") else "tasks"
-    scores = _object(core.get("tasks")).items()
-    tasks = [_task(_object(task), label, "standard_error", "baseline", "num_items") for label, task in scores]
-    metric, error = number(core.get("core_metric")), number(core.get("standard_error"))
-    found.append(Core(evaluated_step(run), name, metric, error, tasks))
+        found.append(Core(step, name, number(core.get("core_metric")), number(core.get("standard_error")), tasks))
     found = [core for core in found if core.tasks]
     return sorted(found, key=lambda core: core.step)[-1] if found else None
 
 
-def _task(task, label, error, baseline, count):
-    return Task(str(label), *(number(task.get(name)) for name in ("accuracy", error, baseline, "centered", count)))
+def _task(label, task):
+    names = ("accuracy", "standard_error", "baseline", "centered", "num_items")
+    return Task(label, *(number(task.get(name)) for name in names))
 
 
 def evaluated_step(run):

@@ -80,8 +80,8 @@ class WandbRun:
                 self._samples += [[step, sample["prompt"], sample["text"]] for sample in parts["samples"]]
                 found["val/samples"] = wandb.Table(columns=["step", "prompt", "text"], data=list(self._samples))
             if "core" in parts:
-                columns = ["label", "accuracy", "stderr", "random", "centered", "count"]
-                rows = [[task[name] for name in columns] for task in parts["core"]["tasks"]]
+                columns = ["label", "accuracy", "standard_error", "baseline", "centered", "num_items"]
+                rows = [[task[name] for name in columns] for task in parts["core"]["tasks"].values()]
                 found["core/tasks"] = wandb.Table(columns=columns, data=rows)
             if "documents" in parts:
                 rows = [[text["bpb"], text["text"], _hardest(text["tokens"])] for text in parts["documents"]["worst"]]

@@ -866,26 +866,9 @@ def evaluate_core(rt, run, model, tokenizer, bundle, tracker, watchdog):
         scores = core_eval.evaluate(model, tokenizer, bundle.tasks, rt, DEVICE_BATCH_SIZE or DEFAULT_ROWS, done)
     centered = {f"core/{score.label}": score.centered for score in scores}
     tracker.record(run.step, {"core/core_metric": core_eval.core_metric(scores)[0], **centered})
-    tracker.evaluation(run.step, core=described_core(bundle, scores))
+    tracker.evaluation(run.step, core=core_eval.summary(bundle, scores))
     tracker.event(f"step {run.step}: {core_eval.headline(bundle, scores)}")
     return time.monotonic() - begin
-
-
-def described_core(bundle, scores):
-    """The scores as `Tracker.evaluation` records them."""
-    metric, standard_error = core_eval.core_metric(scores)
-    tasks = [
-        {
-            "label": score.label,
-            "accuracy": score.accuracy,
-            "centered": score.centered,
-            "count": score.num_items,
-            "stderr": score.standard_error,
-            "random": score.baseline,
-        }
-        for score in scores
-    ]
-    return {"metric": metric, "stderr": standard_error, "is_core": bundle.is_core, "tasks": tasks}
 
 
 def due(every, step, last):

@@ -187,8 +187,8 @@ def pictures_in(blocks):
 
 def test_the_numbers_of_a_newer_evaluation_count(tmp_path):
     folder = make_run(tmp_path / "r")
-    task = {"label": "t", "accuracy": 0.7, "stderr": 0.1, "random": 0.5, "centered": 0.4, "count": 9}
-    core = {"metric": 0.4, "stderr": 0.2, "is_core": True, "tasks": [task]}
+    task = {"accuracy": 0.7, "standard_error": 0.1, "baseline": 0.5, "centered": 0.4, "num_items": 9}
+    core = {"core_metric": 0.4, "standard_error": 0.2, "is_core": True, "tasks": {"t": task}}
     (folder / "evaluation" / "step_00000004.json").write_text(json.dumps({"core": core}))
     assert report_data.core_of(read_run(folder)).name == "tasks"  # of the same step: what base_eval says
     evaluation = json.loads((folder / "evaluation.json").read_text())

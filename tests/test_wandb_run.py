@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from fake_wandb import FakeArtifact, FakeWandb
 
-from nanotrain import checkpoint, wandb_run
+from nanotrain import checkpoint, core_eval, wandb_run
 from nanotrain.errors import CheckpointError, UserError
 from nanotrain.wandb_run import WandbRun
 
@@ -23,7 +23,7 @@ RECORD = {
 }
 PARTS = {
     "samples": [{"prompt": "The", "text": " end"}],
-    "core": {"tasks": [{"label": "t", "accuracy": 0.5, "stderr": 0.1, "random": 0.25, "centered": 1 / 3, "count": 8}]},
+    "core": core_eval.summary(SimpleNamespace(is_core=True, sha256="ab"), [core_eval.Score("t", 9, 0.5, 0.25)]),
     "documents": {"worst": [{"bpb": 3.5, "text": "a b", "tokens": [["a", 2.0], [" b", 7.25]]}], "best": []},
     "token_bits": {"edges": [0, 1, 2], "counts": [3, 4]},
 }
@@ -109,8 +109,8 @@ def test_numbers_tables_and_a_histogram_are_logged_in_order(tmp_path, fake):
         "val/samples": ("table", ["step", "prompt", "text"], [[3, "The", " end"]]),
         "core/tasks": (
             "table",
-            ["label", "accuracy", "stderr", "random", "centered", "count"],
-            [["t", 0.5, 0.1, 0.25, 1 / 3, 8]],
+            ["label", "accuracy", "standard_error", "baseline", "centered", "num_items"],
+            [["t", 0.5, pytest.approx(1 / 6), 0.25, pytest.approx(1 / 3), 9]],
         ),
         "val/worst_documents": ("table", ["bpb", "text", "hardest tokens"], [[3.5, "a b", "' b' 7.2, 'a' 2.0"]]),
         "val/token_bits": ("histogram", [3, 4], [0, 1, 2]),
