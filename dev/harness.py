@@ -76,7 +76,7 @@ def main():
     if not OUT:
         raise UserError("where to? give a folder, as in --out=tasks")
     if FOUND:
-        compare(Path(OUT), Path(FOUND))
+        compare(Path(OUT).expanduser(), Path(FOUND).expanduser())
         return
     out = Path(OUT).expanduser().absolute()
     out.mkdir(parents=True, exist_ok=True)
@@ -159,21 +159,25 @@ def write(out, name, kind, rows):
 
 def compare(out, found):
     """Print how far the harness agrees with what nanotrain said."""
-    expected = json.loads((out / "expected.json").read_text(encoding="utf-8"))
+    expected, compared = json.loads((out / "expected.json").read_text(encoding="utf-8")), 0
     for path in sorted(found.rglob("results_*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))["results"].get("nanotrain_documents")
         if result:
             ours, theirs = expected["documents"], result["bits_per_byte,none"]
+            compared += 1
             print(f"{'documents':<28}{ours:.6f} and {theirs:.6f} bits per byte: {abs(ours - theirs):.1e} apart")
     for label in sorted(expected.keys() - {"documents"}):
         for path in sorted(found.rglob(f"samples_nanotrain_{label}_*.jsonl")):
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             theirs = {str(row["doc"]["number"]): bool(row["acc"]) for row in rows}
             ours = expected[label]
+            compared += 1
             same = sum(theirs.get(number) == answer for number, answer in ours.items())
             print(
                 f"{label:<28}{same} of {len(ours)} items equal, {sum(ours.values())} and {sum(theirs.values())} right"
             )
+    if not compared:
+        raise UserError(f"--found={found}: no results of these tasks; run the printed commands first")
 
 
 if __name__ == "__main__":

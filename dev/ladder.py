@@ -59,8 +59,9 @@ def series_of(names):
     if all(Path(name).is_dir() for name in names):
         found = {"runs": [Path(name) for name in names]}
     else:
-        runs = paths.base_dir() / "runs"
-        found = {name: sorted(runs.glob(f"ladder-{name}-*")) for name in names}
+        runs = sorted((paths.base_dir() / "runs").glob("ladder-*"))
+        # cut at the last dash, for another series may be called NAME-something
+        found = {name: [run for run in runs if run.name.rpartition("-")[0] == f"ladder-{name}"] for name in names}
     for name, folders in found.items():
         if not folders:
             raise UserError(f"no run of a series {name!r}: train it with bash dev/ladder.sh {name}")

@@ -12,8 +12,18 @@ cd "$(dirname "$0")/.."
 name=${1:?give the series a name: bash dev/ladder.sh NAME}
 shift
 python=${PYTHON:-.venv/bin/python}
+# On Ctrl-C a run saves and ends well: without this, it would be evaluated half-trained and the next one begun.
+trap 'stopped=yes' INT TERM
+stop_if_asked() {
+    if [ -n "${stopped:-}" ]; then
+        echo "stopped; the same command goes on"
+        exit 0
+    fi
+}
 for flops in 2e13 8e13 3.2e14; do
     "$python" -m scripts.base_train "--run-name=ladder-$name-$flops" "--target-flops=$flops" --resume --eval-every=0 "$@"
+    stop_if_asked
     "$python" -m scripts.base_eval "--run-name=ladder-$name-$flops" --eval-tokens=262144 --core=false
+    stop_if_asked
 done
 "$python" dev/ladder.py "$name"

@@ -98,7 +98,8 @@ def main():
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     trained, all_weights = model.get_nb_trainable_parameters()
     trainer.save_model(OUT)
-    print(f"held-out loss {losses[0]:.4f} -> {min(losses):.4f} nats a token after {trainer.state.global_step} steps")
+    best = min(losses[1:])  # whose adapter is kept: Trainer does not count the evaluation before the first step
+    print(f"held-out loss {losses[0]:.4f} -> {best:.4f} nats a token after {trainer.state.global_step} steps")
     print(f"{seconds:.0f} s, {memory_gib():.2f} GiB at most, {trained:,} of {all_weights:,} weights trained, in {OUT}")
 
 

@@ -61,7 +61,8 @@ def train(run_name, settings, flags):
 
 def result_of(run_name):
     """(bits per byte, steps) of the last evaluation of a run; (None, steps) if that is not its last step."""
-    rows = [json.loads(line) for line in (paths.run_dir(run_name) / "metrics.jsonl").read_text().splitlines()]
+    path = paths.run_dir(run_name) / "metrics.jsonl"  # missing, if it failed before its first step
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     steps = max((row["step"] for row in rows), default=0)
     found = [row["val/bpb"] for row in rows if "val/bpb" in row and row["step"] == steps]
     return (found[-1] if found else None), steps
@@ -99,7 +100,9 @@ def sweep(name, count, flags):
         if code and code not in RESULTS:
             raise UserError(f"{run_name} ended with exit code {code}, as the next ones would; see above")
         bpb, steps = result_of(run_name)
-        if not code and bpb is None:
+        if code:
+            bpb = None  # what it had reached before it failed is no result
+        elif bpb is None:
             raise UserError(f"{run_name} was stopped at step {steps}: the same command goes on")
         minutes = round((time.monotonic() - begin) / 60, 1)
         one = {"run": run_name, "bpb": bpb, "steps": steps, "minutes": minutes, "exit_code": code}

@@ -91,7 +91,7 @@ def read(path, max_per_task=0):
 
     Items are shuffled before they are cut, as published. Raises DataError that names the file and the line.
     """
-    with _opened(Path(path)) as root:
+    with _opened(Path(path).expanduser()) as root:
         digest = hashlib.sha256()
         try:
             settings = yaml.safe_load(_text(root, "core.yaml", digest))["icl_tasks"]
@@ -255,7 +255,9 @@ def make(folder, shard, num_items):
     between single spaces are needed) is left out. A bundle made before is replaced, anything else is refused with a
     UserError.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--make-bundle={folder}: this is a file; choose a folder that does not exist")
     mark = f"{MARK}: {num_items} items a task from a shard with SHA-256 {dataset.file_sha256(shard)}\n"
     if folder.is_dir() and any(folder.iterdir()):
         held = folder / "core.yaml"

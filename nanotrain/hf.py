@@ -24,6 +24,8 @@ CODE = Path(__file__).parent / "huggingface"
 CODE_FILES = ("configuration_nanotrain.py", "modeling_nanotrain.py")
 CARD = CODE / "model_card.md"
 SHARD_SIZE = "5GB"
+# settings that are nobody else's business, or hold paths of the machine; so do those that end in _DIR
+PRIVATE = ("RUN_NAME", "INIT_FROM", "CORE_BUNDLE", "WANDB")
 LISTED_SHARDS = 20  # of the training data, in the model card
 TOLERANCE = 1e-3  # of float32 logits, which the softcap bounds to 15
 CHECKED_TEXTS = (
@@ -207,7 +209,7 @@ def model_card(name, model, meta, evaluation):
     settings = [
         f"    {setting} = {value!r}"
         for setting, value in meta.get("settings", {}).items()
-        if not setting.endswith("_DIR")  # nobody else's business
+        if not setting.endswith("_DIR") and not setting.startswith(PRIVATE)
     ]
     folder = Path(meta["data_dir"]).name
     source = dataset.SOURCES.get(folder)

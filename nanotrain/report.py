@@ -41,7 +41,7 @@ def write(run_dirs, out=""):
     """
     runs = [read_run(run_dir) for run_dir in dict.fromkeys(Path(run_dir).absolute() for run_dir in run_dirs)]
     report, drawn, complaints = build(runs)
-    folder = Path(out).absolute() if out else runs[0].folder / "report"
+    folder = Path(out).expanduser().absolute() if out else runs[0].folder / "report"
     for name in PICTURES:
         if name not in drawn:
             (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier report
@@ -64,8 +64,9 @@ def attempt(run_dir):
 
 def build(runs):
     """(Page, {name: PNG}, complaints) of some runs; complaints: lines for whoever asked for the report."""
+    names = [run.name for run in runs]
     for run in runs:
-        if sum(other.name == run.name for other in runs) > 1:
+        if names.count(run.name) > 1:
             run.name = str(run.folder)  # two folders of one name
     drawing = Drawing()
     sections = [
@@ -529,7 +530,7 @@ def command(run, settings):
 
 def find(name):
     """The folder of the run `name`; or `name` itself, if it is a folder and no run is called so."""
-    if Path(name).is_dir() and not (paths.base_dir() / "runs" / name).is_dir():
+    if Path(name).is_dir() and (name in (".", "..") or not (paths.base_dir() / "runs" / name).is_dir()):
         return Path(name)
     return paths.run_dir(name)
 

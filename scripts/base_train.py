@@ -381,6 +381,7 @@ def pretrain(rt, stop, watchdog):
 
             # ---- update ----
             run.step += 1
+            run.val_bpb = None  # until this step is evaluated
             update_begin = time.perf_counter()
             if math.isfinite(mean_loss) and math.isfinite(grad_norm):
                 deviations = guard.deviations(run.recent_losses, mean_loss)
@@ -842,13 +843,13 @@ def evaluate(rt, run, model, validation, tokenizer, tracker):
     run.val_bpb = val_bpb if math.isfinite(val_bpb) else None  # a checkpoint holds no NaN
     tracker.record(run.step, {"val/bpb": val_bpb})
     tracker.evaluation(run.step, val_bpb=run.val_bpb, **details.result(rt))
-    if run.val_bpb is not None and (run.best_bpb is None or val_bpb < run.best_bpb):
-        run.best_bpb, run.best_step = val_bpb, run.step
+    if run.step and run.val_bpb is not None and (run.best_bpb is None or val_bpb < run.best_bpb):
+        run.best_bpb, run.best_step = val_bpb, run.step  # of those that are saved: step 0 is not
     if run.val_bpb is not None and (run.goal_bpb is None or val_bpb < run.goal_bpb):
         run.goal_bpb, run.stale_evaluations = val_bpb - EARLY_STOP_MIN_DELTA, 0
     else:
         run.stale_evaluations += 1
-    best = ", the best so far" if run.best_step == run.step > 0 else ""
+    best = ", the best so far" if run.best_step == run.step else ""
     tracker.event(f"step {run.step}: val bpb {val_bpb:.4f}{best}")
     return time.monotonic() - begin
 

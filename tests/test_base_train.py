@@ -321,6 +321,26 @@ def test_checkpoints_are_saved_on_time_and_kept_by_rule(train):
     assert checkpoint.steps(best) == sorted({6, bpb.index(min(bpb))}, reverse=True)
 
 
+def test_the_best_step_is_one_that_was_saved_even_where_training_only_does_harm(train, monkeypatch):
+    measured = iter((1.0, 3.0, 2.0, 4.0))
+    monkeypatch.setattr(loss_eval, "bits_per_byte", lambda *arguments: next(measured))
+    run = train(EVAL_EVERY=2, SAVE_EVERY=0, KEEP_LAST=1)
+    assert checkpoint.steps(run) == [6, 4]
+    assert checkpoint.load_model(run, best=True)[2]["step"] == 4
+
+
+def test_a_checkpoint_names_the_bits_per_byte_of_its_own_step_or_none(train):
+    run = train(EVAL_EVERY=2, SAVE_EVERY=3, KEEP_LAST=9)
+    bpb = column(run, "val/bpb")
+    states = {step: json.loads(checkpoint.read(run, step)["state.json"]) for step in checkpoint.steps(run)}
+    assert {step: state["val_bpb"] for step, state in states.items() if step % 2 == 0} == {
+        6: bpb[3],
+        4: bpb[2],
+        2: bpb[1],
+    }
+    assert states[3]["val_bpb"] is None
+
+
 def test_a_dry_run_prints_the_plan_and_leaves_no_trace(train, base_dir, capsys):
     train(DRY_RUN=True)
     printed = capsys.readouterr().out

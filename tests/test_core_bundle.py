@@ -300,6 +300,12 @@ def test_the_same_shard_gives_the_same_bytes_and_another_another(own, tmp_path):
     }
 
 
+def test_a_folder_may_be_given_with_a_tilde(own, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    core_bundle.make("~/tasks", own[0], 5)
+    assert core_bundle.read("~/tasks").sha256 == core_bundle.read(tmp_path / "tasks").sha256
+
+
 def test_other_folders_are_not_replaced(own, tmp_path):
     write_bundle(tmp_path / "public")
     (tmp_path / "home").mkdir()
@@ -309,6 +315,10 @@ def test_other_folders_are_not_replaced(own, tmp_path):
         with pytest.raises(UserError, match="holds something else"):
             core_bundle.make(tmp_path / name, own[0], 50)
         assert contents(tmp_path / name) == before
+    (tmp_path / "note").write_text("milk")
+    with pytest.raises(UserError, match="this is a file; choose a folder that does not exist"):
+        core_bundle.make(tmp_path / "note", own[0], 50)
+    assert (tmp_path / "note").read_text() == "milk"
     (tmp_path / "empty").mkdir()
     assert (
         core_bundle.make(tmp_path / "empty", own[0], 5).keys()

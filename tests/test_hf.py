@@ -352,7 +352,15 @@ def run(base_dir, data_dir, tokenizer, monkeypatch, tmp_path):
         "loader": {"row": 24, "lanes": {}},
         "data_dir": str(data_dir),
         "data": dataset.fingerprint(dataset.open_shards(data_dir)),
-        "settings": {"DEPTH": 3, "DATA_DIR": "/secret/place"},
+        "settings": {
+            "DEPTH": 3,
+            "DATA_DIR": "/secret/place",
+            "RUN_NAME": "/secret/run",
+            "INIT_FROM": "/secret/first",
+            "CORE_BUNDLE": "/secret/tasks",
+            "WANDB_PROJECT": "secret",
+            "WANDB_NOTES": "secret",
+        },
         "val_bpb": 1.25,
         "environment": {"commit": "abc123", "device_name": "an abacus", "packages": {"torch": "9.9"}},
     }

@@ -410,7 +410,7 @@ def test_several_runs_are_in_every_picture_and_what_differs_is_in_a_table(tmp_pa
             assert [curve.label for curve in panel.curves] == ["one", "two"], panel.title
         else:
             assert [name for name, *_ in panel.series] == ["one", "two"]
-    same = report.build([read_run(runs[0]), read_run(runs[0])])[0]
+    same = report.build([read_run(runs[0]), read_run(make_run(tmp_path / "three"))])[0]
     assert not [block for block in same.sections[5].blocks if isinstance(block, report_page.Table)]
 
 
@@ -656,6 +656,12 @@ def test_a_report_that_fails_at_the_end_of_a_run_is_said_and_not_raised(tmp_path
     assert report.attempt(folder) == f"report     {folder}/report/report.html"
 
 
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    folders = [make_run(tmp_path / place / "r") for place in ("a", "b")]
+    page = report.build([read_run(folder) for folder in folders])[0]
+    assert page.title == f"{folders[0]} against {folders[1]}"
+
+
 # ---- the command ----
 
 
@@ -667,6 +673,10 @@ def test_a_run_is_given_by_its_name_or_its_folder(tmp_path, base_dir, monkeypatc
     for name, folder in (("known", known), ("elsewhere", elsewhere), ("./elsewhere", elsewhere), (str(known), known)):
         report.main([name])
         assert capsys.readouterr().out == f"{folder}/report/report.html\n"
+    monkeypatch.chdir(elsewhere)
+    report.main(["."])
+    assert capsys.readouterr().out == f"{elsewhere}/report/report.html\n"
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(report, "OUT", str(tmp_path / "out"))
     report.main(["known", "elsewhere", "known"])
     assert capsys.readouterr().out == f"{tmp_path}/out/report.html\n"

@@ -119,6 +119,23 @@ def test_runs_come_one_after_the_other_into_a_table_and_are_not_repeated(trained
         sweep.sweep("s", 5, ["--seed=4"])
 
 
+@pytest.mark.parametrize("code", sweep.RESULTS)
+@pytest.mark.parametrize("began", [True, False])
+def test_a_run_that_failed_has_no_result_whatever_it_had_reached(base_dir, monkeypatch, code, began):
+    def train(run_name, settings, flags):
+        folder = base_dir / "runs" / run_name
+        folder.mkdir(parents=True)
+        failed = run_name.endswith("000")
+        if began or not failed:
+            (folder / "metrics.jsonl").write_text(json.dumps({"step": 5, "val/bpb": 1.5 if failed else 1.6}) + "\n")
+        return code if failed else 0
+
+    monkeypatch.setattr(sweep, "train", train)
+    results = sweep.sweep("s", 2, [])
+    assert [(one["bpb"], one["steps"]) for one in results] == [(None, 5 if began else 0), (1.6, 5)]
+    assert names_in_table(base_dir) == [["sweep-s-001", "1.6000"], ["sweep-s-000", sweep.RESULTS[code]]]
+
+
 def test_a_sweep_that_was_stopped_goes_on_with_the_run_it_was_in(trained, base_dir):
     runs, codes = trained
     codes[1] = "stopped"
