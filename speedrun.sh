@@ -22,7 +22,8 @@ Choices, as environment variables (MINUTES=3 bash speedrun.sh):
   DATA_DIR       a folder of your own parquet shards instead of DATASET
   TRAIN_SHARDS   shards to download of a hosted data set (240 of about 100 MB)
   MINUTES        all-in after data are there: tokenizer, compilation, training,
-                 evaluation (3 without CUDA; with CUDA the model's size decides)
+                 and evaluation (3; with CUDA the model's size decides, and the
+                 evaluation comes on top)
   DEPTH          layers (20 with CUDA; else as suit MINUTES on this machine)
   VOCAB_SIZE     tokens of the vocabulary (32768 with CUDA; else as suit MINUTES)
   RUN_NAME       folder of the run (<data set>-<minutes>min and what else is chosen)
@@ -167,7 +168,7 @@ LEFT
 fi
 launch=("$PYTHON")
 if [ "$nproc" -gt 1 ]; then
-    launch=("$PYTHON" -m torch.distributed.run --standalone "--nproc_per_node=$nproc")
+    launch=("$PYTHON" -m torch.distributed.run --standalone --shutdown-timeout=300 "--nproc_per_node=$nproc")
 fi
 stage training "${launch[@]}" -m scripts.base_train --resume "--run-name=$run_name" "--data-dir=$data_dir" \
     "--tokenizer-dir=$tokenizer_dir" "--depth=$depth" \

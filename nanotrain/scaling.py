@@ -99,13 +99,14 @@ def make_plan(
     flops_per_second,
     kept,
     mean_batch_share=1.0,
+    batch_parts=1,
 ):
     """The Plan of a run.
 
     parameters: {role: count}. total_batch_size: tokens of a step, 0 to let the horizon decide. device_batch_size: most
     rows of a forward pass. flops_per_second: what all ranks together are expected to reach. kept: how the model
-    runs. mean_batch_share: of total_batch_size over the run, where the batch grows. Raises UserError for a batch that
-    cannot be met.
+    runs. mean_batch_share: of total_batch_size over the run, where the batch grows, and batch_parts: into how many
+    equal parts of whole forward passes a step is cut for that. Raises UserError for a batch that cannot be met.
     """
     weights = parameters["matrix"] + parameters["unembedding"]
     flops_per_token = training_flops_per_token(weights, depth, width, seq_len)
@@ -118,8 +119,8 @@ def make_plan(
     else:
         tokens = horizon.param_data_ratio * weights
     if not total_batch_size:
-        total_batch_size = batch_tokens(tokens or horizon.param_data_ratio * weights, seq_len, world_size)
-    device_rows, accumulation = split_batch(total_batch_size, seq_len, device_batch_size, world_size)
+        total_batch_size = batch_tokens(tokens or horizon.param_data_ratio * weights, seq_len, world_size, batch_parts)
+    device_rows, accumulation = split_batch(total_batch_size, seq_len, device_batch_size, world_size, batch_parts)
     mean_tokens = total_batch_size * mean_batch_share
     num_steps = horizon.num_iterations or max(round(tokens / mean_tokens), 1)
     tokens = round(num_steps * mean_tokens)
@@ -145,12 +146,12 @@ def training_flops(minutes, flops_per_second):
     return max(seconds - START_SECONDS, seconds / 2) * flops_per_second
 
 
-def choose_depth(flops, head_dim):
+def choose_depth(flops, head_dim, aspect_ratio=0):
     """The depth whose weights are nearest to those that suit a run of so many operations."""
     goal = OPTIMUM_WEIGHTS * (flops / OPTIMUM_FLOPS) ** OPTIMUM_EXPONENT
 
     def distance(depth):
-        width, _ = model_width(depth, 0, head_dim)
+        width, _ = model_width(depth, aspect_ratio, head_dim)
         return abs(math.log((12 * depth * width**2 + vocabulary(width) * width) / goal))
 
     return min(range(2, MOST_LAYERS + 1), key=distance)
@@ -187,36 +188,37 @@ def training_flops_per_token(weights, depth, width, seq_len):
     return 6 * weights + 12 * depth * width * seq_len
 
 
-def batch_tokens(training_tokens, seq_len, world_size):
-    """The tokens of a step that suit a horizon: the rule's power of two, as near to it as whole rows on every rank
-    allow.
+def batch_tokens(training_tokens, seq_len, world_size, parts=1):
+    """The tokens of a step that suit a horizon: the rule's power of two, as near to it as `parts` times whole rows on
+    every rank allow.
     """
     ideal = BATCH_ANCHOR * (training_tokens / BATCH_ANCHOR_TOKENS) ** BATCH_EXPONENT
     ideal = 2 ** round(math.log2(min(max(ideal, BATCH_ANCHOR), MAX_BATCH)))
-    unit = seq_len * world_size
+    unit = seq_len * world_size * parts
     return max(round(ideal / unit), 1) * unit
 
 
-def split_batch(total_batch_size, seq_len, device_batch_size, world_size):
+def split_batch(total_batch_size, seq_len, device_batch_size, world_size, parts=1):
     """(device_rows, accumulation) of a step: `device_batch_size` is the most rows of one forward pass, lowered to a
-    divisor.
+    divisor of those of a rank, so that they make up `parts` equal parts of whole passes.
 
     Raises UserError with three sizes that work if rows of `seq_len` tokens on `world_size` ranks cannot make up the
     total.
     """
-    unit = seq_len * world_size
+    unit = seq_len * world_size * parts
     if total_batch_size % unit or total_batch_size < 1:
         first = max(total_batch_size // unit, 1)
         works = ", ".join(str((first + extra) * unit) for extra in range(3))
+        growing = f" x {parts} parts of a growing batch" if parts > 1 else ""
         raise UserError(
             f"--total-batch-size={total_batch_size} is no multiple of {unit} tokens "
-            f"({world_size} ranks x rows of {seq_len}): three that work are {works}"
+            f"({world_size} ranks x rows of {seq_len}{growing}): three that work are {works}"
         )
     if device_batch_size < 1:
         raise UserError(f"--device-batch-size={device_batch_size}: at least 1 row")
-    rank_rows = total_batch_size // unit
-    device_rows = next(rows for rows in range(min(device_batch_size, rank_rows), 0, -1) if rank_rows % rows == 0)
-    return device_rows, rank_rows // device_rows
+    part_rows = total_batch_size // unit
+    device_rows = next(rows for rows in range(min(device_batch_size, part_rows), 0, -1) if part_rows % rows == 0)
+    return device_rows, parts * part_rows // device_rows
 
 
 def width_factor(width):

@@ -152,7 +152,10 @@ class Run:
     skipped_steps: int = 0
     skipped_recently: list = field(default_factory=list)  # the last of them
     recent_losses: list = field(default_factory=list)  # of the steps that counted
-    val_bpb: float | None = None
+    val_bpb: float | None = None  # of the last evaluation
+    evaluated_step: int = -1  # when that was
+    evaluation_seconds: float = 0.0  # that it took, and those of the tasks
+    core_seconds: float = 0.0
     best_bpb: float | None = None
     best_step: int = -1
     goal_bpb: float | None = None  # what the next evaluation must beat, for early stopping
@@ -212,6 +215,9 @@ def pretrain(rt, stop, watchdog):
     if new_horizon:
         run.num_steps = max(plan.num_steps, run.step + 1) if TARGET_MINUTES else plan.num_steps
         run.horizon_fixed = not TARGET_MINUTES
+        if saved and saved["total_batch_size"] != plan.total_batch_size and not (NUM_ITERATIONS or TARGET_MINUTES):
+            left = plan.tokens - saved["loader"]["row"] * seq_len  # the steps so far had another batch
+            run.num_steps = run.step + max(round(left / plan.total_batch_size), 0)
     say(rt, describe(rt, plan, run, model_config, reason, shards, tokenizer, run_dir))
     if DRY_RUN or run.step >= run.num_steps:
         if not DRY_RUN:
@@ -254,17 +260,16 @@ def pretrain(rt, stop, watchdog):
     elif SPECTRAL_TOKENS and tokenizer.vocab_size <= spectral.LARGEST_VOCABULARY:
         rt.on_main(lambda: start_from_pairs(model, units, tokenizer, plan.tokens))
         runtime.give_back_freed_memory()  # the counts of all pairs
+    del model_tensors, optimizer_tensors, first_weights  # else a resumed run would hold two copies of everything
     if rows_are_tried(rt):
-        rows = rows_that_fit(rt, model, plan.device_rows * plan.accumulation)
+        rows = rows_that_fit(rt, model, plan.device_rows * plan.accumulation // batch_parts())
         plan = make_plan(rt, model, saved, speed, rows)
         say(rt, "\n".join([f"fits       {rows} rows", *describe_batch(rt, plan, model_config)]))
     record = {"plan": plan.to_dict(), "environment": environment, **identity, "defaults": config.defaults(__file__)}
     rt.on_main(lambda: write_json(run_dir / "config.json", record))
     pass_seconds = warm_up(rt, model, plan.device_rows)
     if new_horizon and not run.horizon_fixed:
-        run.num_steps = rt.broadcast(
-            steps_in_time(run, 1.25 * pass_seconds * plan.accumulation, evaluation_seconds=0.0, core_seconds=0.0)
-        )
+        run.num_steps = rt.broadcast(steps_in_time(run, 1.25 * pass_seconds * plan.accumulation))
     trained = model
     if rt.world_size > 1:
         sparse = list(model.parameters_by_role().get("bigram_embedding", {}))
@@ -286,11 +291,11 @@ def pretrain(rt, stop, watchdog):
         tracker.use_wandb(in_wandb, WANDB_LOG_EVERY)
     peak_flops = runtime.peak_flops(rt.device)
     resumed_step = run.step if saved else None
-    step_seconds, typical_seconds, evaluation_seconds, core_seconds = [], math.inf, 0.0, 0.0
+    step_seconds, typical_seconds = [], math.inf
     verified = {}  # the checkpoints that were read back and hashed
     failed_saves = 0  # in a row
 
-    def save(next_batch):
+    def save(next_batch, final=False):
         nonlocal failed_saves
         watchdog.beat(SLOW_SECONDS)
         guard.check_replicas(rt, parameters, run.step)
@@ -307,7 +312,7 @@ def pretrain(rt, stop, watchdog):
             run.wandb_id = in_wandb.id
         state = {
             "step": run.step,
-            "val_bpb": run.val_bpb,
+            "val_bpb": run.val_bpb if run.evaluated_step == run.step else None,
             "run": {**asdict(run), "seconds": spent},
             "loader": loader_state,
             "total_batch_size": plan.total_batch_size,
@@ -323,8 +328,8 @@ def pretrain(rt, stop, watchdog):
             lambda: save_checkpoint(run_dir, run, model, moments, state, resumed_step, owner, verified)
         )
         failed_saves = failed_saves + 1 if failure else 0
-        if failure and (run.step == run.num_steps or failed_saves == FAILED_SAVES_LIMIT):
-            which = "the last checkpoint" if run.step == run.num_steps else f"{failed_saves} checkpoints in a row"
+        if failure and (final or failed_saves == FAILED_SAVES_LIMIT):
+            which = "the last checkpoint" if final else f"{failed_saves} checkpoints in a row"
             raise CheckpointError(f"{which} could not be written: {failure}: {run_dir}. Older ones are intact")
         if failure:
             tracker.event(f"step {run.step}: the checkpoint could not be written ({failure}); training goes on")
@@ -333,10 +338,12 @@ def pretrain(rt, stop, watchdog):
 
     with tracker, dataloader.DataLoader(reader, plan.device_rows, rt.device) as loader:
         batches = rt.together(lambda: LookAhead(loader))
-        if EVAL_EVERY and run.step == 0:
-            evaluation_seconds = evaluate(rt, run, model, validation, tokenizer, tracker)
+        if due(EVAL_EVERY, run.step, False) and run.evaluated_step != run.step:  # or a stop came before it
+            evaluate(rt, run, model, validation, tokenizer, tracker)
+            if ends_early(run, tracker):
+                save(batches.next, final=True)
         if bundle and run.step == 0:  # which also finds out now, and not at the end, whether it can be done
-            core_seconds = evaluate_core(rt, run, model, tokenizer, bundle, tracker, watchdog)
+            evaluate_core(rt, run, model, tokenizer, bundle, tracker, watchdog)
         while run.step < run.num_steps:
             begin = time.monotonic()
             watchdog.beat(min(max(STEP_SECONDS, SLOW_STEP_FACTOR * typical_seconds), SLOW_SECONDS))
@@ -346,7 +353,7 @@ def pretrain(rt, stop, watchdog):
             rate = schedule.SHAPES[SCHEDULE](progress, WARMUP_RATIO, WARMDOWN_RATIO, FINAL_LR_FRAC)
             momentum = schedule.momentum(progress, WARMDOWN_RATIO)
             share = schedule.batch_share(progress) if BATCH_RAMP else 1.0
-            micro_steps = max(round(plan.accumulation * share), 1)
+            micro_steps = round(plan.accumulation * share)
             rate *= math.sqrt(micro_steps / plan.accumulation)  # of smaller batches: noise grows so
             optim.set_schedule(optimizers, rate, momentum, schedule.weight_decay(progress, WEIGHT_DECAY))
 
@@ -381,7 +388,6 @@ def pretrain(rt, stop, watchdog):
 
             # ---- update ----
             run.step += 1
-            run.val_bpb = None  # until this step is evaluated
             update_begin = time.perf_counter()
             if math.isfinite(mean_loss) and math.isfinite(grad_norm):
                 deviations = guard.deviations(run.recent_losses, mean_loss)
@@ -440,7 +446,7 @@ def pretrain(rt, stop, watchdog):
                 guard.check_replicas(rt, parameters, run.step)
             if not run.horizon_fixed and run.step >= REFIT_PROGRESS * run.num_steps:
                 run.corrected_step, run.corrected_progress = run.step, run.step / run.num_steps
-                run.num_steps = rt.broadcast(steps_in_time(run, typical_seconds, evaluation_seconds, core_seconds))
+                run.num_steps = rt.broadcast(steps_in_time(run, typical_seconds))
                 run.horizon_fixed = True
                 tracker.set_num_steps(run.num_steps)
                 tracker.event(f"{1000 * typical_seconds:.0f} ms a step: {run.num_steps} steps end in time")
@@ -450,17 +456,14 @@ def pretrain(rt, stop, watchdog):
             last = run.step == run.num_steps
             stopping = stops > 0 and not last
             if due(EVAL_EVERY, run.step, last) and not stopping:
-                evaluation_seconds = evaluate(rt, run, model, validation, tokenizer, tracker)
-                if 0 < EARLY_STOP_PATIENCE <= run.stale_evaluations and not last:
-                    tracker.event(f"step {run.step}: {run.stale_evaluations} evaluations without a better one: the end")
-                    run.num_steps, run.horizon_fixed, last = run.step, True, True
-                    tracker.set_num_steps(run.num_steps)
+                evaluate(rt, run, model, validation, tokenizer, tracker)
+                last = last or ends_early(run, tracker)
             if bundle and due(CORE_METRIC_EVERY, run.step, last) and not stopping:
-                core_seconds = evaluate_core(rt, run, model, tokenizer, bundle, tracker, watchdog)
+                evaluate_core(rt, run, model, tokenizer, bundle, tracker, watchdog)
             if due(SAMPLE_EVERY, run.step, last) and not stopping and rt.is_main:
                 sample(run, model, tokenizer, tracker)
             if due(SAVE_EVERY, run.step, last) or last or stopping or run.best_step == run.step:
-                save(batches.next)
+                save(batches.next, final=last or stopping)
             if stopping:
                 break
         left_out = round(rt.sum([reader.skipped_documents])[0])
@@ -640,7 +643,7 @@ def choose_shape(vocab_size, flops_per_second):
     depth, reason = DEPTH, "as asked"
     if not depth and (TARGET_MINUTES or TARGET_FLOPS):
         flops = TARGET_FLOPS or scaling.training_flops(TARGET_MINUTES, flops_per_second)
-        depth = scaling.choose_depth(flops, HEAD_DIM)
+        depth = scaling.choose_depth(flops, HEAD_DIM, ASPECT_RATIO)
         reason = f"{flops:.1e} FLOPs"
         if TARGET_MINUTES:
             reason += f": {TARGET_MINUTES:.3g} minutes at {flops_per_second / 1e9:,.0f} GFLOP/s"
@@ -670,7 +673,13 @@ def make_plan(rt, model, saved, flops_per_second, device_batch_size):
         flops_per_second,
         scaling.Kept(rt.dtype.itemsize, compiled, GRAD_CHECKPOINT, loss.chunk_rows(rt.device)),
         schedule.mean_batch_share() if BATCH_RAMP else 1.0,
+        batch_parts(),
     )
+
+
+def batch_parts():
+    """Into how many equal parts a step's rows must be cut."""
+    return schedule.BATCH_PARTS if BATCH_RAMP else 1
 
 
 def describe(rt, plan, run, model_config, reason, shards, tokenizer, run_dir):
@@ -780,6 +789,7 @@ def rows_that_fit(rt, model, most):
     rows = rt.largest_that_fits(most, attempt)
     if not rows:
         raise MemoryLimitError(f"out of memory with a single row: {less_memory(0)}")
+    rt.forget_peak_memory()  # of the trials
     return rows
 
 
@@ -807,13 +817,15 @@ def warm_up(rt, model, rows):
             failure = None
             break
         except Exception as error:
-            if runtime.is_out_of_memory(error) or (COMPILE == "on" and attempt):
+            if runtime.is_out_of_memory(error):
                 raise
             # Once more: torch's parallel compilers sometimes meet a precompiled header that is only half written.
             torch.compiler.reset()
             model.zero_grad()
             failure = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:100]}"
     failure = next((reason for reason in rt.gather(failure) if reason), None)
+    if failure and COMPILE == "on":
+        raise UserError(f"--compile=on: it does not work here ({failure}): give --compile=auto or --compile=off")
     if failure:
         torch.compiler.set_stance("force_eager")
         model.zero_grad()
@@ -822,17 +834,17 @@ def warm_up(rt, model, rows):
     return min(one_pass() for _ in range(3))
 
 
-def steps_in_time(run, step_seconds, evaluation_seconds, core_seconds):
+def steps_in_time(run, step_seconds):
     """The number of steps with which a run by TARGET_MINUTES ends in time, with the evaluations and the last save."""
-    after = (1.1 + EVALUATIONS_AFTER) * evaluation_seconds + 1.1 * core_seconds + 1
+    after = (1.1 + EVALUATIONS_AFTER) * run.evaluation_seconds + 1.1 * run.core_seconds + 1
     left = TARGET_MINUTES * 60 - run.seconds - runtime.seconds_since_start() - after
-    each = step_seconds + (evaluation_seconds / EVAL_EVERY if EVAL_EVERY else 0)
-    each += core_seconds / CORE_METRIC_EVERY if CORE_METRIC_EVERY else 0
+    each = step_seconds + (run.evaluation_seconds / EVAL_EVERY if EVAL_EVERY else 0)
+    each += run.core_seconds / CORE_METRIC_EVERY if CORE_METRIC_EVERY else 0
     return run.step + max(round(left / each), 1)
 
 
 def evaluate(rt, run, model, validation, tokenizer, tracker):
-    """Measure bits per byte on the validation rows, record it in `run` and the log, and return the seconds it took."""
+    """Measure bits per byte on the validation rows, and record it in `run` and the log."""
     begin, details = time.monotonic(), loss_eval.Details(tokenizer)
     with (
         tracker.progress("evaluation", -(-len(validation) // rt.world_size)) as bar,
@@ -841,6 +853,7 @@ def evaluate(rt, run, model, validation, tokenizer, tracker):
         rows = DEVICE_BATCH_SIZE or DEFAULT_ROWS
         val_bpb = loss_eval.bits_per_byte(model, validation, tokenizer.token_bytes(), rt, rows, bar, details.add)
     run.val_bpb = val_bpb if math.isfinite(val_bpb) else None  # a checkpoint holds no NaN
+    run.evaluated_step = run.step
     tracker.record(run.step, {"val/bpb": val_bpb})
     tracker.evaluation(run.step, val_bpb=run.val_bpb, **details.result(rt))
     if run.step and run.val_bpb is not None and (run.best_bpb is None or val_bpb < run.best_bpb):
@@ -851,11 +864,21 @@ def evaluate(rt, run, model, validation, tokenizer, tracker):
         run.stale_evaluations += 1
     best = ", the best so far" if run.best_step == run.step else ""
     tracker.event(f"step {run.step}: val bpb {val_bpb:.4f}{best}")
-    return time.monotonic() - begin
+    run.evaluation_seconds = time.monotonic() - begin
+
+
+def ends_early(run, tracker):
+    """Whether patience is at its end; the run is then no longer than it is now."""
+    if not 0 < EARLY_STOP_PATIENCE <= run.stale_evaluations:
+        return False
+    tracker.event(f"step {run.step}: {run.stale_evaluations} evaluations without a better one: the end")
+    run.num_steps, run.horizon_fixed = run.step, True
+    tracker.set_num_steps(run.num_steps)
+    return True
 
 
 def evaluate_core(rt, run, model, tokenizer, bundle, tracker, watchdog):
-    """Score the tasks of a bundle, record it in the log, and return the seconds it took."""
+    """Score the tasks of a bundle, and record it in the log."""
     begin, count = time.monotonic(), sum(len(task.items) for task in bundle.tasks)
     with tracker.progress("tasks", -(-count // rt.world_size)) as bar, torch.compiler.set_stance("force_eager"):
 
@@ -869,7 +892,7 @@ def evaluate_core(rt, run, model, tokenizer, bundle, tracker, watchdog):
     tracker.record(run.step, {"core/core_metric": core_eval.core_metric(scores)[0], **centered})
     tracker.evaluation(run.step, core=core_eval.summary(bundle, scores))
     tracker.event(f"step {run.step}: {core_eval.headline(bundle, scores)}")
-    return time.monotonic() - begin
+    run.core_seconds = time.monotonic() - begin
 
 
 def due(every, step, last):

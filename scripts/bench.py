@@ -88,7 +88,7 @@ def main(names=()):
         "step": step_table,
     }
     check_settings(names, tables)
-    rt = runtime.start(DEVICE, DTYPE)
+    rt = runtime.start(DEVICE, DTYPE, deterministic=False)
     found = {"environment": runtime.environment(rt), "settings": config.settings(globals()), "tables": {}}
     environment = found["environment"]
     print(f"{environment['device_name']}, {environment['threads']} threads, {environment['dtype']}, ", end="")
@@ -371,7 +371,7 @@ def session(variant):
     """
     if variant.cache_dir:
         runtime.use_compile_cache(variant.cache_dir)
-    rt = runtime.start(variant.device, variant.dtype)
+    rt = runtime.start(variant.device, variant.dtype, deterministic=False)
     torch.set_float32_matmul_precision(variant.float32_precision)
     dtypes = matmul_dtypes(rt, variant.watched) if variant.watched else None
     function = variant.prepare(rt)
@@ -732,7 +732,7 @@ def step_table():
     make up the profiled steps. They are compared with the plain ones: the difference is what the profiler costs, and
     noise. The last line is what the step would take if all operations of the formula ran at the matmul rate.
     """
-    rt = runtime.start(DEVICE, DTYPE)
+    rt = runtime.start(DEVICE, DTYPE, deterministic=False)
     runtime.silence_profiler()  # its lines would break the progress bar
     tokenizer = BPETokenizer.load(paths.tokenizer_dir(TOKENIZER_DIR))
     units = dataloader.units_of(dataset.open_shards(paths.data_dir(DATA_DIR)).train, LANES)

@@ -233,7 +233,9 @@ def differences(first, second):
     for run in (first, second):
         step, files, _ = checkpoint.newest(run)
         state = checkpoint.unpack(files)[2]
-        del state["run"]["seconds"], state["environment"]["commit"]  # who works on the code may commit meanwhile
+        for name in ("seconds", "evaluation_seconds", "core_seconds"):
+            del state["run"][name]
+        del state["environment"]["commit"]  # who works on the code may commit meanwhile
         for name in ("RUN_NAME", "RESUME"):
             del state["settings"][name]
         digests = {name: hashlib.sha256(files[name]).hexdigest() for name in (checkpoint.MODEL, checkpoint.OPTIMIZER)}

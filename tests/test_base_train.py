@@ -11,6 +11,7 @@ import struct
 import sys
 import time
 import traceback
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,7 +53,6 @@ MEASURED |= {"system/peak_memory_bytes"}  # what differs between two equal runs
 def main(**settings):
     """Run base_train in this process with TINY and the given settings."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime, "matmul_flops", lambda device, dtype: 1e11)  # measuring it takes longer than a run
         for setting, value in {**TINY, **settings}.items():
             assert hasattr(base_train, setting)
             patch.setattr(base_train, setting, value)
@@ -61,12 +61,16 @@ def main(**settings):
 
 @pytest.fixture(scope="module", autouse=True)
 def _global_state():
-    """Puts back what a run changes in its process. One thread, because the matrices are tiny and the cores shared."""
+    """Puts back what a run changes in its process. One thread, because the matrices are tiny and the cores shared. The
+    machine's speed is given, because to measure it takes longer than a run.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     deterministic = torch.are_deterministic_algorithms_enabled()
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "training_flops", lambda device, dtype: 1e11)
+        yield
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
     for number, handler in handlers.items():
@@ -136,7 +140,8 @@ def timeless(run_dir):
 def saved(run_dir, step=None):
     """(weights, optimizer tensors, state without times and names) of a checkpoint, the newest by default."""
     weights, moments, state = checkpoint.unpack(checkpoint.read(run_dir, step or checkpoint.newest(run_dir)[0]))
-    del state["run"]["seconds"]
+    for name in ("seconds", "evaluation_seconds", "core_seconds"):
+        del state["run"][name]
     for name in ("RUN_NAME", "TOKENIZER_DIR", "RESUME", "SAVE_EVERY"):
         del state["settings"][name]
     return weights, moments, state
@@ -275,11 +280,31 @@ def test_scoring_counts_in_the_time_of_a_run(monkeypatch):
     settings = {"TARGET_MINUTES": 2.0, "EVAL_EVERY": 10, "CORE_METRIC_EVERY": 20}
     for name, value in settings.items():
         monkeypatch.setattr(base_train, name, value)
-    run = base_train.Run(num_steps=0, horizon_fixed=False, step=5, seconds=9.0)
+    run = base_train.Run(0, horizon_fixed=False, step=5, seconds=9.0, evaluation_seconds=3.0, core_seconds=7.0)
     left = 120 - 9 - 10 - 1 - 1.1 * (3 + 7)
-    assert base_train.steps_in_time(run, 0.5, 3.0, 7.0) == 5 + round(left / (0.5 + 3 / 10 + 7 / 20))
+    assert base_train.steps_in_time(run, 0.5) == 5 + round(left / (0.5 + 3 / 10 + 7 / 20))
     monkeypatch.setattr(base_train, "CORE_METRIC_EVERY", 0)
-    assert base_train.steps_in_time(run, 0.5, 3.0, 0.0) == 5 + round((100 - 3.3) / 0.8)
+    run.core_seconds = 0.0
+    assert base_train.steps_in_time(run, 0.5) == 5 + round((100 - 3.3) / 0.8)
+
+
+def test_a_resumed_run_by_time_still_knows_how_long_an_evaluation_takes(train, at_step, monkeypatch):
+    settings = {"TARGET_MINUTES": 5.0, "NUM_ITERATIONS": 0, "SAVE_EVERY": 0, "EVAL_EVERY": 50}
+    asked, steps_in_time = [], base_train.steps_in_time
+
+    def noted(run, step_seconds):
+        asked.append((run.step, run.evaluation_seconds))
+        return 12 if run.step < 4 else steps_in_time(run, step_seconds) * 0 + run.step + 1
+
+    monkeypatch.setattr(base_train, "steps_in_time", noted)
+    at_step(1, terminate)
+    train(**settings)
+    at_step()
+    train(RESUME=True, **settings)
+    (first_step, first), *_, (last_step, last) = asked
+    assert (first_step, first) == (0, 0.0)
+    assert last_step > 1
+    assert 0 < last < 60
 
 
 def test_without_evaluation_there_are_no_rows_of_it(train):
@@ -434,6 +459,16 @@ def test_a_growing_batch_takes_the_same_rows_in_order_with_smaller_steps_first(t
     last = saved(train(RESUME=True, SAVE_EVERY=0, **settings))
     assert equal(last[0], saved(train("again", **settings))[0])
     assert last[2]["loader"]["row"] == counts[-1]
+
+
+def test_the_rows_of_a_pass_do_not_change_how_a_batch_grows(train, capsys):
+    settings = {"BATCH_RAMP": True, "NUM_ITERATIONS": 20}  # of 8 rows, so that a quarter is 2
+    few, many = (train(f"of-{size}", DEVICE_BATCH_SIZE=size, **settings) for size in (1, 8))
+    assert "2 rows (lowered from 8)" in capsys.readouterr().out
+    assert column(few, "data_hash") == column(many, "data_hash")
+    assert column(few, "train/lr") == column(many, "train/lr")
+    with pytest.raises(UserError, match=r"1 ranks x rows of 16 x 4 parts .*: three that work are 64, 128, 192"):
+        train(TOTAL_BATCH_SIZE=96, **settings)
 
 
 def test_a_plain_run_trains_what_the_stock_class_of_transformers_has(train):
@@ -706,6 +741,72 @@ def test_p1_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(train, wh
     at_step()
     train("stopped", SAVE_EVERY=0, RESUME=True)
     assert same_run(whole, stopped)
+
+
+def test_p1_an_evaluation_that_a_stop_left_out_comes_first_at_the_resume(train, at_step):
+    undisturbed = train("whole", EVAL_EVERY=2, SAVE_EVERY=0)
+    at_step(2, terminate)
+    stopped = train("stopped", EVAL_EVERY=2, SAVE_EVERY=0)
+    assert [row["step"] for row in rows(stopped, "val/bpb")] == [0]
+    at_step()
+    train("stopped", EVAL_EVERY=2, SAVE_EVERY=0, RESUME=True)
+    assert [row["step"] for row in rows(stopped, "val/bpb")] == [0, 2, 4, 6]
+    assert same_run(undisturbed, stopped)
+
+
+def test_a_stop_whose_save_fails_is_no_success(train, at_step, monkeypatch, capsys):
+    def full(*arguments, **named):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    at_step(3, terminate)
+    with pytest.raises(CheckpointError, match="the last checkpoint could not be written: No space left on device"):
+        train(SAVE_EVERY=0)
+    assert "stopped and saved" not in capsys.readouterr().out
+
+
+def test_a_batch_that_changes_at_a_resume_keeps_the_tokens_of_the_horizon(train, at_step):
+    ratio = {"NUM_ITERATIONS": 0, "TARGET_FLOPS": 1e8, "EVAL_EVERY": 0}
+    planned = json.loads((train("whole", **ratio) / "config.json").read_text())["plan"]
+    at_step(planned["num_steps"] // 2, terminate)
+    run = train("other", **ratio)
+    at_step()
+    train("other", RESUME=True, TOTAL_BATCH_SIZE=256, ALLOW_CHANGE="total_batch_size", **ratio)
+    trained = saved(run)[2]["loader"]["row"] * 16
+    assert planned["num_steps"] >= 6
+    assert trained == pytest.approx(planned["tokens"], abs=128)
+
+
+@pytest.mark.parametrize("how", ["RESUME", "INIT_FROM"])
+def test_a_run_lets_go_of_the_checkpoint_that_it_began_with(train, at_step, monkeypatch, how):
+    at_step(2, terminate)
+    first = train("first", SAVE_EVERY=0)
+    references, load_weights = [], checkpoint.load_weights
+
+    def noted(model, tensors):
+        references.extend(map(weakref.ref, tensors.values()))
+        load_weights(model, tensors)
+
+    monkeypatch.setattr(checkpoint, "load_weights", noted)
+    alive = []
+    at_step(2, lambda: alive.extend(reference() is not None for reference in references))
+    if how == "RESUME":
+        train("first", RESUME=True)
+    else:
+        train("second", INIT_FROM=str(first))
+    assert alive
+    assert not any(alive)
+
+
+def test_asking_for_a_compiler_that_does_not_work_is_a_sentence(train, monkeypatch):
+    def broken(model):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(GPT, "compile_parts", lambda model: setattr(model, "loss_kernel", broken))
+    with pytest.raises(
+        UserError, match=r"--compile=on: it does not work here .*: give --compile=auto or --compile=off"
+    ):
+        train(COMPILE="on")
 
 
 def test_p1_a_run_that_was_killed_twice_loses_only_the_steps_since_its_checkpoints(train, whole, at_step, base_dir):
@@ -1347,9 +1448,17 @@ def test_patience_goes_on_counting_after_a_stop(train, measured, at_step):
     at_step(3, terminate)
     train(**settings)
     at_step()
-    measured([2.4, 1.0])
+    measured([2.4])  # of step 3, which the stop had left out
     run = train(**settings, RESUME=True)
-    assert checkpoint.steps(run)[0] == 4
+    assert checkpoint.steps(run)[0] == 3
+    measured([3.0, 2.0, 2.5, 2.4])
+    assert same_run(train("whole", **settings), run)
+    at_step(3, terminate)
+    measured([3.0, 2.0, 2.5])
+    train("better", **settings)
+    at_step()
+    measured([1.0, 1.1, 1.2, 0.9])
+    assert checkpoint.steps(train("better", **settings, RESUME=True))[0] == 5
     with pytest.raises(UserError, match="--early-stop-patience needs evaluations"):
         train("second", EVAL_EVERY=0, EARLY_STOP_PATIENCE=1)
 

@@ -71,6 +71,19 @@ def test_split_batch_meets_the_total_exactly_or_names_three_that_work():
     assert refused > 500
 
 
+def test_a_batch_in_parts_is_made_of_whole_passes():
+    for rank_rows in range(1, 65):
+        for most in range(1, 20):
+            if rank_rows % 4:
+                with pytest.raises(UserError, match=r"1 ranks x rows of 16 x 4 parts of a growing batch"):
+                    scaling.split_batch(16 * rank_rows, 16, most, 1, 4)
+                continue
+            rows, accumulation = scaling.split_batch(16 * rank_rows, 16, most, 1, 4)
+            assert (rows * accumulation, accumulation % 4) == (rank_rows, 0)
+            assert not any(rank_rows // 4 % larger == 0 for larger in range(rows + 1, most + 1))
+    assert scaling.batch_tokens(3e6, 1000, 2, 4) == 8000
+
+
 @pytest.mark.parametrize("total", [0, -512])
 def test_a_batch_without_tokens_is_refused(total):
     with pytest.raises(UserError, match=rf"--total-batch-size={total} .*: three that work are 512, 1024, 1536"):
