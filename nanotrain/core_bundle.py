@@ -259,10 +259,8 @@ def make(folder, shard, num_items):
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--make-bundle={folder}: this is a file; choose a folder that does not exist")
     mark = f"{MARK}: {num_items} items a task from a shard with SHA-256 {dataset.file_sha256(shard)}\n"
-    if folder.is_dir() and any(folder.iterdir()):
-        held = folder / "core.yaml"
-        if not held.is_file() or not held.read_text(encoding="utf-8").startswith(MARK):
-            raise UserError(f"--make-bundle={folder}: this folder holds something else; choose one that does not exist")
+    if folder.is_dir() and any(folder.iterdir()) and not _is_own(folder):
+        raise UserError(f"--make-bundle={folder}: this folder holds something else; choose one that does not exist")
     draw = random.Random(OWN_SEED)
     texts = _first_texts(shard)
     pieces = _pieces(texts, draw, num_items)
@@ -278,7 +276,7 @@ def make(folder, shard, num_items):
         {"label": label, "dataset_uri": f"own/{label}.jsonl", "num_fewshot": [shots], "icl_task_type": kind}
         for label, kind, shots, _ in used
     ]
-    with dataset.new_folder(folder) as temporary:
+    with dataset.new_folder(folder, _is_own) as temporary:
         (temporary / "eval_data" / "own").mkdir(parents=True)
         for label, *_ in used:
             lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items[label])
@@ -288,6 +286,12 @@ def make(folder, shard, num_items):
         listed = yaml.safe_dump({"icl_tasks": entries}, sort_keys=False)
         (temporary / "core.yaml").write_text(mark + listed, encoding="utf-8")
     return {label: len(items[label]) for label, *_ in used}
+
+
+def _is_own(folder):
+    """Whether `make` made what a folder holds."""
+    held = folder / "core.yaml"
+    return held.is_file() and held.read_text(encoding="utf-8").startswith(MARK)
 
 
 def _first_texts(shard):

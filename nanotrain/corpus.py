@@ -362,11 +362,12 @@ def _write_shards(folder, buckets, documents, text_bytes):
     train_bytes = text_bytes - min(text_bytes * VALIDATION_SHARE, MAX_VALIDATION_BYTES)
     num_train = max(math.ceil(train_bytes / SHARD_BYTES), MIN_TRAIN_SHARDS)
     group_bytes = min(max(train_bytes / MIN_GROUPS, 1), GROUP_BYTES)
-    names, shard, left = [], None, documents
+    names, shard, left, written = [], None, documents, 0
     with _bar("writing", text_bytes) as bar:
         for bucket in buckets:
             for _, data in _read_bucket(bucket):
-                full = shard is not None and (shard.num_bytes >= train_bytes / num_train or left == 1)
+                # by the sum, so that what a shard has too much does not add up, at the cost of the last one
+                full = shard is not None and (written * num_train >= train_bytes * len(names) or left == 1)
                 if shard is None or (full and len(names) <= num_train):
                     if shard is not None:
                         shard.close()
@@ -374,7 +375,7 @@ def _write_shards(folder, buckets, documents, text_bytes):
                     shard = ShardWriter(folder / names[-1], group_bytes)
                 shard.add(data.decode(), len(data))
                 bar.update(len(data))
-                left -= 1
+                left, written = left - 1, written + len(data)
     shard.close()
     return names
 

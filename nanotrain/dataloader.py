@@ -360,8 +360,8 @@ def validation_rows(path, tokenizer, seq_len, num_tokens):
     Raises DataError if the shard holds less than one row.
     """
     stream, total, goal = [], 0, num_tokens // seq_len * seq_len + 1
-    texts = itertools.chain.from_iterable(row_groups([path]))
-    while total < goal and (some := list(itertools.islice(texts, 64))):  # a row group may hold far more than is needed
+    batches = _few_at_a_time(path)
+    while total < goal and (some := next(batches, None)):
         for ids in tokenizer.encode_batch(some):
             stream.append(np.array([tokenizer.bos, *ids], dtype=np.int32))
             total += len(stream[-1])
@@ -375,6 +375,21 @@ def validation_rows(path, tokenizer, seq_len, num_tokens):
     return rows
 
 
+def _few_at_a_time(path):
+    """Yield lists of the texts of a shard, of 64 or of a million characters: a row group, or 64 texts, may be far more
+    than is needed.
+    """
+    some, chars = [], 0
+    for text in itertools.chain.from_iterable(row_groups([path])):
+        some.append(text)
+        chars += len(text)
+        if len(some) == 64 or chars >= 1_000_000:
+            yield some
+            some, chars = [], 0
+    if some:
+        yield some
+
+
 def validation_documents(path, tokenizer, num_bytes):
     """The first documents of a shard, whole, until they have at least `num_bytes` UTF-8 bytes: a list of (n,) int32
     arrays without BOS. The same for every rank count.
@@ -382,8 +397,8 @@ def validation_documents(path, tokenizer, num_bytes):
     Raises DataError if there is none.
     """
     found, total = [], 0
-    texts = itertools.chain.from_iterable(row_groups([path]))
-    while total < num_bytes and (some := list(itertools.islice(texts, 64))):
+    batches = _few_at_a_time(path)
+    while total < num_bytes and (some := next(batches, None)):
         for text, ids in zip(some, tokenizer.encode_batch(some), strict=True):
             if total < num_bytes:
                 found.append(np.array(ids, dtype=np.int32))

@@ -330,16 +330,28 @@ class atomic_file:
 
 
 @contextlib.contextmanager
-def new_folder(folder):
-    """`with new_folder(path) as temporary:` fill it; at the end it becomes `path`, or vanishes on an error."""
+def new_folder(folder, may_replace=lambda folder: False):
+    """`with new_folder(path) as temporary:` fill it; at the end it becomes `path`, or vanishes on an error.
+
+    What is there already is replaced if it is an empty folder, or if `may_replace(path)`; else UserError, at once or
+    at the end.
+    """
+
+    def check():
+        if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or may_replace(folder))):
+            raise UserError(f"{folder} holds files that would be lost: choose another name, or move them away")
+
+    check()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(f".*-{folder.name}-*"):  # of a process that was killed
-        if time.time() - left.stat().st_mtime > download.STALE_SECONDS:
-            shutil.rmtree(left, ignore_errors=True)
+    own = re.compile(rf"\.(tmp|old)-{re.escape(folder.name)}-[0-9a-f]{{32}}")
+    for left in folder.parent.iterdir():
+        if own.fullmatch(left.name) and time.time() - _newest(left) > download.STALE_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
     temporary = folder.parent / f".tmp-{folder.name}-{uuid.uuid4().hex}"
     temporary.mkdir()
     try:
         yield temporary
+        check()
         old = folder.parent / f".old-{folder.name}-{uuid.uuid4().hex}"
         if folder.exists():
             folder.rename(old)
@@ -349,13 +361,29 @@ def new_folder(folder):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _newest(folder):
+    """The time of the newest change in a folder that another process may be filling or removing."""
+    times = []
+    for path in (folder, *folder.rglob("*")):
+        with contextlib.suppress(OSError):
+            times.append(path.stat().st_mtime)
+    return max(times, default=0.0)
+
+
+def _is_prepared(folder):
+    """Whether a folder holds a data set with a manifest, and nothing else."""
+    names = [path.name for path in folder.iterdir()]
+    known = re.compile(rf"shard_\d+\.parquet|{re.escape(MANIFEST)}|{re.escape(CHECKED)}|\.bad-.*")
+    return MANIFEST in names and all(map(known.fullmatch, names))
+
+
 def build_stdlib(folder):
     """Write the embedded corpus to `folder`: the sources of this Python's standard library and the help of pydoc.
 
     The same Python (and pyarrow) gives the same bytes. Returns (train documents, validation documents).
     """
     train, validation = corpus.stdlib_documents()
-    with new_folder(folder) as temporary:
+    with new_folder(folder, _is_prepared) as temporary:
         for number in range(corpus.STDLIB_SHARDS):
             write_shard(temporary / f"shard_{number:05d}.parquet", train[number :: corpus.STDLIB_SHARDS])
         last = temporary / f"shard_{corpus.STDLIB_SHARDS:05d}.parquet"
@@ -401,7 +429,7 @@ def is_stdlib(folder):
 
 def import_text(source, folder, text_column="text"):
     """Make the data set `folder` of the text in `source`; returns (documents, Counter of what was skipped)."""
-    with new_folder(folder) as temporary:
+    with new_folder(folder, _is_prepared) as temporary:
         validation, documents, skipped = corpus.import_text(source, temporary, text_column)
         write_manifest(temporary, "own text", validation)
     return documents, skipped

@@ -5,6 +5,7 @@ merges.
 """
 
 import hashlib
+import uuid
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -80,7 +81,7 @@ class BPETokenizer:
         """Write `tokenizer.json` into `folder`, whole or not at all."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{FILE_NAME}.part"
+        temporary = folder / f".{FILE_NAME}.{uuid.uuid4().hex}.part"  # another process may save one too
         temporary.write_text(self.to_json(), encoding="utf-8")
         temporary.replace(folder / FILE_NAME)
 

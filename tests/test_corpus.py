@@ -177,8 +177,9 @@ def test_embedded_corpus_has_small_row_groups(sources, tmp_path):
         assert 1 <= rows[-1] <= 16
 
 
-def test_embedded_corpus_replaces_what_was_there(sources, tmp_path):
+def test_embedded_corpus_replaces_that_of_another_python(sources, tmp_path):
     make_shards(tmp_path, train=8)
+    dataset.write_manifest(tmp_path, f"{dataset.STDLIB} 3.0.0", "shard_00008.parquet")
     dataset.build_stdlib(tmp_path)
     assert names_in(tmp_path) == ["manifest.json", *(f"shard_{number:05d}.parquet" for number in range(5))]
 
@@ -395,6 +396,18 @@ def test_import_bounds_the_text_of_row_groups_and_shards(tmp_path, monkeypatch, 
         assert max(sizes) < group_bytes + longest
         assert min(sizes[:-1], default=group_bytes) >= group_bytes
         assert sum(sizes) < 30_000 + longest
+
+
+def test_long_documents_do_not_use_up_the_text_for_validation(tmp_path, monkeypatch):
+    draw = random.Random(1)
+    texts = [f"{n} " + "abcdefg " * round(draw.lognormvariate(6, 1)) for n in range(1000)]
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    monkeypatch.setattr(corpus, "SHARD_BYTES", 30_000)  # of about five documents
+    imported(tmp_path / "a.jsonl", tmp_path / "shards")
+    shards = sorted((tmp_path / "shards").iterdir())
+    sizes = [sum(len(text) for text in pq.read_table(path)["text"].to_pylist()) for path in shards]
+    assert len(shards) > 100
+    assert abs(sizes[-1] - sum(sizes) / 16) <= max(map(len, texts))
 
 
 def test_import_of_little_text_still_has_many_row_groups(tmp_path):
@@ -625,10 +638,17 @@ BAD_SOURCES = {
 }
 
 
+def prepared(folder):
+    """A data set with its manifest."""
+    make_shards(folder)
+    dataset.write_manifest(folder, "own text", max(names_in(folder)))
+    return folder
+
+
 @pytest.mark.parametrize(("name", "make", "says"), BAD_SOURCES.values(), ids=BAD_SOURCES)
 def test_import_says_what_is_wrong_and_keeps_the_data_set_that_was_there(tmp_path, name, make, says):
     """DA1 and DA3 of a user's own files."""
-    mine = make_shards(tmp_path / "data" / "mine")
+    mine = prepared(tmp_path / "data" / "mine")
     before = hashes(mine)
     make(tmp_path / name)
     with pytest.raises(DataError, match=says) as caught:
@@ -650,7 +670,7 @@ PLACES = {
 @pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_import_that_ends_in_the_middle_leaves_what_was_there_and_nothing_else(tmp_path, monkeypatch, place, error):
-    mine = make_shards(tmp_path / "data" / "mine")
+    mine = prepared(tmp_path / "data" / "mine")
     before = hashes(mine)
     write_jsonl(tmp_path / "a.jsonl", make_texts(50))
     real, calls, seen = getattr(*place), [], []

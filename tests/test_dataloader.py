@@ -679,3 +679,25 @@ def test_a_validation_shard_shorter_than_a_row_is_a_data_error(tokenizer, tmp_pa
     with pytest.raises(DataError, match=f"shard_0.parquet holds {tokens} tokens, less than one row of 17") as caught:
         dataloader.validation_rows(tmp_path / "shard_0.parquet", tokenizer, 16, 1000)
     assert "--max-seq-len" in str(caught.value)
+
+
+def test_validation_tokenizes_little_more_than_it_needs(tmp_path, tokenizer, monkeypatch):
+    """Of documents of 300,000 characters four at a time, and no more than 64 of short ones."""
+    sizes, encode_batch = [], type(tokenizer).encode_batch
+
+    def counted(self, texts):
+        sizes.append(len(texts))
+        return encode_batch(self, texts)
+
+    monkeypatch.setattr(type(tokenizer), "encode_batch", counted)
+    texts = ["word " * 60_000] * 12
+    dataset.write_shard(tmp_path / "long.parquet", texts)
+    whole = dataloader.validation_documents(tmp_path / "long.parquet", tokenizer, 10**9)
+    assert (sizes, len(whole)) == ([4, 4, 4], 12)
+    assert len(dataloader.validation_documents(tmp_path / "long.parquet", tokenizer, 1)) == 1
+    assert dataloader.validation_rows(tmp_path / "long.parquet", tokenizer, 16, 64).shape == (4, 17)
+    assert sizes == [4] * 5
+    dataset.write_shard(tmp_path / "short.parquet", ["a b"] * 130)
+    sizes.clear()
+    assert len(dataloader.validation_documents(tmp_path / "short.parquet", tokenizer, 10**9)) == 130
+    assert sizes == [64, 64, 2]

@@ -1,14 +1,16 @@
 """Shards: opening, reading and verifying folders of them."""
 
 import hashlib
+import os
 import random
+import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import make_shards, make_texts
 
-from nanotrain import corpus, dataset, paths
+from nanotrain import corpus, dataset, download, paths
 from nanotrain.errors import DataError, UserError
 
 
@@ -433,3 +435,66 @@ def test_the_embedded_corpus_is_not_built_twice_and_replaces_no_other(monkeypatc
     dataset.write_manifest(shard.parent, "own text", "shard_00004.parquet")
     with pytest.raises(UserError, match=r"holds another data set \(own text\): choose another --name"):
         dataset.main()
+
+
+# ---- what lies where a data set is to go ----
+
+
+def test_an_import_never_takes_the_place_of_the_texts_it_reads(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for number, text in enumerate(make_texts(40)):
+        (folder / f"a{number}.txt").write_text(text)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UserError, match="holds files that would be lost: choose another name, or move them away"):
+        dataset.import_text(folder, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_what_comes_while_a_folder_is_filled_is_not_replaced_either(tmp_path):
+    folder = tmp_path / "mine"
+
+    def fill():
+        with dataset.new_folder(folder):
+            folder.mkdir()
+            (folder / "letter").write_text("dear")
+
+    with pytest.raises(UserError, match="would be lost"):
+        fill()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert (folder / "letter").read_text() == "dear"
+
+
+def test_the_embedded_corpus_replaces_no_shards_without_a_manifest(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "stdlib_sources", lambda: {f"f{n}.py": text for n, text in enumerate(make_texts(60))})
+    dataset.write_shard(tmp_path / "mine" / "shard_00000.parquet", ["own"])
+    with pytest.raises(UserError, match="would be lost"):
+        dataset.build_stdlib(tmp_path / "mine")
+    dataset.build_stdlib(tmp_path / "stdlib")
+    (tmp_path / "stdlib" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="would be lost"):
+        dataset.build_stdlib(tmp_path / "stdlib")
+    (tmp_path / "stdlib" / "notes.txt").unlink()
+    (tmp_path / "stdlib" / "shard_00000.parquet").write_bytes(b"damaged")
+    dataset.build_stdlib(tmp_path / "stdlib")
+    assert not dataset.verify(tmp_path / "stdlib")
+
+
+def test_only_what_a_killed_process_left_of_this_very_folder_is_removed(tmp_path):
+    old = time.time() - 2 * download.STALE_SECONDS
+    number = "0" * 32
+    names = {
+        f".tmp-mine-{number}": False, f".old-mine-{number}": False, f".tmp-wiki-mine-{number}": True,
+        ".vscode-mine-insiders": True, f".tmp-mine-{number}0": True, f".tmp-mine-{'1' * 32}": True,
+    }  # fmt: skip
+    for name in names:
+        (tmp_path / name / "buckets").mkdir(parents=True)
+        (tmp_path / name / "buckets" / "00").write_text("x")
+        for path in (tmp_path / name / "buckets" / "00", tmp_path / name / "buckets", tmp_path / name):
+            os.utime(path, (old, old))
+    (tmp_path / f".tmp-mine-{'1' * 32}" / "buckets" / "00").write_text("still written to")
+    os.utime(tmp_path / f".tmp-mine-{'1' * 32}", (old, old))
+    with dataset.new_folder(tmp_path / "mine"):
+        pass
+    assert {name: (tmp_path / name).exists() for name in names} == names
