@@ -104,6 +104,10 @@ if [ -n "${MINUTES:-}" ] && ! [[ $MINUTES =~ ^[0-9]*\.?[0-9]+$ ]]; then
     echo "error: MINUTES=$MINUTES: must be a number, as in MINUTES=2.5" >&2
     exit 2
 fi
+if [ -n "${RUN_NAME:-}" ] && ! [[ $RUN_NAME =~ ^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$ ]]; then
+    echo "error: RUN_NAME=$RUN_NAME: use 1 to 100 letters, digits, dots, dashes and underscores" >&2
+    exit 2
+fi
 
 . dev/environment.sh
 heading environment
@@ -130,7 +134,8 @@ else
         --sample-tokens=48)
 fi
 data_dir=${DATA_DIR:-$NANOTRAIN_DIR/data/$dataset}
-run_name=${RUN_NAME:-$(basename "$data_dir")${minutes:+-${minutes}min}${DEPTH:+-d$DEPTH}${VOCAB_SIZE:+-v$VOCAB_SIZE}}
+data_name=$(basename "$data_dir" | tr -c 'A-Za-z0-9._\n-' -) # of a folder of any name
+run_name=${RUN_NAME:-$data_name${minutes:+-${minutes}min}${DEPTH:+-d$DEPTH}${VOCAB_SIZE:+-v$VOCAB_SIZE}}
 run_dir=$NANOTRAIN_DIR/runs/$run_name
 
 if [ -z "${DATA_DIR:-}" ]; then

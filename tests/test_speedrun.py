@@ -123,6 +123,24 @@ def test_that_test_notices_a_stop_that_is_not_obeyed(tree):
     assert [module for module, _ in called(tree)] == STAGES
 
 
+@pytest.mark.parametrize(
+    "choice", ["RUN_NAME=/tmp/x", "RUN_NAME=.x", "RUN_NAME='a b'", "MINUTES=soon", "DEPTH=0", "NPROC=two"]
+)
+def test_a_choice_that_cannot_be_is_refused_before_anything_else(tree, choice):
+    process = start(tree, f"{choice} bash speedrun.sh")
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (2, "")
+    assert re.fullmatch(rf"error: {choice.replace(chr(39), '')}: (must be|use) .*\n", err)
+    assert called(tree) == []
+
+
+def test_a_folder_of_any_name_gives_a_run_that_can_be_named(tree):
+    process = start(tree, "MINUTES=2 DATA_DIR='/home/u/My Texts' bash speedrun.sh")
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (0, "")
+    assert (tree.parent / "base" / "runs" / "My-Texts-2min" / "evaluation.json").exists()
+
+
 def test_a_stage_that_fails_ends_it_with_its_code(tree):
     python = tree / ".venv" / "bin" / "python"
     python.write_text(PYTHON.replace("for argument;", '[ "$2" != scripts.tok_train ] || exit 6\nfor argument;'))
