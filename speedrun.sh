@@ -128,9 +128,9 @@ if [ "$gpus" -gt 0 ]; then
 else
     dataset=${DATASET:-stdlib} depth=${DEPTH:-0} vocab_size=${VOCAB_SIZE:-0} minutes=${MINUTES:-3}
     tokenizer_preset=(--max-chars=20000000 "--target-minutes=$minutes") # more text makes it no better
-    preset=(--eval-tokens=32768 --evaluations-after=12)                 # for what base_eval does
+    preset=(--eval-tokens=32768 --evaluations-after=8)                  # for what base_eval does
     tasks=$NANOTRAIN_DIR/core/tasks-of-$(basename "${DATA_DIR:-$dataset}") # of its validation text: no network needed
-    evaluation=(--eval-tokens=131072 --eval-document-bytes=250000 "--core-bundle=$tasks" --core-max-per-task=40
+    evaluation=(--eval-tokens=65536 --eval-document-bytes=250000 "--core-bundle=$tasks" --core-max-per-task=40
         --sample-tokens=48)
 fi
 data_dir=${DATA_DIR:-$NANOTRAIN_DIR/data/$dataset}
