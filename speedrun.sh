@@ -82,7 +82,7 @@ stage() { # stage NAME COMMAND...
         wait "$child" || status=$?
     done
     child=""
-    if [ -n "$stopped" ]; then say_how_to_go_on; fi
+    if [ -n "$stopped" ] && [ "$status" -ne 3 ]; then say_how_to_go_on; fi # 3: what was trained could not be saved
     if [ "$status" -ne 0 ]; then
         echo "error: stage \"$name\" failed with exit code $status" >&2
         exit "$status"
@@ -119,22 +119,27 @@ finished environment 0
 gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 export NANOTRAIN_DIR=${NANOTRAIN_DIR:-$HOME/.cache/nanotrain}
 nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
+dataset=${DATASET:-$([ "$gpus" -gt 0 ] && echo fineweb-edu || echo stdlib)}
+data_dir=${DATA_DIR:-$NANOTRAIN_DIR/data/$dataset}
+if [ -d "$data_dir" ]; then data_dir=$(cd "$data_dir" > /dev/null && pwd); fi # which has a name, as `.` has not
 if [ "$gpus" -gt 0 ]; then
-    dataset=${DATASET:-fineweb-edu} depth=${DEPTH:-20} vocab_size=${VOCAB_SIZE:-32768} minutes=${MINUTES:-}
+    depth=${DEPTH:-20} vocab_size=${VOCAB_SIZE:-32768} minutes=${MINUTES:-}
     tokenizer_preset=() tasks=""
     preset=(--max-seq-len=2048 --device-batch-size=0 --matrix-lr=0.02 --weight-decay=0.1 --warmdown-ratio=0.75
         --batch-ramp --bigram-rows=0 --spectral-tokens=0 --eval-tokens=10485760 --core-metric-every=2000)
     evaluation=(--eval-tokens=10485760 --core-max-per-task=0)
 else
-    dataset=${DATASET:-stdlib} depth=${DEPTH:-0} vocab_size=${VOCAB_SIZE:-0} minutes=${MINUTES:-3}
+    depth=${DEPTH:-0} vocab_size=${VOCAB_SIZE:-0} minutes=${MINUTES:-3}
     tokenizer_preset=(--max-chars=20000000 "--target-minutes=$minutes") # more text makes it no better
     preset=(--eval-tokens=32768 --evaluations-after=8)                  # for what base_eval does
-    tasks=$NANOTRAIN_DIR/core/tasks-of-$(basename "${DATA_DIR:-$dataset}") # of its validation text: no network needed
+    tasks=$NANOTRAIN_DIR/core/tasks-of-$(basename "$data_dir") # of its validation text: no network needed
     evaluation=(--eval-tokens=65536 --eval-document-bytes=250000 "--core-bundle=$tasks" --core-max-per-task=40
         --sample-tokens=48)
 fi
-data_dir=${DATA_DIR:-$NANOTRAIN_DIR/data/$dataset}
-data_name=$(basename "$data_dir" | tr -c 'A-Za-z0-9._\n-' -) # of a folder of any name
+data_name=$(basename "$data_dir" | tr -c 'A-Za-z0-9._\n-' -)
+data_name=${data_name#"${data_name%%[A-Za-z0-9]*}"} # of a folder of any name
+data_name=${data_name:0:60}
+data_name=${data_name:-data}
 run_name=${RUN_NAME:-$data_name${minutes:+-${minutes}min}${DEPTH:+-d$DEPTH}${VOCAB_SIZE:+-v$VOCAB_SIZE}}
 run_dir=$NANOTRAIN_DIR/runs/$run_name
 

@@ -364,9 +364,10 @@ def new_folder(folder, may_replace=lambda folder: False):
 def _newest(folder):
     """The time of the newest change in a folder that another process may be filling or removing."""
     times = []
-    for path in (folder, *folder.rglob("*")):
-        with contextlib.suppress(OSError):
-            times.append(path.stat().st_mtime)
+    for parent, _, names in os.walk(folder):  # which passes over what has just gone
+        for path in (Path(parent), *(Path(parent, name) for name in names)):
+            with contextlib.suppress(OSError):
+                times.append(path.stat().st_mtime)
     return max(times, default=0.0)
 
 

@@ -64,12 +64,25 @@ def batch_share(progress):
     return next((share for until, share in BATCH_RAMP if progress < until), 1.0)
 
 
-def mean_batch_share():
-    """The mean of `batch_share` over a whole run: its tokens against those of a run without a ramp."""
-    total, begin = 0.0, 0.0
+def mean_batch_share(begin=0.0):
+    """The mean of `batch_share` from the progress `begin` < 1 on: the tokens of that part of a run against those
+    without a ramp.
+    """
+    total, at = 0.0, begin
     for until, share in (*BATCH_RAMP, (1.0, 1.0)):
-        total, begin = total + share * (until - begin), until
-    return total
+        if until > at:
+            total, at = total + share * (until - at), until
+    return total / (1 - begin)
+
+
+def progress_at(share_of_tokens):
+    """The progress at which a run with a ramp has had so large a share of its tokens."""
+    left, begin = share_of_tokens * mean_batch_share(), 0.0
+    for until, share in BATCH_RAMP:
+        if left < share * (until - begin):
+            return begin + left / share
+        left, begin = left - share * (until - begin), until
+    return min(begin + left, 1.0)
 
 
 def weight_decay(progress, peak):

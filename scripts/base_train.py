@@ -154,6 +154,7 @@ class Run:
     recent_losses: list = field(default_factory=list)  # of the steps that counted
     val_bpb: float | None = None  # of the last evaluation
     evaluated_step: int = -1  # when that was
+    assessed_step: int = 0  # after which all that was due has been done: evaluation, tasks, samples
     evaluation_seconds: float = 0.0  # that it took, and those of the tasks
     core_seconds: float = 0.0
     best_bpb: float | None = None
@@ -209,16 +210,21 @@ def pretrain(rt, stop, watchdog):
     first_weights = None if saved else load_first_weights(rt, identity)
     model = checkpoint.build_model(model_config, "meta")
     plan = make_plan(rt, model, saved, speed, DEVICE_BATCH_SIZE or DEFAULT_ROWS)
-    run = Run(**saved["run"]) if saved else Run(plan.num_steps, horizon_fixed=not TARGET_MINUTES)
+    if saved:
+        run = Run(**{"assessed_step": saved["step"], **saved["run"]})  # which old checkpoints lack
+        trained_tokens = saved["loader"]["row"] * seq_len
+    else:
+        run, trained_tokens = Run(plan.num_steps, horizon_fixed=not TARGET_MINUTES), 0
     planned = (*HORIZON, "TOTAL_BATCH_SIZE", "BATCH_RAMP")
     new_horizon = not saved or any(saved["settings"].get(name) != globals()[name] for name in planned)
     if new_horizon:
         run.num_steps = max(plan.num_steps, run.step + 1) if TARGET_MINUTES else plan.num_steps
         run.horizon_fixed = not TARGET_MINUTES
-        if saved and saved["total_batch_size"] != plan.total_batch_size and not (NUM_ITERATIONS or TARGET_MINUTES):
-            left = plan.tokens - saved["loader"]["row"] * seq_len  # the steps so far had another batch
-            run.num_steps = run.step + max(round(left / plan.total_batch_size), 0)
-    say(rt, describe(rt, plan, run, model_config, reason, shards, tokenizer, run_dir))
+        if saved and not (NUM_ITERATIONS or TARGET_MINUTES):  # by tokens; the steps so far may have had other batches
+            share = min(trained_tokens / plan.tokens, 1.0)
+            run.corrected_step, run.corrected_progress = run.step, schedule.progress_at(share) if BATCH_RAMP else share
+            run.num_steps = run.step + round((1 - run.corrected_progress) * plan.num_steps)
+    say(rt, describe(rt, plan, run, trained_tokens, model_config, reason, shards, tokenizer, run_dir))
     if DRY_RUN or run.step >= run.num_steps:
         if not DRY_RUN:
             say(rt, f"nothing to do: the newest checkpoint of {run_name} is at step {run.step} of {run.num_steps}")
@@ -336,14 +342,25 @@ def pretrain(rt, stop, watchdog):
         else:
             tracker.event(f"step {run.step}: checkpoint saved")
 
-    with tracker, dataloader.DataLoader(reader, plan.device_rows, rt.device) as loader:
-        batches = rt.together(lambda: LookAhead(loader))
-        if due(EVAL_EVERY, run.step, False) and run.evaluated_step != run.step:  # or a stop came before it
+    def assess(last):
+        """Do what is due after this step. Returns whether it is the last one, which patience may have made it."""
+        watchdog.beat(SLOW_SECONDS)
+        if due(EVAL_EVERY, run.step, last):
             evaluate(rt, run, model, validation, tokenizer, tracker)
-            if ends_early(run, tracker):
-                save(batches.next, final=True)
-        if bundle and run.step == 0:  # which also finds out now, and not at the end, whether it can be done
+            last = last or (run.step > 0 and ends_early(run, tracker))
+        if bundle and due(CORE_METRIC_EVERY, run.step, last):  # at step 0 to find out now whether it can be done
             evaluate_core(rt, run, model, tokenizer, bundle, tracker, watchdog)
+        if due(SAMPLE_EVERY, run.step, last) and run.step and rt.is_main:
+            sample(run, model, tokenizer, tracker)
+        run.assessed_step = run.step
+        return last
+
+    with tracker, dataloader.DataLoader(reader, plan.device_rows, rt.device) as loader:
+        batches, mean_loss = rt.together(lambda: LookAhead(loader)), math.nan
+        if run.step == 0 or run.assessed_step != run.step:  # where a stop came first
+            last = assess(last=False)
+            if last or run.best_step == run.step:
+                save(batches.next, final=last)
         while run.step < run.num_steps:
             begin = time.monotonic()
             watchdog.beat(min(max(STEP_SECONDS, SLOW_STEP_FACTOR * typical_seconds), SLOW_SECONDS))
@@ -452,16 +469,10 @@ def pretrain(rt, stop, watchdog):
                 tracker.event(f"{1000 * typical_seconds:.0f} ms a step: {run.num_steps} steps end in time")
 
             # ---- evaluate, sample, save ----
-            watchdog.beat(SLOW_SECONDS)
             last = run.step == run.num_steps
             stopping = stops > 0 and not last
-            if due(EVAL_EVERY, run.step, last) and not stopping:
-                evaluate(rt, run, model, validation, tokenizer, tracker)
-                last = last or ends_early(run, tracker)
-            if bundle and due(CORE_METRIC_EVERY, run.step, last) and not stopping:
-                evaluate_core(rt, run, model, tokenizer, bundle, tracker, watchdog)
-            if due(SAMPLE_EVERY, run.step, last) and not stopping and rt.is_main:
-                sample(run, model, tokenizer, tracker)
+            if not stopping:
+                last = assess(last)
             if due(SAVE_EVERY, run.step, last) or last or stopping or run.best_step == run.step:
                 save(batches.next, final=last or stopping)
             if stopping:
@@ -682,13 +693,17 @@ def batch_parts():
     return schedule.BATCH_PARTS if BATCH_RAMP else 1
 
 
-def describe(rt, plan, run, model_config, reason, shards, tokenizer, run_dir):
-    """The plan as the lines that a person reads before step 1."""
+def describe(rt, plan, run, trained_tokens, model_config, reason, shards, tokenizer, run_dir):
+    """The plan as the lines that a person reads before the first step; trained_tokens: those of a run that goes on."""
     texts = next(dataset.row_groups([shard.path for shard in shards.train]))[:50]
     num_tokens = sum(map(len, tokenizer.encode_batch(texts)))
     bytes_per_token = sum(len(text.encode("utf-8", "replace")) for text in texts) / num_tokens if num_tokens else 1
     on_disk = sum(shard.text_bytes for shard in shards.train) / bytes_per_token
-    tokens = run.num_steps * plan.total_batch_size * (schedule.mean_batch_share() if BATCH_RAMP else 1)
+    steps_left = max(run.num_steps - run.step, 0)
+    tokens = trained_tokens + steps_left * plan.total_batch_size
+    if BATCH_RAMP and steps_left:
+        begin = schedule.progress(run.step + 0.5, run.num_steps, run.corrected_step, run.corrected_progress)
+        tokens -= steps_left * plan.total_batch_size * (1 - schedule.mean_batch_share(begin))
     tables = sum(count for role, count in plan.parameters.items() if "embedding" in role and role != "unembedding")
     minutes = TARGET_MINUTES or plan.seconds / 60
     lines = [

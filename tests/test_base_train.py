@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -12,6 +13,7 @@ import sys
 import time
 import traceback
 import weakref
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -743,15 +745,69 @@ def test_p1_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(train, wh
     assert same_run(whole, stopped)
 
 
-def test_p1_an_evaluation_that_a_stop_left_out_comes_first_at_the_resume(train, at_step):
-    undisturbed = train("whole", EVAL_EVERY=2, SAVE_EVERY=0)
+def test_p1_what_a_stop_left_out_comes_first_at_the_resume(train, at_step, tasks):
+    due = {**tasks, "EVAL_EVERY": 2, "SAMPLE_EVERY": 2, "CORE_METRIC_EVERY": 2, "SAVE_EVERY": 0}
+    undisturbed = train("whole", **due)
     at_step(2, terminate)
-    stopped = train("stopped", EVAL_EVERY=2, SAVE_EVERY=0)
+    stopped = train("stopped", **due)
     assert [row["step"] for row in rows(stopped, "val/bpb")] == [0]
     at_step()
-    train("stopped", EVAL_EVERY=2, SAVE_EVERY=0, RESUME=True)
+    train("stopped", **due, RESUME=True)
     assert [row["step"] for row in rows(stopped, "val/bpb")] == [0, 2, 4, 6]
     assert same_run(undisturbed, stopped)
+    for step in (0, 2, 4, 6):
+        first, second = (
+            json.loads((run / "evaluation" / f"step_{step:08d}.json").read_text()) for run in (undisturbed, stopped)
+        )
+        assert first == second
+        assert ("samples" in first) == (step > 0)
+
+
+def test_the_best_evaluation_made_up_at_a_resume_is_saved_at_once(train, at_step, measured):
+    settings = {"EVAL_EVERY": 2, "SAVE_EVERY": 0}
+    measured([3.0, 2.0])
+    at_step(4, terminate)
+    run = train(**settings)
+    assert saved(run)[2]["val_bpb"] is None
+    measured([1.0])
+    at_step(1, kill)
+    with pytest.raises(ZeroDivisionError):
+        train(**settings, RESUME=True)
+    assert checkpoint.steps(run)[0] == 4
+    state = saved(run)[2]
+    assert (state["val_bpb"], state["run"]["best_step"]) == (1.0, 4)
+
+
+def test_a_resume_that_ends_at_its_evaluation_needs_no_step(train, at_step, measured, capsys):
+    settings = {"EVAL_EVERY": 2, "EARLY_STOP_PATIENCE": 1}
+    measured([3.0])
+    at_step(2, terminate)
+    run = train(**settings)
+    at_step()
+    measured([math.nan])
+    train(**settings, RESUME=True)
+    assert checkpoint.steps(run)[0] == 2
+    assert "done in" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_an_earlier_version_is_not_evaluated_twice(train, at_step, measured, monkeypatch):
+    settings = {"EVAL_EVERY": 2, "SAVE_EVERY": 2, "EARLY_STOP_PATIENCE": 1}
+    unpack = checkpoint.unpack
+
+    def older(files):
+        *tensors, state = unpack(files)
+        del state["run"]["assessed_step"]
+        return *tensors, state
+
+    measured([3.0, 2.0, 1.0])
+    at_step(5, kill)
+    with pytest.raises(ZeroDivisionError):
+        train(**settings)
+    at_step()
+    measured([0.9])
+    monkeypatch.setattr(checkpoint, "unpack", older)
+    run = train(**settings, RESUME=True)
+    assert [row["step"] for row in rows(run, "val/bpb")] == [0, 2, 4, 6]
 
 
 def test_a_stop_whose_save_fails_is_no_success(train, at_step, monkeypatch, capsys):
@@ -765,16 +821,46 @@ def test_a_stop_whose_save_fails_is_no_success(train, at_step, monkeypatch, caps
     assert "stopped and saved" not in capsys.readouterr().out
 
 
-def test_a_batch_that_changes_at_a_resume_keeps_the_tokens_of_the_horizon(train, at_step):
-    ratio = {"NUM_ITERATIONS": 0, "TARGET_FLOPS": 1e8, "EVAL_EVERY": 0}
-    planned = json.loads((train("whole", **ratio) / "config.json").read_text())["plan"]
-    at_step(planned["num_steps"] // 2, terminate)
-    run = train("other", **ratio)
+RAMP = {"BATCH_RAMP": True, "TOTAL_BATCH_SIZE": 256}
+
+
+@pytest.mark.parametrize(
+    ("first", "stops"),
+    [
+        ({}, [(15, {"TOTAL_BATCH_SIZE": 256})]),
+        ({}, [(15, {"TOTAL_BATCH_SIZE": 64})]),
+        ({}, [(10, {"TOTAL_BATCH_SIZE": 256}), (3, {"TOTAL_BATCH_SIZE": 0}), (2, {"TOTAL_BATCH_SIZE": 64})]),
+        ({}, [(10, {"TOTAL_BATCH_SIZE": 256}), (3, {"TOTAL_BATCH_SIZE": 0, "TARGET_FLOPS": 4e8})]),
+        (RAMP, [(2, {"TOTAL_BATCH_SIZE": 512})]),
+        (RAMP, [(7, {"BATCH_RAMP": False})]),
+        ({"TOTAL_BATCH_SIZE": 256}, [(1, {"BATCH_RAMP": True})]),
+    ],
+    ids=["larger", "smaller", "twice", "longer", "ramp", "off", "on"],
+)
+def test_a_change_at_a_resume_keeps_the_tokens_of_the_horizon_and_the_schedule(train, at_step, capsys, first, stops):
+    settings = {"NUM_ITERATIONS": 0, "TARGET_FLOPS": 2e8, "EVAL_EVERY": 0, "SAVE_EVERY": 0, **first}
+    changes = ["total_batch_size", "target_flops", "batch_ramp"]
+    for step, changed in stops:
+        at_step(step, terminate)
+        train(**settings, RESUME=True, ALLOW_CHANGE=",".join(changes))
+        settings.update(changed)
     at_step()
-    train("other", RESUME=True, TOTAL_BATCH_SIZE=256, ALLOW_CHANGE="total_batch_size", **ratio)
-    trained = saved(run)[2]["loader"]["row"] * 16
-    assert planned["num_steps"] >= 6
-    assert trained == pytest.approx(planned["tokens"], abs=128)
+    capsys.readouterr()
+    run = train(**settings, RESUME=True, ALLOW_CHANGE=",".join(changes))
+    plan = json.loads((run / "config.json").read_text())["plan"]
+    state = saved(run)[2]
+    trained = state["loader"]["row"] * 16
+    assert trained == pytest.approx(plan["tokens"], abs=plan["total_batch_size"] / 2 + 1)
+    assert f"{trained * plan['flops_per_token']:.1e} FLOPs" in capsys.readouterr().out
+    if "BATCH_RAMP" in settings:  # whose smaller batches lower the rate, too
+        return
+    names = ("train/tok_per_sec", "train/seconds")
+    tokens = [rate * seconds for rate, seconds in zip(*map(partial(column, run), names), strict=True)]
+    places = [(end - now / 2) / plan["tokens"] for now, end in zip(tokens, itertools.accumulate(tokens), strict=True)]
+    shape = (base_train.WARMUP_RATIO, base_train.WARMDOWN_RATIO, base_train.FINAL_LR_FRAC)
+    resumed = slice(sum(step for step, _ in stops), None)
+    rates = [base_train.MATRIX_LR * schedule.trapezoid(place, *shape) for place in places[resumed]]
+    assert column(run, "train/lr")[resumed] == pytest.approx(rates, abs=0.06 * base_train.MATRIX_LR)
 
 
 @pytest.mark.parametrize("how", ["RESUME", "INIT_FROM"])
@@ -869,7 +955,7 @@ def test_p1_the_comparison_notices_a_resume_that_forgets_something(train, whole,
         if forgotten == "momentum":
             moments = {name: torch.zeros_like(tensor) for name, tensor in moments.items()}
         elif forgotten == "loader":
-            state["loader"] = None
+            state["loader"] = {"row": 0, "lanes": {lane: [int(lane), 0, 0] for lane in state["loader"]["lanes"]}}
         elif forgotten == "updates":
             state["updates"] = 0
         else:

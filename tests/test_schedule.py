@@ -152,4 +152,10 @@ def test_the_batch_grows_in_three_parts_and_its_mean_is_that_of_a_fine_grid():
     assert shares == sorted(shares)
     assert sorted(set(shares)) == [0.25, 0.5, 1.0]
     assert schedule.mean_batch_share() == pytest.approx(sum(shares) / len(shares))
+    for begin in (0.05, 0.1, 0.15, 0.22, 0.5, 0.99):
+        rest = shares[round(begin * 100_000) :]
+        assert schedule.mean_batch_share(begin) == pytest.approx(sum(rest) / len(rest))
+        so_far = sum(shares[: round(begin * 100_000)]) / sum(shares)
+        assert schedule.progress_at(so_far) == pytest.approx(begin, abs=2e-5)
+    assert (schedule.progress_at(0.0), schedule.progress_at(1.0)) == (0.0, 1.0)
     assert schedule.BATCH_RAMP[-1][0] < 0.25  # a run by time measures whole steps before it corrects its horizon

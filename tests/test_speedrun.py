@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from nanotrain import paths
+
 ROOT = Path(__file__).parent.parent
 STAGES = ["nanotrain.dataset", "scripts.tok_train", "nanotrain.core_eval", "scripts.base_train", "scripts.base_eval"]
 EVALUATION = """{"val_bpb": 1.2345, "train_bpb": 1.1, "doc_bpb": 1.3, "step": 900, "tokens": 3686400, "core": {
@@ -116,9 +118,10 @@ def test_stopped_in_a_stage_and_called_as_it_says_it_goes_on(tree, stage):
 
 def test_that_test_notices_a_stop_that_is_not_obeyed(tree):
     script = (tree / "speedrun.sh").read_text()
-    line = '    if [ -n "$stopped" ]; then say_how_to_go_on; fi\n'
-    assert script.count(line) == 2
-    (tree / "speedrun.sh").write_text(script.replace(line, ""))
+    line = r'^    if \[ -n "\$stopped" \].* then say_how_to_go_on; fi.*\n'
+    deaf, count = re.subn(line, "", script, flags=re.MULTILINE)
+    assert count == 2
+    (tree / "speedrun.sh").write_text(deaf)
     interrupt_in(tree, "nanotrain.core_eval")
     assert [module for module, _ in called(tree)] == STAGES
 
@@ -134,11 +137,31 @@ def test_a_choice_that_cannot_be_is_refused_before_anything_else(tree, choice):
     assert called(tree) == []
 
 
-def test_a_folder_of_any_name_gives_a_run_that_can_be_named(tree):
-    process = start(tree, "MINUTES=2 DATA_DIR='/home/u/My Texts' bash speedrun.sh")
+@pytest.mark.parametrize(
+    ("folder", "run"),
+    [
+        ("/home/u/My Texts", "My-Texts"),
+        ("/home/u/тексты", "data"),
+        ("/home/u/.texts", "texts"),
+        ("/home/u/_mine", "mine"),
+        (f"/home/u/{'a' * 98}", "a" * 60),
+        (".", "clone"),
+    ],
+)
+def test_a_folder_of_any_name_gives_a_run_that_can_be_named(tree, folder, run):
+    process = start(tree, f"MINUTES=2 DATA_DIR='{folder}' bash speedrun.sh")
     _, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (0, "")
-    assert (tree.parent / "base" / "runs" / "My-Texts-2min" / "evaluation.json").exists()
+    path = paths.run_dir(f"{run}-2min")  # or it raises
+    assert (tree.parent / "base" / "runs" / path.name / "evaluation.json").exists()
+
+
+def test_a_stop_whose_save_fails_ends_with_its_code(tree):
+    python = tree / ".venv" / "bin" / "python"
+    python.write_text(PYTHON.replace("trap 'exit 0' TERM", "trap 'exit 3' TERM"))
+    process, out, err = interrupt_in(tree, "scripts.base_train")
+    assert (process.returncode, err) == (3, 'error: stage "training" failed with exit code 3\n')
+    assert "stopped" not in out
 
 
 def test_a_stage_that_fails_ends_it_with_its_code(tree):
