@@ -89,7 +89,7 @@ def worlds(tmp_path_factory):
     (folder / "plan.json").write_text(json.dumps(all_plans()), encoding="utf-8")
     environment = {**os.environ, "NANOTRAIN_DIR": str(folder), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.worlds", str(folder)]
-    done = subprocess.run(command, cwd=soak.ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=soak.ROOT, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     return Worlds(folder, json.loads((folder / "codes.json").read_text(encoding="utf-8")))
 
