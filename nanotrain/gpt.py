@@ -62,6 +62,13 @@ def norm(x):
     return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS).to(x.dtype)  # CUDA's autocast would give float32
 
 
+def embedding_table(rows, width, sparse=False):
+    """An nn.Embedding (rows, width) whose weights are not set. Its constructor would draw them, and on the meta device
+    a normal draw is Python code, whose import takes longer than building the model.
+    """
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False, sparse=sparse)
+
+
 def rotate(x, cos, sin):
     """Rotary positions (arXiv:2104.09864) on (B, T, H, D): the two halves of D are turned by minus theta, with cos,
     sin (T, 1, D / 2), or (B, T, 1, D / 2) where every row has positions of its own.
@@ -168,13 +175,13 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         C, kv_dim = config.model_dim, config.num_kv_heads * config.head_dim
-        self.embedding = nn.Embedding(config.vocab_size, C)
+        self.embedding = embedding_table(config.vocab_size, C)
         if config.bigram_rows:
             # a step touches few of its rows, so its gradient is sparse (see RowAdam)
-            self.bigram_embedding = nn.Embedding(config.bigram_rows, C, sparse=True)
+            self.bigram_embedding = embedding_table(config.bigram_rows, C, sparse=True)
         self.value_embeddings = nn.ModuleDict(
             {
-                str(layer): nn.Embedding(config.vocab_size, kv_dim)
+                str(layer): embedding_table(config.vocab_size, kv_dim)
                 for layer in range(config.num_layers)
                 if config.has_value_embedding(layer)
             }
