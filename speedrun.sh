@@ -22,8 +22,8 @@ Choices, as environment variables (MINUTES=3 bash speedrun.sh):
   DATA_DIR       a folder of your own parquet shards instead of DATASET
   TRAIN_SHARDS   shards to download of a hosted data set (240 of about 100 MB)
   MINUTES        all-in after data are there: tokenizer, compilation, training,
-                 and evaluation (3; with CUDA the model's size decides, and the
-                 evaluation comes on top)
+                 and evaluation (3; below 2 these read less text; with CUDA the
+                 model's size decides, and the evaluation comes on top)
   DEPTH          layers (20 with CUDA; else as suit MINUTES on this machine)
   VOCAB_SIZE     tokens of the vocabulary (32768 with CUDA; else as suit MINUTES)
   RUN_NAME       folder of the run (<data set>-<minutes>min and what else is chosen)
@@ -82,7 +82,8 @@ stage() { # stage NAME COMMAND...
         wait "$child" || status=$?
     done
     child=""
-    if [ -n "$stopped" ] && [ "$status" -ne 3 ]; then say_how_to_go_on; fi # 3: what was trained could not be saved
+    # 3: what was trained could not be saved (torchrun ends with 1 whatever its ranks ended with)
+    if [ -n "$stopped" ] && [ "$status" -ne 3 ]; then say_how_to_go_on; fi
     if [ "$status" -ne 0 ]; then
         echo "error: stage \"$name\" failed with exit code $status" >&2
         exit "$status"
@@ -130,10 +131,16 @@ if [ "$gpus" -gt 0 ]; then
     evaluation=(--eval-tokens=10485760 --core-max-per-task=0)
 else
     depth=${DEPTH:-0} vocab_size=${VOCAB_SIZE:-0} minutes=${MINUTES:-3}
-    tokenizer_preset=(--max-chars=20000000 "--target-minutes=$minutes") # more text makes it no better
-    preset=(--eval-tokens=32768 --evaluations-after=8)                  # for what base_eval does
+    whole=${minutes%%.*}
+    if [ "${whole:-0}" -ge 2 ]; then
+        max_chars=20000000 eval_tokens=65536 evaluations=8 # more text makes the tokenizer no better
+    else
+        max_chars=5000000 eval_tokens=32768 evaluations=6 # these would take most of the time
+    fi
+    tokenizer_preset=("--max-chars=$max_chars" "--target-minutes=$minutes")
+    preset=(--eval-tokens=32768 "--evaluations-after=$evaluations") # for what base_eval does
     tasks=$NANOTRAIN_DIR/core/tasks-of-$(basename "$data_dir") # of its validation text: no network needed
-    evaluation=(--eval-tokens=65536 --eval-document-bytes=250000 "--core-bundle=$tasks" --core-max-per-task=40
+    evaluation=("--eval-tokens=$eval_tokens" --eval-document-bytes=250000 "--core-bundle=$tasks" --core-max-per-task=40
         --sample-tokens=48)
 fi
 data_name=$(basename "$data_dir" | tr -c 'A-Za-z0-9._\n-' -)

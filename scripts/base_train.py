@@ -54,7 +54,7 @@ REPORT = True  # write report/ into the run's folder when it is done
 # --- machine
 DEVICE = "auto"  # auto, cuda, mps or cpu
 DTYPE = "auto"  # of the matrix products: auto, bfloat16, float16 or float32
-COMPILE = "auto"  # auto (eager where no compiler works), on or off
+COMPILE = "auto"  # auto (eager where no compiler works, or where TARGET_MINUTES are too few to repay it), on or off
 DETERMINISTIC = False  # repeatable kernels on CUDA too, where they cost time
 SEED = 1337  # of the weights and of the order of the data
 # --- data
@@ -68,7 +68,9 @@ ASPECT_RATIO = 0  # width per layer; 0: 64, and a width of at least 256
 HEAD_DIM = 128  # the width is rounded up to whole heads
 BIGRAM_ROWS = 65536  # of the hashed table of token pairs; 0: no table
 PLAIN = False  # only what transformers' own NanoChat class has, so no table of pairs either: for scripts.export_hf
-SPECTRAL_TOKENS = 2_000_000  # of the run, from whose pairs embedding and head start (vocabularies up to 16,384)
+SPECTRAL_TOKENS = (
+    2_000_000  # from whose pairs embedding and head start (vocabularies to 16,384); at most 5 times the run's
+)
 # --- horizon: at most one of the first three
 NUM_ITERATIONS = 0  # optimizer steps
 TARGET_FLOPS = 0.0  # floating-point operations
@@ -130,6 +132,8 @@ FREE = (
 )  # fmt: skip
 
 REFIT_PROGRESS = 0.25  # with TARGET_MINUTES the number of steps is corrected once here, where the learning rate is flat
+COMPILE_MINUTES = 1.0  # of TARGET_MINUTES below which eager code makes more steps (dev/LOG.md)
+SPECTRAL_RUNS = 5  # times the tokens of the run are the most that its start is made of
 DEFAULT_DEPTH = 4
 DEFAULT_ROWS = 16  # of a forward pass
 SLOW_SECONDS = 1800.0  # without progress in which a rank is taken to hang: at the start, evaluating, sampling, saving
@@ -218,12 +222,11 @@ def pretrain(rt, stop, watchdog):
     planned = (*HORIZON, "TOTAL_BATCH_SIZE", "BATCH_RAMP")
     new_horizon = not saved or any(saved["settings"].get(name) != globals()[name] for name in planned)
     if new_horizon:
-        run.num_steps = max(plan.num_steps, run.step + 1) if TARGET_MINUTES else plan.num_steps
+        run.corrected_step, run.corrected_progress = run.step, share_done(run, plan, trained_tokens)
+        run.num_steps = run.step + round((1 - run.corrected_progress) * plan.num_steps)
+        if TARGET_MINUTES:
+            run.num_steps = max(run.num_steps, run.step + 1)
         run.horizon_fixed = not TARGET_MINUTES
-        if saved and not (NUM_ITERATIONS or TARGET_MINUTES):  # by tokens; the steps so far may have had other batches
-            share = min(trained_tokens / plan.tokens, 1.0)
-            run.corrected_step, run.corrected_progress = run.step, schedule.progress_at(share) if BATCH_RAMP else share
-            run.num_steps = run.step + round((1 - run.corrected_progress) * plan.num_steps)
     say(rt, describe(rt, plan, run, trained_tokens, model_config, reason, shards, tokenizer, run_dir))
     if DRY_RUN or run.step >= run.num_steps:
         if not DRY_RUN:
@@ -274,8 +277,6 @@ def pretrain(rt, stop, watchdog):
     record = {"plan": plan.to_dict(), "environment": environment, **identity, "defaults": config.defaults(__file__)}
     rt.on_main(lambda: write_json(run_dir / "config.json", record))
     pass_seconds = warm_up(rt, model, plan.device_rows)
-    if new_horizon and not run.horizon_fixed:
-        run.num_steps = rt.broadcast(steps_in_time(run, 1.25 * pass_seconds * plan.accumulation))
     trained = model
     if rt.world_size > 1:
         sparse = list(model.parameters_by_role().get("bigram_embedding", {}))
@@ -357,10 +358,14 @@ def pretrain(rt, stop, watchdog):
 
     with tracker, dataloader.DataLoader(reader, plan.device_rows, rt.device) as loader:
         batches, mean_loss = rt.together(lambda: LookAhead(loader)), math.nan
-        if run.step == 0 or run.assessed_step != run.step:  # where a stop came first
+        stopped_before = run.assessed_step != run.step  # what was due then
+        if run.step == 0 or stopped_before:
             last = assess(last=False)
-            if last or run.best_step == run.step:
-                save(batches.next, final=last)
+        if new_horizon and not run.horizon_fixed:  # now that an evaluation has been timed
+            run.num_steps = rt.broadcast(steps_in_time(run, 1.25 * pass_seconds * plan.accumulation))
+            tracker.set_num_steps(run.num_steps)
+        if stopped_before:
+            save(batches.next, final=last)
         while run.step < run.num_steps:
             begin = time.monotonic()
             watchdog.beat(min(max(STEP_SECONDS, SLOW_STEP_FACTOR * typical_seconds), SLOW_SECONDS))
@@ -461,8 +466,9 @@ def pretrain(rt, stop, watchdog):
                 tracker.event(f"step {run.step}: loss {mean_loss:.4f} is {deviations:.1f} deviations above the last")
             if run.step % DRIFT_EVERY == 0:
                 guard.check_replicas(rt, parameters, run.step)
-            if not run.horizon_fixed and run.step >= REFIT_PROGRESS * run.num_steps:
-                run.corrected_step, run.corrected_progress = run.step, run.step / run.num_steps
+            begun, planned_steps = run.step - run.corrected_step, run.num_steps - run.corrected_step
+            if not run.horizon_fixed and begun >= REFIT_PROGRESS * planned_steps:
+                run.corrected_step, run.corrected_progress = run.step, progress
                 run.num_steps = rt.broadcast(steps_in_time(run, typical_seconds))
                 run.horizon_fixed = True
                 tracker.set_num_steps(run.num_steps)
@@ -670,7 +676,7 @@ def make_plan(rt, model, saved, flops_per_second, device_batch_size):
     parameters = {role: sum(p.numel() for p in named.values()) for role, named in model.parameters_by_role().items()}
     horizon = scaling.Horizon(NUM_ITERATIONS, TARGET_FLOPS, TARGET_MINUTES, TARGET_PARAM_DATA_RATIO)
     shape = model.config
-    compiled = COMPILE != "off" and runtime.can_compile()
+    compiled = compile_pays() and runtime.can_compile()
     return scaling.make_plan(
         parameters,
         shape.num_layers,
@@ -686,6 +692,22 @@ def make_plan(rt, model, saved, flops_per_second, device_batch_size):
         schedule.mean_batch_share() if BATCH_RAMP else 1.0,
         batch_parts(),
     )
+
+
+def compile_pays():
+    """Whether to compile, as far as the settings say: the same at every resume, since eager code gives other bits."""
+    return COMPILE == "on" or (COMPILE == "auto" and not 0 < TARGET_MINUTES < COMPILE_MINUTES)
+
+
+def share_done(run, plan, trained_tokens):
+    """What share of the plan a run has behind it: 0 for a new one."""
+    if NUM_ITERATIONS:
+        return min(run.step / NUM_ITERATIONS, 1.0)
+    if TARGET_MINUTES:  # of which at least one step is left
+        share = min(run.seconds / (60 * TARGET_MINUTES), run.step / (run.step + 1))
+    else:
+        share = min(trained_tokens / plan.tokens, 1.0)
+    return schedule.progress_at(share) if BATCH_RAMP else share
 
 
 def batch_parts():
@@ -764,9 +786,11 @@ def describe_sharing(footprint):
 
 
 def start_from_pairs(model, units, tokenizer, run_tokens):
-    """Set embedding and head to those of the bigram model of the first tokens of the run."""
+    """Set embedding and head to those of the bigram model of the first tokens of the run, and of those that would come
+    after it: to count them takes far less time than to train on them.
+    """
     seq_len = model.config.max_seq_len
-    count = max(min(SPECTRAL_TOKENS, run_tokens) // seq_len, 1)
+    count = max(min(SPECTRAL_TOKENS, SPECTRAL_RUNS * run_tokens) // seq_len, 1)
     threads = runtime.cores_of_a_rank()
     reader = dataloader.RowReader(units, tokenizer, seq_len, LANES, SEED, threads=threads)
     rows = torch.empty(count, seq_len + 1, dtype=torch.int64)
@@ -824,7 +848,9 @@ def warm_up(rt, model, rows):
         return time.monotonic() - begin
 
     failure = None
-    for attempt in range(0 if COMPILE == "off" else 2):
+    if COMPILE == "auto" and not compile_pays():
+        say(rt, f"compile    off: it repays its time in {COMPILE_MINUTES:g} minute or more (--compile=on all the same)")
+    for attempt in range(2 if compile_pays() else 0):
         runtime.trust_cpu_flags(attempt == 0)
         model.compile_parts()
         try:
@@ -846,7 +872,7 @@ def warm_up(rt, model, rows):
         model.zero_grad()
         say(rt, f"compile    off, because it does not work here ({failure})")
     one_pass()
-    return min(one_pass() for _ in range(3))
+    return min(one_pass() for _ in range(2))
 
 
 def steps_in_time(run, step_seconds):

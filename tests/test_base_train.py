@@ -174,6 +174,14 @@ def same_run(first, second, but_for=()):
 # ---- what a run does and records ----
 
 
+@pytest.mark.parametrize(("num_iterations", "tokens"), [(1, 5 * 128), (7, 5 * 7 * 128), (8, 5000)])
+def test_a_start_is_made_of_so_many_tokens_and_no_more_than_five_runs_have(train, monkeypatch, num_iterations, tokens):
+    shapes, start = [], spectral.start
+    monkeypatch.setattr(spectral, "start", lambda rows, *rest: shapes.append(rows.shape) or start(rows, *rest))
+    train(NUM_ITERATIONS=num_iterations, SPECTRAL_TOKENS=5000)
+    assert shapes == [(tokens // 16, 16 + 1)]
+
+
 def test_a_run_starts_as_the_bigram_model_of_its_first_tokens(train):
     at_random = column(train("random", NUM_ITERATIONS=1, SPECTRAL_TOKENS=0), "val/bpb")[0]
     few, many = (column(train(f"t{n}", NUM_ITERATIONS=40, SPECTRAL_TOKENS=n), "val/bpb")[0] for n in (64, 5000))
@@ -290,13 +298,15 @@ def test_scoring_counts_in_the_time_of_a_run(monkeypatch):
     assert base_train.steps_in_time(run, 0.5) == 5 + round((100 - 3.3) / 0.8)
 
 
-def test_a_resumed_run_by_time_still_knows_how_long_an_evaluation_takes(train, at_step, monkeypatch):
+def test_a_run_by_time_knows_how_long_an_evaluation_takes_from_its_first_estimate_on_and_when_resumed(
+    train, at_step, monkeypatch
+):
     settings = {"TARGET_MINUTES": 5.0, "NUM_ITERATIONS": 0, "SAVE_EVERY": 0, "EVAL_EVERY": 50}
-    asked, steps_in_time = [], base_train.steps_in_time
+    asked = []
 
     def noted(run, step_seconds):
         asked.append((run.step, run.evaluation_seconds))
-        return 12 if run.step < 4 else steps_in_time(run, step_seconds) * 0 + run.step + 1
+        return 12 if run.step < 4 else run.step + 1
 
     monkeypatch.setattr(base_train, "steps_in_time", noted)
     at_step(1, terminate)
@@ -304,7 +314,8 @@ def test_a_resumed_run_by_time_still_knows_how_long_an_evaluation_takes(train, a
     at_step()
     train(RESUME=True, **settings)
     (first_step, first), *_, (last_step, last) = asked
-    assert (first_step, first) == (0, 0.0)
+    assert first_step == 0
+    assert 0 < first < 60
     assert last_step > 1
     assert 0 < last < 60
 
@@ -416,6 +427,14 @@ def test_target_minutes_ends_in_time_and_the_horizon_is_recorded(train, monkeypa
     state = saved(run)[2]
     assert state["step"] == state["run"]["num_steps"] == len(steps)
     assert state["run"]["horizon_fixed"] is True
+
+
+def test_a_run_with_time_for_one_step_is_not_at_its_end_for_all_that_follow(train, monkeypatch):
+    Clock(monkeypatch)
+    run = train(NUM_ITERATIONS=0, TARGET_MINUTES=0.01)  # less than the second that is kept for the last save
+    rates = column(run, "train/lr")
+    assert len(rates) == 2
+    assert rates[-1] > 5 * base_train.FINAL_LR_FRAC * base_train.MATRIX_LR
 
 
 @pytest.mark.parametrize("other", ["tokenizer", "shards"])
@@ -895,6 +914,24 @@ def test_asking_for_a_compiler_that_does_not_work_is_a_sentence(train, monkeypat
         train(COMPILE="on")
 
 
+@pytest.mark.parametrize(
+    ("settings", "compiles"),
+    [
+        ({"COMPILE": "auto", "NUM_ITERATIONS": 1}, True),
+        ({"COMPILE": "auto", "NUM_ITERATIONS": 0, "TARGET_MINUTES": 0.01}, False),
+        ({"COMPILE": "on", "NUM_ITERATIONS": 0, "TARGET_MINUTES": 0.01}, True),
+        ({"COMPILE": "off", "NUM_ITERATIONS": 1}, False),
+    ],
+)
+def test_a_run_too_short_to_repay_the_compiler_goes_without(train, monkeypatch, capsys, settings, compiles):
+    asked = []
+    monkeypatch.setattr(GPT, "compile_parts", lambda model: asked.append(model))
+    train(**settings)
+    assert len(asked) == compiles
+    off = "compile    off: it repays its time in 1 minute or more (--compile=on all the same)"
+    assert (off in capsys.readouterr().out) == (settings["COMPILE"] == "auto" and not compiles)
+
+
 def test_p1_a_run_that_was_killed_twice_loses_only_the_steps_since_its_checkpoints(train, whole, at_step, base_dir):
     victim = base_dir / "runs" / "victim"
     for step in (4, 6):
@@ -1005,6 +1042,25 @@ def test_a_run_by_minutes_that_was_stopped_goes_on_by_steps_and_the_other_way_ro
     train(NUM_ITERATIONS=0, TARGET_MINUTES=minutes, **allowed)
     assert clock.now == pytest.approx(60 * minutes - spent - 1, abs=0.1)
     assert saved(run)[2]["run"]["num_steps"] == len(rows(run)) > 12
+
+
+@pytest.mark.parametrize("changed", [{"TARGET_MINUTES": 0.2}, {"TOTAL_BATCH_SIZE": 64}, {"TOTAL_BATCH_SIZE": 256}])
+def test_a_change_in_a_run_by_minutes_leaves_the_schedule_where_its_time_stands(train, at_step, monkeypatch, changed):
+    clock = Clock(monkeypatch)
+    settings = {"NUM_ITERATIONS": 0, "TARGET_MINUTES": 0.1, "EVAL_EVERY": 0, "SAVE_EVERY": 0, "SCHEDULE": "linear"}
+    at_step(150, terminate)
+    train(**settings)
+    at_step()
+    spent, clock.now = clock.now, 0.0
+    settings.update(changed)
+    run = train(**settings, RESUME=True, ALLOW_CHANGE="target_minutes,total_batch_size")
+    minutes = settings["TARGET_MINUTES"]
+    assert spent + clock.now == pytest.approx(60 * minutes - 1, abs=0.3)  # a second is kept for the last save
+    ends = [spent / (60 * minutes), 1.0]
+    expected = [base_train.MATRIX_LR * schedule.linear(end, base_train.WARMUP_RATIO, 0, 0.03) for end in ends]
+    rates = column(run, "train/lr")
+    assert [rates[150], rates[-1]] == pytest.approx(expected, abs=0.02 * base_train.MATRIX_LR)
+    assert all(later < rate for rate, later in itertools.pairwise(rates[150:]))
 
 
 def test_a_run_that_has_a_checkpoint_is_refused_without_resume(train, whole, finished):

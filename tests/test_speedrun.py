@@ -156,6 +156,18 @@ def test_a_folder_of_any_name_gives_a_run_that_can_be_named(tree, folder, run):
     assert (tree.parent / "base" / "runs" / path.name / "evaluation.json").exists()
 
 
+@pytest.mark.parametrize("minutes", [".5", "1.99", "2", "10"])
+def test_a_run_of_a_minute_reads_less_text_and_evaluates_on_less(tree, minutes):
+    process = start(tree, f"MINUTES={minutes} bash speedrun.sh")
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (0, "")
+    calls = dict(called(tree))
+    short = float(minutes) < 2
+    assert f"--max-chars={5 if short else 20}000000" in calls["scripts.tok_train"]
+    assert f"--evaluations-after={6 if short else 8}" in calls["scripts.base_train"]
+    assert f"--eval-tokens={32768 if short else 65536}" in calls["scripts.base_eval"]
+
+
 def test_a_stop_whose_save_fails_ends_with_its_code(tree):
     python = tree / ".venv" / "bin" / "python"
     python.write_text(PYTHON.replace("trap 'exit 0' TERM", "trap 'exit 3' TERM"))

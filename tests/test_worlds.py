@@ -46,9 +46,10 @@ def all_plans():
     short = {"DTYPE": "bfloat16", "EVAL_EVERY": 0, "TOTAL_BATCH_SIZE": 60 * SEQ_LEN}
     plans += [planned(f"bfloat{ranks}", ranks, **short) for ranks in (1, 2, 3, 4)]
     plans += [planned(fault, 2, fault, EVAL_EVERY=0) for fault in ("unsent", "unaveraged")]
+    plans.append(planned("evaluated", 1, EVAL_EVERY=SAVED))
     for name, fault in (("moved", "none"), ("lost", "lost")):
-        plans.append(planned(name, 3, fault, stop=SAVED))
-        plans.append(planned(f"{name}-on", 2, RUN_NAME=name, RESUME=True))
+        plans.append(planned(name, 3, fault, stop=SAVED, EVAL_EVERY=SAVED))
+        plans.append(planned(f"{name}-on", 2, RUN_NAME=name, RESUME=True, EVAL_EVERY=SAVED))
     return plans
 
 
@@ -157,6 +158,14 @@ def test_a_run_goes_on_on_another_number_of_ranks(worlds):
     assert worlds.codes["moved-on"] == [0, 0], worlds.log("moved-on", 0)
     assert relative(worlds.column("moved", "train/loss"), worlds.column("float1", "train/loss")) < 1e-6
     assert max(distances(worlds.tensors("moved"), worlds.tensors("float1")).values()) < 1e-4
+
+
+def test_ranks_make_up_the_evaluation_that_a_stop_left_out(worlds):
+    assert worlds.log("moved", 0).count("val bpb") == 1  # of the weights before the first step
+    assert f"step {SAVED}: val bpb" in worlds.log("moved-on", 0)
+    expected = worlds.column("evaluated", "val/bpb")
+    assert len(expected) == 3  # at step 0, at the stop, at the end
+    assert relative(worlds.column("moved", "val/bpb"), expected) < 1e-6
 
 
 def test_state_that_is_lost_at_a_save_is_noticed(worlds):
