@@ -166,19 +166,23 @@ else
     stage tokenizer "$PYTHON" -m scripts.tok_train "--data-dir=$data_dir" "--vocab-size=$vocab_size" "${tokenizer_preset[@]}"
 fi
 
-if [ -n "$tasks" ]; then stage tasks "$PYTHON" -m nanotrain.core_eval "--make-bundle=$tasks" "--data-dir=$data_dir"; fi
+after=0 # seconds of base_eval besides its evaluations: to start and to draw take about twice what starting takes here
+if [ -n "$tasks" ]; then
+    stage tasks "$PYTHON" -m nanotrain.core_eval "--make-bundle=$tasks" "--data-dir=$data_dir"
+    after=$((2 * seconds[${#seconds[@]} - 1]))
+fi
 
 horizon=()
 if [ -n "$minutes" ]; then
     # What is left of MINUTES after the tokenizer and before the evaluation; a run that goes on keeps the time it was given.
-    left=$("$PYTHON" - "$run_dir/config.json" "$minutes" $((SECONDS - clock)) << 'LEFT'
+    left=$("$PYTHON" - "$run_dir/config.json" "$minutes" $((SECONDS - clock + after)) << 'LEFT'
 import json, pathlib, sys
 
-config, minutes, spent = pathlib.Path(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
+config, minutes, taken = pathlib.Path(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
 if config.exists():
     print(json.loads(config.read_text())["settings"]["TARGET_MINUTES"])
 else:
-    print(max(minutes - (spent + 6) / 60, 0.3 * minutes))
+    print(max(minutes - taken / 60, 0.3 * minutes))
 LEFT
     )
     horizon=("--target-minutes=$left")
