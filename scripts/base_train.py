@@ -132,7 +132,9 @@ FREE = (
 )  # fmt: skip
 
 REFIT_PROGRESS = 0.25  # with TARGET_MINUTES the number of steps is corrected once here, where the learning rate is flat
-COMPILE_MINUTES = 1.0  # of TARGET_MINUTES below which eager code makes more steps (dev/LOG.md)
+# TARGET_MINUTES below which eager code makes more steps: compiling takes 10 to 25 s of a CPU, and in float32, where the
+# products take most of the time, it saves a tenth of a step (dev/LOG.md)
+COMPILE_MINUTES = {torch.float32: 3.0, torch.bfloat16: 0.6, torch.float16: 0.6}
 SPECTRAL_RUNS = 5  # times the tokens of the run are the most that its start is made of
 DEFAULT_DEPTH = 4
 DEFAULT_ROWS = 16  # of a forward pass
@@ -676,7 +678,7 @@ def make_plan(rt, model, saved, flops_per_second, device_batch_size):
     parameters = {role: sum(p.numel() for p in named.values()) for role, named in model.parameters_by_role().items()}
     horizon = scaling.Horizon(NUM_ITERATIONS, TARGET_FLOPS, TARGET_MINUTES, TARGET_PARAM_DATA_RATIO)
     shape = model.config
-    compiled = compile_pays() and runtime.can_compile()
+    compiled = compile_pays(rt.dtype) and runtime.can_compile()
     return scaling.make_plan(
         parameters,
         shape.num_layers,
@@ -694,9 +696,9 @@ def make_plan(rt, model, saved, flops_per_second, device_batch_size):
     )
 
 
-def compile_pays():
+def compile_pays(dtype):
     """Whether to compile, as far as the settings say: the same at every resume, since eager code gives other bits."""
-    return COMPILE == "on" or (COMPILE == "auto" and not 0 < TARGET_MINUTES < COMPILE_MINUTES)
+    return COMPILE == "on" or (COMPILE == "auto" and not 0 < TARGET_MINUTES < COMPILE_MINUTES[dtype])
 
 
 def share_done(run, plan, trained_tokens):
@@ -848,9 +850,11 @@ def warm_up(rt, model, rows):
         return time.monotonic() - begin
 
     failure = None
-    if COMPILE == "auto" and not compile_pays():
-        say(rt, f"compile    off: it repays its time in {COMPILE_MINUTES:g} minute or more (--compile=on all the same)")
-    for attempt in range(2 if compile_pays() else 0):
+    pays = compile_pays(rt.dtype)
+    if COMPILE == "auto" and not pays:
+        minutes = COMPILE_MINUTES[rt.dtype]
+        say(rt, f"compile    off: it repays its time in {minutes:g} minutes or more (--compile=on all the same)")
+    for attempt in range(2 if pays else 0):
         runtime.trust_cpu_flags(attempt == 0)
         model.compile_parts()
         try:
