@@ -133,8 +133,8 @@ FREE = (
 
 REFIT_PROGRESS = 0.25  # with TARGET_MINUTES the number of steps is corrected once here, where the learning rate is flat
 # TARGET_MINUTES below which eager code makes more steps: compiling takes 10 to 25 s of a CPU, and in float32, where the
-# products take most of the time, it saves a tenth of a step (dev/LOG.md)
-COMPILE_MINUTES = {torch.float32: 3.0, torch.bfloat16: 0.6, torch.float16: 0.6}
+# products take most of the time, it saves little of a step (dev/LOG.md)
+COMPILE_MINUTES = {torch.float32: 2.0, torch.bfloat16: 0.6, torch.float16: 0.6}
 SPECTRAL_RUNS = 5  # times the tokens of the run are the most that its start is made of
 DEFAULT_DEPTH = 4
 DEFAULT_ROWS = 16  # of a forward pass

@@ -917,8 +917,8 @@ def test_asking_for_a_compiler_that_does_not_work_is_a_sentence(train, monkeypat
 @pytest.mark.parametrize(
     ("dtype", "minutes", "pays"),
     [
-        (torch.float32, 2.9, False),
-        (torch.float32, 3.0, True),
+        (torch.float32, 1.9, False),
+        (torch.float32, 2.0, True),
         (torch.bfloat16, 0.5, False),
         (torch.bfloat16, 0.6, True),
         (torch.float16, 0.0, True),  # another horizon
@@ -943,7 +943,7 @@ def test_a_run_too_short_to_repay_the_compiler_goes_without(train, monkeypatch, 
     monkeypatch.setattr(GPT, "compile_parts", lambda model: asked.append(model))
     train(**settings)
     assert len(asked) == compiles
-    off = "compile    off: it repays its time in 3 minutes or more (--compile=on all the same)"
+    off = "compile    off: it repays its time in 2 minutes or more (--compile=on all the same)"
     assert (off in capsys.readouterr().out) == (settings["COMPILE"] == "auto" and not compiles)
 
 
