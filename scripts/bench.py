@@ -66,6 +66,7 @@ DEPTHS = (2, 4, 6, 8, 10, 12)
 DEEP = 8  # layers of the second model of the table generation
 STEPS_A_REPETITION = 3  # of the table step, whose medians must agree to a few percent
 LANES = 48
+ENDING_SECONDS = 5  # that a process has to end when it is not asked any more
 SECONDS = 0.3  # a shorter measurement is made of several calls
 RATES = {"matrix": 0.02, "embedding": 0.2, "unembedding": 0.004, "scalar": 0.04}  # any that keep the weights finite
 MATMULS = {"mm", "addmm", "bmm", "baddbmm"}
@@ -439,6 +440,7 @@ def worker(variant):
         yield ask
     finally:
         pipe.close()
+        process.join(ENDING_SECONDS)  # by itself, so that it clears up after itself
         process.terminate()  # after Ctrl-C it may be in the middle of a long call
         process.join()
 
