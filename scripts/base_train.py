@@ -68,7 +68,7 @@ ASPECT_RATIO = 0  # width per layer; 0: 64, and a width of at least 256
 HEAD_DIM = 128  # the width is rounded up to whole heads
 BIGRAM_ROWS = 65536  # of the hashed table of token pairs; 0: no table
 PLAIN = False  # only what transformers' own NanoChat class has, so no table of pairs either: for scripts.export_hf
-SPECTRAL_TOKENS = 2_000_000  # whose pairs embedding and head start from (vocabularies to 16,384), or 5 runs if fewer
+SPECTRAL_TOKENS = 2_000_000  # whose pairs embedding and head start from (vocabularies to 16,384); at most 5 x the run's
 # --- horizon: at most one of the first three
 NUM_ITERATIONS = 0  # optimizer steps
 TARGET_FLOPS = 0.0  # floating-point operations
