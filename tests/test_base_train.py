@@ -782,19 +782,20 @@ def test_p1_what_a_stop_left_out_comes_first_at_the_resume(train, at_step, tasks
         assert ("samples" in first) == (step > 0)
 
 
-def test_the_best_evaluation_made_up_at_a_resume_is_saved_at_once(train, at_step, measured):
+@pytest.mark.parametrize(("bpb", "best_step"), [(1.0, 4), (2.5, 2)])
+def test_an_evaluation_made_up_at_a_resume_is_saved_at_once(train, at_step, measured, bpb, best_step):
     settings = {"EVAL_EVERY": 2, "SAVE_EVERY": 0}
     measured([3.0, 2.0])
     at_step(4, terminate)
     run = train(**settings)
     assert saved(run)[2]["val_bpb"] is None
-    measured([1.0])
+    measured([bpb])
     at_step(1, kill)
     with pytest.raises(ZeroDivisionError):
         train(**settings, RESUME=True)
     assert checkpoint.steps(run)[0] == 4
     state = saved(run)[2]
-    assert (state["val_bpb"], state["run"]["best_step"]) == (1.0, 4)
+    assert (state["val_bpb"], state["run"]["best_step"]) == (bpb, best_step)
 
 
 def test_a_resume_that_ends_at_its_evaluation_needs_no_step(train, at_step, measured, capsys):
