@@ -721,11 +721,11 @@ def describe(rt, plan, run, trained_tokens, model_config, reason, shards, tokeni
     num_tokens = sum(map(len, tokenizer.encode_batch(texts)))
     bytes_per_token = sum(len(text.encode("utf-8", "replace")) for text in texts) / num_tokens if num_tokens else 1
     on_disk = sum(shard.text_bytes for shard in shards.train) / bytes_per_token
-    steps_left = max(run.num_steps - run.step, 0)
-    tokens = trained_tokens + steps_left * plan.total_batch_size
+    steps_left, share = max(run.num_steps - run.step, 0), 1.0
     if BATCH_RAMP and steps_left:
         begin = schedule.progress(run.step + 0.5, run.num_steps, run.corrected_step, run.corrected_progress)
-        tokens -= steps_left * plan.total_batch_size * (1 - schedule.mean_batch_share(begin))
+        share = schedule.mean_batch_share(begin)
+    tokens = trained_tokens + steps_left * plan.total_batch_size * share
     tables = sum(count for role, count in plan.parameters.items() if "embedding" in role and role != "unembedding")
     minutes = TARGET_MINUTES or plan.seconds / 60
     lines = [

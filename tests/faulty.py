@@ -35,6 +35,11 @@ LATE = 3
 LONGEST_WAIT = 30  # seconds for torchrun to pass SIGTERM on
 
 
+def at_the_beginning(loader_state):
+    """The state of the same lanes where a run begins."""
+    return {"row": 0, "lanes": {lane: [int(lane), 0, 0] for lane in loader_state["lanes"]}}
+
+
 def main():
     folder, faults = Path(sys.argv[1]), sys.argv[2].split(",")
     step, seen, stops = 0, [], []
@@ -74,8 +79,7 @@ def main():
 
     def forgetful(files):
         *tensors, state = unpack(files)
-        lanes = {lane: [int(lane), 0, 0] for lane in state["loader"]["lanes"]}  # where a run begins
-        return *tensors, {**state, "loader": {"row": 0, "lanes": lanes}}
+        return *tensors, {**state, "loader": at_the_beginning(state["loader"])}
 
     class KnownStopRequest(guard.StopRequest):
         def __init__(self, speaks):

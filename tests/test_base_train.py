@@ -46,6 +46,7 @@ from nanotrain.errors import CheckpointError, DataError, MemoryLimitError, NonFi
 from nanotrain.gpt import GPT, Block, GPTConfig
 from nanotrain.tokenizer import BPETokenizer
 from scripts import base_train
+from tests import faulty
 
 TINY = {**TINY_RUN, "NUM_ITERATIONS": 6}
 MEASURED = {f"train/{name}" for name in ("tok_per_sec", "seconds", "loader_seconds", "optimizer_seconds")}
@@ -1008,7 +1009,7 @@ def test_p1_the_comparison_notices_a_resume_that_forgets_something(train, whole,
         if forgotten == "momentum":
             moments = {name: torch.zeros_like(tensor) for name, tensor in moments.items()}
         elif forgotten == "loader":
-            state["loader"] = {"row": 0, "lanes": {lane: [int(lane), 0, 0] for lane in state["loader"]["lanes"]}}
+            state["loader"] = faulty.at_the_beginning(state["loader"])
         elif forgotten == "updates":
             state["updates"] = 0
         else:
