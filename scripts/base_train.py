@@ -301,9 +301,10 @@ def pretrain(rt, stop, watchdog):
     step_seconds, typical_seconds = [], math.inf
     verified = {}  # the checkpoints that were read back and hashed
     failed_saves = 0  # in a row
+    saved_best = run.best_bpb, run.best_step
 
     def save(next_batch, final=False):
-        nonlocal failed_saves
+        nonlocal failed_saves, saved_best
         watchdog.beat(SLOW_SECONDS)
         guard.check_replicas(rt, parameters, run.step)
         if not all(parameter.isfinite().all() for parameter in parameters):
@@ -339,8 +340,10 @@ def pretrain(rt, stop, watchdog):
             which = "the last checkpoint" if final else f"{failed_saves} checkpoints in a row"
             raise CheckpointError(f"{which} could not be written: {failure}: {run_dir}. Older ones are intact")
         if failure:
+            run.best_bpb, run.best_step = saved_best  # the best is one that can be loaded
             tracker.event(f"step {run.step}: the checkpoint could not be written ({failure}); training goes on")
         else:
+            saved_best = run.best_bpb, run.best_step
             tracker.event(f"step {run.step}: checkpoint saved")
 
     def assess(last):

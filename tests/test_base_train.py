@@ -1421,6 +1421,22 @@ def test_a_full_disk_ends_a_run_only_at_its_last_save(train, whole, monkeypatch,
     assert checkpoint.newest(run.parent / "second")[0] == 5
 
 
+def test_the_best_checkpoint_is_one_that_was_saved(train, measured, monkeypatch):
+    """The evaluations of steps 0 to 8 give 3, 2, 1, 2.5 and 2.25, and the disk is full at step 4: step 2 stays the best."""
+    save = checkpoint.save
+
+    def saving(run_dir, step, *arguments, **named):
+        if step == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(run_dir, step, *arguments, **named)
+
+    monkeypatch.setattr(checkpoint, "save", saving)
+    measured([3.0, 2.0, 1.0, 2.5, 2.25])
+    run = train(SAVE_EVERY=1, NUM_ITERATIONS=8, EVAL_EVERY=2, KEEP_LAST=1)
+    assert checkpoint.steps(run) == [8, 2]
+    assert checkpoint.load_model(run, best=True)[2]["step"] == 2
+
+
 def test_a_disk_that_stays_full_ends_the_run_at_the_third_save(train, monkeypatch, base_dir):
     save, full = checkpoint.save, {2, 4, 8, 10, 12}
 
