@@ -101,8 +101,8 @@ for name in TRAIN_SHARDS DEPTH VOCAB_SIZE NPROC; do
         exit 2
     fi
 done
-if [ -n "${MINUTES:-}" ] && ! [[ $MINUTES =~ ^[0-9]*\.?[0-9]+$ ]]; then
-    echo "error: MINUTES=$MINUTES: must be a number, as in MINUTES=2.5" >&2
+if [ -n "${MINUTES:-}" ] && ! [[ $MINUTES =~ ^[0-9]*\.?[0-9]+$ && $MINUTES =~ [1-9] ]]; then
+    echo "error: MINUTES=$MINUTES: must be a number above 0, as in MINUTES=2.5" >&2
     exit 2
 fi
 if [ -n "${RUN_NAME:-}" ] && ! [[ $RUN_NAME =~ ^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$ ]]; then

@@ -89,7 +89,7 @@ def unpack(files):
 
 
 def check_choice(best, step):
-    """Raise UserError unless `load_model` can be told so to take one checkpoint."""
+    """Raise UserError if --best and --step contradict each other, or the step is negative."""
     if step < 0:
         raise UserError(f"--step={step}: at least 0")
     if best and step:
@@ -151,7 +151,7 @@ def load_weights(model, tensors):
             wrong.append(name)
     if wrong:
         raise CheckpointError(f"the checkpoint's weights are not those of this model: {', '.join(wrong[:5])}")
-    model.init_weights(0)  # for the buffers, which a checkpoint does not hold
+    model.init_buffers()
     model.load_state_dict(tensors)
 
 

@@ -22,8 +22,8 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
-from nanotrain import dataset, download
-from nanotrain.errors import DataError, UserError
+from nanotrain import dataset, download, files
+from nanotrain.errors import DataError, UserError, first_line
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 ZIP_NAME, HASH_NAME = "eval_bundle.zip", "eval_bundle.zip.sha256"
@@ -97,7 +97,7 @@ def read(path, max_per_task=0):
             settings = yaml.safe_load(_text(root, "core.yaml", digest))["icl_tasks"]
             described = [_described(task) for task in settings]
         except (yaml.YAMLError, TypeError, KeyError, ValueError) as error:
-            raise DataError(f"{path}, core.yaml: not a list of tasks ({_first_line(error)}): get it again") from None
+            raise DataError(f"{path}, core.yaml: not a list of tasks ({first_line(error)}): get it again") from None
         labels = [label for label, *_ in described]
         if not labels or len(set(labels)) < len(labels):
             raise DataError(f"{path}, core.yaml: no task, or two of one name: get it again")
@@ -137,7 +137,7 @@ class _opened:
                 self.file = zipfile.ZipFile(root)
             except (zipfile.BadZipFile, OSError) as error:
                 raise DataError(
-                    f"{root} is not a readable zip ({_first_line(error)}): delete it and get it again"
+                    f"{root} is not a readable zip ({first_line(error)}): delete it and get it again"
                 ) from None
             root = zipfile.Path(self.file)
         elif not root.is_dir():
@@ -158,7 +158,7 @@ def _text(root, name, digest):
         digest.update(len(data).to_bytes(8, "little") + data)
         return data.decode("utf-8")
     except (OSError, KeyError, zipfile.BadZipFile, zlib.error, RuntimeError, UnicodeDecodeError) as error:
-        raise DataError(f"{root}: {name} cannot be read ({_first_line(error)}): get this bundle again") from None
+        raise DataError(f"{root}: {name} cannot be read ({first_line(error)}): get this bundle again") from None
 
 
 def _described(task):
@@ -184,7 +184,7 @@ def _baselines(path, text):
         return found
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise DataError(
-            f"{path}, eval_meta_data.csv: no random baselines ({_first_line(error)}): get it again"
+            f"{path}, eval_meta_data.csv: no random baselines ({first_line(error)}): get it again"
         ) from None
 
 
@@ -203,11 +203,7 @@ def _item(place, kind, line):
             raise ValueError("a field has another type or range")
         return item
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{place}: no {kind} item ({_first_line(error)}): get this bundle again") from None
-
-
-def _first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise DataError(f"{place}: no {kind} item ({first_line(error)}): get this bundle again") from None
 
 
 # ---- the public bundle ----
@@ -220,14 +216,14 @@ def fetch(folder, url=URL, clock=None):
     a file that no longer has it is fetched again. Raises DataError, soon if the host is silent.
     """
     path, noted = folder / ZIP_NAME, folder / HASH_NAME
-    if path.is_file() and noted.is_file() and noted.read_text(encoding="utf-8").strip() == dataset.file_sha256(path):
+    if path.is_file() and noted.is_file() and noted.read_text(encoding="utf-8").strip() == files.file_sha256(path):
         return path
     with tqdm(None, "CORE bundle", unit="B", unit_scale=True, leave=False, disable=None) as bar:
         item = download.Item(ZIP_NAME, url)
         done, failed = download.fetch_all([item], folder, read, bar.update, clock=clock, first_contact=True)
     if failed:
         raise DataError(failed[ZIP_NAME])
-    with dataset.atomic_file(noted) as temporary:
+    with files.atomic_file(noted) as temporary:
         temporary.write_text(done[ZIP_NAME] + "\n", encoding="utf-8")
     return path
 
@@ -258,7 +254,7 @@ def make(folder, shard, num_items):
     folder = Path(folder).expanduser()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--make-bundle={folder}: this is a file; choose a folder that does not exist")
-    mark = f"{MARK}: {num_items} items a task from a shard with SHA-256 {dataset.file_sha256(shard)}\n"
+    mark = f"{MARK}: {num_items} items a task from a shard with SHA-256 {files.file_sha256(shard)}\n"
     if folder.is_dir() and any(folder.iterdir()) and not _is_own(folder):
         raise UserError(f"--make-bundle={folder}: this folder holds something else; choose one that does not exist")
     draw = random.Random(OWN_SEED)
@@ -276,7 +272,7 @@ def make(folder, shard, num_items):
         {"label": label, "dataset_uri": f"own/{label}.jsonl", "num_fewshot": [shots], "icl_task_type": kind}
         for label, kind, shots, _ in used
     ]
-    with dataset.new_folder(folder, _is_own) as temporary:
+    with files.new_folder(folder, _is_own) as temporary:
         (temporary / "eval_data" / "own").mkdir(parents=True)
         for label, *_ in used:
             lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items[label])

@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from nanotrain.errors import DataError
+from nanotrain.errors import DataError, first_line
 
 MAX_CHARS = 4000  # of a document cut from a longer text
 BLANK_LINES = re.compile(r"\n[ \t\n]*\n")
@@ -199,8 +199,7 @@ def _documents(path, text_column, skipped, bar):
     try:
         yield from readers[_kind(path)](path, text_column, skipped, bar)
     except (OSError, EOFError, UnicodeDecodeError, zlib.error, pa.ArrowException) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:160]
-        raise DataError(f"{path} cannot be read: {reason}") from None
+        raise DataError(f"{path} cannot be read: {first_line(error)}") from None
 
 
 def _plain_documents(path, text_column, skipped, bar):
@@ -386,12 +385,12 @@ class ShardWriter:
     def __init__(self, path, group_bytes):
         self.schema = pa.schema([("text", pa.string())])
         self.writer = pq.ParquetWriter(path, self.schema, compression="zstd")
-        self.group_bytes, self.num_bytes, self.group, self.held_bytes = group_bytes, 0, [], 0
+        self.group_bytes, self.group, self.held_bytes = group_bytes, [], 0
 
     def add(self, text, num_bytes):
         """Append one document of `num_bytes` in UTF-8."""
         self.group.append(text)
-        self.num_bytes, self.held_bytes = self.num_bytes + num_bytes, self.held_bytes + num_bytes
+        self.held_bytes += num_bytes
         if self.held_bytes >= self.group_bytes:
             self._flush()
 

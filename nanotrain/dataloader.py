@@ -81,6 +81,16 @@ class UnitSequence:
         return hashlib.sha256(f"{self.seed} {epoch} {self.units[unit].name}".encode()).digest()
 
 
+@dataclass
+class Part:
+    """Tokens of a lane that are not yet used, an array (n,) int32, and where the first of them is."""
+
+    position: int  # of its unit in the sequence
+    piece: int
+    offset: int  # in its piece
+    tokens: np.ndarray
+
+
 class Lane:
     """One stream of tokens with a position in it: (sequence position, piece of text, token offset) of the first token
     not yet used.
@@ -93,13 +103,13 @@ class Lane:
         self.position, self.piece, self.skip = state or (lane, 0, 0)
         self.pieces = None  # the texts of the unit at `position`, once it is read
         self.taken = deque()  # (sequence position, piece) of what is being tokenized
-        self.tokens = deque()  # [sequence position, piece, offset, array] of what is tokenized and not yet used
+        self.parts = deque()  # what is tokenized and not yet used
         self.available = 0
         self.encoding = None  # the Future of the arrays of what is in `taken`, if any
         self.skipped_documents = 0
 
     def take_texts(self, num_tokens):
-        """The next (whether it begins a document, text)s, about `num_tokens` tokens of them and at least one."""
+        """The next pieces as [(text, whether it begins a document)], one at least, about `num_tokens` tokens."""
         taken, chars = [], 0
         while not taken or chars < num_tokens * CHARS_PER_TOKEN:
             if self.pieces is None:
@@ -108,7 +118,7 @@ class Lane:
                 self.position, self.piece, self.pieces = self.position + self.lanes, 0, None
                 continue
             text, first = self.pieces[self.piece]
-            taken.append((first, text))
+            taken.append((text, first))
             self.taken.append((self.position, self.piece))
             chars += len(text)
             self.piece += 1
@@ -118,7 +128,7 @@ class Lane:
         unit, empty = self.sequence[self.position], self.sequence.empty
         pieces = []
         place = unit.path, unit.group, unit.start, unit.stop, unit.stamp, self.sequence.kept
-        for text in () if unit in empty else read_texts(*place):
+        for text in [] if unit in empty else read_texts(*place):
             if not text:
                 self.skipped_documents += 1
                 continue
@@ -136,16 +146,16 @@ class Lane:
         offset, self.skip = self.skip, 0  # only the first piece after a resume is begun in its middle
         tokens = tokens[offset:]
         if len(tokens):
-            self.tokens.append([position, piece, offset, tokens])
+            self.parts.append(Part(position, piece, offset, tokens))
             self.available += len(tokens)
 
     def fill(self, row):
         """Copy the next T + 1 tokens into `row` (T + 1,)."""
         filled = 0
-        for _, _, _, tokens in self.tokens:
-            part = tokens[: len(row) - filled]
-            row[filled : filled + len(part)] = part
-            filled += len(part)
+        for part in self.parts:
+            tokens = part.tokens[: len(row) - filled]
+            row[filled : filled + len(tokens)] = tokens
+            filled += len(tokens)
             if filled == len(row):
                 return
         raise AssertionError(f"lane has {self.available} tokens of {len(row)}")
@@ -154,18 +164,18 @@ class Lane:
         """Step over `count` tokens; at least one must stay."""
         self.available -= count
         while count:
-            front = self.tokens[0]
-            used = min(count, len(front[3]))
-            front[2] += used
-            front[3] = front[3][used:]
+            front = self.parts[0]
+            used = min(count, len(front.tokens))
+            front.offset += used
+            front.tokens = front.tokens[used:]
             count -= used
-            if not len(front[3]):
-                self.tokens.popleft()
+            if not len(front.tokens):
+                self.parts.popleft()
 
     def state(self):
         """(sequence position, piece, token offset) of the first token not yet used."""
-        if self.tokens:
-            return tuple(self.tokens[0][:3])
+        if self.parts:
+            return self.parts[0].position, self.parts[0].piece, self.parts[0].offset
         return *(self.taken[0] if self.taken else (self.position, self.piece)), self.skip
 
 
@@ -206,6 +216,7 @@ class RowReader:
         self._begun = {}  # the lanes that were read from so far, in order
         self._workers = ThreadPoolExecutor(threads)
         shared = math.gcd(world_size, lanes)
+        self._counts_documents = rank < shared  # the first of the ranks that read these lanes
         self.lanes = {
             lane: Lane(sequence, lane, lanes, tuple(state["lanes"][str(lane)]) if state else None)
             for lane in range(rank % shared, lanes, shared)
@@ -250,11 +261,11 @@ class RowReader:
         lane.encoding = self._workers.submit(self._encode, lane.take_texts(num_tokens - lane.available))
 
     def _encode(self, taken):
-        """The token arrays of (whether it begins a document, text)s. Runs in a worker thread."""
-        encoded = self.tokenizer.encode_batch([text for _, text in taken])
+        """The token arrays of what `Lane.take_texts` gave. Runs in a worker thread."""
+        encoded = self.tokenizer.encode_batch([text for text, _ in taken])
         return [
             np.array([self.tokenizer.bos, *ids] if first else ids, dtype=np.int32)
-            for (first, _), ids in zip(taken, encoded, strict=True)
+            for (_, first), ids in zip(taken, encoded, strict=True)
         ]
 
     def _collect(self, lane):
@@ -275,8 +286,10 @@ class RowReader:
 
     @property
     def skipped_documents(self):
-        """How many null or empty documents were left out so far (of what is tokenized)."""
-        return sum(lane.skipped_documents for lane in self.lanes.values())
+        """How many null or empty documents were left out so far (of what is tokenized), told by one of the ranks that
+        read the same lanes; the others say 0.
+        """
+        return sum(lane.skipped_documents for lane in self.lanes.values()) if self._counts_documents else 0
 
 
 class DataLoader:
@@ -353,21 +366,49 @@ class DataLoader:
         self.close()
 
 
-def validation_rows(path, tokenizer, seq_len, num_tokens):
-    """(N, T + 1) int32: the first num_tokens // T rows of a shard read in order, fewer if it ends. The same for every
-    rank count.
+class LookAhead:
+    """The batches, with the next one already here: its state is where a resume begins.
 
-    Raises DataError if the shard holds less than one row.
+    After an error the last batch comes again, so that this rank takes part in the step in which all ranks learn of it.
+    """
+
+    def __init__(self, loader):
+        self.loader, self.error = loader, None
+        self.next = next(loader)
+
+    def take(self):
+        """The batch to train on now."""
+        now = self.next
+        try:
+            self.next = next(self.loader)
+        except DataError as error:
+            self.error = error
+        return now
+
+    def raise_error(self):
+        """Raise what went wrong on this rank, if anything did."""
+        if self.error:
+            raise self.error
+
+
+def packed_rows(paths, tokenizer, seq_len, num_tokens):
+    """(N, T + 1) int32: the first num_tokens // T rows of shards read in order, fewer if they end, to evaluate on. The
+    same for every rank count.
+
+    Raises DataError if the shards hold less than one row.
     """
     stream, total, goal = [], 0, num_tokens // seq_len * seq_len + 1
-    batches = _few_at_a_time(path)
+    batches = _few_at_a_time(paths)
     while total < goal and (some := next(batches, None)):
         for ids in tokenizer.encode_batch(some):
             stream.append(np.array([tokenizer.bos, *ids], dtype=np.int32))
             total += len(stream[-1])
     count = min((total - 1) // seq_len, num_tokens // seq_len)
     if count < 1:
-        raise DataError(f"{path} holds {total} tokens, less than one row of {seq_len + 1}: use a shorter --max-seq-len")
+        holds = f"{paths[0]} holds" if len(paths) == 1 else f"the {len(paths)} train shards in {paths[0].parent} hold"
+        raise DataError(
+            f"{holds} {total} tokens, less than one row of {seq_len + 1}: train with a shorter --max-seq-len"
+        )
     tokens = np.concatenate(stream)
     starts = np.arange(count)[:, None] * seq_len
     rows = tokens[starts + np.arange(seq_len + 1)]
@@ -375,12 +416,12 @@ def validation_rows(path, tokenizer, seq_len, num_tokens):
     return rows
 
 
-def _few_at_a_time(path):
-    """Yield lists of the texts of a shard, of 64 or of a million characters: a row group, or 64 texts, may be far more
+def _few_at_a_time(paths):
+    """Yield lists of the texts of shards, of 64 or of a million characters: a row group, or 64 texts, may be far more
     than is needed.
     """
     some, chars = [], 0
-    for text in itertools.chain.from_iterable(row_groups([path])):
+    for text in itertools.chain.from_iterable(row_groups(paths)):
         some.append(text)
         chars += len(text)
         if len(some) == 64 or chars >= 1_000_000:
@@ -397,7 +438,7 @@ def validation_documents(path, tokenizer, num_bytes):
     Raises DataError if there is none.
     """
     found, total = [], 0
-    batches = _few_at_a_time(path)
+    batches = _few_at_a_time([path])
     while total < num_bytes and (some := next(batches, None)):
         for text, ids in zip(some, tokenizer.encode_batch(some), strict=True):
             if total < num_bytes:

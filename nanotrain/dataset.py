@@ -28,7 +28,8 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from nanotrain import config, corpus, download, errors, paths
-from nanotrain.errors import DataError, UserError
+from nanotrain.errors import DataError, UserError, first_line
+from nanotrain.files import atomic_file, file_sha256, new_folder, write_json
 
 # --- which data
 DATASET = ""  # stdlib, fineweb-edu or climbmix
@@ -140,7 +141,7 @@ def open_shard(path, size=None):
             leaves = [details.schema.column(leaf).path for leaf in range(details.num_columns)]
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{path} is not a readable parquet file ({found} bytes, {_first_line(error)}): delete it and get it again"
+            f"{path} is not a readable parquet file ({found} bytes, {first_line(error)}): delete it and get it again"
         ) from None
     if "text" not in schema.names:
         raise DataError(f"{path} has no column 'text', only: {', '.join(schema.names) or 'none'}")
@@ -180,7 +181,7 @@ def read_texts(path, group, start=0, stop=None, stamp=None, kept=None):
         raise DataError(f"{path}, row group {group}, row {row}: the text is not UTF-8; make this shard again") from None
     except (pa.ArrowException, OSError, KeyError) as error:  # KeyError: another file is there now, without the column
         raise DataError(
-            f"{path}, row group {group}, cannot be read ({_first_line(error)}): delete the file and get it again"
+            f"{path}, row group {group}, cannot be read ({first_line(error)}): delete the file and get it again"
         ) from None
 
 
@@ -251,7 +252,7 @@ def read_manifest(folder):
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is broken ({_first_line(error)}): prepare this data set again") from None
+        raise DataError(f"{path} is broken ({first_line(error)}): prepare this data set again") from None
 
 
 def write_manifest(folder, dataset, validation, hashes=()):
@@ -259,7 +260,7 @@ def write_manifest(folder, dataset, validation, hashes=()):
 
     hashes: {name: SHA-256} of files that are known already; the others are hashed.
     """
-    _write_json(folder / MANIFEST, _manifest(folder, dataset, validation, hashes))
+    write_json(folder / MANIFEST, _manifest(folder, dataset, validation, hashes))
 
 
 def _manifest(folder, dataset, validation, hashes):
@@ -269,11 +270,6 @@ def _manifest(folder, dataset, validation, hashes):
         rows = sum(open_shard(path).group_rows)
         shards.append({"name": path.name, "bytes": path.stat().st_size, "sha256": digest, "rows": rows})
     return {"dataset": dataset, "validation": validation, "shards": shards}
-
-
-def _write_json(path, value):
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def verify(folder):
@@ -297,78 +293,7 @@ def verify(folder):
     return bad + [f"{name} is not in the manifest" for name in extra]
 
 
-def file_sha256(path):
-    """The SHA-256 of a file, in hex."""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-class atomic_file:
-    """`with atomic_file(path) as temporary:` write to `temporary`; it becomes `path` at the end, or vanishes on an
-    error.
-    """
-
-    def __init__(self, path):
-        self.path = Path(path)
-        self.temporary = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.part")
-
-    def __enter__(self):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        return self.temporary
-
-    def __exit__(self, kind, error, trace):
-        if kind is None:
-            os.replace(self.temporary, self.path)
-        else:
-            self.temporary.unlink(missing_ok=True)
-
-
 # ---- preparing a data set ----
-
-
-@contextlib.contextmanager
-def new_folder(folder, may_replace=lambda folder: False):
-    """`with new_folder(path) as temporary:` fill it; at the end it becomes `path`, or vanishes on an error.
-
-    What is there already is replaced if it is an empty folder, or if `may_replace(path)`; else UserError, at once or
-    at the end.
-    """
-
-    def check():
-        if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or may_replace(folder))):
-            raise UserError(f"{folder} holds files that would be lost: choose another name, or move them away")
-
-    check()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    own = re.compile(rf"\.(tmp|old)-{re.escape(folder.name)}-[0-9a-f]{{32}}")
-    for left in folder.parent.iterdir():
-        if own.fullmatch(left.name) and time.time() - _newest(left) > download.STALE_SECONDS:
-            shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
-    temporary = folder.parent / f".tmp-{folder.name}-{uuid.uuid4().hex}"
-    temporary.mkdir()
-    try:
-        yield temporary
-        check()
-        old = folder.parent / f".old-{folder.name}-{uuid.uuid4().hex}"
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _newest(folder):
-    """The time of the newest change in a folder that another process may be filling or removing."""
-    times = []
-    for parent, _, names in os.walk(folder):  # which passes over what has just gone
-        for path in (Path(parent), *(Path(parent, name) for name in names)):
-            with contextlib.suppress(OSError):
-                times.append(path.stat().st_mtime)
-    return max(times, default=0.0)
 
 
 def _is_prepared(folder):
@@ -477,7 +402,7 @@ def fetch(name, source, train_shards, folder, clock=None):
         print(f"{download.host_of(base)}, about {known / 1e9:.2f} GB, into {folder}", flush=True)
         if known > shutil.disk_usage(folder).free:
             raise DataError(download.full_disk(folder, known))
-        _write_json(folder / MANIFEST, _manifest(folder, name, validation, {**own, **good}))  # pins it from here on
+        write_json(folder / MANIFEST, _manifest(folder, name, validation, {**own, **good}))  # pins it from here on
         seconds = 0.1 if sys.stderr.isatty() else 30  # between updates: a log file needs fewer
         with tqdm(
             None, "download", int(known), unit="B", unit_scale=True, disable=not items, mininterval=seconds
@@ -511,7 +436,7 @@ def _checked_entries(manifest):
                 raise ValueError(entry)
         return manifest["shards"]
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"the host's {MANIFEST} is broken: {_first_line(error)!r}") from None
+        raise DataError(f"the host's {MANIFEST} is broken: {first_line(error)!r}") from None
 
 
 def _own_hashes(folder):
@@ -561,11 +486,7 @@ def _read_checked(folder):
 def _remember(folder, hashes):
     """Note these hashes together with size, time and inode of each file, beside those noted before."""
     noted = {name: (_stamp(folder / name), digest) for name, digest in hashes.items()}
-    _write_json(folder / CHECKED, {**_read_checked(folder), **noted})
-
-
-def _first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    write_json(folder / CHECKED, {**_read_checked(folder), **noted})
 
 
 def main():

@@ -26,6 +26,7 @@ from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
 from nanotrain.errors import DataError, UserError
+from nanotrain.files import STALE_SECONDS
 
 ATTEMPTS = 5  # for one file
 WRONG_CONTENT_ATTEMPTS = 2
@@ -36,7 +37,6 @@ MAX_SERVER_PAUSE_SECONDS = 15 * 60.0
 SLOW_BYTES_PER_SECOND, SLOW_SECONDS = 10_000, 60.0
 BLOCK_BYTES = 1 << 18
 MAX_REDIRECTS = 5
-STALE_SECONDS = 3600.0
 NOT_TRIED = "not tried"
 TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

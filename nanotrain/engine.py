@@ -17,9 +17,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+PROMPTS = ("import os\n", "def __init__(self", "class", "The", "If the")  # of samples
+
 
 def context_length(length, max_seq_len):
-    """How many of its last tokens the model sees of a text of `length` tokens; of nothing else than its length, so that
+    """How many of its last tokens the model sees of a text of `length` tokens. It depends on the length alone, so that
     a text goes on in the same way wherever its prompt ended.
     """
     if length <= max_seq_len:
@@ -139,6 +141,13 @@ class NewTokensOfLayer:
         if not new.windows:
             return k, v, None
         return *new.windows[2 * self.layer : 2 * self.layer + 2], new.mask
+
+
+def samples(model, tokenizer, num_tokens):
+    """Yield (prompt, continuation) of PROMPTS, texts of at most `num_tokens` tokens that end with their document."""
+    for prompt in PROMPTS:
+        tokens = generate(model, [tokenizer.bos, *tokenizer.encode(prompt)], num_tokens, stop=(tokenizer.bos,))
+        yield prompt, tokenizer.decode(list(tokens))
 
 
 def generate(model, tokens, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, seed=0, stop=()):

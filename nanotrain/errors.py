@@ -73,6 +73,11 @@ class Terminated(KeyboardInterrupt):
     """
 
 
+def first_line(error):
+    """The first line of what any exception says, at most 160 characters; the name of its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+
+
 def run(*functions):
     """Call `functions` in turn and end the process the way every nanotrain program ends."""
     signal.signal(signal.SIGTERM, _interrupt)

@@ -198,6 +198,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self, seed):
         """Set every parameter and buffer. The same seed gives the same CPU weights whatever the device."""
+        self.init_buffers()
         generator = torch.Generator().manual_seed(seed)
 
         def uniform(parameter, std):
@@ -231,6 +232,10 @@ class GPT(nn.Module):
                 block.x0_scale.fill_(0.20 - 0.15 * place)
         if not self.config.plain:
             self.backout_scale.fill_(0.2)
+
+    @torch.no_grad()
+    def init_buffers(self):
+        """Set the cosines and sines of the rotation, which no checkpoint holds."""
         half = self.config.head_dim // 2
         frequencies = ROPE_BASE ** (-torch.arange(half, dtype=torch.float64) / half)
         angles = torch.arange(self.config.max_seq_len, dtype=torch.float64)[:, None] * frequencies
@@ -254,7 +259,8 @@ class GPT(nn.Module):
     def hidden(self, tokens, cached=None):
         """(B, T) int64 -> (B, T, C), the normed input of the head.
 
-        cached: where these tokens go in an engine.KVCache, which has what comes before them; None: they begin a row.
+        cached: the engine.NewTokens that say where these go in a KVCache, which has what comes before them; None: they
+        begin a row.
         """
         T = tokens.size(1)
         if T > self.config.max_seq_len:
@@ -308,6 +314,7 @@ class GPT(nn.Module):
 
 
 def _role(name):
+    """The first of these parts that a parameter's name has decides."""
     for part, role in (
         ("value_embeddings", "value_embedding"),
         ("bigram_embedding", "bigram_embedding"),

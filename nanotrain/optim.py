@@ -202,7 +202,8 @@ class AdamW(SharedOptimizer):
     def update(self, parameters, group):
         """Update this rank's elements of `parameters` by the settings of their group."""
         if parameters:
-            # one tensor, made on the device: to bring a number there would wait for it
+            # The kernel adds 1: it counts this update itself. One tensor, made on the device: to bring a number there
+            # would wait for it.
             steps = torch.full((len(parameters),), float(self.updates), device=parameters[0].device)
             adamw(
                 [parameter.view(-1)[slice(*self.own(parameter))] for parameter in parameters],

@@ -18,6 +18,7 @@ from nanotrain import config, dataset, errors, paths
 from nanotrain import report_page as page
 from nanotrain import report_pictures as pictures
 from nanotrain.errors import UserError
+from nanotrain.files import atomic_file
 from nanotrain.report_data import core_of, dig, evaluated_step, number, objects, read_run, spread
 
 # --- settings
@@ -48,7 +49,7 @@ def write(run_dirs, out=""):
     files = {f"{name}.png": png for name, png in drawn.items()}
     files |= {"report.md": page.markdown_of(report).encode(), "report.html": page.html_of(report).encode()}
     for name, content in files.items():
-        with dataset.atomic_file(folder / name) as temporary:
+        with atomic_file(folder / name) as temporary:
             temporary.write_bytes(content)
     return folder / "report.html", complaints
 

@@ -34,11 +34,11 @@ MESSAGE_BYTES = 2**26  # up to which tensors are sent together: long enough for 
 PEAK_FLOPS = {
     "GB200": 2.5e15,
     "B200": 2.25e15,
+    "GH200": 989e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
-    "GH200": 989e12,
     "A100": 312e12,
     "A800": 312e12,
     "L40S": 362e12,
@@ -64,6 +64,11 @@ class Runtime:
     def is_main(self):
         """True on rank 0, which alone prints, logs and writes."""
         return self.rank == 0
+
+    def say(self, text):
+        """Print `text` on rank 0."""
+        if self.is_main:
+            print(text, flush=True)
 
     def autocast(self):
         """The context in which the model's matrix products run in `dtype`; does nothing for float32."""
@@ -475,7 +480,7 @@ def matmul_flops(device, dtype, seconds=0.2):
     return 2 * rows * inner * columns / statistics.median(times)
 
 
-def training_flops(device, dtype, seconds=0.1):
+def training_flops_per_second(device, dtype, seconds=0.1):
     """The median FLOP/s of the forward and backward pass of one plain transformer layer of width 256 (1,024 on CUDA)
     on 2,048 tokens (16,384), eager, measured for about `seconds`.
 

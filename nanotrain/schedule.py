@@ -7,8 +7,8 @@ import math
 
 MOMENTUM_START, MOMENTUM_PEAK, MOMENTUM_END = 0.85, 0.95, 0.90
 MOMENTUM_WARMUP = 0.30
-BATCH_RAMP = ((0.10, 0.25), (0.22, 0.5))  # up to this progress so large a share of the batch
-BATCH_PARTS = 4  # equal ones, of which those shares are whole numbers
+BATCH_RAMP = ((0.10, 0.25), (0.22, 0.5))  # (until this progress, this share of the batch)
+BATCH_PARTS = 4  # the shares are whole multiples of 1 / BATCH_PARTS
 
 
 def progress(step, num_steps, from_step=0, from_progress=0.0):

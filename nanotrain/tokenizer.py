@@ -5,12 +5,12 @@ merges.
 """
 
 import hashlib
-import uuid
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from nanotrain.errors import DataError, UserError
+from nanotrain.files import atomic_file
 
 BOS = "<|bos|>"
 FILE_NAME = "tokenizer.json"
@@ -79,11 +79,8 @@ class BPETokenizer:
 
     def save(self, folder):
         """Write `tokenizer.json` into `folder`, whole or not at all."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{FILE_NAME}.{uuid.uuid4().hex}.part"  # another process may save one too
-        temporary.write_text(self.to_json(), encoding="utf-8")
-        temporary.replace(folder / FILE_NAME)
+        with atomic_file(Path(folder) / FILE_NAME) as temporary:  # another process may save one too
+            temporary.write_text(self.to_json(), encoding="utf-8")
 
     def to_json(self):
         """The text of `tokenizer.json`: of a loaded one as it was read, whatever this version of the library writes."""

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from nanotrain import dataset, paths
-from nanotrain.errors import CheckpointError, UserError
+from nanotrain.errors import CheckpointError, UserError, first_line
 
 PREFIX = "wandb:"
 START_SECONDS = 20.0  # for wandb to answer, before it goes offline
@@ -152,12 +152,12 @@ class WandbRun:
                 except Exception as error:
                     failures += 1
                     what = "is off from here" if failures == MAX_FAILURES else "did not take something"
-                    self._say(f"wandb {what}: {_first_line(error)}")
+                    self._say(f"wandb {what}: {type(error).__name__}: {first_line(error)}")
         if run is not None:
             try:
                 run.finish(exit_code=self._exit_code)
             except Exception as error:
-                self._say(f"wandb did not end well: {_first_line(error)}")
+                self._say(f"wandb did not end well: {type(error).__name__}: {first_line(error)}")
 
     def _start(self, mode):
         """(wandb, run), online if it can be and offline if not; (None, None) if it does not work at all."""
@@ -185,7 +185,7 @@ class WandbRun:
                 self._say(f"wandb: {where}")
                 return wandb, run
             except Exception as error:
-                self._say(f"wandb {attempt} does not work: {_first_line(error)}")
+                self._say(f"wandb {attempt} does not work: {type(error).__name__}: {first_line(error)}")
                 with contextlib.suppress(Exception):
                     wandb.teardown()  # which still holds the id
         return None, None
@@ -211,7 +211,9 @@ def fetch(reference, folder, api=None):
     except UserError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{reference}: wandb does not give it: {_first_line(error)}") from None
+        raise CheckpointError(
+            f"{reference}: wandb does not give it: {type(error).__name__}: {first_line(error)}"
+        ) from None
     return target
 
 
@@ -233,7 +235,3 @@ def _hardest(tokens):
     """The most expensive tokens of a text in words, the worst first."""
     worst = sorted(tokens, key=lambda token: -token[1])[:HARDEST_TOKENS]
     return ", ".join(f"{text!r} {bits:.1f}" for text, bits in worst)
-
-
-def _first_line(error):
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"

@@ -7,7 +7,6 @@ The result also goes into `evaluation.json` in the run's folder, and into the ru
 """
 
 import contextlib
-import json
 
 from tqdm import tqdm
 
@@ -24,8 +23,9 @@ from nanotrain import (
     report,
     runtime,
 )
-from nanotrain.engine import generate
+from nanotrain.engine import samples
 from nanotrain.errors import UserError
+from nanotrain.files import write_json
 
 # --- settings
 RUN_NAME = ""  # folder under NANOTRAIN_DIR/runs; empty: the run that was saved last
@@ -44,8 +44,6 @@ SAMPLE_TOKENS = 96  # of each sample
 REPORT = True  # write the run's report anew
 # ------------
 
-PROMPTS = ("import os\n", "def __init__(self", "class", "The", "If the")
-
 
 def main():
     for name, least in (("DEVICE_BATCH_SIZE", 1), ("EVAL_DOCUMENT_BYTES", 0), ("CORE_MAX_PER_TASK", 0)):
@@ -57,35 +55,33 @@ def main():
     model, tokenizer, meta = rt.together(lambda: checkpoint.load_model(run_dir, rt.device, BEST, STEP))
     shards = rt.together(lambda: dataset.open_shards(paths.data_dir(DATA_DIR or meta["data_dir"])))
     same_data = rt.on_main(lambda: dataset.fingerprint(shards)) == meta["data"]
-    say(rt, f"{run_dir}, step {meta['step']}{'' if same_data else ', on other data than it was trained on'}")
+    rt.say(f"{run_dir}, step {meta['step']}{'' if same_data else ', on other data than it was trained on'}")
     if EVAL_TOKENS < model.config.max_seq_len:
         least = f"less than one row of this model, which has {model.config.max_seq_len}"
         raise UserError(f"--eval-tokens={EVAL_TOKENS}: {least}")
-    bundle = CORE and core_bundle.obtain(
-        CORE_BUNDLE, paths.core_dir(), rt, CORE_MAX_PER_TASK, lambda line: say(rt, line)
-    )
+    bundle = CORE and core_bundle.obtain(CORE_BUNDLE, paths.core_dir(), rt, CORE_MAX_PER_TASK, rt.say)
     result = {"step": meta["step"], "tokens": meta["loader"]["row"] * model.config.max_seq_len}
     result |= text_bits_per_byte(rt, model, tokenizer, shards)
     if bundle:
         result["core"] = core(rt, model, tokenizer, bundle)
     if rt.is_main:
-        result["samples"] = samples(model, tokenizer)
-        with dataset.atomic_file(run_dir / "evaluation.json") as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        result["samples"] = continuations(model, tokenizer)
+        write_json(run_dir / "evaluation.json", result)
         if REPORT:
-            say(rt, report.attempt(run_dir))
+            rt.say(report.attempt(run_dir))
     rt.close()
 
 
 def text_bits_per_byte(rt, model, tokenizer, shards):
     """{train_bpb, val_bpb, doc_bpb} of rows of train and validation text and of whole validation documents."""
     seq_len, token_bytes, found = model.config.max_seq_len, tokenizer.token_bytes(), {}
-    for split, path in (("train", shards.train[0].path), ("val", shards.validation.path)):
-        rows = rt.together(lambda path=path: dataloader.validation_rows(path, tokenizer, seq_len, EVAL_TOKENS))
+    for split, part in (("train", shards.train), ("val", (shards.validation,))):
+        files = [shard.path for shard in part]
+        rows = rt.together(lambda files=files: dataloader.packed_rows(files, tokenizer, seq_len, EVAL_TOKENS))
         with progress(rt, split, len(rows)) as done:
             bpb = loss_eval.bits_per_byte(model, rows, token_bytes, rt, DEVICE_BATCH_SIZE, done)
         found[f"{split}_bpb"] = bpb
-        say(rt, f"{split:<5} bpb {bpb:.4f} on {rows[:, 1:].size:,} tokens")
+        rt.say(f"{split:<5} bpb {bpb:.4f} on {rows[:, 1:].size:,} tokens")
     if EVAL_DOCUMENT_BYTES:
         path = shards.validation.path
         documents = rt.together(lambda: dataloader.validation_documents(path, tokenizer, EVAL_DOCUMENT_BYTES))
@@ -93,7 +89,7 @@ def text_bits_per_byte(rt, model, tokenizer, shards):
         with progress(rt, "documents", len(windows)) as done:
             bpb = loss_eval.document_bits_per_byte(model, windows, token_bytes, rt, DEVICE_BATCH_SIZE, done)
         found["doc_bpb"] = bpb
-        say(rt, f"doc   bpb {bpb:.4f} on {len(documents):,} whole validation documents")
+        rt.say(f"doc   bpb {bpb:.4f} on {len(documents):,} whole validation documents")
     return found
 
 
@@ -101,8 +97,8 @@ def core(rt, model, tokenizer, bundle):
     """The scores on the tasks of a bundle, as `core_eval.summary` has them."""
     with progress(rt, "tasks", sum(len(task.items) for task in bundle.tasks)) as done:
         scores = core_eval.evaluate(model, tokenizer, bundle.tasks, rt, DEVICE_BATCH_SIZE, done)
-    say(rt, core_eval.table(scores))
-    say(rt, core_eval.headline(bundle, scores))
+    rt.say(core_eval.table(scores))
+    rt.say(core_eval.headline(bundle, scores))
     return {**core_eval.summary(bundle, scores), "max_per_task": CORE_MAX_PER_TASK}
 
 
@@ -114,17 +110,11 @@ def progress(rt, description, count):
         yield bar.update
 
 
-def say(rt, text):
-    if rt.is_main:
-        print(text, flush=True)
-
-
-def samples(model, tokenizer):
-    """[prompt and continuation] for each of PROMPTS, printed as they come."""
+def continuations(model, tokenizer):
+    """[prompt and continuation] for a few prompts, printed as they come."""
     found = []
-    for prompt in PROMPTS:
-        tokens = list(generate(model, [tokenizer.bos, *tokenizer.encode(prompt)], SAMPLE_TOKENS, stop=(tokenizer.bos,)))
-        found.append(prompt + tokenizer.decode(tokens))
+    for prompt, text in samples(model, tokenizer, SAMPLE_TOKENS):
+        found.append(prompt + text)
         print(f"---- sample\n{found[-1]}")
     return found
 

@@ -8,7 +8,6 @@ Without a horizon it trains --target-param-data-ratio tokens per weight. Ctrl-C 
 """
 
 import contextlib
-import json
 import math
 import os
 import statistics
@@ -27,20 +26,23 @@ from nanotrain import (
     dataset,
     errors,
     guard,
-    loss,
     loss_eval,
+    memory,
     optim,
     paths,
     report,
+    resume,
     runtime,
     scaling,
     schedule,
     spectral,
     wandb_run,
 )
-from nanotrain.engine import generate
-from nanotrain.errors import CheckpointError, DataError, MemoryLimitError, NonFiniteError, PeerError, UserError
+from nanotrain.engine import samples
+from nanotrain.errors import CheckpointError, MemoryLimitError, NonFiniteError, PeerError, UserError
+from nanotrain.files import write_json
 from nanotrain.gpt import GPTConfig
+from nanotrain.loss import chunk_rows
 from nanotrain.tokenizer import BPETokenizer
 from nanotrain.tracker import Tracker
 
@@ -60,21 +62,21 @@ SEED = 1337  # of the weights and of the order of the data
 # --- data
 DATA_DIR = ""  # folder of shards; empty: the only data set in NANOTRAIN_DIR/data
 TOKENIZER_DIR = ""  # folder of tokenizer.json; empty: NANOTRAIN_DIR/tokenizer
-MAX_SEQ_LEN = 0  # tokens of a row; 0: as suit the width
+MAX_SEQ_LEN = 0  # tokens of a row; 0: chosen by the width
 LANES = 48  # streams that the rows are taken from in turn
 # --- model
-DEPTH = 0  # layers; 0: as suit a horizon by minutes or operations, else 4
+DEPTH = 0  # layers; 0: chosen by the horizon in minutes or operations, else 4
 ASPECT_RATIO = 0  # width per layer; 0: 64, and a width of at least 256
 HEAD_DIM = 128  # the width is rounded up to whole heads
 BIGRAM_ROWS = 65536  # of the hashed table of token pairs; 0: no table
 PLAIN = False  # only what transformers' own NanoChat class has, so no table of pairs either: for scripts.export_hf
-SPECTRAL_TOKENS = 2_000_000  # whose pairs embedding and head start from (vocabularies to 16,384); at most 5 x the run's
+SPECTRAL_TOKENS = 2_000_000  # whose pairs set the first embedding and head (vocabularies to 16,384); 0: random ones
 # --- horizon: at most one of the first three
 NUM_ITERATIONS = 0  # optimizer steps
 TARGET_FLOPS = 0.0  # floating-point operations
 TARGET_MINUTES = 0.0  # from process start to the last save
-EVALUATIONS_AFTER = 0.0  # for which TARGET_MINUTES leaves time after the run, each of EVAL_TOKENS
-TARGET_PARAM_DATA_RATIO = 10.0  # training tokens per matrix and head weight, if none of the others is set
+EVALUATIONS_AFTER = 0.0  # of EVAL_TOKENS each, for which TARGET_MINUTES leaves time after the run
+TARGET_PARAM_DATA_RATIO = 10.0  # training tokens per matrix and head weight, where none of the others is set
 # --- batch
 TOTAL_BATCH_SIZE = 0  # tokens of one optimizer step; 0: by the plan
 BATCH_RAMP = False  # begin with a quarter of the micro-steps, then half of them
@@ -89,7 +91,7 @@ WEIGHT_DECAY = 0.0  # of the matrices, at the start; it falls to zero
 GRAD_CLIP = 0.0  # largest norm of the gradient; 0: not clipped
 SCHEDULE = "trapezoid"  # trapezoid, cosine or linear
 WARMUP_RATIO = 0.04  # share of the run in which the learning rate rises
-WARMDOWN_RATIO = 0.65  # share of the run in which it falls (trapezoid)
+WARMDOWN_RATIO = 0.65  # share of the run in which it falls (trapezoid), and Muon's momentum a little
 FINAL_LR_FRAC = 0.03  # where it ends, as a share of its peak
 # --- evaluation and saving: every so many steps and at the last; 0: never
 EVAL_EVERY = 250  # bits per byte on validation rows
@@ -130,28 +132,31 @@ FREE = (
 )  # fmt: skip
 
 REFIT_PROGRESS = 0.25  # with TARGET_MINUTES the number of steps is corrected once here, where the learning rate is flat
+STEP_PER_PASSES = 1.25  # until steps have been timed: a step takes so many times its forward and backward passes
+# TARGET_MINUTES leaves time for evaluations that are so much slower than the last, and for the last save
+SLOWER_LATER, LAST_SAVE_SECONDS = 1.1, 1.0
 # TARGET_MINUTES below which eager code makes more steps: compiling takes 10 to 25 s of a CPU, and in float32, where the
 # products take most of the time, it saves little of a step (dev/LOG.md)
 COMPILE_MINUTES = {torch.float32: 2.0, torch.bfloat16: 0.6, torch.float16: 0.6}
-SPECTRAL_RUNS = 5  # times the tokens of the run are the most that its start is made of
+SPECTRAL_RUNS = 5  # SPECTRAL_TOKENS is at most so many times the tokens of the run
 DEFAULT_DEPTH = 4
 DEFAULT_ROWS = 16  # of a forward pass
-SLOW_SECONDS = 1800.0  # without progress in which a rank is taken to hang: at the start, evaluating, sampling, saving
-STEP_SECONDS, SLOW_STEP_FACTOR = 120.0, 20.0  # and in a step: this, or so many times a usual step if that is more
+SLOW_SECONDS = 1800.0  # without progress after which a rank counts as hung, outside of steps
+STEP_SECONDS, SLOW_STEP_FACTOR = 120.0, 20.0  # and in a step: this, or so many times the median step if that is more
 DRIFT_EVERY = 500  # steps between comparisons of the weights of all ranks
 FAILED_SAVES_LIMIT = 3  # in a row
-PROMPTS = ("import os\n", "def __init__(self", "The", "If the")
+SAMPLE_TOKENS = 48  # of a continuation
 
 
 @dataclass
 class Run:
     """What changes as a run goes on; a checkpoint keeps all of it."""
 
-    num_steps: int
-    horizon_fixed: bool  # False until a run by TARGET_MINUTES has corrected num_steps
+    num_steps: int = 0
+    horizon_fixed: bool = False  # until a run by TARGET_MINUTES has corrected num_steps
     step: int = 0  # finished optimizer steps
-    corrected_step: int = 0  # after which num_steps was corrected, and how far the run was there
-    corrected_progress: float = 0.0
+    corrected_step: int = 0  # after which num_steps was last corrected
+    corrected_progress: float = 0.0  # the progress there, in [0, 1]
     seconds: float = 0.0  # that earlier processes spent on this run
     skipped_steps: int = 0
     skipped_recently: list = field(default_factory=list)  # the last of them
@@ -166,6 +171,19 @@ class Run:
     goal_bpb: float | None = None  # what the next evaluation must beat, for early stopping
     stale_evaluations: int = 0  # in a row that did not
     wandb_id: str | None = None
+
+    def progress(self, step):
+        """The progress in (0, 1) at a step of this run."""
+        return schedule.progress(step, self.num_steps, self.corrected_step, self.corrected_progress)
+
+    def correct(self, num_steps, progress):
+        """Give the run `num_steps`, and spread what is left of its progress over those to come."""
+        self.num_steps, self.corrected_step, self.corrected_progress = num_steps, self.step, progress
+
+    def correction_is_due(self):
+        """Whether so many steps have been timed that the number of all of them can be corrected."""
+        begun, planned = self.step - self.corrected_step, self.num_steps - self.corrected_step
+        return not self.horizon_fixed and begun >= REFIT_PROGRESS * planned
 
 
 def main():
@@ -185,15 +203,19 @@ def pretrain(rt, stop, watchdog):
     # ---- data, and the checkpoint to go on from ----
     tokenizer = BPETokenizer.load(paths.tokenizer_dir(TOKENIZER_DIR))
     shards = rt.together(lambda: dataset.open_shards(paths.data_dir(DATA_DIR)))
-    check_nodes(rt, tokenizer, shards)
+    resume.check_nodes(rt, tokenizer, shards)
     data = rt.on_main(lambda: dataset.fingerprint(shards))
-    saved, model_tensors, optimizer_tensors = load_checkpoint(rt, run_dir, run_name, tokenizer, data)
+    settings = config.settings(globals())
+    saved, model_tensors, optimizer_tensors = resume.load_checkpoint(rt, run_dir, run_name, RESUME)
+    if saved:
+        resume.check_same(saved, tokenizer, data, settings, IDENTITY, TRAJECTORY, ALLOW_CHANGE)
+        rt.say(f"resume     {run_name} at step {saved['step']}")
 
     # ---- the model's shape, and the plan ----
     environment = runtime.environment(rt)
     if saved:
-        warn_of_difference(rt, saved.get("environment", environment), environment)
-    speed = rt.broadcast(runtime.training_flops(rt.device, rt.dtype)) * scaling.EFFICIENCY * rt.world_size
+        resume.warn_of_difference(rt, saved.get("environment", environment), environment)
+    speed = rt.broadcast(runtime.training_flops_per_second(rt.device, rt.dtype)) * scaling.EFFICIENCY * rt.world_size
     if saved:
         model_config, reason = GPTConfig(**saved["model_config"]), "as before"
     else:
@@ -202,40 +224,41 @@ def pretrain(rt, stop, watchdog):
     if EVAL_TOKENS < seq_len:
         raise UserError(f"--eval-tokens={EVAL_TOKENS}: less than one row of {seq_len} tokens")
     validation = EVAL_EVERY and rt.together(
-        lambda: dataloader.validation_rows(shards.validation.path, tokenizer, seq_len, EVAL_TOKENS)
+        lambda: dataloader.packed_rows([shards.validation.path], tokenizer, seq_len, EVAL_TOKENS)
     )
-    settings = config.settings(globals())
     identity = {
         "model_config": model_config.to_dict(),
         "tokenizer_sha256": tokenizer.sha256(),
         "data": data,
         "settings": settings,
     }
-    first_weights = None if saved else load_first_weights(rt, identity)
+    first_weights = None
+    if INIT_FROM and not saved:
+        first_weights = resume.load_first_weights(rt, INIT_FROM, model_config, tokenizer)
     model = checkpoint.build_model(model_config, "meta")
     plan = make_plan(rt, model, saved, speed, DEVICE_BATCH_SIZE or DEFAULT_ROWS)
     if saved:
         run = Run(**{"assessed_step": saved["step"], **saved["run"]})  # which old checkpoints lack
         trained_tokens = saved["loader"]["row"] * seq_len
     else:
-        run, trained_tokens = Run(plan.num_steps, horizon_fixed=not TARGET_MINUTES), 0
+        run, trained_tokens = Run(), 0
     planned = (*HORIZON, "TOTAL_BATCH_SIZE", "BATCH_RAMP")
-    new_horizon = not saved or any(saved["settings"].get(name) != globals()[name] for name in planned)
+    new_horizon = not saved or any(resume.changed(saved, settings, name) for name in planned)
     if new_horizon:
-        run.corrected_step, run.corrected_progress = run.step, share_done(run, plan, trained_tokens)
-        run.num_steps = run.step + round((1 - run.corrected_progress) * plan.num_steps)
-        if TARGET_MINUTES:
-            run.num_steps = max(run.num_steps, run.step + 1)
+        progress = share_done(run, plan, trained_tokens)
+        steps_left = round((1 - progress) * plan.num_steps)
+        run.correct(run.step + (max(steps_left, 1) if TARGET_MINUTES else steps_left), progress)
         run.horizon_fixed = not TARGET_MINUTES
-    say(rt, describe(rt, plan, run, trained_tokens, model_config, reason, shards, tokenizer, run_dir))
-    if DRY_RUN or run.step >= run.num_steps:
-        if not DRY_RUN:
-            say(rt, f"nothing to do: the newest checkpoint of {run_name} is at step {run.step} of {run.num_steps}")
+    rt.say(describe(rt, plan, run, trained_tokens, model_config, reason, shards, tokenizer, run_dir))
+    if DRY_RUN:
+        return
+    if run.step >= run.num_steps:
+        rt.say(f"nothing to do: the newest checkpoint of {run_name} is at step {run.step} of {run.num_steps}")
+        if REPORT and rt.is_main:  # which a kill after the last save left out
+            rt.say(report.attempt(run_dir))
         return
 
-    bundle = CORE_METRIC_EVERY and core_bundle.obtain(
-        CORE_BUNDLE, paths.core_dir(), rt, CORE_MAX_PER_TASK, lambda line: say(rt, line)
-    )
+    bundle = CORE_METRIC_EVERY and core_bundle.obtain(CORE_BUNDLE, paths.core_dir(), rt, CORE_MAX_PER_TASK, rt.say)
     owner = rt.on_main(lambda: checkpoint.claim(run_dir))
     rt.on_main(lambda: tokenizer.save(run_dir))
 
@@ -243,7 +266,6 @@ def pretrain(rt, stop, watchdog):
     units = dataloader.units_of(shards.train, LANES)
     runtime.use_tokenizer_threads(False)  # the readers have threads of their own
     model = model.to_empty(device=rt.device)
-    model.init_weights(SEED)
     if GRAD_CHECKPOINT:
         model.checkpoint_activations()
     factor = scaling.width_factor(model_config.model_dim)
@@ -256,7 +278,7 @@ def pretrain(rt, stop, watchdog):
     muon_dtype = torch.bfloat16 if rt.dtype == torch.bfloat16 else torch.float32
     _, adamw, *_ = optimizers = optim.build(model.parameters_by_role(), rates, WEIGHT_DECAY, muon_dtype, rt)
     if rt.world_size > 1:
-        say(rt, describe_sharing(optim.footprint(optimizers, rt, plan.total_batch_size // rt.world_size)))
+        rt.say(describe_sharing(optim.footprint(optimizers, rt, plan.total_batch_size // rt.world_size)))
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
     if saved:
         checkpoint.load_weights(model, model_tensors)
@@ -266,17 +288,21 @@ def pretrain(rt, stop, watchdog):
             scaler.load_state_dict(saved["scaler"])
     elif first_weights:
         checkpoint.load_weights(model, first_weights)
-    elif SPECTRAL_TOKENS and tokenizer.vocab_size <= spectral.LARGEST_VOCABULARY:
-        rt.on_main(lambda: start_from_pairs(model, units, tokenizer, plan.tokens))
-        runtime.give_back_freed_memory()  # the counts of all pairs
+    else:
+        model.init_weights(SEED)
+        if SPECTRAL_TOKENS and tokenizer.vocab_size <= spectral.LARGEST_VOCABULARY:
+            # on rank 0 alone: DistributedDataParallel, below, hands what it has to the others
+            rt.on_main(lambda: start_from_pairs(model, units, tokenizer, plan.tokens))
+            runtime.give_back_freed_memory()  # the counts of all pairs
     del model_tensors, optimizer_tensors, first_weights  # else a resumed run would hold two copies of everything
     if rows_are_tried(rt):
         rows = rows_that_fit(rt, model, plan.device_rows * plan.accumulation // batch_parts())
         plan = make_plan(rt, model, saved, speed, rows)
-        say(rt, "\n".join([f"fits       {rows} rows", *describe_batch(rt, plan, model_config)]))
+        rt.say("\n".join([f"fits       {rows} rows", *describe_batch(rt, plan, model_config)]))
     record = {"plan": plan.to_dict(), "environment": environment, **identity, "defaults": config.defaults(__file__)}
     rt.on_main(lambda: write_json(run_dir / "config.json", record))
-    pass_seconds = warm_up(rt, model, plan.device_rows)
+    with within_memory(plan.device_rows):
+        pass_seconds = warm_up(rt, model, plan.device_rows)
     trained = model
     if rt.world_size > 1:
         sparse = list(model.parameters_by_role().get("bigram_embedding", {}))
@@ -297,14 +323,10 @@ def pretrain(rt, stop, watchdog):
         in_wandb.sources(run_dir, record, shards.folder.name)
         tracker.use_wandb(in_wandb, WANDB_LOG_EVERY)
     peak_flops = runtime.peak_flops(rt.device)
-    resumed_step = run.step if saved else None
+    saver = Saver(rt, run, run_dir, owner, tracker, run.step if saved else None)
     step_seconds, typical_seconds = [], math.inf
-    verified = {}  # the checkpoints that were read back and hashed
-    failed_saves = 0  # in a row
-    saved_best = run.best_bpb, run.best_step
 
     def save(next_batch, final=False):
-        nonlocal failed_saves, saved_best
         watchdog.beat(SLOW_SECONDS)
         guard.check_replicas(rt, parameters, run.step)
         if not all(parameter.isfinite().all() for parameter in parameters):
@@ -331,41 +353,30 @@ def pretrain(rt, stop, watchdog):
             **identity,
         }
         runtime.give_back_freed_memory()  # a file is put together in memory
-        moments = optim.state_tensors(optimizers, rt)
-        failure = rt.on_main(
-            lambda: save_checkpoint(run_dir, run, model, moments, state, resumed_step, owner, verified)
-        )
-        failed_saves = failed_saves + 1 if failure else 0
-        if failure and (final or failed_saves == FAILED_SAVES_LIMIT):
-            which = "the last checkpoint" if final else f"{failed_saves} checkpoints in a row"
-            raise CheckpointError(f"{which} could not be written: {failure}: {run_dir}. Older ones are intact")
-        if failure:
-            run.best_bpb, run.best_step = saved_best  # the best is one that can be loaded
-            tracker.event(f"step {run.step}: the checkpoint could not be written ({failure}); training goes on")
-        else:
-            saved_best = run.best_bpb, run.best_step
-            tracker.event(f"step {run.step}: checkpoint saved")
+        saver.save(model.state_dict(), optim.state_tensors(optimizers, rt), state, final)
 
     def assess(last):
         """Do what is due after this step. Returns whether it is the last one, which patience may have made it."""
         watchdog.beat(SLOW_SECONDS)
-        if due(EVAL_EVERY, run.step, last):
-            evaluate(rt, run, model, validation, tokenizer, tracker)
-            last = last or (run.step > 0 and ends_early(run, tracker))
-        if bundle and due(CORE_METRIC_EVERY, run.step, last):  # at step 0 to find out now whether it can be done
-            evaluate_core(rt, run, model, tokenizer, bundle, tracker, watchdog)
-        if due(SAMPLE_EVERY, run.step, last) and run.step and rt.is_main:
-            sample(run, model, tokenizer, tracker)
+        with torch.compiler.set_stance("force_eager"):  # each new number of rows or tokens would be compiled
+            if due(EVAL_EVERY, run.step, last):
+                evaluate(rt, run, model, validation, tokenizer, tracker, watchdog)
+                last = last or (run.step > 0 and ends_early(run, tracker))
+            if bundle and due(CORE_METRIC_EVERY, run.step, last):  # at step 0 to find out now whether it can be done
+                evaluate_core(rt, run, model, tokenizer, bundle, tracker, watchdog)
+            if due(SAMPLE_EVERY, run.step, last) and run.step and rt.is_main:
+                sample(run, model, tokenizer, tracker)
         run.assessed_step = run.step
         return last
 
-    with tracker, dataloader.DataLoader(reader, plan.device_rows, rt.device) as loader:
-        batches, mean_loss = rt.together(lambda: LookAhead(loader)), math.nan
+    data_loader = dataloader.DataLoader(reader, plan.device_rows, rt.device)
+    with within_memory(plan.device_rows), tracker, data_loader:
+        batches, mean_loss = rt.together(lambda: dataloader.LookAhead(data_loader)), math.nan
         stopped_before = run.assessed_step != run.step  # what was due then
         if run.step == 0 or stopped_before:
             last = assess(last=False)
         if new_horizon and not run.horizon_fixed:  # now that an evaluation has been timed
-            run.num_steps = rt.broadcast(steps_in_time(run, 1.25 * pass_seconds * plan.accumulation))
+            run.num_steps = rt.broadcast(steps_in_time(run, STEP_PER_PASSES * pass_seconds * plan.accumulation))
             tracker.set_num_steps(run.num_steps)
         if stopped_before:
             save(batches.next, final=last)
@@ -374,7 +385,7 @@ def pretrain(rt, stop, watchdog):
             watchdog.beat(min(max(STEP_SECONDS, SLOW_STEP_FACTOR * typical_seconds), SLOW_SECONDS))
 
             # ---- schedule ----
-            progress = schedule.progress(run.step + 1, run.num_steps, run.corrected_step, run.corrected_progress)
+            progress = run.progress(run.step + 1)
             rate = schedule.SHAPES[SCHEDULE](progress, WARMUP_RATIO, WARMDOWN_RATIO, FINAL_LR_FRAC)
             momentum = schedule.momentum(progress, WARMDOWN_RATIO)
             share = schedule.batch_share(progress) if BATCH_RAMP else 1.0
@@ -407,7 +418,7 @@ def pretrain(rt, stop, watchdog):
             loss_total, norm_total, stops, data_errors, hash_low, hash_high = rt.sum(status)
             mean_loss, grad_norm = loss_total / rt.world_size, norm_total / rt.world_size
             if data_errors:
-                if run.step > (resumed_step or 0):
+                if run.step > (saver.resumed_step or 0):
                     save(first_batch)  # of this step, which does not count
                 rt.together(batches.raise_error)
 
@@ -469,10 +480,8 @@ def pretrain(rt, stop, watchdog):
                 tracker.event(f"step {run.step}: loss {mean_loss:.4f} is {deviations:.1f} deviations above the last")
             if run.step % DRIFT_EVERY == 0:
                 guard.check_replicas(rt, parameters, run.step)
-            begun, planned_steps = run.step - run.corrected_step, run.num_steps - run.corrected_step
-            if not run.horizon_fixed and begun >= REFIT_PROGRESS * planned_steps:
-                run.corrected_step, run.corrected_progress = run.step, progress
-                run.num_steps = rt.broadcast(steps_in_time(run, typical_seconds))
+            if run.correction_is_due():
+                run.correct(rt.broadcast(steps_in_time(run, typical_seconds)), progress)
                 run.horizon_fixed = True
                 tracker.set_num_steps(run.num_steps)
                 tracker.event(f"{1000 * typical_seconds:.0f} ms a step: {run.num_steps} steps end in time")
@@ -488,44 +497,62 @@ def pretrain(rt, stop, watchdog):
                 break
         left_out = round(rt.sum([reader.skipped_documents])[0])
         if left_out:
-            tracker.event(f"{left_out} documents without text were left out")
+            tracker.event(f"{left_out} documents without text were left out since this start")
         if run.step < run.num_steps:
             tracker.event(
                 f"stopped and saved at step {run.step} of {run.num_steps}: the same command with --resume goes on"
             )
         else:
-            result = f"loss {mean_loss:.4f}" if run.val_bpb is None else f"val bpb {run.val_bpb:.4f}"
+            evaluated = run.evaluated_step == run.step and run.val_bpb is not None
+            result = f"val bpb {run.val_bpb:.4f}" if evaluated else f"loss {mean_loss:.4f}"
             used = f"{runtime.seconds_since_start():.0f} s, {rt.peak_memory_bytes() / 2**30:.1f} GiB"
             tracker.event(f"done in {used}: {result} after {run.num_steps} steps")
             if in_wandb:
                 in_wandb.checkpoint(run_dir, run.best_step if run.best_step >= 0 else run.step, run.best_bpb)
     if REPORT and rt.is_main and run.step == run.num_steps:
-        say(rt, report.attempt(run_dir))
+        rt.say(report.attempt(run_dir))
 
 
-class LookAhead:
-    """The batches, with the next one already here: its state is where a resume begins.
+class Saver:
+    """Writes the checkpoints of a run, and removes old ones. A few that cannot be written do not end it."""
 
-    After an error the last batch comes again, so that this rank takes part in the step in which all ranks learn of it.
-    """
+    def __init__(self, rt, run, run_dir, owner, tracker, resumed_step):
+        """owner: what `checkpoint.claim` gave. resumed_step: of the checkpoint that the run goes on from, or None."""
+        self.rt, self.run, self.run_dir, self.owner, self.tracker = rt, run, run_dir, owner, tracker
+        self.resumed_step = resumed_step
+        self.verified = {}  # the checkpoints that were read back and hashed
+        self.failures = 0  # in a row
+        self.saved_best = run.best_bpb, run.best_step
 
-    def __init__(self, loader):
-        self.loader, self.error = loader, None
-        self.next = next(loader)
+    def save(self, weights, moments, state, final):
+        """Save after the step that the run is at, on all ranks at once. Raises CheckpointError if it cannot be written
+        and is the final one, or was not the first.
+        """
+        run = self.run
+        failure = self.rt.on_main(lambda: self._write(weights, moments, state))
+        self.failures = self.failures + 1 if failure else 0
+        if failure and (final or self.failures == FAILED_SAVES_LIMIT):
+            which = "the last checkpoint" if final else f"{self.failures} checkpoints in a row"
+            raise CheckpointError(f"{which} could not be written: {failure}: {self.run_dir}. Older ones are intact")
+        if failure:
+            run.best_bpb, run.best_step = self.saved_best  # the best is one that can be loaded
+            self.tracker.event(f"step {run.step}: the checkpoint could not be written ({failure}); training goes on")
+        else:
+            self.saved_best = run.best_bpb, run.best_step
+            self.tracker.event(f"step {run.step}: checkpoint saved")
 
-    def take(self):
-        """The batch to train on now."""
-        now = self.next
+    def _write(self, weights, moments, state):
+        """What kept a checkpoint from being written, as a full disk does, or None."""
+        run = self.run
         try:
-            self.next = next(self.loader)
-        except DataError as error:
-            self.error = error
-        return now
-
-    def raise_error(self):
-        """Raise what went wrong on this rank, if anything did."""
-        if self.error:
-            raise self.error
+            checkpoint.save(self.run_dir, run.step, weights, moments, state, self.owner)
+        except OSError as error:
+            return error.strerror or str(error)
+        with contextlib.suppress(OSError):  # it is saved; what could not be removed goes another time
+            checkpoint.clean(
+                self.run_dir, KEEP_LAST, KEEP_EVERY, run.best_step, self.resumed_step, self.owner, self.verified
+            )
+        return None
 
 
 def check_settings():
@@ -561,103 +588,6 @@ def check_settings():
         )
 
 
-def load_checkpoint(rt, run_dir, run_name, tokenizer, data):
-    """(state, model tensors, optimizer tensors) of the checkpoint to go on from, or three Nones for a new run."""
-
-    def find():
-        if RESUME:
-            step, _, complaints = checkpoint.newest(run_dir)
-            return step, complaints
-        if checkpoint.steps(run_dir):
-            step = checkpoint.steps(run_dir)[0]
-            raise UserError(
-                f"run {run_name!r} is already at step {step}: go on with --resume, or choose another --run-name"
-            )
-        return None, []
-
-    step, complaints = rt.on_main(find)
-    for complaint in complaints:
-        say(rt, f"not used: {complaint}")
-    if step is None:
-        return None, None, None
-    model_tensors, optimizer_tensors, state = rt.together(lambda: checkpoint.unpack(checkpoint.read(run_dir, step)))
-    check_same(state, tokenizer, data)
-    say(rt, f"resume     {run_name} at step {step}")
-    return state, model_tensors, optimizer_tensors
-
-
-def load_first_weights(rt, identity):
-    """The weights that a new run begins with, by name: those of the run INIT_FROM; None without one."""
-    if not INIT_FROM:
-        return None
-    run_dir = rt.on_main(lambda: checkpoint.find_run(INIT_FROM))
-
-    def load():
-        step, files, _ = checkpoint.newest(run_dir)
-        if step is None:
-            raise CheckpointError(f"--init-from={INIT_FROM}: no checkpoint in {run_dir}")
-        tensors, _, state = checkpoint.unpack(files)
-        if state["tokenizer_sha256"] != identity["tokenizer_sha256"]:
-            raise DataError(f"--init-from={INIT_FROM} has another tokenizer: give its own, --tokenizer-dir={run_dir}")
-        other = {
-            name: value for name, value in state["model_config"].items() if identity["model_config"][name] != value
-        }
-        if other:
-            shape = ", ".join(f"{name} {value}" for name, value in other.items())
-            raise UserError(f"--init-from={INIT_FROM} has another shape: {shape}; use the settings it was trained with")
-        say(rt, f"weights    of {INIT_FROM} at step {step}")
-        return tensors
-
-    return rt.together(load)
-
-
-def warn_of_difference(rt, was, now):
-    """Say in one line what differs from the machine on which the checkpoint was written."""
-    names = ("packages", "cuda", "device_name", "threads", "world_size", "dtype", "deterministic")
-    different = [f"{name} was {was.get(name)}, is {now[name]}" for name in names if was.get(name) != now[name]]
-    if different:
-        say(rt, f"warning    the run goes on with the same rows, but not to the same bits: {'; '.join(different)}")
-
-
-def check_same(saved, tokenizer, data):
-    """Raise an error with a readable difference if the checkpoint was trained with something else than what is here."""
-    if saved["tokenizer_sha256"] != tokenizer.sha256():
-        raise DataError(
-            "the tokenizer is not the one this run was trained with: give --tokenizer-dir (the run's folder has "
-            "a copy), or start another run with --run-name"
-        )
-    if saved["data"] != data:
-        raise DataError(
-            "the data are not those this run was trained with: give their folder with --data-dir, or start another run "
-            "with --run-name"
-        )
-    allowed = {name.strip().replace("-", "_").upper() for name in ALLOW_CHANGE.split(",")}
-    lines = []
-    for name in (*IDENTITY, *TRAJECTORY):
-        now = globals()[name]
-        was = saved["settings"].get(name, now)  # a setting may be newer than the checkpoint
-        if was != now and name in IDENTITY:
-            lines.append(f"{config.flag_of(name)} was {was}, is {now}: it cannot change within a run")
-        elif was != now and name not in allowed:
-            lines.append(f"{config.flag_of(name)} was {was}, is {now}: allow it with --allow-change={name.lower()}")
-    if lines:
-        raise UserError("this run was started with other settings:\n  " + "\n  ".join(lines))
-
-
-def check_nodes(rt, tokenizer, shards):
-    """Raise DataError on all ranks if one, on another machine, has another tokenizer or other shards than rank 0."""
-    opened = [[shard.name, shard.text_bytes, shard.group_rows] for shard in (*shards.train, shards.validation)]
-    here = {"tokenizer": tokenizer.sha256(), f"shards in {shards.folder}": opened}
-    there = list(rt.broadcast(list(here.values())))
-
-    def check():
-        for (name, found), expected in zip(here.items(), there, strict=True):
-            if found != expected:
-                raise DataError(f"rank {rt.rank} has not the {name} that rank 0 has: every node needs the same files")
-
-    rt.together(check)
-
-
 def choose_shape(vocab_size, flops_per_second):
     """(GPTConfig, why it has this depth) of a new run; what the settings leave open follows from the horizon."""
     depth, reason = DEPTH, "as asked"
@@ -678,22 +608,18 @@ def choose_shape(vocab_size, flops_per_second):
 def make_plan(rt, model, saved, flops_per_second, device_batch_size):
     parameters = {role: sum(p.numel() for p in named.values()) for role, named in model.parameters_by_role().items()}
     horizon = scaling.Horizon(NUM_ITERATIONS, TARGET_FLOPS, TARGET_MINUTES, TARGET_PARAM_DATA_RATIO)
-    shape = model.config
     compiled = compile_pays(rt.dtype) and runtime.can_compile()
     return scaling.make_plan(
         parameters,
-        shape.num_layers,
-        shape.model_dim,
-        shape.vocab_size,
-        shape.max_seq_len,
+        model.config,
         horizon,
-        saved["total_batch_size"] if saved and not TOTAL_BATCH_SIZE else TOTAL_BATCH_SIZE,
-        device_batch_size,
-        rt.world_size,
-        flops_per_second,
-        scaling.Kept(rt.dtype.itemsize, compiled, GRAD_CHECKPOINT, loss.chunk_rows(rt.device)),
-        schedule.mean_batch_share() if BATCH_RAMP else 1.0,
-        batch_parts(),
+        total_batch_size=saved["total_batch_size"] if saved and not TOTAL_BATCH_SIZE else TOTAL_BATCH_SIZE,
+        device_batch_size=device_batch_size,
+        world_size=rt.world_size,
+        flops_per_second=flops_per_second,
+        kept=memory.Kept(rt.dtype.itemsize, compiled, GRAD_CHECKPOINT, chunk_rows(rt.device)),
+        mean_batch_share=schedule.mean_batch_share() if BATCH_RAMP else 1.0,
+        batch_parts=batch_parts(),
     )
 
 
@@ -726,8 +652,7 @@ def describe(rt, plan, run, trained_tokens, model_config, reason, shards, tokeni
     on_disk = sum(shard.text_bytes for shard in shards.train) / bytes_per_token
     steps_left, share = max(run.num_steps - run.step, 0), 1.0
     if BATCH_RAMP and steps_left:
-        begin = schedule.progress(run.step + 0.5, run.num_steps, run.corrected_step, run.corrected_progress)
-        share = schedule.mean_batch_share(begin)
+        share = schedule.mean_batch_share(run.progress(run.step + 0.5))
     tokens = trained_tokens + steps_left * plan.total_batch_size * share
     tables = sum(count for role, count in plan.parameters.items() if "embedding" in role and role != "unembedding")
     minutes = TARGET_MINUTES or plan.seconds / 60
@@ -752,28 +677,28 @@ def describe(rt, plan, run, trained_tokens, model_config, reason, shards, tokeni
 
 def describe_batch(rt, plan, model_config):
     """The lines about the batch and the memory that it needs."""
-    memory, free, needed = plan.memory, runtime.free_memory_bytes(rt.device), plan.memory.peak
+    of_step, free, needed = plan.memory, runtime.free_memory_bytes(rt.device), plan.memory.peak
     lowered = f" (lowered from {DEVICE_BATCH_SIZE})" if plan.device_rows < DEVICE_BATCH_SIZE else ""
     names = ("weights", "gradients", "optimizer", "activations", "logits")
-    parts = [f"{name} {getattr(memory, name) / 2**30:.2f}" for name in names]
+    parts = [f"{name} {getattr(of_step, name) / 2**30:.2f}" for name in names]
     lines = [
         f"batch      {plan.total_batch_size:,} tokens = {plan.device_rows} rows{lowered} of {model_config.max_seq_len}"
         f" x {plan.accumulation} micro-steps x {rt.world_size} ranks",
-        f"memory     {memory.peak / 2**30:.2f} GiB a rank, most in the {memory.moment}: {', '.join(parts[:2])},",
+        f"memory     {of_step.peak / 2**30:.2f} GiB a rank, most in the {of_step.moment}: {', '.join(parts[:2])},",
         f"           {', '.join(parts[2:])}",
     ]
     if rt.device.type == "cpu":
-        needed, taken = scaling.process_growth(memory), rt.peak_memory_bytes()
+        needed, taken = memory.process_growth(of_step), rt.peak_memory_bytes()
         lines.append(
             f"process    about {(taken + needed) / 2**30:.1f} GiB at most, {taken / 2**30:.1f} of them taken already"
         )
     if needed > free:
-        if not GRAD_CHECKPOINT and memory.moment != "update":
+        if not GRAD_CHECKPOINT and of_step.moment != "update":
             lower = "give --grad-checkpoint, or lower "
         else:
             lower = "lower "
         smaller = f"--device-batch-size={max(plan.device_rows // 2, 1)} (now {plan.device_rows})"
-        if memory.moment == "update" or plan.device_rows == 1:
+        if of_step.moment == "update" or plan.device_rows == 1:
             smaller = f"--depth={model_config.num_layers // 2 or 1} (now {model_config.num_layers})"
         lines.append(f"warning    more than the {free / 2**30:.1f} GiB that are free for a rank: {lower}{smaller}")
     return lines
@@ -836,9 +761,7 @@ def rows_that_fit(rt, model, most):
 
 
 def warm_up(rt, model, rows):
-    """Compile what can be compiled, and return the seconds of one forward and backward pass afterwards. No weight
-    changes.
-    """
+    """Compile the model, and return the seconds of a forward and backward pass afterwards. No weight changes."""
     tokens = torch.zeros(rows, model.config.max_seq_len, dtype=torch.int64, device=rt.device)
 
     def one_pass():
@@ -850,16 +773,25 @@ def warm_up(rt, model, rows):
         rt.synchronize()
         return time.monotonic() - begin
 
+    compile_model(rt, model, one_pass)
+    one_pass()
+    return min(one_pass() for _ in range(2))
+
+
+def compile_model(rt, model, one_pass):
+    """Compile what can be compiled, in a first `one_pass()`. Where it does not work on one rank, all stay eager; with
+    --compile=on it is a UserError.
+    """
     failure = None
     pays = compile_pays(rt.dtype)
     if COMPILE == "auto" and not pays:
         minutes = COMPILE_MINUTES[rt.dtype]
-        say(rt, f"compile    off: it repays its time in {minutes:g} minutes or more (--compile=on all the same)")
+        rt.say(f"compile    off: it repays its time in {minutes:g} minutes or more (--compile=on all the same)")
     for attempt in range(2 if pays else 0):
         runtime.trust_cpu_flags(attempt == 0)
         model.compile_parts()
         try:
-            say(rt, f"compile    ready in {one_pass():.0f} s")
+            rt.say(f"compile    ready in {one_pass():.0f} s")
             failure = None
             break
         except Exception as error:
@@ -868,36 +800,45 @@ def warm_up(rt, model, rows):
             # Once more: torch's parallel compilers sometimes meet a precompiled header that is only half written.
             torch.compiler.reset()
             model.zero_grad()
-            failure = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:100]}"
+            failure = f"{type(error).__name__}: {errors.first_line(error)[:100]}"
     failure = next((reason for reason in rt.gather(failure) if reason), None)
     if failure and COMPILE == "on":
         raise UserError(f"--compile=on: it does not work here ({failure}): give --compile=auto or --compile=off")
     if failure:
         torch.compiler.set_stance("force_eager")
         model.zero_grad()
-        say(rt, f"compile    off, because it does not work here ({failure})")
-    one_pass()
-    return min(one_pass() for _ in range(2))
+        rt.say(f"compile    off, because it does not work here ({failure})")
 
 
 def steps_in_time(run, step_seconds):
     """The number of steps with which a run by TARGET_MINUTES ends in time, with the evaluations and the last save."""
-    after = (1.1 + EVALUATIONS_AFTER) * run.evaluation_seconds + 1.1 * run.core_seconds + 1
+    after = (SLOWER_LATER + EVALUATIONS_AFTER) * run.evaluation_seconds + SLOWER_LATER * run.core_seconds
+    after += LAST_SAVE_SECONDS
     left = TARGET_MINUTES * 60 - run.seconds - runtime.seconds_since_start() - after
     each = step_seconds + (run.evaluation_seconds / EVAL_EVERY if EVAL_EVERY else 0)
     each += run.core_seconds / CORE_METRIC_EVERY if CORE_METRIC_EVERY else 0
     return run.step + max(round(left / each), 1)
 
 
-def evaluate(rt, run, model, validation, tokenizer, tracker):
+@contextlib.contextmanager
+def progress_bar(rt, tracker, watchdog, what, count):
+    """Yields the function to call with the number of things done here, of `count` on all ranks."""
+    with tracker.progress(what, -(-count // rt.world_size)) as bar:
+
+        def done(number):
+            watchdog.beat(SLOW_SECONDS)
+            if bar:
+                bar(number)
+
+        yield done
+
+
+def evaluate(rt, run, model, validation, tokenizer, tracker, watchdog):
     """Measure bits per byte on the validation rows, and record it in `run` and the log."""
     begin, details = time.monotonic(), loss_eval.Details(tokenizer)
-    with (
-        tracker.progress("evaluation", -(-len(validation) // rt.world_size)) as bar,
-        torch.compiler.set_stance("force_eager"),
-    ):
+    with progress_bar(rt, tracker, watchdog, "evaluation", len(validation)) as done:
         rows = DEVICE_BATCH_SIZE or DEFAULT_ROWS
-        val_bpb = loss_eval.bits_per_byte(model, validation, tokenizer.token_bytes(), rt, rows, bar, details.add)
+        val_bpb = loss_eval.bits_per_byte(model, validation, tokenizer.token_bytes(), rt, rows, done, details.add)
     run.val_bpb = val_bpb if math.isfinite(val_bpb) else None  # a checkpoint holds no NaN
     run.evaluated_step = run.step
     tracker.record(run.step, {"val/bpb": val_bpb})
@@ -926,13 +867,7 @@ def ends_early(run, tracker):
 def evaluate_core(rt, run, model, tokenizer, bundle, tracker, watchdog):
     """Score the tasks of a bundle, and record it in the log."""
     begin, count = time.monotonic(), sum(len(task.items) for task in bundle.tasks)
-    with tracker.progress("tasks", -(-count // rt.world_size)) as bar, torch.compiler.set_stance("force_eager"):
-
-        def done(items):
-            watchdog.beat(SLOW_SECONDS)
-            if bar:
-                bar(items)
-
+    with progress_bar(rt, tracker, watchdog, "tasks", count) as done:
         scores = core_eval.evaluate(model, tokenizer, bundle.tasks, rt, DEVICE_BATCH_SIZE or DEFAULT_ROWS, done)
     centered = {f"core/{score.label}": score.centered for score in scores}
     tracker.record(run.step, {"core/core_metric": core_eval.core_metric(scores)[0], **centered})
@@ -946,24 +881,12 @@ def due(every, step, last):
     return every > 0 and (last or step % every == 0)
 
 
-def save_checkpoint(run_dir, run, model, moments, state, resumed_step, owner, verified):
-    """Save, and remove old checkpoints. Returns what kept it from being written, as a full disk does, or None."""
-    try:
-        checkpoint.save(run_dir, run.step, model.state_dict(), moments, state, owner)
-    except OSError as error:
-        return error.strerror or str(error)
-    with contextlib.suppress(OSError):  # it is saved; what could not be removed goes another time
-        checkpoint.clean(run_dir, KEEP_LAST, KEEP_EVERY, run.best_step, resumed_step, owner, verified)
-    return None
-
-
 def sample(run, model, tokenizer, tracker):
+    """Continue a few prompts, and record the texts in the log."""
     found = []
-    with torch.compiler.set_stance("force_eager"):
-        for prompt in PROMPTS:
-            tokens = list(generate(model, [tokenizer.bos, *tokenizer.encode(prompt)], 48))
-            found.append({"prompt": prompt, "text": tokenizer.decode(tokens)})
-            tracker.event(f"sample: {prompt}{found[-1]['text']}")
+    for prompt, text in samples(model, tokenizer, SAMPLE_TOKENS):
+        found.append({"prompt": prompt, "text": text})
+        tracker.event(f"sample: {prompt}{text}")
     tracker.evaluation(run.step, samples=found)
 
 
@@ -990,23 +913,24 @@ def main_within_memory():
             ) from None
         if not runtime.is_out_of_memory(error):
             raise
-        raise MemoryLimitError(f"out of memory: {less_memory(DEVICE_BATCH_SIZE)}") from None
+        raise MemoryLimitError("out of memory before the first step: try a smaller --depth") from None
+
+
+@contextlib.contextmanager
+def within_memory(rows):
+    """Where memory runs out in passes of so many rows: MemoryLimitError, with what to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not runtime.is_out_of_memory(error):
+            raise
+        raise MemoryLimitError(f"out of memory: {less_memory(rows)}") from None
 
 
 def less_memory(rows):
     """What to do where memory ran out with so many rows a pass; 0: the number does not matter."""
     smaller = f"--device-batch-size={rows // 2} (now {rows})" if rows > 1 else "a smaller --max-seq-len"
     return f"try {smaller}, {'' if GRAD_CHECKPOINT else '--grad-checkpoint, '}or a smaller --depth"
-
-
-def write_json(path, value):
-    with dataset.atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
-def say(rt, text):
-    if rt.is_main:
-        print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ random tokens need no data; `loader` and `step` read a data set. Markdown goes t
 
 import contextlib
 import itertools
-import json
 import math
 import multiprocessing
 import random
@@ -25,7 +24,6 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,6 +35,7 @@ from tqdm import tqdm
 
 from nanotrain import checkpoint, config, dataloader, dataset, engine, errors, gpt, loss, optim, paths, runtime, scaling
 from nanotrain.errors import UserError
+from nanotrain.files import write_json
 from nanotrain.tokenizer import BPETokenizer
 
 # --- machine
@@ -98,8 +97,7 @@ def main(names=()):
         found["tables"][name] = rows = tables[name]()
         print(f"\n## {name}\n\n{markdown(rows)}", flush=True)
         if OUT:  # after every table, so that an interruption loses only one
-            with dataset.atomic_file(Path(OUT)) as temporary:
-                temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            write_json(OUT, found)
 
 
 def check_settings(names, tables):

@@ -41,7 +41,9 @@ def planned_vocab_size():
     from nanotrain import runtime  # here, so that a tokenizer of a given size does not wait for torch
 
     rt = runtime.start()
-    flops = scaling.training_flops(TARGET_MINUTES, runtime.training_flops(rt.device, rt.dtype) * scaling.EFFICIENCY)
+    flops = scaling.training_flops(
+        TARGET_MINUTES, runtime.training_flops_per_second(rt.device, rt.dtype) * scaling.EFFICIENCY
+    )
     depth = scaling.choose_depth(flops, HEAD_DIM)
     width, _ = scaling.model_width(depth, 0, HEAD_DIM)
     print(f"{TARGET_MINUTES:g} minutes suit a model of depth {depth} and width {width}")

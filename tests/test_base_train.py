@@ -35,7 +35,9 @@ from nanotrain import (
     guard,
     loss,
     loss_eval,
+    memory,
     report,
+    resume,
     runtime,
     scaling,
     schedule,
@@ -72,7 +74,7 @@ def _global_state():
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     deterministic = torch.are_deterministic_algorithms_enabled()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime, "training_flops", lambda device, dtype: 1e11)
+        patch.setattr(runtime, "training_flops_per_second", lambda device, dtype: 1e11)
         yield
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
@@ -246,8 +248,8 @@ def test_samples_come_when_due_and_at_the_end_and_are_those_of_the_weights(train
     found = [event.removeprefix("sample: ").rstrip("\n") for event in printed if event.startswith("sample: ")]
     model, tokenizer, _ = checkpoint.load_model(run)
     expected = []
-    for prompt in base_train.PROMPTS:
-        ids = list(engine.generate(model, [tokenizer.bos, *tokenizer.encode(prompt)], 48))
+    for prompt in engine.PROMPTS:
+        ids = list(engine.generate(model, [tokenizer.bos, *tokenizer.encode(prompt)], 48, stop=[tokenizer.bos]))
         expected.append((prompt + tokenizer.decode(ids)).rstrip("\n"))
     assert found[len(expected) :] == expected
     assert len(found) == 2 * len(expected)  # after steps 4 and 6
@@ -446,14 +448,14 @@ def test_a_node_with_other_files_than_rank_0_is_named(other, data_dir, tokenizer
             return of_main[0]
 
     of_main, place = [], Second(1, 0, 1, torch.device("cpu"), torch.float32, "test")
-    base_train.check_nodes(place, tokenizer, dataset.open_shards(data_dir))
-    base_train.check_nodes(place, tokenizer, dataset.open_shards(data_dir))
+    resume.check_nodes(place, tokenizer, dataset.open_shards(data_dir))
+    resume.check_nodes(place, tokenizer, dataset.open_shards(data_dir))
     if other == "tokenizer":
         tokenizer = BPETokenizer.train(make_texts(50, seed=1), 320)
     else:
         data_dir = make_shards(tmp_path / "data", documents=39)
     with pytest.raises(DataError, match=rf"rank 1 has not the {other}.* that rank 0 has: every node needs the same"):
-        base_train.check_nodes(place, tokenizer, dataset.open_shards(data_dir))
+        resume.check_nodes(place, tokenizer, dataset.open_shards(data_dir))
 
 
 def test_float16_trains_through_the_gradient_scaler(train):
@@ -508,7 +510,7 @@ def test_a_plain_run_trains_what_the_stock_class_of_transformers_has(train):
 
 def test_without_a_depth_the_machine_and_the_minutes_choose_the_model(train, capsys, monkeypatch):
     def model_line(name, flops_per_second, **settings):
-        monkeypatch.setattr(runtime, "training_flops", lambda *_: flops_per_second)
+        monkeypatch.setattr(runtime, "training_flops_per_second", lambda *_: flops_per_second)
         train(name, DEPTH=0, ASPECT_RATIO=0, HEAD_DIM=128, NUM_ITERATIONS=0, DRY_RUN=True, **settings)
         return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("model"))
 
@@ -670,7 +672,7 @@ def test_a_plan_that_exceeds_the_memory_names_the_setting_to_lower(monkeypatch, 
     monkeypatch.setattr(base_train, "TOTAL_BATCH_SIZE", 4096)
     model = checkpoint.build_model(GPTConfig(100, 512, 8, 2, 2, 8), "meta")
     plan = base_train.make_plan(ALONE, model, None, 1e12, rows)
-    needed = scaling.process_growth(plan.memory)
+    needed = memory.process_growth(plan.memory)
     for free, warns in ((needed - 1, True), (needed, False)):
         monkeypatch.setattr(runtime, "free_memory_bytes", lambda device, free=free: free)
         warnings = [line for line in base_train.describe_batch(ALONE, plan, model.config) if "warning" in line]
@@ -1036,6 +1038,51 @@ def test_resuming_at_the_last_step_says_that_there_is_nothing_to_do(train, finis
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
 
+def test_the_report_that_a_kill_left_out_is_made_up_at_a_resume(train, finished):
+    assert not (finished / "report").exists()
+    train("finished", RESUME=True, REPORT=True)
+    assert (finished / "report" / "report.html").exists()
+
+
+def test_a_result_is_never_that_of_an_earlier_evaluation(train, finished, capsys):
+    train("finished", RESUME=True, NUM_ITERATIONS=8, ALLOW_CHANGE="num_iterations", EVAL_EVERY=0)
+    assert re.search(r"done in .*: loss \d\.\d{4} after 8 steps", capsys.readouterr().out)
+
+
+def test_a_setting_that_the_checkpoint_does_not_know_changes_nothing(train, at_step, whole, monkeypatch):
+    """A run by steps stopped at 3: an older version of it had no BATCH_RAMP."""
+    unpack = checkpoint.unpack
+
+    def older(files):
+        *tensors, state = unpack(files)
+        del state["settings"]["BATCH_RAMP"]
+        return *tensors, state
+
+    at_step(3, terminate)
+    train()
+    at_step()
+    monkeypatch.setattr(checkpoint, "unpack", older)
+    monkeypatch.setattr(base_train, "share_done", None)  # which only a changed horizon asks for
+    assert same_run(whole, train(RESUME=True))
+
+
+def test_an_evaluation_that_goes_on_is_no_hang(train, monkeypatch):
+    """Every batch of an evaluation is progress: with no patience but for one, the whole of it takes longer."""
+    bits_per_byte, beats = loss_eval.bits_per_byte, []
+
+    def watched(*arguments):
+        beats.append(len(seen))
+        result = bits_per_byte(*arguments)
+        beats.append(len(seen))
+        return result
+
+    seen, beat = [], guard.Watchdog.beat
+    monkeypatch.setattr(guard.Watchdog, "beat", lambda self, seconds: seen.append(seconds) or beat(self, seconds))
+    monkeypatch.setattr(loss_eval, "bits_per_byte", watched)
+    train(EVAL_EVERY=6, EVAL_TOKENS=16 * 8 * 3, DEVICE_BATCH_SIZE=8)
+    assert [after - before for before, after in zip(beats[::2], beats[1::2], strict=True)] == [3, 3]
+
+
 def test_a_longer_horizon_goes_on_from_the_last_step(train, whole, finished):
     train("finished", RESUME=True, NUM_ITERATIONS=8, ALLOW_CHANGE="num_iterations")
     assert column(finished, "train/loss")[:6] == column(whole, "train/loss")
@@ -1396,9 +1443,23 @@ def test_a_batch_that_does_not_divide_comes_with_three_that_work(train):
 
 
 def test_memory_that_runs_out_is_a_sentence_with_what_to_lower(train):
-    with pytest.raises(MemoryLimitError, match=r"out of memory: try --device-batch-size=2 \(now 4\)") as caught:
+    with pytest.raises(MemoryLimitError, match="out of memory before the first step: try a smaller --depth") as caught:
         train(HEAD_DIM=2**24)  # a matrix of 2^50 bytes
     assert caught.value.exit_code == 5
+
+
+@pytest.mark.parametrize(
+    ("asked", "advice"), [(4, r"try --device-batch-size=2 \(now 4\)"), (99, r"=4 \(now 8\)"), (0, r"=4 \(now 8\)")]
+)
+def test_memory_that_runs_out_in_a_step_names_the_rows_that_ran(train, at_step, asked, advice):
+    """A step is 8 rows: what ran is neither the 99 that were asked for, nor the 0 that stands for the most that fit."""
+
+    def run_out():
+        raise MemoryError
+
+    at_step(2, run_out)
+    with pytest.raises(MemoryLimitError, match=f"out of memory: .*{advice}"):
+        train(DEVICE_BATCH_SIZE=asked, TOTAL_BATCH_SIZE=128)
 
 
 def test_a_full_disk_ends_a_run_only_at_its_last_save(train, whole, monkeypatch, capsys):
@@ -1422,7 +1483,7 @@ def test_a_full_disk_ends_a_run_only_at_its_last_save(train, whole, monkeypatch,
 
 
 def test_the_best_checkpoint_is_one_that_was_saved(train, measured, monkeypatch):
-    """The evaluations of steps 0 to 8 give 3, 2, 1, 2.5 and 2.25, and the disk is full at step 4: step 2 stays the best."""
+    """Steps 0 to 8 are evaluated as 3, 2, 1, 2.5 and 2.25, and the disk is full at step 4: step 2 stays the best."""
     save = checkpoint.save
 
     def saving(run_dir, step, *arguments, **named):

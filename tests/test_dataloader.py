@@ -320,6 +320,12 @@ def test_null_and_empty_documents_are_skipped_and_counted(tokenizer, tmp_path):
     documents = tokenizer.decode(stream[:epoch_tokens]).removeprefix("<|bos|>").split("<|bos|>")
     assert sorted(documents) == sorted(texts)
     assert reader.skipped_documents >= 3
+    for world_size in (2, 3, 4, 8):  # several of which read the same lane
+        ranks = Ranks(folder, tokenizer, 4, 4, world_size)
+        ranks.steps(48, 1)
+        once = {number: lane.skipped_documents for reader in ranks.readers for number, lane in reader.lanes.items()}
+        assert len(once) == 4
+        assert sum(reader.skipped_documents for reader in ranks.readers) == sum(once.values()) > 0
     assert Ranks(folder, tokenizer, 4, 1).readers[0].skipped_documents == 0
 
 
@@ -625,36 +631,49 @@ def test_the_thread_ends_when_training_fails(tokenizer, small):
 # ---- validation ----
 
 
-def test_validation_rows_by_hand(tokenizer, tmp_path):
+def test_packed_rows_by_hand(tokenizer, tmp_path):
     texts = ["river stone", None, "the old ships", "", "seven 12"]
     dataset.write_shard(tmp_path / "shard_0.parquet", texts, rows_per_group=2)
     stream = [token for text in filter(None, texts) for token in (tokenizer.bos, *tokenizer.encode(text))]
     available = (len(stream) - 1) // 3
     assert available >= 3
     for num_tokens, count in ((3, 1), (8, 2), (9, 3), (3 * available, available), (10**6, available)):
-        rows = dataloader.validation_rows(tmp_path / "shard_0.parquet", tokenizer, 3, num_tokens)
+        rows = dataloader.packed_rows([tmp_path / "shard_0.parquet"], tokenizer, 3, num_tokens)
         assert rows.dtype == np.int32
         assert rows.tolist() == [[tokenizer.bos, *stream[3 * n + 1 : 3 * n + 4]] for n in range(count)]
     for seq_len in range(1, len(stream)):  # one of them ends just at the end of the shard, one a token behind it
-        rows = dataloader.validation_rows(tmp_path / "shard_0.parquet", tokenizer, seq_len, 10**6)
+        rows = dataloader.packed_rows([tmp_path / "shard_0.parquet"], tokenizer, seq_len, 10**6)
         whole = [[tokenizer.bos, *stream[at + 1 : at + seq_len + 1]] for at in range(0, len(stream), seq_len)]
         assert rows.tolist() == [row for row in whole if len(row) == seq_len + 1]
 
 
 @pytest.mark.parametrize("seq_len", [1, 16, 100])
-def test_validation_rows_read_on_from_row_group_to_row_group(tokenizer, tmp_path, seq_len):
+def test_packed_rows_read_on_from_row_group_to_row_group(tokenizer, tmp_path, seq_len):
     folder = make_shards(tmp_path)
     texts = pq.read_table(folder / "shard_00002.parquet")["text"].to_pylist()
     stream = [token for text in texts for token in (tokenizer.bos, *tokenizer.encode(text))]
     for num_tokens in (100, 1000, 1700):
-        rows = dataloader.validation_rows(folder / "shard_00002.parquet", tokenizer, seq_len, num_tokens)
+        rows = dataloader.packed_rows([folder / "shard_00002.parquet"], tokenizer, seq_len, num_tokens)
         count = num_tokens // seq_len
         assert rows.tolist() == [
             [tokenizer.bos, *stream[seq_len * n + 1 : seq_len * (n + 1) + 1]] for n in range(count)
         ]
 
 
-def test_validation_rows_tokenize_little_more_than_they_need(tokenizer, tmp_path):
+def test_packed_rows_read_on_from_shard_to_shard(tokenizer, tmp_path):
+    """Of which the first may be empty."""
+    texts = make_texts(9, seed=2)
+    paths = [tmp_path / f"shard_{number}.parquet" for number in range(3)]
+    for path, part in zip(paths, ([], texts[:2], texts[2:]), strict=True):
+        dataset.write_shard(path, part)
+    dataset.write_shard(tmp_path / "one.parquet", texts)
+    rows = dataloader.packed_rows(paths, tokenizer, 16, 10**6)
+    np.testing.assert_array_equal(rows, dataloader.packed_rows([tmp_path / "one.parquet"], tokenizer, 16, 10**6))
+    with pytest.raises(DataError, match=rf"the 2 train shards in {tmp_path} hold \d+ tokens, less than one row of"):
+        dataloader.packed_rows(paths[:2], tokenizer, 10**4, 10**5)
+
+
+def test_packed_rows_tokenize_little_more_than_they_need(tokenizer, tmp_path):
     texts, count = make_texts(2000), 0
 
     class Watching:
@@ -668,7 +687,7 @@ def test_validation_rows_tokenize_little_more_than_they_need(tokenizer, tmp_path
     dataset.write_shard(tmp_path / "shard_0.parquet", texts, rows_per_group=2000)
     stream = [token for text in texts[:400] for token in (tokenizer.bos, *tokenizer.encode(text))]
     needed = stream[:10_001].count(tokenizer.bos)
-    rows = dataloader.validation_rows(tmp_path / "shard_0.parquet", Watching(), 100, 10_000)
+    rows = dataloader.packed_rows([tmp_path / "shard_0.parquet"], Watching(), 100, 10_000)
     assert rows[:, 1:].tolist() == [stream[100 * n + 1 : 100 * n + 101] for n in range(100)]
     assert needed <= count <= needed + 64, "and not the whole row group"
 
@@ -677,7 +696,7 @@ def test_validation_rows_tokenize_little_more_than_they_need(tokenizer, tmp_path
 def test_a_validation_shard_shorter_than_a_row_is_a_data_error(tokenizer, tmp_path, texts, tokens):
     dataset.write_shard(tmp_path / "shard_0.parquet", texts)
     with pytest.raises(DataError, match=f"shard_0.parquet holds {tokens} tokens, less than one row of 17") as caught:
-        dataloader.validation_rows(tmp_path / "shard_0.parquet", tokenizer, 16, 1000)
+        dataloader.packed_rows([tmp_path / "shard_0.parquet"], tokenizer, 16, 1000)
     assert "--max-seq-len" in str(caught.value)
 
 
@@ -695,7 +714,7 @@ def test_validation_tokenizes_little_more_than_it_needs(tmp_path, tokenizer, mon
     whole = dataloader.validation_documents(tmp_path / "long.parquet", tokenizer, 10**9)
     assert (sizes, len(whole)) == ([4, 4, 4], 12)
     assert len(dataloader.validation_documents(tmp_path / "long.parquet", tokenizer, 1)) == 1
-    assert dataloader.validation_rows(tmp_path / "long.parquet", tokenizer, 16, 64).shape == (4, 17)
+    assert dataloader.packed_rows([tmp_path / "long.parquet"], tokenizer, 16, 64).shape == (4, 17)
     assert sizes == [4] * 5
     dataset.write_shard(tmp_path / "short.parquet", ["a b"] * 130)
     sizes.clear()

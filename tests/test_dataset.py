@@ -1,16 +1,14 @@
 """Shards: opening, reading and verifying folders of them."""
 
 import hashlib
-import os
 import random
-import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import make_shards, make_texts
 
-from nanotrain import corpus, dataset, download, paths
+from nanotrain import corpus, dataset, paths
 from nanotrain.errors import DataError, UserError
 
 
@@ -392,26 +390,6 @@ def test_verify_command_names_every_bad_shard_of_one_or_all_data_sets(monkeypatc
         dataset.main()
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "folder" / "file"
-
-    def write(text, error=None):
-        with dataset.atomic_file(path) as temporary:
-            temporary.write_text(text)
-            if error:
-                raise error
-
-    with pytest.raises(KeyboardInterrupt):
-        write("half", KeyboardInterrupt())
-    assert names_in(path.parent) == []
-    write("first")
-    with pytest.raises(ValueError, match="disk"):
-        write("sec", ValueError("disk"))
-    assert (names_in(path.parent), path.read_text()) == (["file"], "first")
-    write("third")
-    assert (names_in(path.parent), path.read_text()) == (["file"], "third")
-
-
 def test_a_train_shard_that_the_manifest_lists_and_is_gone_is_an_error(tmp_path):
     folder = make_shards(tmp_path / "data")
     dataset.write_manifest(folder, "made up", "shard_00002.parquet")
@@ -452,20 +430,6 @@ def test_an_import_never_takes_the_place_of_the_texts_it_reads(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-def test_what_comes_while_a_folder_is_filled_is_not_replaced_either(tmp_path):
-    folder = tmp_path / "mine"
-
-    def fill():
-        with dataset.new_folder(folder):
-            folder.mkdir()
-            (folder / "letter").write_text("dear")
-
-    with pytest.raises(UserError, match="would be lost"):
-        fill()
-    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
-    assert (folder / "letter").read_text() == "dear"
-
-
 def test_the_embedded_corpus_replaces_no_shards_without_a_manifest(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "stdlib_sources", lambda: {f"f{n}.py": text for n, text in enumerate(make_texts(60))})
     dataset.write_shard(tmp_path / "mine" / "shard_00000.parquet", ["own"])
@@ -479,22 +443,3 @@ def test_the_embedded_corpus_replaces_no_shards_without_a_manifest(tmp_path, mon
     (tmp_path / "stdlib" / "shard_00000.parquet").write_bytes(b"damaged")
     dataset.build_stdlib(tmp_path / "stdlib")
     assert not dataset.verify(tmp_path / "stdlib")
-
-
-def test_only_what_a_killed_process_left_of_this_very_folder_is_removed(tmp_path):
-    old = time.time() - 2 * download.STALE_SECONDS
-    number = "0" * 32
-    names = {
-        f".tmp-mine-{number}": False, f".old-mine-{number}": False, f".tmp-wiki-mine-{number}": True,
-        ".vscode-mine-insiders": True, f".tmp-mine-{number}0": True, f".tmp-mine-{'1' * 32}": True,
-    }  # fmt: skip
-    for name in names:
-        (tmp_path / name / "buckets").mkdir(parents=True)
-        (tmp_path / name / "buckets" / "00").write_text("x")
-        for path in (tmp_path / name / "buckets" / "00", tmp_path / name / "buckets", tmp_path / name):
-            os.utime(path, (old, old))
-    (tmp_path / f".tmp-mine-{'1' * 32}" / "buckets" / "00").write_text("still written to")
-    os.utime(tmp_path / f".tmp-mine-{'1' * 32}", (old, old))
-    with dataset.new_folder(tmp_path / "mine"):
-        pass
-    assert {name: (tmp_path / name).exists() for name in names} == names

@@ -31,7 +31,7 @@ class TableModel:
 def case(tokenizer, tmp_path_factory):
     """A model, 13 validation rows of 24 tokens, and the bytes of each token."""
     folder = make_shards(tmp_path_factory.mktemp("validation"))
-    rows = dataloader.validation_rows(folder / "shard_00002.parquet", tokenizer, 24, 13 * 24)
+    rows = dataloader.packed_rows([folder / "shard_00002.parquet"], tokenizer, 24, 13 * 24)
     rows[4, 7] = tokenizer.bos  # besides those between documents
     return SimpleNamespace(
         model=make_model(GPTConfig(320, 32, 2, 2, 2, 16), 0.5),

@@ -113,7 +113,7 @@ def test_from_text_to_samples_as_a_user_would(run_script, base_dir, data_dir):
     assert result["core"] == {**core_eval.summary(bundle, scores), "max_per_task": 9}
     assert core_eval.table(scores) in printed
     assert f"\n{core_eval.headline(bundle, scores)}\n" in printed
-    assert [sample.startswith(prompt) for sample, prompt in zip(result["samples"], base_eval.PROMPTS, strict=True)]
+    assert [sample.startswith(prompt) for sample, prompt in zip(result["samples"], engine.PROMPTS, strict=True)]
     assert all(sample in printed for sample in result["samples"])
     assert f"report     {report}" in printed.splitlines()
     assert f"{result['doc_bpb']:.4f}" in report.read_text(encoding="utf-8")

@@ -1,0 +1,92 @@
+"""Files and folders that are there whole or not at all, and their hashes."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+import uuid
+from pathlib import Path
+
+from nanotrain.errors import UserError
+
+STALE_SECONDS = 3600.0  # without a change, after which what a program left behind may go
+
+
+def file_sha256(path):
+    """The SHA-256 of a file, in hex."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class atomic_file:
+    """`with atomic_file(path) as temporary:` write to `temporary`; it becomes `path` at the end, or vanishes on an
+    error.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.temporary = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.part")
+
+    def __enter__(self):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return self.temporary
+
+    def __exit__(self, kind, error, trace):
+        if kind is None:
+            os.replace(self.temporary, self.path)
+        else:
+            self.temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """Write `value` as indented JSON, whole or not at all."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def new_folder(folder, may_replace=lambda folder: False):
+    """`with new_folder(path) as temporary:` fill it; at the end it becomes `path`, or vanishes on an error.
+
+    What is there already is replaced if it is an empty folder, or if `may_replace(path)`; else UserError, at once or
+    at the end.
+    """
+
+    def check():
+        if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or may_replace(folder))):
+            raise UserError(f"{folder} holds files that would be lost: choose another name, or move them away")
+
+    check()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    own = re.compile(rf"\.(tmp|old)-{re.escape(folder.name)}-[0-9a-f]{{32}}")
+    for left in folder.parent.iterdir():
+        if own.fullmatch(left.name) and time.time() - _newest(left) > STALE_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
+    temporary = folder.parent / f".tmp-{folder.name}-{uuid.uuid4().hex}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        check()
+        old = folder.parent / f".old-{folder.name}-{uuid.uuid4().hex}"
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _newest(folder):
+    """The time of the newest change in a folder that another process may be filling or removing."""
+    times = []
+    for parent, _, names in os.walk(folder):  # which passes over what has just gone
+        for path in (Path(parent), *(Path(parent, name) for name in names)):
+            with contextlib.suppress(OSError):
+                times.append(path.stat().st_mtime)
+    return max(times, default=0.0)
