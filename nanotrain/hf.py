@@ -50,7 +50,9 @@ def require_transformers():
     try:
         import transformers  # noqa: F401
     except ImportError as error:
-        raise UserError(f"transformers cannot be imported ({error}): pip install -e '.[export]'") from None
+        raise UserError(
+            f"transformers cannot be imported ({error}): pip install -e '.[export]', with Python 3.11 or newer"
+        ) from None
 
 
 def write(model, tokenizer, folder):

@@ -235,7 +235,7 @@ def differences(first, second):
         state = checkpoint.unpack(files)[2]
         for name in ("seconds", "evaluation_seconds", "core_seconds"):
             del state["run"][name]
-        del state["environment"]["commit"]  # who works on the code may commit meanwhile
+        del state["environment"]["commit"]  # which may differ
         for name in ("RUN_NAME", "RESUME"):
             del state["settings"][name]
         digests = {name: hashlib.sha256(files[name]).hexdigest() for name in (checkpoint.MODEL, checkpoint.OPTIMIZER)}

@@ -18,7 +18,9 @@ from nanotrain.gpt import GPTConfig
 from nanotrain.loss import softcap
 from scripts import export_hf
 
-transformers = pytest.importorskip("transformers", reason="the extra `export` is missing: tests/run.sh installs it")
+transformers = pytest.importorskip(
+    "transformers", reason="the extra `export` is missing: tests/run.sh installs it, for Python 3.11 and newer"
+)
 from nanotrain.huggingface import modeling_nanotrain as modeling  # noqa: E402
 
 ODD_TEXTS = [
@@ -306,7 +308,9 @@ def losses_of_training(folder, plain, tmp_path):
 
 
 def test_trainer_takes_ten_steps_and_the_loss_falls(exported, tmp_path):
-    pytest.importorskip("accelerate", reason="the extra `export` is missing: tests/run.sh installs it")
+    pytest.importorskip(
+        "accelerate", reason="the extra `export` is missing: tests/run.sh installs it, for Python 3.11 and newer"
+    )
     model, folder = exported
     losses = losses_of_training(folder, model.config.plain, tmp_path)
     assert len(losses) == 10

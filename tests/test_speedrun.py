@@ -127,7 +127,8 @@ def test_that_test_notices_a_stop_that_is_not_obeyed(tree):
 
 
 @pytest.mark.parametrize(
-    "choice", ["RUN_NAME=/tmp/x", "RUN_NAME=.x", "RUN_NAME='a b'", "MINUTES=soon", "DEPTH=0", "NPROC=two"]
+    "choice",
+    ["RUN_NAME=/tmp/x", "RUN_NAME=.x", "RUN_NAME='a b'", "MINUTES=soon", "MINUTES=0.0", "DEPTH=0", "NPROC=two"],
 )
 def test_a_choice_that_cannot_be_is_refused_before_anything_else(tree, choice):
     process = start(tree, f"{choice} bash speedrun.sh")
