@@ -550,11 +550,11 @@ def device_name(device):
 
 def environment(runtime):
     """What a result depends on beside the settings: versions and hardware, as a JSON-like dict."""
-    packages = ("torch", "pyarrow", "tokenizers", "numpy", "safetensors")
+    packages = {name: metadata.version(name) for name in ("pyarrow", "tokenizers", "numpy", "safetensors")}
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "packages": {name: metadata.version(name) for name in packages},
+        "packages": {"torch": torch.__version__, **packages},  # which names its build, as the metadata may not
         "cuda": torch.version.cuda,
         "device": runtime.device.type,
         "device_name": device_name(runtime.device),
