@@ -95,6 +95,7 @@ chosen="" # the choices, to say how to go on
 for name in DATASET DATA_DIR TRAIN_SHARDS MINUTES DEPTH VOCAB_SIZE RUN_NAME NPROC WANDB NANOTRAIN_DIR; do
     if [ -n "${!name:-}" ]; then chosen+=$(printf '%s=%q ' "$name" "${!name}"); fi
 done
+if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then chosen+=$(printf 'CUDA_VISIBLE_DEVICES=%q ' "$CUDA_VISIBLE_DEVICES"); fi # may be empty
 for name in TRAIN_SHARDS DEPTH VOCAB_SIZE NPROC; do
     if [ -n "${!name:-}" ] && ! [[ ${!name} =~ ^[1-9][0-9]{0,8}$ ]]; then
         echo "error: $name=${!name}: must be a whole number above 0" >&2

@@ -27,7 +27,7 @@ def load_checkpoint(rt, run_dir, run_name, resume):
     if step is None:
         return None, None, None
     model_tensors, optimizer_tensors, state = rt.together(
-        lambda: checkpoint.unpack(verified.get("files") or checkpoint.read(run_dir, step))
+        lambda: checkpoint.unpack(verified.pop("files", None) or checkpoint.read(run_dir, step))
     )
     return state, model_tensors, optimizer_tensors
 

@@ -554,7 +554,7 @@ def environment(runtime):
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "packages": {"torch": torch.__version__, **packages},  # which names its build, as the metadata may not
+        "packages": {"torch": str(torch.__version__), **packages},  # which names its build, as the metadata may not
         "cuda": torch.version.cuda,
         "device": runtime.device.type,
         "device_name": device_name(runtime.device),

@@ -358,7 +358,8 @@ def pretrain(rt, stop, watchdog):
     def assess(last):
         """Do what is due after this step. Returns whether it is the last one, which patience may have made it."""
         watchdog.beat(SLOW_SECONDS)
-        with torch.compiler.set_stance("force_eager"):  # each new number of rows or tokens would be compiled
+        # eager, for each new number of rows or tokens would be compiled
+        with within_memory(DEVICE_BATCH_SIZE or DEFAULT_ROWS), torch.compiler.set_stance("force_eager"):
             if due(EVAL_EVERY, run.step, last):
                 evaluate(rt, run, model, validation, tokenizer, tracker, watchdog)
                 last = last or (run.step > 0 and ends_early(run, tracker))
@@ -369,9 +370,12 @@ def pretrain(rt, stop, watchdog):
         run.assessed_step = run.step
         return last
 
-    data_loader = dataloader.DataLoader(reader, plan.device_rows, rt.device)
-    with within_memory(plan.device_rows), tracker, data_loader:
-        batches, mean_loss = rt.together(lambda: dataloader.LookAhead(data_loader)), math.nan
+    with (
+        within_memory(plan.device_rows),
+        tracker,
+        dataloader.DataLoader(reader, plan.device_rows, rt.device) as loader,
+    ):
+        batches, mean_loss = rt.together(lambda: dataloader.LookAhead(loader)), math.nan
         stopped_before = run.assessed_step != run.step  # what was due then
         if run.step == 0 or stopped_before:
             last = assess(last=False)
@@ -526,33 +530,34 @@ class Saver:
 
     def save(self, weights, moments, state, final):
         """Save after the step that the run is at, on all ranks at once. Raises CheckpointError if it cannot be written
-        and is the final one, or was not the first.
+        and is the final one, or one too many in a row.
         """
         run = self.run
-        failure = self.rt.on_main(lambda: self._write(weights, moments, state))
+        failure, is_there = self.rt.on_main(lambda: self._write(weights, moments, state))
         self.failures = self.failures + 1 if failure else 0
         if failure and (final or self.failures == FAILED_SAVES_LIMIT):
             which = "the last checkpoint" if final else f"{self.failures} checkpoints in a row"
             raise CheckpointError(f"{which} could not be written: {failure}: {self.run_dir}. Older ones are intact")
+        if is_there:
+            self.saved_best = run.best_bpb, run.best_step
+        run.best_bpb, run.best_step = self.saved_best  # one that can be loaded
         if failure:
-            run.best_bpb, run.best_step = self.saved_best  # the best is one that can be loaded
             self.tracker.event(f"step {run.step}: the checkpoint could not be written ({failure}); training goes on")
         else:
-            self.saved_best = run.best_bpb, run.best_step
             self.tracker.event(f"step {run.step}: checkpoint saved")
 
     def _write(self, weights, moments, state):
-        """What kept a checkpoint from being written, as a full disk does, or None."""
+        """(what kept it from being written, as a full disk does, or None; whether a checkpoint of this step is there)."""
         run = self.run
         try:
             checkpoint.save(self.run_dir, run.step, weights, moments, state, self.owner)
         except OSError as error:
-            return error.strerror or str(error)
+            return error.strerror or str(error), run.step in checkpoint.steps(self.run_dir)
         with contextlib.suppress(OSError):  # it is saved; what could not be removed goes another time
             checkpoint.clean(
                 self.run_dir, KEEP_LAST, KEEP_EVERY, run.best_step, self.resumed_step, self.owner, self.verified
             )
-        return None
+        return None, True
 
 
 def check_settings():
@@ -913,7 +918,8 @@ def main_within_memory():
             ) from None
         if not runtime.is_out_of_memory(error):
             raise
-        raise MemoryLimitError("out of memory before the first step: try a smaller --depth") from None
+        smaller = "a smaller --depth or --spectral-tokens=0"
+        raise MemoryLimitError(f"out of memory before the first pass: try {smaller}") from None
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
     python -m tests.soak --kills=50
 
 Two runs of a tiny model, in processes of their own. One is left alone. The other is ended with
-SIGKILL at random instants, half of them inside a save, and started again with --resume each time. Then weights,
+SIGKILL at random instants, half of them aimed at a save, and started again with --resume each time. Then weights,
 optimizer state, loader state and the record must be equal to the bit, and no kill may have cost a finished checkpoint.
 The exit code is 1 if anything differs.
 """

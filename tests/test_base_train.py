@@ -1067,7 +1067,7 @@ def test_a_setting_that_the_checkpoint_does_not_know_changes_nothing(train, at_s
 
 
 def test_an_evaluation_that_goes_on_is_no_hang(train, monkeypatch):
-    """Every batch of an evaluation is progress: with no patience but for one, the whole of it takes longer."""
+    """Every batch of an evaluation, three here, is progress to the watchdog."""
     bits_per_byte, beats = loss_eval.bits_per_byte, []
 
     def watched(*arguments):
@@ -1443,7 +1443,7 @@ def test_a_batch_that_does_not_divide_comes_with_three_that_work(train):
 
 
 def test_memory_that_runs_out_is_a_sentence_with_what_to_lower(train):
-    with pytest.raises(MemoryLimitError, match="out of memory before the first step: try a smaller --depth") as caught:
+    with pytest.raises(MemoryLimitError, match="out of memory before the first pass: try a smaller --depth") as caught:
         train(HEAD_DIM=2**24)  # a matrix of 2^50 bytes
     assert caught.value.exit_code == 5
 
@@ -1460,6 +1460,18 @@ def test_memory_that_runs_out_in_a_step_names_the_rows_that_ran(train, at_step, 
     at_step(2, run_out)
     with pytest.raises(MemoryLimitError, match=f"out of memory: .*{advice}"):
         train(DEVICE_BATCH_SIZE=asked, TOTAL_BATCH_SIZE=128)
+
+
+@pytest.mark.parametrize(("asked", "advice"), [(64, r"=32 \(now 64\)"), (0, r"=8 \(now 16\)")])
+def test_memory_that_runs_out_in_an_evaluation_names_its_rows(train, monkeypatch, asked, advice):
+    """Which are those that were asked for, or 16, whatever the rows of a step."""
+
+    def run_out(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(loss_eval, "bits_per_byte", run_out)
+    with pytest.raises(MemoryLimitError, match=f"out of memory: .*{advice}"):
+        train(DEVICE_BATCH_SIZE=asked)
 
 
 def test_a_full_disk_ends_a_run_only_at_its_last_save(train, whole, monkeypatch, capsys):
@@ -1496,6 +1508,26 @@ def test_the_best_checkpoint_is_one_that_was_saved(train, measured, monkeypatch)
     run = train(SAVE_EVERY=1, NUM_ITERATIONS=8, EVAL_EVERY=2, KEEP_LAST=1)
     assert checkpoint.steps(run) == [8, 2]
     assert checkpoint.load_model(run, best=True)[2]["step"] == 2
+
+
+def test_a_best_that_was_saved_before_its_evaluation_was_made_up_stays_the_best(train, measured, at_step, monkeypatch):
+    """A stop at step 3 left its evaluation out; at the resume it is the best, and the disk is full."""
+    settings = {"NUM_ITERATIONS": 6, "EVAL_EVERY": 3, "SAVE_EVERY": 0}
+    measured([3.0])
+    at_step(3, terminate)
+    train(**settings)
+    at_step()
+    save = checkpoint.save
+
+    def saving(run_dir, step, *arguments, **named):
+        if step == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(run_dir, step, *arguments, **named)
+
+    monkeypatch.setattr(checkpoint, "save", saving)
+    measured([2.0, 2.5])
+    run = train(**settings, RESUME=True)
+    assert checkpoint.load_model(run, best=True)[2]["step"] == 3
 
 
 def test_a_disk_that_stays_full_ends_the_run_at_the_third_save(train, monkeypatch, base_dir):

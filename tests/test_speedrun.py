@@ -69,10 +69,10 @@ def called(tree):
     return [(module, arguments) for module, *arguments in lines if module != "nanotrain.runtime"]
 
 
-def interrupt_in(tree, stage):
+def interrupt_in(tree, stage, command="MINUTES=2 bash speedrun.sh"):
     """(process, stdout, stderr) of a run that gets Ctrl-C, as in a terminal, in `stage`."""
     (tree / "slow").write_text(stage)
-    process = start(tree)
+    process = start(tree, command)
     deadline = time.monotonic() + 20
     while "waits" not in (tree / "calls").read_text():
         assert process.poll() is None, process.communicate()
@@ -155,6 +155,15 @@ def test_a_folder_of_any_name_gives_a_run_that_can_be_named(tree, folder, run):
     assert (process.returncode, err) == (0, "")
     path = paths.run_dir(f"{run}-2min")  # or it raises
     assert (tree.parent / "base" / "runs" / path.name / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize("devices", ["", "1,3", None])
+def test_how_to_go_on_keeps_the_choice_of_devices(tree, devices):
+    choice = "" if devices is None else f"CUDA_VISIBLE_DEVICES={devices} "
+    process, out, err = interrupt_in(tree, "scripts.base_train", f"{choice}MINUTES=2 bash speedrun.sh")
+    assert (process.returncode, err) == (0, "")
+    quoted = {"": "CUDA_VISIBLE_DEVICES='' ", "1,3": "CUDA_VISIBLE_DEVICES=1\\,3 ", None: ""}[devices]
+    assert f"MINUTES=2 NANOTRAIN_DIR={tree.parent / 'base'} {quoted}bash " in out
 
 
 @pytest.mark.parametrize("minutes", [".5", "1.99", "2", "10"])
