@@ -547,7 +547,7 @@ class Saver:
             self.tracker.event(f"step {run.step}: checkpoint saved")
 
     def _write(self, weights, moments, state):
-        """(what kept it from being written, as a full disk does, or None; whether a checkpoint of this step is there)."""
+        """(what kept it from being written, as a full disk does, or None; whether one of this step is there)."""
         run = self.run
         try:
             checkpoint.save(self.run_dir, run.step, weights, moments, state, self.owner)
