@@ -115,10 +115,14 @@ fi
 heading environment
 make_environment report || [ -n "$stopped" ] || exit 1
 if [ -n "$stopped" ]; then say_how_to_go_on; fi
-"$PYTHON" -m nanotrain.runtime
+exec 3>&1
+gpus=$("$PYTHON" -m nanotrain.runtime | while IFS= read -r line; do # the number of GPUs is one of its lines
+    printf '%s\n' "$line" >&3
+    if [[ $line == GPUs* ]]; then echo "${line##* }"; fi
+done)
+exec 3>&-
 finished environment 0
 
-gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 export NANOTRAIN_DIR=${NANOTRAIN_DIR:-$HOME/.cache/nanotrain}
 nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
 dataset=${DATASET:-$([ "$gpus" -gt 0 ] && echo fineweb-edu || echo stdlib)}

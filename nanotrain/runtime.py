@@ -582,6 +582,7 @@ def main():
     cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
     print(f"python     {platform.python_version()}, torch {torch.__version__}, CUDA {cuda}")
     print(f"device     {runtime.device} ({device_name(runtime.device)}), {cores}")
+    print(f"GPUs       {torch.cuda.device_count()}")
     print(f"precision  {str(runtime.dtype).removeprefix('torch.')} ({runtime.dtype_reason})")
     print(f"compiler   {compiler}")
     for name in ("float32", "bfloat16"):

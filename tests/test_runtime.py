@@ -507,8 +507,9 @@ def test_the_command_says_what_this_machine_is(run_script):
     done = run_script("nanotrain.runtime")
     assert (done.returncode, done.stderr) == (0, "")
     lines = dict(line.split(None, 1) for line in done.stdout.splitlines())
-    assert set(lines) == {"python", "device", "precision", "compiler", "matmul", "memory"}
+    assert set(lines) == {"python", "device", "GPUs", "precision", "compiler", "matmul", "memory"}
     assert torch.__version__ in lines["python"]
+    assert int(lines["GPUs"]) == torch.cuda.device_count()
     assert re.fullmatch(r"(bfloat16|float16|float32) \(.+\)", lines["precision"])
     assert float(lines["memory"].split()[0]) > 0.1
     rates = re.findall(r"matmul +([\d,]+) GFLOP/s in (\w+)", done.stdout)

@@ -19,10 +19,10 @@ EVALUATION = """{"val_bpb": 1.2345, "train_bpb": 1.1, "doc_bpb": 1.3, "step": 90
 "is_core": false, "core_metric": 0.0813, "standard_error": 0.0165, "accuracy": 0.361, "baseline": 0.317}}"""
 PYTHON = f"""#!/bin/bash
 case $1 in
-    -c) echo 0; exit ;; # no GPU
     -) exec {sys.executable} "$@" ;;
 esac
 echo "$2 $*" >> calls
+if [ "$2" = nanotrain.runtime ]; then printf 'device     cpu\\nGPUs       0\\n'; fi
 for argument; do case $argument in --run-name=*) run=$NANOTRAIN_DIR/runs/${{argument#*=}} ;; esac; done
 if [ "$2" = scripts.base_train ]; then
     mkdir -p "$run"
@@ -155,6 +155,19 @@ def test_a_folder_of_any_name_gives_a_run_that_can_be_named(tree, folder, run):
     assert (process.returncode, err) == (0, "")
     path = paths.run_dir(f"{run}-2min")  # or it raises
     assert (tree.parent / "base" / "runs" / path.name / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize(("gpus", "dataset", "depth"), [(0, "stdlib", 0), (2, "fineweb-edu", 20)])
+def test_the_machine_that_it_shows_decides_between_the_small_run_and_the_large_one(tree, gpus, dataset, depth):
+    python = tree / ".venv" / "bin" / "python"
+    python.write_text(PYTHON.replace("GPUs       0", f"GPUs       {gpus}"))
+    process = start(tree, "NPROC=1 bash speedrun.sh")
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (0, "")
+    assert f"\ndevice     cpu\nGPUs       {gpus}\n-- environment took" in out
+    calls = dict(called(tree))
+    assert f"--dataset={dataset}" in calls["nanotrain.dataset"]
+    assert f"--depth={depth}" in calls["scripts.base_train"]
 
 
 @pytest.mark.parametrize("devices", ["", "1,3", None])
