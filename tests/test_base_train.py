@@ -921,8 +921,8 @@ def test_asking_for_a_compiler_that_does_not_work_is_a_sentence(train, monkeypat
 @pytest.mark.parametrize(
     ("dtype", "minutes", "pays"),
     [
-        (torch.float32, 1.9, False),
-        (torch.float32, 2.0, True),
+        (torch.float32, 4.9, False),
+        (torch.float32, 5.0, True),
         (torch.bfloat16, 0.5, False),
         (torch.bfloat16, 0.6, True),
         (torch.float16, 0.0, True),  # another horizon
