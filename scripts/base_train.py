@@ -135,7 +135,7 @@ REFIT_PROGRESS = 0.25  # with TARGET_MINUTES the number of steps is corrected on
 STEP_PER_PASSES = 1.25  # until steps have been timed: a step takes so many times its forward and backward passes
 # TARGET_MINUTES leaves time for evaluations that are so much slower than the last, and for the last save
 SLOWER_LATER, LAST_SAVE_SECONDS = 1.1, 1.0
-# TARGET_MINUTES below which eager code makes more steps: compiling takes 10 to 25 s of a CPU, and in float32, where the
+# TARGET_MINUTES below which eager code makes more steps: compiling takes 8 to 33 s of a CPU, and in float32, where the
 # products take most of the time, it saves little of a step (dev/LOG.md)
 COMPILE_MINUTES = {torch.float32: 5.0, torch.bfloat16: 0.6, torch.float16: 0.6}
 SPECTRAL_RUNS = 5  # SPECTRAL_TOKENS is at most so many times the tokens of the run

@@ -947,7 +947,7 @@ def test_a_run_too_short_to_repay_the_compiler_goes_without(train, monkeypatch, 
     monkeypatch.setattr(GPT, "compile_parts", lambda model: asked.append(model))
     train(**settings)
     assert len(asked) == compiles
-    off = "compile    off: it repays its time in 2 minutes or more (--compile=on all the same)"
+    off = "compile    off: it repays its time in 5 minutes or more (--compile=on all the same)"
     assert (off in capsys.readouterr().out) == (settings["COMPILE"] == "auto" and not compiles)
 
 
