@@ -152,12 +152,12 @@ class WandbRun:
                 except Exception as error:
                     failures += 1
                     what = "is off from here" if failures == MAX_FAILURES else "did not take something"
-                    self._say(f"wandb {what}: {type(error).__name__}: {first_line(error)}")
+                    self._say(f"wandb {what}: {_named(error)}")
         if run is not None:
             try:
                 run.finish(exit_code=self._exit_code)
             except Exception as error:
-                self._say(f"wandb did not end well: {type(error).__name__}: {first_line(error)}")
+                self._say(f"wandb did not end well: {_named(error)}")
 
     def _start(self, mode):
         """(wandb, run), online if it can be and offline if not; (None, None) if it does not work at all."""
@@ -185,7 +185,7 @@ class WandbRun:
                 self._say(f"wandb: {where}")
                 return wandb, run
             except Exception as error:
-                self._say(f"wandb {attempt} does not work: {type(error).__name__}: {first_line(error)}")
+                self._say(f"wandb {attempt} does not work: {_named(error)}")
                 with contextlib.suppress(Exception):
                     wandb.teardown()  # which still holds the id
         return None, None
@@ -211,9 +211,7 @@ def fetch(reference, folder, api=None):
     except UserError:
         raise
     except Exception as error:
-        raise CheckpointError(
-            f"{reference}: wandb does not give it: {type(error).__name__}: {first_line(error)}"
-        ) from None
+        raise CheckpointError(f"{reference}: wandb does not give it: {_named(error)}") from None
     return target
 
 
@@ -235,3 +233,7 @@ def _hardest(tokens):
     """The most expensive tokens of a text in words, the worst first."""
     worst = sorted(tokens, key=lambda token: -token[1])[:HARDEST_TOKENS]
     return ", ".join(f"{text!r} {bits:.1f}" for text, bits in worst)
+
+
+def _named(error):
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -833,11 +833,8 @@ def test_a_checkpoint_of_an_earlier_version_is_not_evaluated_twice(train, at_ste
     assert [row["step"] for row in rows(run, "val/bpb")] == [0, 2, 4, 6]
 
 
-def test_a_stop_whose_save_fails_is_no_success(train, at_step, monkeypatch, capsys):
-    def full(*arguments, **named):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save", full)
+def test_a_stop_whose_save_fails_is_no_success(train, at_step, disk_full_at, capsys):
+    disk_full_at(3)
     at_step(3, terminate)
     with pytest.raises(CheckpointError, match="the last checkpoint could not be written: No space left on device"):
         train(SAVE_EVERY=0)
@@ -1474,8 +1471,10 @@ def test_memory_that_runs_out_in_an_evaluation_names_its_rows(train, monkeypatch
         train(DEVICE_BATCH_SIZE=asked)
 
 
-def test_a_full_disk_ends_a_run_only_at_its_last_save(train, whole, monkeypatch, capsys):
-    save, full = checkpoint.save, {2, 4}
+@pytest.fixture
+def disk_full_at(monkeypatch):
+    """disk_full_at(2, 4): the disk is full when these steps are saved; later calls add to them."""
+    save, full = checkpoint.save, set()
 
     def saving(run_dir, step, *arguments, **named):
         if step in full:
@@ -1483,62 +1482,46 @@ def test_a_full_disk_ends_a_run_only_at_its_last_save(train, whole, monkeypatch,
         return save(run_dir, step, *arguments, **named)
 
     monkeypatch.setattr(checkpoint, "save", saving)
+    return lambda *steps: full.update(steps)
+
+
+def test_a_full_disk_ends_a_run_only_at_its_last_save(train, whole, disk_full_at, capsys):
+    disk_full_at(2, 4)
     run = train(SAVE_EVERY=2)
     assert checkpoint.steps(run) == [6]
     assert same_run(whole, run)
     printed = capsys.readouterr().out
     assert "step 2: the checkpoint could not be written (No space left on device); training goes on" in printed
-    full.add(6)
+    disk_full_at(6)
     with pytest.raises(CheckpointError, match="the last checkpoint could not be written: No space left on device"):
         train("second", SAVE_EVERY=5)
     assert checkpoint.newest(run.parent / "second")[0] == 5
 
 
-def test_the_best_checkpoint_is_one_that_was_saved(train, measured, monkeypatch):
+def test_the_best_checkpoint_is_one_that_was_saved(train, measured, disk_full_at):
     """Steps 0 to 8 are evaluated as 3, 2, 1, 2.5 and 2.25, and the disk is full at step 4: step 2 stays the best."""
-    save = checkpoint.save
-
-    def saving(run_dir, step, *arguments, **named):
-        if step == 4:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return save(run_dir, step, *arguments, **named)
-
-    monkeypatch.setattr(checkpoint, "save", saving)
+    disk_full_at(4)
     measured([3.0, 2.0, 1.0, 2.5, 2.25])
     run = train(SAVE_EVERY=1, NUM_ITERATIONS=8, EVAL_EVERY=2, KEEP_LAST=1)
     assert checkpoint.steps(run) == [8, 2]
     assert checkpoint.load_model(run, best=True)[2]["step"] == 2
 
 
-def test_a_best_that_was_saved_before_its_evaluation_was_made_up_stays_the_best(train, measured, at_step, monkeypatch):
+def test_a_best_that_was_saved_before_its_evaluation_was_made_up_stays_the_best(train, measured, at_step, disk_full_at):
     """A stop at step 3 left its evaluation out; at the resume it is the best, and the disk is full."""
     settings = {"NUM_ITERATIONS": 6, "EVAL_EVERY": 3, "SAVE_EVERY": 0}
     measured([3.0])
     at_step(3, terminate)
     train(**settings)
     at_step()
-    save = checkpoint.save
-
-    def saving(run_dir, step, *arguments, **named):
-        if step == 3:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return save(run_dir, step, *arguments, **named)
-
-    monkeypatch.setattr(checkpoint, "save", saving)
+    disk_full_at(3)
     measured([2.0, 2.5])
     run = train(**settings, RESUME=True)
     assert checkpoint.load_model(run, best=True)[2]["step"] == 3
 
 
-def test_a_disk_that_stays_full_ends_the_run_at_the_third_save(train, monkeypatch, base_dir):
-    save, full = checkpoint.save, {2, 4, 8, 10, 12}
-
-    def saving(run_dir, step, *arguments, **named):
-        if step in full:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return save(run_dir, step, *arguments, **named)
-
-    monkeypatch.setattr(checkpoint, "save", saving)
+def test_a_disk_that_stays_full_ends_the_run_at_the_third_save(train, disk_full_at, base_dir):
+    disk_full_at(2, 4, 8, 10, 12)
     with pytest.raises(CheckpointError, match="3 checkpoints in a row could not be written: No space left on device"):
         train(SAVE_EVERY=2, NUM_ITERATIONS=20, EVAL_EVERY=0)
     assert checkpoint.newest(base_dir / "runs" / "r")[0] == 6
