@@ -187,7 +187,7 @@ class AdamW(SharedOptimizer):
         parameters = [parameter for group in groups for parameter in group["params"]]
         spans = cut([parameter.numel() for parameter in parameters], runtime.world_size)
         shapes = {parameter: {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape} for parameter in parameters}
-        defaults = {"weight_decay": 0.0, "eps": 1e-10}
+        defaults = {"weight_decay": 0.0, "eps": 1e-8}
         super().__init__(groups, defaults, runtime, dict(zip(parameters, spans, strict=True)), shapes)
         self.updates = 0
         for group in self.param_groups:
@@ -265,8 +265,9 @@ def build(roles, rates, weight_decay, dtype, runtime):
     "scalar": learning rate}. dtype: of Muon's products. The rate of each role follows from those four. runtime: with
     whose ranks the work is shared; a rank's part follows from its number alone.
     """
-    # At step 1 the gradient of the scalars is zero but for rounding, which a tiny eps would blow up to a full update.
-    scalar = {"betas": (0.9, 0.95), "eps": 1e-6}
+    # At step 1 the gradient of the scalars is zero but for rounding (1e-6 where later ones have 1e-2). A small eps would
+    # make updates of it that differ with the number of ranks.
+    scalar = {"betas": (0.9, 0.95), "eps": 1e-4}
     options = {
         "embedding": {"lr": rates["embedding"], "betas": (0.8, 0.99)},
         "value_embedding": {"lr": rates["embedding"] / 2, "betas": (0.8, 0.99)},

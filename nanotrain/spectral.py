@@ -7,6 +7,8 @@ factored to the model's width, is the embedding times the head (Levy and Goldber
     V vocabulary   C width   c(i, j) how often j follows i   p(j) share of j in the text
 """
 
+from contextlib import contextmanager
+
 import torch
 
 SMOOTHING = 200.0  # virtual neighbours of each token, drawn from p: few counts should not say much
@@ -15,12 +17,25 @@ LARGEST_VOCABULARY = 16384  # all pairs of tokens are held at once, in 12 bytes 
 OVERSAMPLING, POWER_STEPS = 32, 2  # of the randomised factoring (Halko et al., arXiv:0909.4061)
 
 
+@contextmanager
+def one_thread():
+    """Products in one thread, which sum in the same order whatever the number of threads that torch has been given."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @torch.no_grad()
+@one_thread()
 def start(rows, vocab_size, width, generator):
     """(embedding (V, C), head (V, C)), float32 on the CPU, of a bigram model of `rows` (N, T) int64.
 
     The rows of the embedding have root mean square 1 and are turned at random, so that no channel is special. Tokens
-    that do not occur get random rows.
+    that do not occur get random rows. The result does not depend on the number of threads: singular vectors of nearly
+    equal values would turn rounding into another start.
     """
     embedding = torch.randn(vocab_size, width, generator=generator)
     embedding /= embedding.square().mean(1, keepdim=True).sqrt()

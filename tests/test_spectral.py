@@ -96,3 +96,18 @@ def test_the_generator_decides_the_turn_and_nothing_of_the_prediction():
     assert not torch.allclose(first, other)
     seen = rows.unique()
     torch.testing.assert_close(first[seen] @ first_head.T, other[seen] @ other_head.T, rtol=0, atol=0.02)
+
+
+def test_the_start_is_the_same_for_every_number_of_threads():
+    """With a size at which products are shared among threads, and values so close that rounding decides their order."""
+    rows = torch.randint(600, (200, 257), generator=torch.Generator().manual_seed(4))
+    found, threads = [], torch.get_num_threads()
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            found.append(torch.cat(spectral.start(rows, 600, 256, torch.Generator().manual_seed(0))))
+            assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
