@@ -296,9 +296,6 @@ class DataLoader:
     """The batches of one rank on its device, one kept ready by a background thread. Use as a context manager and an
     iterator.
 
-    The first input of every row is BOS, wherever in a document the row begins: so begins every text that a trained
-    model is shown, and no target is lost, for that token is the last target of the row before.
-
     Two slots (pinned for CUDA) are filled in turn; a slot is filled again only after the copy out of it has ended.
     """
 
@@ -347,9 +344,7 @@ class DataLoader:
             copied = torch.cuda.Event()
             copied.record()
         self._free.put((slot, copied))
-        inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-        inputs[:, 0].fill_(self.reader.tokenizer.bos)
-        return Batch(inputs, targets, total, state)
+        return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), total, state)
 
     def close(self):
         """End the thread."""
@@ -411,9 +406,7 @@ def packed_rows(paths, tokenizer, seq_len, num_tokens):
         )
     tokens = np.concatenate(stream)
     starts = np.arange(count)[:, None] * seq_len
-    rows = tokens[starts + np.arange(seq_len + 1)]
-    rows[:, 0] = tokenizer.bos  # as in training
-    return rows
+    return tokens[starts + np.arange(seq_len + 1)]
 
 
 def _few_at_a_time(paths):

@@ -1,7 +1,8 @@
 """Bits per byte: the loss in a unit that does not depend on the tokenizer.
 
 There are two of it. That of rows measures what training minimizes: text packed into rows, documents cut where a row
-ends. That of documents begins each at BOS, which makes it comparable across packings and batches as well.
+ends. That of documents shows the model each document from its beginning, in windows that overlap, which makes it
+comparable across packings and batches as well.
 
 `Details` keeps where the loss of rows is: in which text, and in how many tokens how much of it.
 """
@@ -25,53 +26,61 @@ def bits_per_byte(model, rows, token_bytes, runtime, batch_rows, progress=None, 
     """
     mine = rows[runtime.rank :: runtime.world_size]
     batches = (mine[start : start + batch_rows] for start in range(0, len(mine), batch_rows))
+    batches = ((batch[:, :-1], batch[:, 1:]) for batch in batches)
     return _bits_per_byte(model, batches, token_bytes, runtime, progress, details)
 
 
 def document_bits_per_byte(model, windows, token_bytes, runtime, batch_rows, progress=None):
-    """The same over `windows` (see `document_windows`), where every token of a document is a target exactly once."""
-    bos = windows[0][0]
+    """The same over `windows` (see `document_windows`), where every token of a document is counted exactly once."""
+    bos = windows[0][0, 0]
     mine = windows[runtime.rank :: runtime.world_size]
 
     def batches():
         for start in range(0, len(mine), batch_rows):
             some = mine[start : start + batch_rows]
-            batch = np.full((len(some), max(map(len, some))), bos, dtype=np.int32)  # BOS has no bytes: not counted
-            for row, window in zip(batch, some, strict=True):
-                row[: len(window)] = window
+            batch = np.full((2, len(some), max(window.shape[1] for window in some)), bos, dtype=np.int32)
+            for row, window in enumerate(some):
+                batch[:, row, : window.shape[1]] = window
             yield batch
 
     return _bits_per_byte(model, batches(), token_bytes, runtime, progress)
 
 
 def document_windows(documents, bos, seq_len):
-    """Token ids of documents, each a (n,) int32 array without BOS, -> a list of (1 to seq_len + 1,) int32 arrays,
-    shortest first: consecutive windows of at most seq_len tokens of one document, each after a BOS.
+    """Token ids of documents, each a (n,) int32 array without BOS, -> a list of (2, 1 to seq_len) int32 arrays of
+    inputs and targets, shortest first.
+
+    A window is BOS and up to seq_len tokens of one document. Windows overlap by half: after the first one, every target
+    that counts has at least half a context of its document before it. The targets that an earlier window has counted
+    are BOS, which has no bytes.
     """
-    windows = [
-        np.concatenate(([bos], ids[start : start + seq_len]), dtype=np.int32)
-        for ids in documents
-        for start in range(0, len(ids), seq_len)
-    ]
-    return sorted(windows, key=len)
+    windows, stride = [], max(seq_len // 2, 1)
+    for ids in documents:
+        done = 0
+        while done < len(ids):
+            end = min(done + (stride if done else seq_len), len(ids))
+            begin = max(end - seq_len, 0)
+            targets = np.concatenate((np.full(done - begin, bos), ids[done:end]))
+            windows.append(np.stack((np.append(bos, ids[begin : end - 1]), targets)).astype(np.int32))
+            done = end
+    return sorted(windows, key=lambda window: window.shape[1])
 
 
 @torch.no_grad()
 def _bits_per_byte(model, batches, token_bytes, runtime, progress, details=None):
-    """batches: of this rank, each (B, T + 1) int32."""
+    """batches: of this rank, each (inputs, targets), both (B, T) int32."""
     nats, num_bytes = 0.0, 0
     for batch in batches:
-        batch = torch.from_numpy(batch).to(runtime.device, torch.int64)
-        targets = batch[:, 1:].contiguous()
+        inputs, targets = (torch.tensor(part, dtype=torch.int64, device=runtime.device) for part in batch)
         with runtime.autocast():
-            losses = model.token_losses(batch[:, :-1].contiguous(), targets)
+            losses = model.token_losses(inputs, targets)
         losses, sizes = losses.cpu().double(), token_bytes[targets.cpu()]
         nats += losses[sizes > 0].sum().item()
         num_bytes += sizes.sum().item()
         if details:
             details(targets.cpu(), losses)
         if progress:
-            progress(len(batch))
+            progress(len(inputs))
     total_nats, total_bytes = runtime.sum([nats, num_bytes])
     if not total_bytes:
         raise DataError(

@@ -265,8 +265,8 @@ def build(roles, rates, weight_decay, dtype, runtime):
     "scalar": learning rate}. dtype: of Muon's products. The rate of each role follows from those four. runtime: with
     whose ranks the work is shared; a rank's part follows from its number alone.
     """
-    # At step 1 the gradient of the scalars is zero but for rounding (1e-6 where later ones have 1e-2). A small eps would
-    # make updates of it that differ with the number of ranks.
+    # At step 1 the gradient of the scalars is rounding: about 1e-6, where later ones are about 1e-2. A small eps would
+    # turn it into full updates, which differ with the number of ranks.
     scalar = {"betas": (0.9, 0.95), "eps": 1e-4}
     options = {
         "embedding": {"lr": rates["embedding"], "betas": (0.8, 0.99)},

@@ -536,7 +536,6 @@ def test_batches_are_the_rows_of_the_reader_with_its_state_before_them(tokenizer
             assert batch.state == twin.state()
             assert batch.row_hash == twin.fill(rows)
             np.testing.assert_array_equal(batch.targets.numpy(), rows[:, 1:])
-            rows[:, 0] = tokenizer.bos
             np.testing.assert_array_equal(batch.inputs.numpy(), rows[:, :-1])
 
 
@@ -640,10 +639,10 @@ def test_packed_rows_by_hand(tokenizer, tmp_path):
     for num_tokens, count in ((3, 1), (8, 2), (9, 3), (3 * available, available), (10**6, available)):
         rows = dataloader.packed_rows([tmp_path / "shard_0.parquet"], tokenizer, 3, num_tokens)
         assert rows.dtype == np.int32
-        assert rows.tolist() == [[tokenizer.bos, *stream[3 * n + 1 : 3 * n + 4]] for n in range(count)]
+        assert rows.tolist() == [stream[3 * n : 3 * n + 4] for n in range(count)]
     for seq_len in range(1, len(stream)):  # one of them ends just at the end of the shard, one a token behind it
         rows = dataloader.packed_rows([tmp_path / "shard_0.parquet"], tokenizer, seq_len, 10**6)
-        whole = [[tokenizer.bos, *stream[at + 1 : at + seq_len + 1]] for at in range(0, len(stream), seq_len)]
+        whole = [stream[at : at + seq_len + 1] for at in range(0, len(stream), seq_len)]
         assert rows.tolist() == [row for row in whole if len(row) == seq_len + 1]
 
 
@@ -655,9 +654,7 @@ def test_packed_rows_read_on_from_row_group_to_row_group(tokenizer, tmp_path, se
     for num_tokens in (100, 1000, 1700):
         rows = dataloader.packed_rows([folder / "shard_00002.parquet"], tokenizer, seq_len, num_tokens)
         count = num_tokens // seq_len
-        assert rows.tolist() == [
-            [tokenizer.bos, *stream[seq_len * n + 1 : seq_len * (n + 1) + 1]] for n in range(count)
-        ]
+        assert rows.tolist() == [stream[seq_len * n : seq_len * (n + 1) + 1] for n in range(count)]
 
 
 def test_packed_rows_read_on_from_shard_to_shard(tokenizer, tmp_path):

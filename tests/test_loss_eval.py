@@ -33,8 +33,11 @@ def case(tokenizer, tmp_path_factory):
     folder = make_shards(tmp_path_factory.mktemp("validation"))
     rows = dataloader.packed_rows([folder / "shard_00002.parquet"], tokenizer, 24, 13 * 24)
     rows[4, 7] = tokenizer.bos  # besides those between documents
+    model = make_model(GPTConfig(320, 32, 2, 2, 2, 16), 0.5)
+    for block in model.blocks:  # so that what comes before a token matters
+        torch.nn.init.eye_(block.attention.output.weight)
     return SimpleNamespace(
-        model=make_model(GPTConfig(320, 32, 2, 2, 2, 16), 0.5),
+        model=model,
         rows=rows,
         token_bytes=tokenizer.token_bytes(),
         bos=tokenizer.bos,
@@ -148,13 +151,17 @@ def documents(tokenizer):
 
 
 def of_documents_by_definition(case, texts, documents, seq_len):
-    """One window at a time, each after a BOS, from the model's logits in float64, over the bytes of the texts."""
-    nats = 0.0
+    """One token at a time: after BOS and all of its document before it in the first window, then after what a window
+    that ends up to a half further on has of it.
+    """
+    nats, half = 0.0, seq_len // 2
     for ids in documents:
-        for start in range(0, len(ids), seq_len):
-            window = [case.bos, *ids[start : start + seq_len].tolist()]
-            logits = case.model.logits(torch.tensor([window[:-1]]))[0].double()
-            nats += torch.nn.functional.cross_entropy(logits, torch.tensor(window[1:]), reduction="sum").item()
+        for place, token in enumerate(ids.tolist()):
+            end = seq_len if place < seq_len else min(seq_len + half * ((place - seq_len) // half + 1), len(ids))
+            context = [case.bos, *ids[max(end - seq_len, 0) : place].tolist()]
+            assert place < seq_len or len(context) > half
+            logits = case.model.logits(torch.tensor([context]))[0, -1].double()
+            nats -= torch.log_softmax(logits, -1)[token].item()
     return nats / math.log(2) / sum(len(text.encode()) for text in texts)
 
 
@@ -186,10 +193,15 @@ def test_the_ranks_share_rows_and_documents_and_none_is_done_twice(case, documen
         assert sum(done) == 2 * len(things)  # on_every_rank evaluates twice
 
 
-def test_windows_hold_every_token_once_in_order_each_after_bos():
-    documents = [np.array(ids, dtype=np.int32) for ids in ([5, 6, 7, 8, 9], [4], [], [3, 2])]
-    windows = document_windows(documents, 1, 2)
-    assert [window.tolist() for window in windows] == [[1, 9], [1, 4], [1, 5, 6], [1, 7, 8], [1, 3, 2]]
+def test_windows_count_every_token_once_and_overlap_by_half():
+    documents = [np.array(ids, dtype=np.int32) for ids in ([2, 3, 4, 5, 6, 7, 8], [4], [])]
+    windows = document_windows(documents, 1, 4)
+    assert [window.tolist() for window in windows] == [
+        [[1], [4]],
+        [[1, 2, 3, 4], [2, 3, 4, 5]],
+        [[1, 4, 5, 6], [1, 1, 6, 7]],
+        [[1, 5, 6, 7], [1, 1, 1, 8]],
+    ]
     assert {window.dtype for window in windows} == {np.dtype(np.int32)}
 
 

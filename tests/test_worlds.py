@@ -97,7 +97,7 @@ def worlds(tmp_path_factory):
 
 
 def pooled(tensors):
-    """The tensors, all scalars of one kind (weights, or one of their moments) as one vector: each alone may be near 0."""
+    """The tensors, with all scalars (and each of their moments) as one vector, because one of them may be near 0."""
     found, scalars = {}, {}
     for name, tensor in sorted(tensors.items()):
         if name.partition("/")[0].endswith("_scale"):
