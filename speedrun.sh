@@ -144,7 +144,7 @@ else
     fi
     tokenizer_preset=("--max-chars=$max_chars" "--target-minutes=$minutes")
     preset=(--eval-tokens=32768 "--evaluations-after=$evaluations") # for what base_eval does
-    tasks=$NANOTRAIN_DIR/core/tasks-of-$(basename "$data_dir") # of its validation text: no network needed
+    tasks=own # of the validation text: no network needed
     evaluation=("--eval-tokens=$eval_tokens" --eval-document-bytes=250000 "--core-bundle=$tasks" --core-max-per-task=40
         --sample-tokens=48)
 fi
@@ -164,11 +164,9 @@ if [ -z "${DATA_DIR:-}" ]; then
 fi
 
 clock=$SECONDS
-if [ -e "$run_dir/tokenizer.json" ]; then # of a run that goes on
-    tokenizer_dir=$run_dir
-else
-    tokenizer_dir=$NANOTRAIN_DIR/tokenizer
-    stage tokenizer "$PYTHON" -m scripts.tok_train "--data-dir=$data_dir" "--vocab-size=$vocab_size" "${tokenizer_preset[@]}"
+if ! compgen -G "$run_dir/checkpoints/step_*" > /dev/null; then # not a run that goes on
+    stage tokenizer "$PYTHON" -m scripts.tok_train "--data-dir=$data_dir" "--tokenizer-dir=$run_dir" \
+        "--vocab-size=$vocab_size" "${tokenizer_preset[@]}"
 fi
 
 after=0 # seconds of base_eval besides its evaluations: to start and to draw take about twice what starting takes here
@@ -197,7 +195,7 @@ if [ "$nproc" -gt 1 ]; then
     launch=("$PYTHON" -m torch.distributed.run --standalone --shutdown-timeout=300 "--nproc_per_node=$nproc")
 fi
 stage training "${launch[@]}" -m scripts.base_train --resume "--run-name=$run_name" "--data-dir=$data_dir" \
-    "--tokenizer-dir=$tokenizer_dir" "--depth=$depth" \
+    "--tokenizer-dir=$run_dir" "--depth=$depth" \
     "--wandb=${WANDB:-off}" --report=false "${preset[@]}" "${horizon[@]}"
 stage evaluation "${launch[@]}" -m scripts.base_eval "--run-name=$run_name" "${evaluation[@]}"
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from nanotrain import dataset, download, files
 from nanotrain.errors import DataError, UserError, first_line
 
+OWN = "own"  # instead of a path: the tasks of a data set's validation shard
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 ZIP_NAME, HASH_NAME = "eval_bundle.zip", "eval_bundle.zip.sha256"
 ITEM_SEED = 1337  # of the order of a task's items, as published
@@ -228,10 +229,19 @@ def fetch(folder, url=URL, clock=None):
     return path
 
 
-def obtain(path, folder, runtime, max_per_task, say):
-    """The Bundle at `path`, or without one the public bundle in `folder`, on every rank; where that cannot be had
-    None, and `say` is called with the reason.
+def own_folder(folder, shard):
+    """Where in `folder` the tasks of a validation shard are: found by the shard's content, whatever its data set is
+    called.
     """
+    return folder / f"tasks-{files.file_sha256(shard)[:16]}"
+
+
+def obtain(path, folder, shard, runtime, max_per_task, say):
+    """The Bundle at `path`, or OWN that of the validation `shard`, or without one the public bundle in `folder`, on
+    every rank; where that cannot be had None, and `say` is called with the reason.
+    """
+    if path == OWN:
+        path = runtime.on_main(lambda: str(own_folder(folder, shard)))
     if not path:
         try:
             path = runtime.on_main(lambda: str(fetch(folder)))

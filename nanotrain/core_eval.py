@@ -23,7 +23,7 @@ from nanotrain.core_bundle import LANGUAGE_MODELING, MULTIPLE_CHOICE, SCHEMA
 from nanotrain.errors import UserError
 
 # --- a bundle of tasks from your own text
-MAKE_BUNDLE = ""  # folder to write it to
+MAKE_BUNDLE = ""  # folder to write it to; own: the one that --core-bundle=own reads
 DATA_DIR = ""  # folder of shards, whose validation shard is used; empty: the only data set in NANOTRAIN_DIR/data
 ITEMS_PER_TASK = 200  # at most
 # ----------------------------------------
@@ -249,9 +249,11 @@ def main():
     if ITEMS_PER_TASK < 1:
         raise UserError(f"--items-per-task={ITEMS_PER_TASK}: at least 1")
     shards = dataset.open_shards(paths.data_dir(DATA_DIR))
-    counts = core_bundle.make(MAKE_BUNDLE, shards.validation.path, ITEMS_PER_TASK)
+    path = shards.validation.path
+    folder = core_bundle.own_folder(paths.core_dir(), path) if MAKE_BUNDLE == core_bundle.OWN else MAKE_BUNDLE
+    counts = core_bundle.make(folder, path, ITEMS_PER_TASK)
     listed = ", ".join(f"{count} {label}" for label, count in counts.items())
-    print(f"{MAKE_BUNDLE}, of {shards.validation.path.name}:\n{listed}")
+    print(f"{folder}, of {shards.validation.path.name}:\n{listed}")
 
 
 if __name__ == "__main__":

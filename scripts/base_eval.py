@@ -38,7 +38,7 @@ DEVICE_BATCH_SIZE = 16  # rows of one forward pass
 EVAL_TOKENS = 262144  # of each kind of text, or all of it where there is less
 EVAL_DOCUMENT_BYTES = 600000  # of whole validation documents, for the bits per byte of documents; 0: off
 CORE = True  # evaluate on the tasks of CORE, or of CORE_BUNDLE
-CORE_BUNDLE = ""  # folder or zip of tasks; empty: the public one of CORE, fetched where it is not there yet
+CORE_BUNDLE = ""  # folder or zip of tasks, or own: those of the validation shard; empty: CORE's public one, fetched
 CORE_MAX_PER_TASK = 500  # items of each task; 0: all, as published scores do
 SAMPLE_TOKENS = 96  # of each sample
 REPORT = True  # write the run's report anew
@@ -59,7 +59,8 @@ def main():
     if EVAL_TOKENS < model.config.max_seq_len:
         least = f"less than one row of this model, which has {model.config.max_seq_len}"
         raise UserError(f"--eval-tokens={EVAL_TOKENS}: {least}")
-    bundle = CORE and core_bundle.obtain(CORE_BUNDLE, paths.core_dir(), rt, CORE_MAX_PER_TASK, rt.say)
+    validation = shards.validation.path
+    bundle = CORE and core_bundle.obtain(CORE_BUNDLE, paths.core_dir(), validation, rt, CORE_MAX_PER_TASK, rt.say)
     result = {"step": meta["step"], "tokens": meta["loader"]["row"] * model.config.max_seq_len}
     result |= text_bits_per_byte(rt, model, tokenizer, shards)
     if bundle:

@@ -97,7 +97,7 @@ FINAL_LR_FRAC = 0.03  # where it ends, as a share of its peak
 EVAL_EVERY = 250  # bits per byte on validation rows
 EVAL_TOKENS = 131072  # of the validation shard
 CORE_METRIC_EVERY = 0  # the tasks of CORE
-CORE_BUNDLE = ""  # folder or zip of tasks; empty: the public one of CORE, fetched where it is not there yet
+CORE_BUNDLE = ""  # folder or zip of tasks, or own: those of the validation shard; empty: CORE's public one, fetched
 CORE_MAX_PER_TASK = 500  # items of each task; 0: all
 SAMPLE_EVERY = 0  # print a few continuations
 SAVE_EVERY = 250  # checkpoint (the last step always saves one)
@@ -258,7 +258,9 @@ def pretrain(rt, stop, watchdog):
             rt.say(report.attempt(run_dir))
         return
 
-    bundle = CORE_METRIC_EVERY and core_bundle.obtain(CORE_BUNDLE, paths.core_dir(), rt, CORE_MAX_PER_TASK, rt.say)
+    bundle = CORE_METRIC_EVERY and core_bundle.obtain(
+        CORE_BUNDLE, paths.core_dir(), shards.validation.path, rt, CORE_MAX_PER_TASK, rt.say
+    )
     owner = rt.on_main(lambda: checkpoint.claim(run_dir))
     rt.on_main(lambda: tokenizer.save(run_dir))
 

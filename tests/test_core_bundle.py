@@ -209,7 +209,7 @@ def test_without_its_host_there_is_no_core_and_one_line_says_so(monkeypatch, tmp
         port = listener.getsockname()[1]
     url, fetch, said = f"http://127.0.0.1:{port}/eval_bundle.zip", core_bundle.fetch, []
     monkeypatch.setattr(core_bundle, "fetch", lambda folder: fetch(folder, url))
-    assert core_bundle.obtain("", tmp_path / "core", ALONE, 5, said.append) is None
+    assert core_bundle.obtain("", tmp_path / "core", None, ALONE, 5, said.append) is None
     (line,) = said
     assert line.startswith("CORE is skipped")
     assert "cannot be reached" in line
@@ -219,8 +219,8 @@ def test_without_its_host_there_is_no_core_and_one_line_says_so(monkeypatch, tmp
 def test_a_bundle_that_was_asked_for_must_be_there(tmp_path):
     said = []
     with pytest.raises(DataError, match="no CORE bundle"):
-        core_bundle.obtain(str(tmp_path / "nowhere"), tmp_path, ALONE, 5, said.append)
-    found = core_bundle.obtain(str(write_bundle(tmp_path / "b")), tmp_path, ALONE, 2, said.append)
+        core_bundle.obtain(str(tmp_path / "nowhere"), tmp_path, None, ALONE, 5, said.append)
+    found = core_bundle.obtain(str(write_bundle(tmp_path / "b")), tmp_path, None, ALONE, 2, said.append)
     assert found == core_bundle.read(tmp_path / "b", 2)
     assert said == []
 
@@ -371,3 +371,17 @@ def test_a_command_without_a_task_says_what_it_can_do(monkeypatch, settings, mes
         monkeypatch.setattr(core_eval, name, value)
     with pytest.raises(UserError, match=message):
         core_eval.main()
+
+
+def test_own_tasks_are_those_of_the_validation_shard_whatever_the_data_set_is_called(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOTRAIN_DIR", str(tmp_path))
+    bundles = []
+    for number in range(2):
+        folder = make_shards(tmp_path / str(number) / "mine", train=1 + number)
+        monkeypatch.setattr(core_eval, "DATA_DIR", str(folder))
+        monkeypatch.setattr(core_eval, "MAKE_BUNDLE", "own")
+        core_eval.main()
+        shard = dataset.open_shards(folder).validation.path
+        bundles.append(core_bundle.obtain("own", tmp_path / "core", shard, ALONE, 0, print))
+        assert bundles[-1].sha256 == core_bundle.read(core_bundle.own_folder(tmp_path / "core", shard)).sha256
+    assert bundles[0].sha256 != bundles[1].sha256

@@ -25,8 +25,7 @@ echo "$2 $*" >> calls
 if [ "$2" = nanotrain.runtime ]; then printf 'device     cpu\\nGPUs       0\\n'; fi
 for argument; do case $argument in --run-name=*) run=$NANOTRAIN_DIR/runs/${{argument#*=}} ;; esac; done
 if [ "$2" = scripts.base_train ]; then
-    mkdir -p "$run"
-    touch "$run/tokenizer.json"
+    mkdir -p "$run/checkpoints/step_00000900"
     echo '{{"settings": {{"TARGET_MINUTES": 1.5}}}}' > "$run/config.json"
 fi
 if [ "$2" = "$(cat slow 2> /dev/null)" ]; then
@@ -103,11 +102,12 @@ def test_stopped_in_a_stage_and_called_as_it_says_it_goes_on(tree, stage):
     training = dict(called(tree))["scripts.base_train"]
     assert {"--resume", "--run-name=stdlib-2min"} <= set(training)
     run = tree.parent / "base" / "runs" / "stdlib-2min"
+    assert f"--tokenizer-dir={run}" in training
     if STAGES.index(stage) < STAGES.index("scripts.base_train"):
         assert [module for module, _ in called(tree)] == STAGES
     else:  # with the tokenizer and the time that the run began with
         assert [module for module, _ in called(tree)] == [name for name in STAGES if name != "scripts.tok_train"]
-        assert {f"--tokenizer-dir={run}", "--target-minutes=1.5"} <= set(training)
+        assert "--target-minutes=1.5" in training
     summary = out[out.index("== summary") :].splitlines()
     assert len(summary) < 24
     assert all(len(line) <= 80 or str(tree.parent) in line for line in summary)
@@ -206,3 +206,19 @@ def test_a_stage_that_fails_ends_it_with_its_code(tree):
     _, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (6, 'error: stage "tokenizer" failed with exit code 6\n')
     assert [module for module, _ in called(tree)] == STAGES[:2]
+
+
+def test_runs_of_other_data_have_their_own_tokenizer(tree):
+    """Also one that begins anew in the folder of a run which was stopped before its first checkpoint."""
+    for folder in ("x/mine", "y/theirs"):
+        process = start(tree, f"MINUTES=2 DATA_DIR=/{folder} bash speedrun.sh")
+        assert process.wait(timeout=20) == 0
+        calls = dict(called(tree))
+        run = tree.parent / "base" / "runs" / f"{Path(folder).name}-2min"
+        for stage in ("scripts.tok_train", "scripts.base_train"):
+            assert {f"--tokenizer-dir={run}", f"--data-dir=/{folder}"} <= set(calls[stage])
+        (run / "tokenizer.json").touch()
+        shutil.rmtree(run / "checkpoints")
+    process = start(tree, "RUN_NAME=mine-2min DATA_DIR=/y/mine bash speedrun.sh")
+    assert process.wait(timeout=20) == 0
+    assert "--data-dir=/y/mine" in dict(called(tree))["scripts.tok_train"]
