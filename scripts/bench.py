@@ -171,7 +171,11 @@ def prepare_training(rt, training, next_batch=None):
     """An optimizer step as scripts/base_train.py does it, without its log; the same random tokens again and again if
     `next_batch`, which gives (inputs, targets), is None.
     """
-    model, optimizers = training.build(rt)
+    return training_step(rt, training, *training.build(rt), next_batch)
+
+
+def training_step(rt, training, model, optimizers, next_batch=None):
+    """The same for a model that is built already."""
     parameters = list(model.parameters())
     tokens = torch.randint(training.vocab_size, (2, training.rows, training.seq_len), device=rt.device)
 

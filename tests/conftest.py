@@ -52,7 +52,14 @@ TINY_RUN = {  # settings of base_train with which a step takes milliseconds
 }
 
 
-SLOW_FILES = ("test_worlds.py", "test_base_train.py", "test_faults.py", "test_scripts.py", "test_soak.py")
+SLOW_FILES = (
+    "test_worlds.py",
+    "test_base_train.py",
+    "test_faults.py",
+    "test_gpu_check.py",
+    "test_scripts.py",
+    "test_soak.py",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -1,0 +1,179 @@
+"""dev/gpu_check.sh: all of it at tiny sizes on a CPU, what it makes of steps that fail, and what it can do without."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from nanotrain import runtime
+
+spec = importlib.util.spec_from_file_location("gpu_check", ROOT / "dev" / "gpu_check.py")
+gpu_check = sys.modules["gpu_check"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(gpu_check)
+
+NUMBERS = {  # the positive numbers of the rows of each step
+    "tests": ["passed"],
+    "speed 12": ["rows", "first step s", "step ms", "tokens/s", "of matmul", "peak GiB", "measured / planned"],
+    "speed 20": ["rows", "first step s", "step ms", "tokens/s", "of matmul", "peak GiB", "measured / planned"],
+    "data": ["bytes"],
+    "bench optimizer": ["ms", "MiB"],
+    "train": ["steps", "seconds of steps", "tokens/s", "first loss", "last loss", "first bpb", "last bpb"],
+    "resume": ["steps", "killed after"],
+    "memory": ["peak GiB", "planned GiB", "measured / planned"],
+}
+# Stands in for dev/gpu_check.py, with steps that end in every way there is; one leaves a process that outlives it.
+STEPS_THAT_FAIL = f"""
+import subprocess, sys, time
+sys.path.insert(0, {str(ROOT / "dev")!r})
+import gpu_check
+
+def hangs():
+    gpu_check.tell(number=1)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    print("child", child.pid, flush=True)
+    time.sleep(600)
+
+def fails():
+    print("the reason")
+    raise ValueError("not as it should be")
+
+def dies():
+    gpu_check.os.kill(gpu_check.os.getpid(), 9)
+
+works = [("hangs", 1, 1, hangs), ("fails", 1, 30, fails), ("dies", 2, 30, dies),
+         ("works", 2, 30, lambda: gpu_check.tell(number=12345))]
+gpu_check.STEPS = {{name: gpu_check.Step(*rest) for name, *rest in works}}
+gpu_check.PROGRAM = __file__
+gpu_check.run()
+"""
+
+
+def report(folder):
+    """({name: step of the JSON}, the Markdown)."""
+    steps = json.loads((folder / "gpu_check.json").read_text(encoding="utf-8"))["steps"]
+    return {step["name"]: step for step in steps}, (folder / "gpu_check.md").read_text(encoding="utf-8")
+
+
+def shell(*arguments, **options):
+    """`bash dev/gpu_check.sh` with these tests' Python as the python3 on PATH."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", str(ROOT / "dev" / "gpu_check.sh"), *map(str, arguments)]
+    return subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True, **options)
+
+
+def test_all_steps_succeed_at_tiny_sizes_and_both_files_hold_the_numbers(tmp_path, base_dir):
+    done = shell("--smoke", "out", cwd=tmp_path, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps, markdown = report(tmp_path / "out")
+    assert {name: step["result"] for name, step in steps.items()} == dict.fromkeys(gpu_check.STEPS, "ok")
+    for name, columns in NUMBERS.items():
+        for row in steps[name]["rows"]:
+            assert min(row[column] for column in columns) > 0, (name, row)
+    for step in steps.values():
+        assert step["rows"]
+        assert step["seconds"] > 0
+        for row in step["rows"]:
+            assert f"| {' | '.join(map(gpu_check.cell, row.values()))} |" in markdown
+    assert [row["compiled"] for row in steps["speed 12"]["rows"]] == [False, True][: 1 + runtime.can_compile()]
+    rates = {row["kernel"].split(" (")[0]: row["rate"] for row in steps["kernels"]["rows"]}
+    assert all(
+        rates[name] > 0 for name in ("matmul torch.float32", "copy, read and written", "attention as torch chooses")
+    )
+    assert steps["train"]["rows"][0]["last loss"] < steps["train"]["rows"][0]["first loss"]
+    assert [row["same"] for row in steps["resume"]["rows"]] == [True] * 4
+    assert len({row["SHA-256"] for row in steps["resume"]["rows"]}) == 4
+    assert 0 < steps["resume"]["rows"][0]["killed after"] < steps["resume"]["rows"][0]["steps"]
+    assert list(steps["bench step"]["rows"][0]) == ["part", "ms", "of the step"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        f"gpu_check.{e}" for e in ("json", "log", "md")
+    ]
+    assert not base_dir.exists()
+
+
+def test_a_step_that_fails_or_runs_out_of_time_leaves_the_others_running_and_is_named(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(STEPS_THAT_FAIL, encoding="utf-8")
+    command = [sys.executable, str(program), "--smoke", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    ending = "error: 3 of 4 steps: hangs (timed out), fails (failed), dies (failed); see "
+    assert done.stderr == f"{ending}{tmp_path / 'out' / 'gpu_check.md'}\n"
+    steps, markdown = report(tmp_path / "out")
+    assert [step["result"] for step in steps.values()] == ["timed out", "failed", "failed", "ok"]
+    assert "\n| hangs | 1 | timed out | " in markdown
+    assert "\n    the reason\n" in markdown
+    assert "\n    ValueError: not as it should be\n" in markdown
+    assert "\n| 12,345 |\n" in markdown
+    assert steps["hangs"]["rows"] == [{"number": 1}], "what it found before"
+    (line,) = (line for line in steps["hangs"]["output"] if line.startswith("child"))
+    assert ended(int(line.split()[1])), "what a step has started ends with it"
+
+    again = subprocess.run([*command, "--part=2"], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert again.returncode == 1
+    assert "error: 1 of 2 steps: dies (failed); see " in again.stderr
+    assert [step["result"] for step in report(tmp_path / "out")[0].values()] == ["timed out", "failed", "failed", "ok"]
+
+
+def ended(number, seconds=10):
+    """Whether a process ends in so many seconds; one that nobody has waited for counts."""
+    for _ in range(100 * seconds):
+        try:
+            state = Path(f"/proc/{number}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_each_part_takes_at_most_five_minutes():
+    for part in (1, 2):
+        assert 200 < sum(step.seconds for step in gpu_check.STEPS.values() if step.part == part) <= 300
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_without_a_gpu_it_says_so(tmp_path):
+    done = shell(tmp_path / "out")
+    sentence = "error: torch finds no CUDA device here: --smoke runs all of it on a CPU, with tiny sizes\n"
+    assert (done.returncode, done.stderr) == (2, sentence)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--smoke"], "give one folder for the report"), (["--smoke", "--part=3", "out"], "--part=3: must be one of")],
+)
+def test_wrong_arguments_are_refused(tmp_path, arguments, message):
+    done = shell(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+WITHOUT = """
+import importlib, sys
+missing = {"wandb", "matplotlib", "jinja2", "transformers", "accelerate", "xdist"}
+
+class Missing:
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] in missing:
+            raise ImportError(f"{name} is missing")
+
+sys.meta_path.insert(0, Missing)
+sys.path += ["tests", "dev"]
+for name in ("scripts.base_train", "scripts.bench", "scripts.tok_train", "test_gpu", "test_base_train", "gpu_check"):
+    importlib.import_module(name)
+"""
+
+
+def test_what_it_runs_needs_no_optional_package():
+    done = subprocess.run([sys.executable, "-c", WITHOUT], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")
