@@ -108,12 +108,12 @@ class Runtime:
         if self.world_size == 1:
             return tensor
         sizes = torch.empty(self.world_size, dtype=torch.int64, device=tensor.device)
-        dist.all_gather_single(sizes, torch.tensor([len(tensor)], device=tensor.device))
+        dist.all_gather(list(sizes.split(1)), torch.tensor([len(tensor)], device=tensor.device))
         sizes = sizes.tolist()
         padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
         padded[: len(tensor)] = tensor
         joined = tensor.new_empty((self.world_size, *padded.shape))
-        dist.all_gather_single(joined.flatten(0, 1), padded)
+        dist.all_gather(list(joined.unbind()), padded)
         return torch.cat([part[:size] for part, size in zip(joined, sizes, strict=True)])
 
     def share(self, owned):

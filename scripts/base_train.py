@@ -307,9 +307,10 @@ def pretrain(rt, stop, watchdog):
         pass_seconds = warm_up(rt, model, plan.device_rows)
     trained = model
     if rt.world_size > 1:
-        sparse = list(model.parameters_by_role().get("bigram_embedding", {}))
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sparse)  # optim shares these
-        trained = DistributedDataParallel(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
+        ignored = list(model.parameters_by_role().get("bigram_embedding", {}))  # optim shares these
+        ignored += [name for name, _ in model.named_buffers()]  # constants, which every rank has made
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+        trained = DistributedDataParallel(model, gradient_as_bucket_view=True)
     parameters = list(model.parameters())
 
     # ---- the run ----
