@@ -21,6 +21,7 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -45,8 +46,10 @@ VERIFY = False  # hash the shards again and compare with the manifest
 
 MANIFEST = "manifest.json"
 STDLIB = "stdlib of Python"  # with its version: what the manifest of the embedded corpus calls it
+OWN_TEXT = "own text"  # what that of an import does
 CHECKED = "checked.json"  # which files were hashed, so that an unchanged one is not hashed again
 SHARD_NAME = re.compile(r"shard_[0-9]{1,12}\.parquet")
+LEFT_BEHIND = re.compile(r"\.bad-.*|\..*\.[0-9a-f]{32}\.part")  # by a command that was killed
 MAX_GROUP_BYTES = 2 << 30  # of text in one row group, as its footer declares it: more is a mistake or an attack
 THRIFT_LIMITS = {"thrift_string_size_limit": 100 << 20, "thrift_container_size_limit": 10 << 20}
 DOWNLOAD_WORKERS = 4
@@ -235,10 +238,16 @@ def fingerprint(shards):
 
 
 def read_manifest(folder):
-    """The manifest of a data folder as a dict, or None where there is none. Raises DataError if it is broken."""
+    """The manifest of a data folder as a dict, or None where there is none. Raises DataError if it is broken, or that
+    of another program.
+    """
     path = Path(folder) / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8-sig"))  # which an editor may have saved with a BOM
+        if not isinstance(manifest, dict) or not {"validation", "shards"} <= manifest.keys():
+            raise DataError(
+                f"{path} is another program's: rename it, and the last shard by name will be for validation"
+            )
         if not isinstance(manifest["validation"], str):
             raise TypeError("'validation' is no name")
         for entry in manifest["shards"]:
@@ -252,24 +261,25 @@ def read_manifest(folder):
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is broken ({first_line(error)}): prepare this data set again") from None
+        raise DataError(
+            f"{path} is broken ({first_line(error)}): move that folder away and prepare this data set again, or "
+            "rename the file, and the last shard by name will be for validation"
+        ) from None
 
 
-def write_manifest(folder, dataset, validation, hashes=()):
+def write_manifest(folder, dataset, validation, hashes=(), coming=()):
     """Write the manifest of the shards in `folder`; `validation` is the name of the validation shard, there or not.
 
-    hashes: {name: SHA-256} of files that are known already; the others are hashed.
+    hashes: {name: SHA-256} of files that are known already; the others are hashed. coming: names of shards that are
+    about to be fetched, so that what is there after a kill is known as ours.
     """
-    write_json(folder / MANIFEST, _manifest(folder, dataset, validation, hashes))
-
-
-def _manifest(folder, dataset, validation, hashes):
     shards, hashes = [], dict(hashes)
     for path in sorted(path for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name)):
         digest = hashes.get(path.name) or file_sha256(path)
         rows = sum(open_shard(path).group_rows)
         shards.append({"name": path.name, "bytes": path.stat().st_size, "sha256": digest, "rows": rows})
-    return {"dataset": dataset, "validation": validation, "shards": shards}
+    manifest = {"dataset": dataset, "validation": validation, "shards": shards}
+    write_json(folder / MANIFEST, manifest | ({"coming": sorted(coming)} if coming else {}))
 
 
 def verify(folder):
@@ -296,11 +306,36 @@ def verify(folder):
 # ---- preparing a data set ----
 
 
-def _is_prepared(folder):
-    """Whether a folder holds a data set with a manifest, and nothing else."""
-    names = [path.name for path in folder.iterdir()]
-    known = re.compile(rf"shard_\d+\.parquet|{re.escape(MANIFEST)}|{re.escape(CHECKED)}|\.bad-.*")
-    return MANIFEST in names and all(map(known.fullmatch, names))
+def check_ours(folder, dataset, validation=None, whole=False):
+    """Raise UserError unless `folder` is missing, empty, or has a manifest of ours of `dataset` (of any version, for
+    STDLIB) that lists its shards: only what a command of ours made may be replaced.
+
+    validation: the shard that is to be validated on, because another one would become a train shard. whole: the folder
+    itself is to be replaced, so it must hold nothing else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose another --name, or move it away")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    away = "choose another --name, or move that folder away"
+    try:
+        manifest = read_manifest(folder)
+    except DataError:
+        manifest = None
+    if manifest is None:
+        raise UserError(f"{folder} holds files and no {MANIFEST} of nanotrain, so they may be yours: {away}")
+    made = {MANIFEST, CHECKED, *manifest.get("coming", ()), *(entry["name"] for entry in manifest["shards"])}
+    others = {path.name for path in folder.iterdir()} - made
+    others = [name for name in others if SHARD_NAME.fullmatch(name) or (whole and not LEFT_BEHIND.fullmatch(name))]
+    if others:
+        raise UserError(f"{folder} holds {', '.join(sorted(others)[:5])}, which nanotrain did not make: {away}")
+    held, old = str(manifest.get("dataset")), manifest["validation"]
+    if held != dataset and not (dataset == STDLIB and held.startswith(STDLIB)):
+        raise UserError(f"{folder} holds another data set ({held}): {away}")
+    if validation not in (None, old) and (folder / old).exists():
+        raise UserError(
+            f"{folder} is validated on {old}, which would become a train shard, and {validation} validation: {away}"
+        )
 
 
 def build_stdlib(folder):
@@ -308,34 +343,15 @@ def build_stdlib(folder):
 
     The same Python (and pyarrow) gives the same bytes. Returns (train documents, validation documents).
     """
+
     train, validation = corpus.stdlib_documents()
-    with new_folder(folder, _is_prepared) as temporary:
+    with new_folder(folder, partial(check_ours, dataset=STDLIB, whole=True)) as temporary:
         for number in range(corpus.STDLIB_SHARDS):
             write_shard(temporary / f"shard_{number:05d}.parquet", train[number :: corpus.STDLIB_SHARDS])
         last = temporary / f"shard_{corpus.STDLIB_SHARDS:05d}.parquet"
         write_shard(last, validation)
         write_manifest(temporary, f"{STDLIB} {platform.python_version()}", last.name)
     return len(train), len(validation)
-
-
-def refuse_other(folder, dataset, validation=None):
-    """Raise UserError if `folder` holds another data set than `dataset`, the word of its manifest (of any version, for
-    STDLIB), or if its validation shard would become a train shard because `validation` is to take its place.
-    """
-    manifest = None
-    with contextlib.suppress(DataError):  # a broken one says nothing
-        manifest = read_manifest(folder)
-    if manifest is None:
-        return
-    held = str(manifest.get("dataset", dataset))
-    if held != dataset and not (dataset == STDLIB and held.startswith(STDLIB)):
-        raise UserError(f"{folder} holds another data set ({held}): choose another --name, or delete it")
-    old = manifest["validation"]
-    if validation not in (None, old) and (folder / old).exists():
-        raise UserError(
-            f"{folder} is validated on {old}, which would become a train shard, and {validation} validation: "
-            "choose another --name, or delete that folder"
-        )
 
 
 def write_shard(path, texts, rows_per_group=16):
@@ -355,9 +371,9 @@ def is_stdlib(folder):
 
 def import_text(source, folder, text_column="text"):
     """Make the data set `folder` of the text in `source`; returns (documents, Counter of what was skipped)."""
-    with new_folder(folder, _is_prepared) as temporary:
+    with new_folder(folder, partial(check_ours, dataset=OWN_TEXT, whole=True)) as temporary:
         validation, documents, skipped = corpus.import_text(source, temporary, text_column)
-        write_manifest(temporary, "own text", validation)
+        write_manifest(temporary, OWN_TEXT, validation)
     return documents, skipped
 
 
@@ -375,7 +391,7 @@ def fetch(name, source, train_shards, folder, clock=None):
     download.check_url(base)
     token = os.environ.get("HF_TOKEN", "").strip() if download.host_of(base) == download.host_of(endpoint) else None
     clock = clock or download.Clock()
-    refuse_other(folder, name)
+    check_ours(folder, name)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         try:
@@ -385,10 +401,11 @@ def fetch(name, source, train_shards, folder, clock=None):
         entries = {} if remote is None else {entry["name"]: entry for entry in _checked_entries(remote)}
         shards = [f"shard_{number:05d}.parquet" for number in range(source.num_shards)]
         validation = shards[-1] if remote is None else remote["validation"]
-        refuse_other(folder, name, validation)
+        check_ours(folder, name, validation)
         names = [validation, *[shard for shard in shards if shard != validation][:train_shards]]
         expected = {shard: entry["sha256"] for shard, entry in entries.items()}
-        own = _own_hashes(folder)
+        held = read_manifest(folder)
+        own = {entry["name"]: entry["sha256"] for entry in held["shards"]} if held else {}
         good = _good_files(folder, names, {**own, **expected})
         items = [
             download.Item(shard, f"{base}/{shard}", entries.get(shard, {}).get("bytes"), expected.get(shard))
@@ -402,7 +419,7 @@ def fetch(name, source, train_shards, folder, clock=None):
         print(f"{download.host_of(base)}, about {known / 1e9:.2f} GB, into {folder}", flush=True)
         if known > shutil.disk_usage(folder).free:
             raise DataError(download.full_disk(folder, known))
-        write_json(folder / MANIFEST, _manifest(folder, name, validation, {**own, **good}))  # pins it from here on
+        write_manifest(folder, name, validation, {**own, **good}, [item.name for item in items])  # pins it from here on
         seconds = 0.1 if sys.stderr.isatty() else 30  # between updates: a log file needs fewer
         with tqdm(
             None, "download", int(known), unit="B", unit_scale=True, disable=not items, mininterval=seconds
@@ -437,14 +454,6 @@ def _checked_entries(manifest):
         return manifest["shards"]
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"the host's {MANIFEST} is broken: {first_line(error)!r}") from None
-
-
-def _own_hashes(folder):
-    """{name: SHA-256} of our own manifest; of a broken one nothing, for it is about to be written anew."""
-    with contextlib.suppress(DataError):
-        manifest = read_manifest(folder)
-        return {entry["name"]: entry["sha256"] for entry in manifest["shards"]} if manifest else {}
-    return {}
 
 
 def _good_files(folder, names, expected):
@@ -516,7 +525,6 @@ def main():
         if is_stdlib(folder):
             print(f"{folder}: there already, every shard is as the manifest says")
             return
-        refuse_other(folder, STDLIB)
         train, validation = build_stdlib(folder)
         size = sum(path.stat().st_size for path in folder.glob("shard_*.parquet")) / 1e6
         seconds = time.monotonic() - begin

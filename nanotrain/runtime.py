@@ -258,6 +258,7 @@ def start(device="auto", dtype="auto", seed=1337, deterministic=True):
         else:
             torch.set_deterministic_debug_mode("error")  # the same flag, without a second of imports for the compiler
         torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.sparse.check_sparse_tensor_invariants.disable()  # said aloud, for torch 2.11 warns where it is not
     torch.manual_seed(seed)
     compute_dtype, reason = _dtype(dtype, found)
     return Runtime(rank, local_rank, world_size, found, compute_dtype, reason)

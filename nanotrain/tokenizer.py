@@ -74,7 +74,9 @@ class BPETokenizer:
             text = path.read_text(encoding="utf-8")
             inner = Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exceptions
-            raise DataError(f"{path} cannot be read ({error}): train one with python -m scripts.tok_train") from None
+            raise DataError(
+                f"{path} cannot be read ({error}): move it away, and train one with python -m scripts.tok_train"
+            ) from None
         return cls(inner, text)
 
     def save(self, folder):

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from nanotrain import config, dataset, errors, paths, scaling
 from nanotrain.errors import UserError
-from nanotrain.tokenizer import BPETokenizer
+from nanotrain.tokenizer import FILE_NAME, BPETokenizer
 
 # --- settings
 DATA_DIR = ""  # folder of shards; empty: the only data set in NANOTRAIN_DIR/data
@@ -26,6 +26,8 @@ def main():
     begin = time.monotonic()
     shards = dataset.open_shards(paths.data_dir(DATA_DIR))
     folder = paths.tokenizer_dir(TOKENIZER_DIR)
+    if (folder / FILE_NAME).exists():
+        BPETokenizer.load(folder)  # which refuses another program's, so that it is not overwritten
     vocab_size = VOCAB_SIZE or planned_vocab_size()
     tokenizer = BPETokenizer.train(texts(shards), vocab_size)
     tokenizer.save(folder)

@@ -310,13 +310,15 @@ def test_other_folders_are_not_replaced(own, tmp_path):
     write_bundle(tmp_path / "public")
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter").write_text("dear")
-    for name in ("public", "home"):
+    core_bundle.make(tmp_path / "ours and more", own[0], 5)
+    (tmp_path / "ours and more" / "letter").write_text("dear")
+    for name in ("public", "home", "ours and more"):
         before = contents(tmp_path / name)
-        with pytest.raises(UserError, match="holds something else"):
+        with pytest.raises(UserError, match="choose a folder that does not exist"):
             core_bundle.make(tmp_path / name, own[0], 50)
         assert contents(tmp_path / name) == before
     (tmp_path / "note").write_text("milk")
-    with pytest.raises(UserError, match="this is a file; choose a folder that does not exist"):
+    with pytest.raises(UserError, match="choose a folder that does not exist"):
         core_bundle.make(tmp_path / "note", own[0], 50)
     assert (tmp_path / "note").read_text() == "milk"
     (tmp_path / "empty").mkdir()
@@ -385,3 +387,8 @@ def test_own_tasks_are_those_of_the_validation_shard_whatever_the_data_set_is_ca
         bundles.append(core_bundle.obtain("own", tmp_path / "core", shard, ALONE, 0, print))
         assert bundles[-1].sha256 == core_bundle.read(core_bundle.own_folder(tmp_path / "core", shard)).sha256
     assert bundles[0].sha256 != bundles[1].sha256
+
+
+def test_a_public_bundle_that_was_put_there_by_hand_stays(tmp_path):
+    (tmp_path / core_bundle.ZIP_NAME).write_bytes(b"mine")
+    assert core_bundle.fetch(tmp_path, "http://127.0.0.1:9/x").read_bytes() == b"mine"

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -156,8 +157,8 @@ def with_manifest(text):
         (shorter, r"shard_00001.parquet has 100 bytes, its manifest says \d+: delete it and get it again"),
         (validation_gone, "the validation shard shard_00002.parquet is missing"),
         (with_manifest('{"validation": "shard_0'), "manifest.json is broken"),
-        (with_manifest('{"shards": []}'), "manifest.json is broken"),
-        (with_manifest("[]"), "manifest.json is broken"),
+        (with_manifest('{"docs": 3}'), "manifest.json is another program's: rename it"),
+        (with_manifest("[]"), "manifest.json is another program's: rename it"),
         (
             with_manifest('{"validation": "shard_00002.parquet", "shards": [{"name": "../x"}]}'),
             "manifest.json is broken",
@@ -424,7 +425,7 @@ def test_an_import_never_takes_the_place_of_the_texts_it_reads(tmp_path):
     for number, text in enumerate(make_texts(40)):
         (folder / f"a{number}.txt").write_text(text)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(UserError, match="holds files that would be lost: choose another name, or move them away"):
+    with pytest.raises(UserError, match=r"mine holds files and no manifest.json of nanotrain"):
         dataset.import_text(folder, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
@@ -433,13 +434,46 @@ def test_an_import_never_takes_the_place_of_the_texts_it_reads(tmp_path):
 def test_the_embedded_corpus_replaces_no_shards_without_a_manifest(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "stdlib_sources", lambda: {f"f{n}.py": text for n, text in enumerate(make_texts(60))})
     dataset.write_shard(tmp_path / "mine" / "shard_00000.parquet", ["own"])
-    with pytest.raises(UserError, match="would be lost"):
+    with pytest.raises(UserError, match=r"no manifest.json of nanotrain"):
         dataset.build_stdlib(tmp_path / "mine")
     dataset.build_stdlib(tmp_path / "stdlib")
     (tmp_path / "stdlib" / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="would be lost"):
+    with pytest.raises(UserError, match=r"notes.txt, which nanotrain did not make"):
         dataset.build_stdlib(tmp_path / "stdlib")
     (tmp_path / "stdlib" / "notes.txt").unlink()
     (tmp_path / "stdlib" / "shard_00000.parquet").write_bytes(b"damaged")
     dataset.build_stdlib(tmp_path / "stdlib")
     assert not dataset.verify(tmp_path / "stdlib")
+
+
+def test_our_manifest_is_read_with_a_bom(tmp_path):
+    folder = make_shards(tmp_path)
+    dataset.write_manifest(folder, "x", "shard_00000.parquet")
+    path = folder / "manifest.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert dataset.open_shards(folder).validation.name == "shard_00000.parquet"
+
+
+COMMANDS = {
+    "stdlib": ("--dataset=stdlib", "--name=mine"),
+    "host": ("--base-url=http://127.0.0.1:9/x", "--num-shards=3", "--name=mine"),  # nobody is asked
+    "import": (f"--from={Path(__file__)}", "--name=mine"),
+}
+MADE_BY = {"stdlib": f"{dataset.STDLIB} 3", "host": "mine", "import": dataset.OWN_TEXT}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("held", ["another program's manifest", "no manifest", "a shard beside ours"])
+def test_no_command_replaces_what_it_did_not_make(run_script, base_dir, command, held):
+    folder = make_shards(base_dir / "data" / "mine")
+    if held == "another program's manifest":
+        (folder / "manifest.json").write_text('{"docs": 3}')
+    elif held == "a shard beside ours":
+        dataset.write_manifest(folder, MADE_BY[command], "shard_00002.parquet")
+        dataset.write_shard(folder / "shard_00001000.parquet", ["my own"])
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    done = run_script("nanotrain.dataset", *COMMANDS[command])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert str(folder) in done.stderr
+    assert "Traceback" not in done.stderr
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -818,11 +818,25 @@ def test_a_bad_shard_beyond_those_asked_for_is_not_taken_for_good(host, files, f
     assert shards_in(folder) == files
 
 
-def test_a_broken_manifest_of_ours_is_written_anew(host, files, folder):
-    get_set(folder)
-    (folder / "manifest.json").write_text("{")
+def test_a_download_that_was_killed_goes_on_with_the_shards_that_it_has(host, files, folder, monkeypatch):
+    """Also with those that no manifest lists yet: their names were written down before the first one came."""
+    kill = RuntimeError("killed")
+
+    def killed(*arguments):
+        raise kill
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "_remember", killed)
+        write = dataset.write_manifest
+        patch.setattr(dataset, "write_manifest", lambda *a: write(*a) if len(a) == 5 else killed())
+        with pytest.raises(RuntimeError, match="killed"):
+            get_set(folder)
+    assert json.loads((folder / "manifest.json").read_text())["shards"] == []
+    assert shards_in(folder) == files
     get_set(folder)
     assert (shards_in(folder), dataset.verify(folder)) == (files, [])
+    assert "coming" not in json.loads((folder / "manifest.json").read_text())
+    assert [path for path, _ in host.seen].count(PREFIX + ONE) == 1
 
 
 # ---- DL13 to DL16 ----

@@ -12,7 +12,7 @@ from nanotrain import config
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Flags of other programs: pip, pytest, Slurm, wandb, nvidia; and those that README explains where they stand.
-FOREIGN = {"--help", "--kills", "--version"}
+FOREIGN = {"--help", "--kills", "--version", "--shutdown-timeout"}  # the last is torchrun's from torch 2.13 on
 
 
 def wrong_line_counts(text):
