@@ -214,11 +214,13 @@ def fetch(folder, url=URL, clock=None):
     """The path of the public bundle in `folder`, fetched if it is not there, as it was when its hash was noted.
 
     Its host publishes no hash, so that of the first good download (one that reads as a bundle) is kept beside it, and
-    a file that no longer has it is fetched again. Raises DataError, soon if the host is silent.
+    a file that no longer has it is fetched again. One without such a hash was put there by hand, and stays. Raises
+    DataError, soon if the host is silent.
     """
     path, noted = folder / ZIP_NAME, folder / HASH_NAME
-    if path.is_file() and noted.is_file() and noted.read_text(encoding="utf-8").strip() == files.file_sha256(path):
-        return path
+    if path.is_file():
+        if not noted.is_file() or noted.read_text(encoding="utf-8").strip() == files.file_sha256(path):
+            return path
     with tqdm(None, "CORE bundle", unit="B", unit_scale=True, leave=False, disable=None) as bar:
         item = download.Item(ZIP_NAME, url)
         done, failed = download.fetch_all([item], folder, read, bar.update, clock=clock, first_contact=True)
@@ -262,11 +264,8 @@ def make(folder, shard, num_items):
     UserError.
     """
     folder = Path(folder).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--make-bundle={folder}: this is a file; choose a folder that does not exist")
+    _check_own(folder)
     mark = f"{MARK}: {num_items} items a task from a shard with SHA-256 {files.file_sha256(shard)}\n"
-    if folder.is_dir() and any(folder.iterdir()) and not _is_own(folder):
-        raise UserError(f"--make-bundle={folder}: this folder holds something else; choose one that does not exist")
     draw = random.Random(OWN_SEED)
     texts = _first_texts(shard)
     pieces = _pieces(texts, draw, num_items)
@@ -282,7 +281,7 @@ def make(folder, shard, num_items):
         {"label": label, "dataset_uri": f"own/{label}.jsonl", "num_fewshot": [shots], "icl_task_type": kind}
         for label, kind, shots, _ in used
     ]
-    with files.new_folder(folder, _is_own) as temporary:
+    with files.new_folder(folder, _check_own) as temporary:
         (temporary / "eval_data" / "own").mkdir(parents=True)
         for label, *_ in used:
             lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items[label])
@@ -294,10 +293,14 @@ def make(folder, shard, num_items):
     return {label: len(items[label]) for label, *_ in used}
 
 
-def _is_own(folder):
-    """Whether `make` made what a folder holds."""
-    held = folder / "core.yaml"
-    return held.is_file() and held.read_text(encoding="utf-8").startswith(MARK)
+def _check_own(folder):
+    """Raise UserError if `folder` is a file, or holds anything that `make` did not make."""
+    described, tasks = folder / "core.yaml", [f"eval_data/own/{label}.jsonl" for label, *_ in OWN_TASKS]
+    made = {"core.yaml", "eval_meta_data.csv", "eval_data", "eval_data/own", *tasks}
+    held = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+    own = described.is_file() and described.read_bytes().startswith(MARK.encode())
+    if folder.is_file() or not held <= (made if own else set()):
+        raise UserError(f"--make-bundle={folder}: there is something else; choose a folder that does not exist")
 
 
 def _first_texts(shard):

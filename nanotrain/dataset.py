@@ -18,9 +18,9 @@ import re
 import shutil
 import sys
 import time
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -234,11 +234,35 @@ def fingerprint(shards):
 # ---- manifest ----
 
 
-def read_manifest(folder):
-    """The manifest of a data folder as a dict, or None where there is none. Raises DataError if it is broken."""
-    path = Path(folder) / MANIFEST
+def _our_manifest(folder):
+    """The manifest of a data folder, its entries not checked, or None where there is none. Raises DataError if it is
+    not one of ours.
+    """
+    path, what = folder / MANIFEST, "another program's"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8-sig"))  # an editor may have put a BOM
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:
+        manifest, what = None, f"broken ({first_line(error)})"
+    if (
+        not isinstance(manifest, dict)
+        or "validation" not in manifest
+        or not isinstance(manifest.get("shards"), list)
+        or not isinstance(manifest.get("coming", []), list)
+    ):
+        raise DataError(f"{path} is {what}: rename it (the last shard by name is then validation)")
+    return manifest
+
+
+def read_manifest(folder):
+    """The manifest of a data folder as a dict, or None where there is none. Raises DataError if it is broken, or of
+    another program.
+    """
+    path, manifest = Path(folder) / MANIFEST, _our_manifest(Path(folder))
+    if manifest is None:
+        return None
+    try:
         if not isinstance(manifest["validation"], str):
             raise TypeError("'validation' is no name")
         for entry in manifest["shards"]:
@@ -249,27 +273,23 @@ def read_manifest(folder):
             ):
                 raise ValueError(f"bad entry {entry}")
         return manifest
-    except FileNotFoundError:
-        return None
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is broken ({first_line(error)}): prepare this data set again") from None
 
 
-def write_manifest(folder, dataset, validation, hashes=()):
+def write_manifest(folder, dataset, validation, hashes=(), coming=()):
     """Write the manifest of the shards in `folder`; `validation` is the name of the validation shard, there or not.
 
-    hashes: {name: SHA-256} of files that are known already; the others are hashed.
+    hashes: {name: SHA-256} of files that are known already; the others are hashed. coming: names of shards that are
+    about to be fetched: after a kill, what has these names is ours.
     """
-    write_json(folder / MANIFEST, _manifest(folder, dataset, validation, hashes))
-
-
-def _manifest(folder, dataset, validation, hashes):
     shards, hashes = [], dict(hashes)
     for path in sorted(path for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name)):
         digest = hashes.get(path.name) or file_sha256(path)
         rows = sum(open_shard(path).group_rows)
         shards.append({"name": path.name, "bytes": path.stat().st_size, "sha256": digest, "rows": rows})
-    return {"dataset": dataset, "validation": validation, "shards": shards}
+    manifest = {"dataset": dataset, "validation": validation, "shards": shards}
+    write_json(folder / MANIFEST, {**manifest, "coming": coming} if coming else manifest)
 
 
 def verify(folder):
@@ -296,11 +316,38 @@ def verify(folder):
 # ---- preparing a data set ----
 
 
-def _is_prepared(folder):
-    """Whether a folder holds a data set with a manifest, and nothing else."""
-    names = [path.name for path in folder.iterdir()]
-    known = re.compile(rf"shard_\d+\.parquet|{re.escape(MANIFEST)}|{re.escape(CHECKED)}|\.bad-.*")
-    return MANIFEST in names and all(map(known.fullmatch, names))
+def check_ours(folder, dataset, validation=None, whole=False):
+    """Raise UserError unless every shard in `folder` was made by us for `dataset`, the word of the manifest (of any
+    version, for STDLIB): only what its manifest names may be replaced. No folder and an empty one are fine.
+
+    validation: what is to be the validation shard; the one until now would become a train shard. whole: the folder is
+    to be replaced, so that nothing else may be in it either.
+    """
+    away = "choose another --name, or move it away"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: {away}")
+    try:
+        manifest = _our_manifest(folder)
+    except DataError:
+        raise UserError(f"{folder} holds a {MANIFEST} of another program, or a broken one: {away}") from None
+    made = []
+    if manifest:
+        listed = [entry.get("name") for entry in manifest["shards"] if isinstance(entry, dict)]
+        made = [MANIFEST, CHECKED, *listed, *manifest.get("coming", [])]
+    others = [path.name for path in folder.iterdir() if path.name not in made] if folder.exists() else []
+    others = [name for name in others if whole or name == CHECKED or SHARD_NAME.fullmatch(name)]
+    if others:
+        raise UserError(f"{folder} holds what nanotrain did not make ({', '.join(sorted(others)[:5])}): {away}")
+    if manifest is None:
+        return
+    held = str(manifest.get("dataset", "of no name"))
+    if held != dataset and not (dataset == STDLIB and held.startswith(STDLIB)):
+        raise UserError(f"{folder} holds another data set ({held}): {away}")
+    old = str(manifest["validation"])
+    if validation not in (None, old) and (folder / old).exists():
+        raise UserError(
+            f"{folder} is validated on {old}, which would become a train shard, and {validation} validation: {away}"
+        )
 
 
 def build_stdlib(folder):
@@ -308,34 +355,14 @@ def build_stdlib(folder):
 
     The same Python (and pyarrow) gives the same bytes. Returns (train documents, validation documents).
     """
-    train, validation = corpus.stdlib_documents()
-    with new_folder(folder, _is_prepared) as temporary:
+    with new_folder(folder, partial(check_ours, dataset=STDLIB, whole=True)) as temporary:
+        train, validation = corpus.stdlib_documents()
         for number in range(corpus.STDLIB_SHARDS):
             write_shard(temporary / f"shard_{number:05d}.parquet", train[number :: corpus.STDLIB_SHARDS])
         last = temporary / f"shard_{corpus.STDLIB_SHARDS:05d}.parquet"
         write_shard(last, validation)
         write_manifest(temporary, f"{STDLIB} {platform.python_version()}", last.name)
     return len(train), len(validation)
-
-
-def refuse_other(folder, dataset, validation=None):
-    """Raise UserError if `folder` holds another data set than `dataset`, the word of its manifest (of any version, for
-    STDLIB), or if its validation shard would become a train shard because `validation` is to take its place.
-    """
-    manifest = None
-    with contextlib.suppress(DataError):  # a broken one says nothing
-        manifest = read_manifest(folder)
-    if manifest is None:
-        return
-    held = str(manifest.get("dataset", dataset))
-    if held != dataset and not (dataset == STDLIB and held.startswith(STDLIB)):
-        raise UserError(f"{folder} holds another data set ({held}): choose another --name, or delete it")
-    old = manifest["validation"]
-    if validation not in (None, old) and (folder / old).exists():
-        raise UserError(
-            f"{folder} is validated on {old}, which would become a train shard, and {validation} validation: "
-            "choose another --name, or delete that folder"
-        )
 
 
 def write_shard(path, texts, rows_per_group=16):
@@ -348,14 +375,16 @@ def write_shard(path, texts, rows_per_group=16):
 def is_stdlib(folder):
     """Whether `folder` holds the embedded corpus of this very Python, undamaged."""
     with contextlib.suppress(DataError):
-        manifest = read_manifest(folder)
-        return bool(manifest) and manifest["dataset"] == f"{STDLIB} {platform.python_version()}" and not verify(folder)
+        manifest = read_manifest(folder) or {}
+        return manifest.get("dataset") == f"{STDLIB} {platform.python_version()}" and not verify(folder)
     return False
 
 
 def import_text(source, folder, text_column="text"):
-    """Make the data set `folder` of the text in `source`; returns (documents, Counter of what was skipped)."""
-    with new_folder(folder, _is_prepared) as temporary:
+    """Make the data set `folder`, new or empty, of the text in `source`; returns (documents, Counter of what was
+    skipped).
+    """
+    with new_folder(folder) as temporary:
         validation, documents, skipped = corpus.import_text(source, temporary, text_column)
         write_manifest(temporary, "own text", validation)
     return documents, skipped
@@ -375,7 +404,7 @@ def fetch(name, source, train_shards, folder, clock=None):
     download.check_url(base)
     token = os.environ.get("HF_TOKEN", "").strip() if download.host_of(base) == download.host_of(endpoint) else None
     clock = clock or download.Clock()
-    refuse_other(folder, name)
+    check_ours(folder, name)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         try:
@@ -385,7 +414,7 @@ def fetch(name, source, train_shards, folder, clock=None):
         entries = {} if remote is None else {entry["name"]: entry for entry in _checked_entries(remote)}
         shards = [f"shard_{number:05d}.parquet" for number in range(source.num_shards)]
         validation = shards[-1] if remote is None else remote["validation"]
-        refuse_other(folder, name, validation)
+        check_ours(folder, name, validation)
         names = [validation, *[shard for shard in shards if shard != validation][:train_shards]]
         expected = {shard: entry["sha256"] for shard, entry in entries.items()}
         own = _own_hashes(folder)
@@ -402,7 +431,7 @@ def fetch(name, source, train_shards, folder, clock=None):
         print(f"{download.host_of(base)}, about {known / 1e9:.2f} GB, into {folder}", flush=True)
         if known > shutil.disk_usage(folder).free:
             raise DataError(download.full_disk(folder, known))
-        write_json(folder / MANIFEST, _manifest(folder, name, validation, {**own, **good}))  # pins it from here on
+        write_manifest(folder, name, validation, {**own, **good}, [item.name for item in items])  # pins it from here on
         seconds = 0.1 if sys.stderr.isatty() else 30  # between updates: a log file needs fewer
         with tqdm(
             None, "download", int(known), unit="B", unit_scale=True, disable=not items, mininterval=seconds
@@ -413,10 +442,9 @@ def fetch(name, source, train_shards, folder, clock=None):
             write_manifest(folder, name, validation, {**own, **good})
             _remember(folder, good)
     finally:
-        for left in folder.glob(".bad-*"):
-            left.unlink(missing_ok=True)
         if not any(folder.glob("shard_*.parquet")):
-            (folder / MANIFEST).unlink(missing_ok=True)
+            for left in (CHECKED, MANIFEST):
+                (folder / left).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             folder.rmdir()  # nothing was had, and an empty folder is no data set
     if failed:
@@ -448,7 +476,7 @@ def _own_hashes(folder):
 
 
 def _good_files(folder, names, expected):
-    """{name: SHA-256} of the shards that are there and right; a wrong one is set aside.
+    """{name: SHA-256} of the shards that are there and right; a wrong one is deleted.
 
     Right is a file that opens and has the expected SHA-256, where there is one.
     """
@@ -466,7 +494,7 @@ def _good_files(folder, names, expected):
             open_shard(path)
             good[name] = digest
         except DataError:
-            path.rename(folder / f".bad-{name}-{uuid.uuid4().hex}")
+            path.unlink()
     return good
 
 
@@ -496,8 +524,6 @@ def main():
         verify_command()
     elif FROM:
         begin, folder = time.monotonic(), _named_folder("--from")
-        if any(folder.glob("shard_*.parquet")):
-            raise UserError(f"{folder} holds a data set: choose another --name, or delete that folder first")
         documents, skipped = import_text(FROM, folder, TEXT_COLUMN)
         left_out = "".join(f", {count:,} left out: {reason}" for reason, count in skipped.most_common())
         print(f"{folder}: {documents:,} documents in {time.monotonic() - begin:.1f} s{left_out}")
@@ -516,7 +542,6 @@ def main():
         if is_stdlib(folder):
             print(f"{folder}: there already, every shard is as the manifest says")
             return
-        refuse_other(folder, STDLIB)
         train, validation = build_stdlib(folder)
         size = sum(path.stat().st_size for path in folder.glob("shard_*.parquet")) / 1e6
         seconds = time.monotonic() - begin

@@ -50,19 +50,19 @@ def write_json(path, value):
         temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
+def check_empty(folder):
+    """Raise UserError if there is a file at `folder`, or anything in it."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} holds files that would be lost: choose another name, or move them away")
+
+
 @contextlib.contextmanager
-def new_folder(folder, may_replace=lambda folder: False):
+def new_folder(folder, check=check_empty):
     """`with new_folder(path) as temporary:` fill it; at the end it becomes `path`, or vanishes on an error.
 
-    What is there already is replaced if it is an empty folder, or if `may_replace(path)`; else UserError, at once or
-    at the end.
+    What is there already is replaced, unless check(path) raises a UserError, at once or at the end.
     """
-
-    def check():
-        if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or may_replace(folder))):
-            raise UserError(f"{folder} holds files that would be lost: choose another name, or move them away")
-
-    check()
+    check(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     own = re.compile(rf"\.(tmp|old)-{re.escape(folder.name)}-[0-9a-f]{{32}}")
     for left in folder.parent.iterdir():
@@ -72,7 +72,7 @@ def new_folder(folder, may_replace=lambda folder: False):
     temporary.mkdir()
     try:
         yield temporary
-        check()
+        check(folder)
         old = folder.parent / f".old-{folder.name}-{uuid.uuid4().hex}"
         if folder.exists():
             folder.rename(old)

@@ -156,8 +156,9 @@ def with_manifest(text):
         (shorter, r"shard_00001.parquet has 100 bytes, its manifest says \d+: delete it and get it again"),
         (validation_gone, "the validation shard shard_00002.parquet is missing"),
         (with_manifest('{"validation": "shard_0'), "manifest.json is broken"),
-        (with_manifest('{"shards": []}'), "manifest.json is broken"),
-        (with_manifest("[]"), "manifest.json is broken"),
+        (with_manifest('{"docs": 3}'), "manifest.json is another program's: rename"),
+        (with_manifest('{"validation": "x", "shards": 3}'), "manifest.json is another program's: rename"),
+        (with_manifest("[" * 100_000), "manifest.json is broken .*: rename"),
         (
             with_manifest('{"validation": "shard_00002.parquet", "shards": [{"name": "../x"}]}'),
             "manifest.json is broken",
@@ -173,6 +174,13 @@ def test_open_shards_says_what_is_wrong(tmp_path, prepare, says):
         dataset.open_shards(folder)
     assert caught.value.exit_code == 6
     assert "\n" not in str(caught.value)
+
+
+def test_a_manifest_of_ours_is_read_with_a_byte_order_mark_too(tmp_path):
+    dataset.write_manifest(make_shards(tmp_path), "mine", "shard_00000.parquet")
+    path = tmp_path / "manifest.json"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert dataset.open_shards(tmp_path).validation.name == "shard_00000.parquet"
 
 
 def damaged_page(path):
@@ -433,11 +441,11 @@ def test_an_import_never_takes_the_place_of_the_texts_it_reads(tmp_path):
 def test_the_embedded_corpus_replaces_no_shards_without_a_manifest(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "stdlib_sources", lambda: {f"f{n}.py": text for n, text in enumerate(make_texts(60))})
     dataset.write_shard(tmp_path / "mine" / "shard_00000.parquet", ["own"])
-    with pytest.raises(UserError, match="would be lost"):
+    with pytest.raises(UserError, match=r"shard_00000.parquet"):
         dataset.build_stdlib(tmp_path / "mine")
     dataset.build_stdlib(tmp_path / "stdlib")
     (tmp_path / "stdlib" / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="would be lost"):
+    with pytest.raises(UserError, match=r"notes.txt"):
         dataset.build_stdlib(tmp_path / "stdlib")
     (tmp_path / "stdlib" / "notes.txt").unlink()
     (tmp_path / "stdlib" / "shard_00000.parquet").write_bytes(b"damaged")
