@@ -214,7 +214,7 @@ def fetch(folder, url=URL, clock=None):
     """The path of the public bundle in `folder`, fetched if it is not there, as it was when its hash was noted.
 
     Its host publishes no hash, so that of the first good download (one that reads as a bundle) is kept beside it, and
-    a file that no longer has it is fetched again. One without a note was put there by hand, and stays. Raises
+    a file that no longer has it is fetched again. One without such a hash was put there by hand, and stays. Raises
     DataError, soon if the host is silent.
     """
     path, noted = folder / ZIP_NAME, folder / HASH_NAME
@@ -294,13 +294,13 @@ def make(folder, shard, num_items):
 
 
 def _check_own(folder):
-    """Raise UserError if `folder` holds anything but what `make` made."""
-    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if folder.is_file() or (held and not held <= {"core.yaml", "eval_meta_data.csv", "eval_data"}):
+    """Raise UserError if `folder` is a file, or holds anything that `make` did not make."""
+    described, tasks = folder / "core.yaml", [f"eval_data/own/{label}.jsonl" for label, *_ in OWN_TASKS]
+    made = {"core.yaml", "eval_meta_data.csv", "eval_data", "eval_data/own", *tasks}
+    held = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+    own = described.is_file() and described.read_bytes().startswith(MARK.encode())
+    if folder.is_file() or not held <= (made if own else set()):
         raise UserError(f"--make-bundle={folder}: there is something else; choose a folder that does not exist")
-    described = folder / "core.yaml"
-    if held and not (described.is_file() and described.read_text(encoding="utf-8").startswith(MARK)):
-        raise UserError(f"--make-bundle={folder}: these tasks are not ours; choose a folder that does not exist")
 
 
 def _first_texts(shard):

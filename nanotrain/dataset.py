@@ -18,7 +18,6 @@ import re
 import shutil
 import sys
 import time
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -46,10 +45,8 @@ VERIFY = False  # hash the shards again and compare with the manifest
 
 MANIFEST = "manifest.json"
 STDLIB = "stdlib of Python"  # with its version: what the manifest of the embedded corpus calls it
-OWN_TEXT = "own text"  # what that of an import does
 CHECKED = "checked.json"  # which files were hashed, so that an unchanged one is not hashed again
 SHARD_NAME = re.compile(r"shard_[0-9]{1,12}\.parquet")
-LEFT_BEHIND = re.compile(r"\.bad-.*|\..*\.[0-9a-f]{32}\.part")  # by a command that was killed
 MAX_GROUP_BYTES = 2 << 30  # of text in one row group, as its footer declares it: more is a mistake or an attack
 THRIFT_LIMITS = {"thrift_string_size_limit": 100 << 20, "thrift_container_size_limit": 10 << 20}
 DOWNLOAD_WORKERS = 4
@@ -237,17 +234,35 @@ def fingerprint(shards):
 # ---- manifest ----
 
 
-def read_manifest(folder):
-    """The manifest of a data folder as a dict, or None where there is none. Raises DataError if it is broken, or that
-    of another program.
+def _our_manifest(folder):
+    """The manifest of a data folder, its entries not checked, or None where there is none. Raises DataError if it is
+    not one of ours.
     """
-    path = Path(folder) / MANIFEST
+    path, what = folder / MANIFEST, "another program's"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8-sig"))  # which an editor may have saved with a BOM
-        if not isinstance(manifest, dict) or not {"validation", "shards"} <= manifest.keys():
-            raise DataError(
-                f"{path} is another program's: rename it, and the last shard by name will be for validation"
-            )
+        manifest = json.loads(path.read_text(encoding="utf-8-sig"))  # an editor may have put a BOM
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:
+        manifest, what = None, f"broken ({first_line(error)})"
+    if (
+        not isinstance(manifest, dict)
+        or "validation" not in manifest
+        or not isinstance(manifest.get("shards"), list)
+        or not isinstance(manifest.get("coming", []), list)
+    ):
+        raise DataError(f"{path} is {what}: rename it (the last shard by name is then validation)")
+    return manifest
+
+
+def read_manifest(folder):
+    """The manifest of a data folder as a dict, or None where there is none. Raises DataError if it is broken, or of
+    another program.
+    """
+    path, manifest = Path(folder) / MANIFEST, _our_manifest(Path(folder))
+    if manifest is None:
+        return None
+    try:
         if not isinstance(manifest["validation"], str):
             raise TypeError("'validation' is no name")
         for entry in manifest["shards"]:
@@ -258,20 +273,15 @@ def read_manifest(folder):
             ):
                 raise ValueError(f"bad entry {entry}")
         return manifest
-    except FileNotFoundError:
-        return None
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path} is broken ({first_line(error)}): move that folder away and prepare this data set again, or "
-            "rename the file, and the last shard by name will be for validation"
-        ) from None
+        raise DataError(f"{path} is broken ({first_line(error)}): prepare this data set again") from None
 
 
 def write_manifest(folder, dataset, validation, hashes=(), coming=()):
     """Write the manifest of the shards in `folder`; `validation` is the name of the validation shard, there or not.
 
     hashes: {name: SHA-256} of files that are known already; the others are hashed. coming: names of shards that are
-    about to be fetched, so that what is there after a kill is known as ours.
+    about to be fetched: after a kill, what has these names is ours.
     """
     shards, hashes = [], dict(hashes)
     for path in sorted(path for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name)):
@@ -279,7 +289,7 @@ def write_manifest(folder, dataset, validation, hashes=(), coming=()):
         rows = sum(open_shard(path).group_rows)
         shards.append({"name": path.name, "bytes": path.stat().st_size, "sha256": digest, "rows": rows})
     manifest = {"dataset": dataset, "validation": validation, "shards": shards}
-    write_json(folder / MANIFEST, manifest | ({"coming": sorted(coming)} if coming else {}))
+    write_json(folder / MANIFEST, {**manifest, "coming": coming} if coming else manifest)
 
 
 def verify(folder):
@@ -307,31 +317,33 @@ def verify(folder):
 
 
 def check_ours(folder, dataset, validation=None, whole=False):
-    """Raise UserError unless `folder` is missing, empty, or has a manifest of ours of `dataset` (of any version, for
-    STDLIB) that lists its shards: only what a command of ours made may be replaced.
+    """Raise UserError unless every shard in `folder` was made by us for `dataset`, the word of the manifest (of any
+    version, for STDLIB): only what its manifest names may be replaced. No folder and an empty one are fine.
 
-    validation: the shard that is to be validated on, because another one would become a train shard. whole: the folder
-    itself is to be replaced, so it must hold nothing else.
+    validation: what is to be the validation shard; the one until now would become a train shard. whole: the folder is
+    to be replaced, so that nothing else may be in it either.
     """
+    away = "choose another --name, or move it away"
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: choose another --name, or move it away")
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    away = "choose another --name, or move that folder away"
+        raise UserError(f"{folder} is a file: {away}")
     try:
-        manifest = read_manifest(folder)
+        manifest = _our_manifest(folder)
     except DataError:
-        manifest = None
-    if manifest is None:
-        raise UserError(f"{folder} holds files and no {MANIFEST} of nanotrain, so they may be yours: {away}")
-    made = {MANIFEST, CHECKED, *manifest.get("coming", ()), *(entry["name"] for entry in manifest["shards"])}
-    others = {path.name for path in folder.iterdir()} - made
-    others = [name for name in others if SHARD_NAME.fullmatch(name) or (whole and not LEFT_BEHIND.fullmatch(name))]
+        raise UserError(f"{folder} holds a {MANIFEST} of another program, or a broken one: {away}") from None
+    made = []
+    if manifest:
+        listed = [entry.get("name") for entry in manifest["shards"] if isinstance(entry, dict)]
+        made = [MANIFEST, CHECKED, *listed, *manifest.get("coming", [])]
+    others = [path.name for path in folder.iterdir() if path.name not in made] if folder.exists() else []
+    others = [name for name in others if whole or name == CHECKED or SHARD_NAME.fullmatch(name)]
     if others:
-        raise UserError(f"{folder} holds {', '.join(sorted(others)[:5])}, which nanotrain did not make: {away}")
-    held, old = str(manifest.get("dataset")), manifest["validation"]
+        raise UserError(f"{folder} holds what nanotrain did not make ({', '.join(sorted(others)[:5])}): {away}")
+    if manifest is None:
+        return
+    held = str(manifest.get("dataset", "of no name"))
     if held != dataset and not (dataset == STDLIB and held.startswith(STDLIB)):
         raise UserError(f"{folder} holds another data set ({held}): {away}")
+    old = str(manifest["validation"])
     if validation not in (None, old) and (folder / old).exists():
         raise UserError(
             f"{folder} is validated on {old}, which would become a train shard, and {validation} validation: {away}"
@@ -343,9 +355,8 @@ def build_stdlib(folder):
 
     The same Python (and pyarrow) gives the same bytes. Returns (train documents, validation documents).
     """
-
-    train, validation = corpus.stdlib_documents()
     with new_folder(folder, partial(check_ours, dataset=STDLIB, whole=True)) as temporary:
+        train, validation = corpus.stdlib_documents()
         for number in range(corpus.STDLIB_SHARDS):
             write_shard(temporary / f"shard_{number:05d}.parquet", train[number :: corpus.STDLIB_SHARDS])
         last = temporary / f"shard_{corpus.STDLIB_SHARDS:05d}.parquet"
@@ -364,16 +375,18 @@ def write_shard(path, texts, rows_per_group=16):
 def is_stdlib(folder):
     """Whether `folder` holds the embedded corpus of this very Python, undamaged."""
     with contextlib.suppress(DataError):
-        manifest = read_manifest(folder)
-        return bool(manifest) and manifest["dataset"] == f"{STDLIB} {platform.python_version()}" and not verify(folder)
+        manifest = read_manifest(folder) or {}
+        return manifest.get("dataset") == f"{STDLIB} {platform.python_version()}" and not verify(folder)
     return False
 
 
 def import_text(source, folder, text_column="text"):
-    """Make the data set `folder` of the text in `source`; returns (documents, Counter of what was skipped)."""
-    with new_folder(folder, partial(check_ours, dataset=OWN_TEXT, whole=True)) as temporary:
+    """Make the data set `folder`, new or empty, of the text in `source`; returns (documents, Counter of what was
+    skipped).
+    """
+    with new_folder(folder) as temporary:
         validation, documents, skipped = corpus.import_text(source, temporary, text_column)
-        write_manifest(temporary, OWN_TEXT, validation)
+        write_manifest(temporary, "own text", validation)
     return documents, skipped
 
 
@@ -404,8 +417,7 @@ def fetch(name, source, train_shards, folder, clock=None):
         check_ours(folder, name, validation)
         names = [validation, *[shard for shard in shards if shard != validation][:train_shards]]
         expected = {shard: entry["sha256"] for shard, entry in entries.items()}
-        held = read_manifest(folder)
-        own = {entry["name"]: entry["sha256"] for entry in held["shards"]} if held else {}
+        own = _own_hashes(folder)
         good = _good_files(folder, names, {**own, **expected})
         items = [
             download.Item(shard, f"{base}/{shard}", entries.get(shard, {}).get("bytes"), expected.get(shard))
@@ -430,10 +442,9 @@ def fetch(name, source, train_shards, folder, clock=None):
             write_manifest(folder, name, validation, {**own, **good})
             _remember(folder, good)
     finally:
-        for left in folder.glob(".bad-*"):
-            left.unlink(missing_ok=True)
         if not any(folder.glob("shard_*.parquet")):
-            (folder / MANIFEST).unlink(missing_ok=True)
+            for left in (CHECKED, MANIFEST):
+                (folder / left).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             folder.rmdir()  # nothing was had, and an empty folder is no data set
     if failed:
@@ -456,8 +467,16 @@ def _checked_entries(manifest):
         raise DataError(f"the host's {MANIFEST} is broken: {first_line(error)!r}") from None
 
 
+def _own_hashes(folder):
+    """{name: SHA-256} of our own manifest; of a broken one nothing, for it is about to be written anew."""
+    with contextlib.suppress(DataError):
+        manifest = read_manifest(folder)
+        return {entry["name"]: entry["sha256"] for entry in manifest["shards"]} if manifest else {}
+    return {}
+
+
 def _good_files(folder, names, expected):
-    """{name: SHA-256} of the shards that are there and right; a wrong one is set aside.
+    """{name: SHA-256} of the shards that are there and right; a wrong one is deleted.
 
     Right is a file that opens and has the expected SHA-256, where there is one.
     """
@@ -475,7 +494,7 @@ def _good_files(folder, names, expected):
             open_shard(path)
             good[name] = digest
         except DataError:
-            path.rename(folder / f".bad-{name}-{uuid.uuid4().hex}")
+            path.unlink()
     return good
 
 
@@ -505,8 +524,6 @@ def main():
         verify_command()
     elif FROM:
         begin, folder = time.monotonic(), _named_folder("--from")
-        if any(folder.glob("shard_*.parquet")):
-            raise UserError(f"{folder} holds a data set: choose another --name, or delete that folder first")
         documents, skipped = import_text(FROM, folder, TEXT_COLUMN)
         left_out = "".join(f", {count:,} left out: {reason}" for reason, count in skipped.most_common())
         print(f"{folder}: {documents:,} documents in {time.monotonic() - begin:.1f} s{left_out}")

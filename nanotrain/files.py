@@ -51,7 +51,7 @@ def write_json(path, value):
 
 
 def check_empty(folder):
-    """Raise UserError if there is anything in `folder`, or a file in its place."""
+    """Raise UserError if there is a file at `folder`, or anything in it."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} holds files that would be lost: choose another name, or move them away")
 
@@ -60,7 +60,7 @@ def check_empty(folder):
 def new_folder(folder, check=check_empty):
     """`with new_folder(path) as temporary:` fill it; at the end it becomes `path`, or vanishes on an error.
 
-    check: raises UserError for what must not be replaced. It is called at once and again at the end.
+    What is there already is replaced, unless check(path) raises a UserError, at once or at the end.
     """
     check(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,7 @@ NOT_REPEATED = ("RUN_NAME", "RESUME", "ALLOW_CHANGE", "DRY_RUN", "REPORT", "TOKE
 PICTURES = ("loss", "bits_per_byte", "schedule", "speed", "tasks")
 TOKEN_UNITS = ((1e9, "billion tokens"), (1e6, "million tokens"), (1e3, "thousand tokens"), (1.0, "tokens"))
 TIME_UNITS = ((3600.0, "hours of training"), (60.0, "minutes of training"), (1.0, "seconds of training"))
+MARK = b"A report of nanotrain"  # in report.html where it may be replaced
 LAST_STEPS = 20  # whose mean loss is the loss at the end
 SHOWN_CHARACTERS, SHOWN_TOKENS = 1500, 300  # of a text, at most
 SHOWN_TEXTS, SHOWN_SHARDS = 10, 20
@@ -38,17 +39,22 @@ NO_PICTURES = "Without pictures, because matplotlib is missing: pip install matp
 def write(run_dirs, out=""):
     """Write the report of the runs in some folders into the folder `out`, or into report/ of the first run.
 
-    Returns (path of report.html, lines to say with it). Raises UserError if a folder holds no run.
+    Returns (path of report.html, lines to say with it). Raises UserError if a folder holds no run, or `out` files that
+    are not of a report.
     """
     runs = [read_run(run_dir) for run_dir in dict.fromkeys(Path(run_dir).absolute() for run_dir in run_dirs)]
     report, drawn, complaints = build(runs)
     folder = Path(out).expanduser().absolute() if out else runs[0].folder / "report"
-    for name in PICTURES:
-        if name not in drawn:
-            (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier report
-    files = {f"{name}.png": png for name, png in drawn.items()}
-    files |= {"report.md": page.markdown_of(report).encode(), "report.html": page.html_of(report).encode()}
+    # report.html first: it has the mark
+    files = {"report.html": page.html_of(report).encode(), "report.md": page.markdown_of(report).encode()}
+    files |= {f"{name}.png": drawn.get(name) for name in PICTURES}
+    taken = [name for name in files if (folder / name).exists()]
+    if out and taken and not ("report.html" in taken and MARK in (folder / "report.html").read_bytes()):
+        raise UserError(f"--out={out} holds {', '.join(taken)}, not of a report of nanotrain: choose another folder")
     for name, content in files.items():
+        if content is None:
+            (folder / name).unlink(missing_ok=True)  # of an earlier report
+            continue
         with atomic_file(folder / name) as temporary:
             temporary.write_bytes(content)
     return folder / "report.html", complaints
@@ -82,7 +88,7 @@ def build(runs):
     ]
     sections[0].blocks += map(page.Text, drawing.complaints)
     title = " against ".join(run.name for run in runs)
-    subtitle = f"A report of nanotrain, {time.strftime('%Y-%m-%d %H:%M')}"
+    subtitle = f"{MARK.decode()}, {time.strftime('%Y-%m-%d %H:%M')}"
     return page.Page(title, subtitle, sections), drawing.drawn, drawing.complaints
 
 

@@ -197,6 +197,12 @@ def test_the_public_bundle_is_fetched_once_and_again_when_its_hash_is_another(ho
     assert sorted(os.listdir(folder)) == [core_bundle.ZIP_NAME, core_bundle.HASH_NAME]
 
 
+def test_a_public_bundle_that_was_put_there_by_hand_stays(host, public, tmp_path):
+    host.script["/eval_bundle.zip"] = [reply(public)]
+    (tmp_path / core_bundle.ZIP_NAME).write_bytes(b"mine")
+    assert core_bundle.fetch(tmp_path, f"{host.url}/eval_bundle.zip").read_bytes() == b"mine"
+
+
 def test_what_is_no_bundle_does_not_stay(host, tmp_path):
     host.script["/eval_bundle.zip"] = [reply(b"<html>please log in</html>")]
     with pytest.raises(DataError, match="not a readable zip"):
@@ -310,11 +316,11 @@ def test_other_folders_are_not_replaced(own, tmp_path):
     write_bundle(tmp_path / "public")
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter").write_text("dear")
-    core_bundle.make(tmp_path / "ours and more", own[0], 5)
-    (tmp_path / "ours and more" / "letter").write_text("dear")
-    for name in ("public", "home", "ours and more"):
+    core_bundle.make(tmp_path / "ours", own[0], 5)
+    (tmp_path / "ours" / "eval_data" / "mine.jsonl").write_text("dear")
+    for name in ("public", "home", "ours"):
         before = contents(tmp_path / name)
-        with pytest.raises(UserError, match="choose a folder that does not exist"):
+        with pytest.raises(UserError, match="something else"):
             core_bundle.make(tmp_path / name, own[0], 50)
         assert contents(tmp_path / name) == before
     (tmp_path / "note").write_text("milk")
@@ -387,8 +393,3 @@ def test_own_tasks_are_those_of_the_validation_shard_whatever_the_data_set_is_ca
         bundles.append(core_bundle.obtain("own", tmp_path / "core", shard, ALONE, 0, print))
         assert bundles[-1].sha256 == core_bundle.read(core_bundle.own_folder(tmp_path / "core", shard)).sha256
     assert bundles[0].sha256 != bundles[1].sha256
-
-
-def test_a_public_bundle_that_was_put_there_by_hand_stays(tmp_path):
-    (tmp_path / core_bundle.ZIP_NAME).write_bytes(b"mine")
-    assert core_bundle.fetch(tmp_path, "http://127.0.0.1:9/x").read_bytes() == b"mine"

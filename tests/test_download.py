@@ -23,9 +23,9 @@ from types import SimpleNamespace
 
 import pytest
 import requests
-from conftest import ROOT, make_shards
+from conftest import ROOT, make_shards, make_texts
 
-from nanotrain import dataset, download, paths
+from nanotrain import corpus, dataset, download, paths
 from nanotrain.errors import DataError, UserError
 
 PREFIX = "/" + dataset.SOURCES["fineweb-edu"].url + "/"
@@ -818,25 +818,13 @@ def test_a_bad_shard_beyond_those_asked_for_is_not_taken_for_good(host, files, f
     assert shards_in(folder) == files
 
 
-def test_a_download_that_was_killed_goes_on_with_the_shards_that_it_has(host, files, folder, monkeypatch):
-    """Also with those that no manifest lists yet: their names were written down before the first one came."""
-    kill = RuntimeError("killed")
-
-    def killed(*arguments):
-        raise kill
-
-    with monkeypatch.context() as patch:
-        patch.setattr(dataset, "_remember", killed)
-        write = dataset.write_manifest
-        patch.setattr(dataset, "write_manifest", lambda *a: write(*a) if len(a) == 5 else killed())
-        with pytest.raises(RuntimeError, match="killed"):
-            get_set(folder)
-    assert json.loads((folder / "manifest.json").read_text())["shards"] == []
-    assert shards_in(folder) == files
+def test_a_broken_manifest_of_ours_is_written_anew(host, files, folder):
+    get_set(folder)
+    manifest = dataset.read_manifest(folder)
+    manifest["shards"][0]["sha256"] = None
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     get_set(folder)
     assert (shards_in(folder), dataset.verify(folder)) == (files, [])
-    assert "coming" not in json.loads((folder / "manifest.json").read_text())
-    assert [path for path, _ in host.seen].count(PREFIX + ONE) == 1
 
 
 # ---- DL13 to DL16 ----
@@ -1243,6 +1231,102 @@ def test_a_folder_of_another_data_set_is_refused(host, folder):
         with pytest.raises(UserError, match=rf"holds another data set \({held}\): choose another --name"):
             dataset.fetch(asked, dataset.SOURCES["fineweb-edu"], 1, folder, FakeClock())
         assert contents(folder) == before
+
+
+def with_file(name, content):
+    def prepare(folder, dataset_name):
+        (make_shards(folder) / name).write_text(content)
+
+    return prepare
+
+
+def with_another_shard(folder, dataset_name):
+    dataset.write_manifest(make_shards(folder), dataset_name, "shard_00002.parquet")
+    dataset.write_shard(folder / "shard_00003.parquet", ["mine"])
+
+
+def only_checked_json(folder, dataset_name):
+    folder.mkdir(parents=True)
+    (folder / "checked.json").write_text('{"docs": 3}')
+
+
+@pytest.mark.parametrize(
+    ("prepare", "says"),
+    [
+        (with_file("manifest.json", '{"docs": 3}'), "manifest.json"),
+        (with_file("manifest.json", "docs: 3"), "manifest.json"),
+        (with_file("notes.txt", "mine"), ONE),
+        (with_another_shard, "shard_00003.parquet"),
+        (only_checked_json, "checked.json"),
+    ],
+    ids=["foreign manifest", "no JSON", "no manifest", "a shard more", "no shard"],
+)
+@pytest.mark.parametrize(
+    ("flags", "dataset_name"),
+    [
+        ({"DATASET": "stdlib"}, "stdlib of Python 3.0.0"),
+        ({"DATASET": "fineweb-edu", "TRAIN_SHARDS": 2}, "fineweb-edu"),
+        ({"BASE_URL": "HOST", "NUM_SHARDS": 3}, "mine"),
+    ],
+    ids=["stdlib", "hosted", "another host"],
+)
+def test_what_a_user_has_in_the_folder_stays(host, files, base_dir, monkeypatch, flags, dataset_name, prepare, says):
+    monkeypatch.setattr(corpus, "stdlib_sources", lambda: {f"f{n}.py": text for n, text in enumerate(make_texts(60))})
+    host.script |= {f"/{name}": [reply(files[ONE])] for name in (*ALL, "shard_00002.parquet")}
+    folder = base_dir / "data" / "mine"
+    prepare(folder, dataset_name)
+    before = contents(folder)
+    if "BASE_URL" in flags:
+        flags = {**flags, "BASE_URL": host.url}
+    set_flags(monkeypatch, NAME="mine", **flags)
+    with pytest.raises(UserError, match=says) as caught:
+        dataset.main()
+    assert caught.value.exit_code == 2
+    assert str(folder) in str(caught.value)
+    assert contents(folder) == before
+
+
+KILLED = """
+import os
+from nanotrain import dataset
+
+real, calls = os.replace, []
+
+def replace(*paths):
+    calls.append(paths)
+    if len(calls) == NUMBER:
+        os.kill(os.getpid(), 9)
+    real(*paths)
+
+os.replace = replace
+dataset.DATASET, dataset.TRAIN_SHARDS = "fineweb-edu", 2
+dataset.main()
+"""
+
+
+@pytest.mark.parametrize("number", range(1, 7))  # the manifest, three shards, the manifest, checked.json
+def test_a_download_goes_on_wherever_it_was_killed(host, files, base_dir, number):
+    command = [sys.executable, "-c", KILLED.replace("NUMBER", str(number))]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "NANOTRAIN_DIR": str(base_dir)}, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    folder = base_dir / "data" / "fineweb-edu"
+    left = [name for name in contents(folder) if name.startswith("shard_")]
+    get_set(folder)
+    found = contents(folder)
+    assert {name: found[name] for name in found if name.startswith("shard_")} == files
+    assert dataset.verify(folder) == []
+    assert "coming" not in dataset.read_manifest(folder)
+    assert len(left) == min(number - 2, 3) if number > 1 else not left
+
+
+def test_a_download_that_fails_where_its_shards_were_deleted_leaves_no_folder(host, folder):
+    get_set(folder)
+    for path in folder.glob("shard_*.parquet"):
+        path.unlink()
+    host.script = {}
+    with pytest.raises(DataError, match="3 of 3 shards are missing"):
+        get_set(folder)
+    assert not folder.exists()
 
 
 def test_the_size_is_told_before_the_first_shard_is_asked_for(host, files, folder, capsys, monkeypatch):

@@ -683,6 +683,21 @@ def test_a_run_is_given_by_its_name_or_its_folder(tmp_path, base_dir, monkeypatc
     assert "<title>known against elsewhere</title>" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("drawn")
+def test_a_report_replaces_only_a_report(tmp_path):
+    run, out = make_run(tmp_path / "r"), tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    report.write([run], out)
+    report.write([run], out)
+    (out / "report.html").write_text("mine")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(errors.UserError, match=r"report.html") as caught:
+        report.write([run], out)
+    assert caught.value.exit_code == 2
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
 def test_a_run_that_is_not_there_is_a_sentence(base_dir):
     with pytest.raises(errors.UserError, match="which run"):
         report.main([])

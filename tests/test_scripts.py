@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ALONE, ROOT, make_shards
+from tokenizers import Tokenizer, models
 
 from nanotrain import checkpoint, config, core_bundle, core_eval, dataset, engine, errors
 from nanotrain.gpt import GPTConfig
@@ -515,3 +516,14 @@ def test_a_conversation_in_a_terminal(trained, tokenizer, terminal):
     program.wait_for("> ")
     program.type("\x04")
     assert program.process.wait(timeout=60) == 0
+
+
+def test_tok_train_does_not_overwrite_the_tokenizer_of_another_program(run_script, base_dir, data_dir):
+    path = base_dir / "theirs" / "tokenizer.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(Tokenizer(models.BPE()).to_str())
+    before = path.read_bytes()
+    done = run_script("scripts.tok_train", f"--data-dir={data_dir}", f"--tokenizer-dir={path.parent}")
+    assert done.returncode == 6
+    assert "<|bos|>" in done.stderr
+    assert path.read_bytes() == before
