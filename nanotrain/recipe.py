@@ -6,7 +6,7 @@ No torch, no environment, no files, so a plan can be tested and printed before a
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nanotrain.errors import UserError
@@ -29,7 +29,7 @@ WIDTH_PER_LAYER, LEAST_WIDTH, MOST_LAYERS = 64, 256, 26
 # (up to this width, tokens); only the first entry of each was measured by us
 VOCABULARIES = ((256, 4096), (512, 8192), (640, 16384), (math.inf, 32768))
 SEQUENCE_LENGTHS = ((384, 256), (512, 512), (640, 1024), (math.inf, 2048))
-EFFICIENCY = 0.9  # training FLOP/s as a fraction of `training_flops_per_second`, once all overhead is counted
+EFFICIENCY = 0.9  # training FLOP/s, with all overhead, as a fraction of the measured `training_flops_per_second`
 START_SECONDS = 20.0  # of a timed run not spent training: imports, compilation, evaluations, the last save
 
 # A CPU process needs more than its tensors (dev/LOG.md): what torch loads, and fragmentation of the heap.
@@ -89,9 +89,7 @@ def width_factor(width: int) -> float:
 
 
 def training_flops_per_token(weights: int, depth: int, width: int, seq_len: int) -> int:
-    """FLOPs of forward and backward for one token: 6 per weight, and attention over the whole sequence (PaLM,
-    arXiv:2204.02311, appendix B). `weights` counts matrices and head.
-    """
+    """FLOPs per token, forward and backward: 6 per matrix and head weight, and attention (PaLM, arXiv:2204.02311)."""
     return 6 * weights + 12 * depth * width * seq_len
 
 
@@ -99,9 +97,7 @@ def training_flops_per_token(weights: int, depth: int, width: int, seq_len: int)
 
 
 def batch_tokens(training_tokens: float, seq_len: int, world_size: int, parts: int = 1) -> int:
-    """Tokens per optimizer step: the power of two nearest to the power law, rounded to `parts` times whole sequences
-    on every rank.
-    """
+    """Tokens per optimizer step: the power law's nearest power of two, in `parts` of whole sequences on every rank."""
     ideal = BATCH_ANCHOR * (training_tokens / BATCH_ANCHOR_TOKENS) ** BATCH_EXPONENT
     ideal = 2 ** round(math.log2(min(max(ideal, BATCH_ANCHOR), MAX_BATCH)))
     unit = seq_len * world_size * parts
@@ -227,10 +223,6 @@ class Plan:
     seconds: float  # estimated from the measured matmul rate
     memory: Memory  # of one rank
 
-    def to_dict(self) -> dict:
-        """The fields as a JSON-like dict."""
-        return asdict(self)
-
 
 def make_plan(
     parameters: dict[str, int],
@@ -285,8 +277,9 @@ def progress_at_step(step: int, num_steps: int, from_step: int = 0, from_progres
 
 
 def wsd(progress: float, warmup: float, warmdown: float, final: float) -> float:
-    """Learning rate factor, warmup-stable-decay (MiniCPM, arXiv:2404.06395): linear warmup over the fraction `warmup`,
-    constant, linear decay to `final` over the last `warmdown`.
+    """Learning rate factor, warmup-stable-decay (arXiv:2404.06395): linear warmup, constant, linear decay to `final`.
+
+    warmup, warmdown: fractions of the run.
     """
     if progress < warmup:
         return progress / warmup
@@ -331,9 +324,7 @@ def weight_decay(progress: float, peak: float) -> float:
 
 
 def batch_share(progress: float) -> float:
-    """Fraction of the batch size with a batch ramp: small batches lose nothing while the gradient noise is small
-    (arXiv:1812.06162).
-    """
+    """Fraction of the full batch under a batch ramp: early on small batches lose nothing (arXiv:1812.06162)."""
     return next((share for until, share in BATCH_RAMP if progress < until), 1.0)
 
 

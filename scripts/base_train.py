@@ -299,7 +299,7 @@ def pretrain(rt, stop, watchdog):
         rows = rows_that_fit(rt, model, plan.device_batch_size * plan.grad_accum_steps // batch_parts())
         plan = make_plan(rt, model, saved, speed, rows)
         rt.say("\n".join([f"fits       {rows} rows", *describe_batch(rt, plan, model_config)]))
-    record = {"plan": plan.to_dict(), "environment": environment, **identity, "defaults": config.defaults(__file__)}
+    record = {"plan": asdict(plan), "environment": environment, **identity, "defaults": config.defaults(__file__)}
     rt.on_main(lambda: write_json(run_dir / "config.json", record))
     with within_memory(plan.device_batch_size):
         pass_seconds = warm_up(rt, model, plan.device_batch_size)

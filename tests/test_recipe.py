@@ -6,6 +6,7 @@ import math
 import random
 import subprocess
 import sys
+from dataclasses import asdict
 from itertools import pairwise
 
 import pytest
@@ -264,7 +265,7 @@ def test_the_batch_follows_the_training_tokens_where_none_is_asked_for(horizon):
 
 def test_a_plan_survives_json():
     made = plan(Horizon(num_iterations=3))
-    again = json.loads(json.dumps(made.to_dict()))
+    again = json.loads(json.dumps(asdict(made)))
     assert recipe.Plan(**{**again, "memory": Memory(**again["memory"])}) == made
 
 
