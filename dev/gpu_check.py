@@ -267,11 +267,11 @@ def speed(depth: int) -> None:
     """Training steps of a model on random tokens, with the most rows that fit, eager and then compiled."""
     import torch
 
-    from nanotrain import loss, memory, runtime, scaling
+    from nanotrain import loss, recipe, runtime
     from scripts import base_train, bench
 
     rt = start()
-    on_gpu, width = rt.device.type == "cuda", scaling.model_width(depth, 0, 128)[0]
+    on_gpu, width = rt.device.type == "cuda", recipe.model_width(depth, 0, 128)[0]
     training = bench.Training(depth, width, 128, VOCAB_SIZE, MOST_ROWS, SEQ_LEN, "off", bigram_rows=0)
     if SMOKE:
         training = bench.Training(depth // 10, 32, 16, 300, 4, 16, "off", bigram_rows=0)
@@ -293,8 +293,8 @@ def speed(depth: int) -> None:
         step = bench.training_step(rt, training, model, optimizers)
         first, *_ = [bench.seconds_of(rt, step)[0] for _ in range(3)]
         seconds = statistics.median(bench.seconds_of(rt, step)[0] for _ in range(5))
-        kept = memory.Kept(rt.dtype.itemsize, compiled, False, loss.chunk_rows(rt.device))
-        plan = memory.memory_plan(parameters, training.config(), rows, 1, 1, kept)
+        policy = recipe.ActivationPolicy(rt.dtype.itemsize, compiled, False, loss.chunk_rows(rt.device))
+        plan = recipe.estimate_memory(parameters, training.config(), rows, 1, 1, policy)
         row = {"depth": training.depth, "compiled": compiled, "rows": rows, "first step s": first}
         row |= {"step ms": 1000 * seconds, "tokens/s": round(tokens / seconds)}
         row |= {"of peak": flops / seconds / peak if peak else None, "of matmul": flops / seconds / matmul}
@@ -303,10 +303,10 @@ def speed(depth: int) -> None:
 
 
 def against_plan(measured: int, plan: object, before: int, on_gpu: bool) -> dict:
-    """A memory.Memory and the peak that was measured. before: bytes of a process on the CPU before its model."""
-    from nanotrain import memory
+    """A recipe.Memory and the peak that was measured. before: bytes of a process on the CPU before its model."""
+    from nanotrain import recipe
 
-    planned = plan.peak if on_gpu else before + memory.process_growth(plan)
+    planned = plan.peak if on_gpu else before + recipe.process_growth(plan)
     return {"peak GiB": measured / 2**30, "planned GiB": planned / 2**30, "measured / planned": measured / planned}
 
 
@@ -384,14 +384,14 @@ def bits(name: str) -> list[str]:
 
 def peak_memory() -> None:
     """The memory of the run of `train` against its plan."""
-    from nanotrain import memory
+    from nanotrain import recipe
     from scripts import base_train  # noqa: F401  on a CPU it is a part of the run's memory
 
     rt = start()
     record = json.loads((paths.run_dir("train") / "config.json").read_text(encoding="utf-8"))
-    plan = memory.Memory(**record["plan"]["memory"])
+    plan = recipe.Memory(**record["plan"]["memory"])
     measured = max(row["system/peak_memory_bytes"] for row in metrics("train", "system/peak_memory_bytes"))
-    tell(moment=plan.moment, **against_plan(measured, plan, rt.peak_memory_bytes(), rt.device.type == "cuda"))
+    tell(**against_plan(measured, plan, rt.peak_memory_bytes(), rt.device.type == "cuda"))
 
 
 # ---- what several steps need ----

@@ -1,6 +1,6 @@
 """What a run goes on from: its newest checkpoint, or the weights of another run. And whether that fits what is here."""
 
-from nanotrain import checkpoint, config
+from nanotrain import checkpoint, config, recipe
 from nanotrain.errors import CheckpointError, DataError, UserError
 
 
@@ -61,7 +61,10 @@ def check_same(state, tokenizer, data, settings, identity, trajectory, allowed):
 
 def changed(state, settings, name):
     """Whether a setting is another than in the checkpoint, which does not know those that are newer than it."""
-    return name in state["settings"] and state["settings"][name] != settings[name]
+    if name not in state["settings"]:
+        return False
+    was = state["settings"][name]
+    return (recipe.schedule_name(was) if name == "SCHEDULE" else was) != settings[name]
 
 
 def load_first_weights(rt, source, model_config, tokenizer):

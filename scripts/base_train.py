@@ -27,14 +27,12 @@ from nanotrain import (
     errors,
     guard,
     loss_eval,
-    memory,
     optim,
     paths,
+    recipe,
     report,
     resume,
     runtime,
-    scaling,
-    schedule,
     spectral,
     wandb_run,
 )
@@ -89,9 +87,9 @@ UNEMBEDDING_LR = 0.005  # AdamW, for the head, at width 768
 SCALAR_LR = 0.05  # AdamW, for residual scalars and gates
 WEIGHT_DECAY = 0.0  # of the matrices, at the start; it falls to zero
 GRAD_CLIP = 0.0  # largest norm of the gradient; 0: not clipped
-SCHEDULE = "trapezoid"  # trapezoid, cosine or linear
+SCHEDULE = "wsd"  # of the learning rate: wsd (warmup-stable-decay), cosine or linear
 WARMUP_RATIO = 0.04  # share of the run in which the learning rate rises
-WARMDOWN_RATIO = 0.65  # share of the run in which it falls (trapezoid), and Muon's momentum a little
+WARMDOWN_RATIO = 0.65  # share of the run in which it falls (wsd), and Muon's momentum a little
 FINAL_LR_FRAC = 0.03  # where it ends, as a share of its peak
 # --- evaluation and saving: every so many steps and at the last; 0: never
 EVAL_EVERY = 250  # bits per byte on validation rows
@@ -174,7 +172,7 @@ class Run:
 
     def progress(self, step):
         """The progress in (0, 1) at a step of this run."""
-        return schedule.progress(step, self.num_steps, self.corrected_step, self.corrected_progress)
+        return recipe.progress_at_step(step, self.num_steps, self.corrected_step, self.corrected_progress)
 
     def correct(self, num_steps, progress):
         """Give the run `num_steps`, and spread what is left of its progress over those to come."""
@@ -215,7 +213,7 @@ def pretrain(rt, stop, watchdog):
     environment = runtime.environment(rt)
     if saved:
         resume.warn_of_difference(rt, saved.get("environment", environment), environment)
-    speed = rt.broadcast(runtime.training_flops_per_second(rt.device, rt.dtype)) * scaling.EFFICIENCY * rt.world_size
+    speed = rt.broadcast(runtime.training_flops_per_second(rt.device, rt.dtype)) * recipe.EFFICIENCY * rt.world_size
     if saved:
         model_config, reason = GPTConfig(**saved["model_config"]), "as before"
     else:
@@ -270,7 +268,7 @@ def pretrain(rt, stop, watchdog):
     model = model.to_empty(device=rt.device)
     if GRAD_CHECKPOINT:
         model.checkpoint_activations()
-    factor = scaling.width_factor(model_config.model_dim)
+    factor = recipe.width_factor(model_config.model_dim)
     rates = {
         "matrix": MATRIX_LR,
         "embedding": EMBEDDING_LR * factor,
@@ -298,13 +296,13 @@ def pretrain(rt, stop, watchdog):
             runtime.give_back_freed_memory()  # the counts of all pairs
     del model_tensors, optimizer_tensors, first_weights  # else a resumed run would hold two copies of everything
     if rows_are_tried(rt):
-        rows = rows_that_fit(rt, model, plan.device_rows * plan.accumulation // batch_parts())
+        rows = rows_that_fit(rt, model, plan.device_batch_size * plan.grad_accum_steps // batch_parts())
         plan = make_plan(rt, model, saved, speed, rows)
         rt.say("\n".join([f"fits       {rows} rows", *describe_batch(rt, plan, model_config)]))
-    record = {"plan": plan.to_dict(), "environment": environment, **identity, "defaults": config.defaults(__file__)}
+    record = {"plan": asdict(plan), "environment": environment, **identity, "defaults": config.defaults(__file__)}
     rt.on_main(lambda: write_json(run_dir / "config.json", record))
-    with within_memory(plan.device_rows):
-        pass_seconds = warm_up(rt, model, plan.device_rows)
+    with within_memory(plan.device_batch_size):
+        pass_seconds = warm_up(rt, model, plan.device_batch_size)
     trained = model
     if rt.world_size > 1:
         ignored = list(model.parameters_by_role().get("bigram_embedding", {}))  # optim shares these
@@ -374,16 +372,16 @@ def pretrain(rt, stop, watchdog):
         return last
 
     with (
-        within_memory(plan.device_rows),
+        within_memory(plan.device_batch_size),
         tracker,
-        dataloader.DataLoader(reader, plan.device_rows, rt.device) as loader,
+        dataloader.DataLoader(reader, plan.device_batch_size, rt.device) as loader,
     ):
         batches, mean_loss = rt.together(lambda: dataloader.LookAhead(loader)), math.nan
         stopped_before = run.assessed_step != run.step  # what was due then
         if run.step == 0 or stopped_before:
             last = assess(last=False)
         if new_horizon and not run.horizon_fixed:  # now that an evaluation has been timed
-            run.num_steps = rt.broadcast(steps_in_time(run, STEP_PER_PASSES * pass_seconds * plan.accumulation))
+            run.num_steps = rt.broadcast(steps_in_time(run, STEP_PER_PASSES * pass_seconds * plan.grad_accum_steps))
             tracker.set_num_steps(run.num_steps)
         if stopped_before:
             save(batches.next, final=last)
@@ -393,12 +391,12 @@ def pretrain(rt, stop, watchdog):
 
             # ---- schedule ----
             progress = run.progress(run.step + 1)
-            rate = schedule.SHAPES[SCHEDULE](progress, WARMUP_RATIO, WARMDOWN_RATIO, FINAL_LR_FRAC)
-            momentum = schedule.momentum(progress, WARMDOWN_RATIO)
-            share = schedule.batch_share(progress) if BATCH_RAMP else 1.0
-            micro_steps = round(plan.accumulation * share)
-            rate *= math.sqrt(micro_steps / plan.accumulation)  # of smaller batches: noise grows so
-            optim.set_schedule(optimizers, rate, momentum, schedule.weight_decay(progress, WEIGHT_DECAY))
+            rate = recipe.SCHEDULES[SCHEDULE](progress, WARMUP_RATIO, WARMDOWN_RATIO, FINAL_LR_FRAC)
+            momentum = recipe.momentum(progress, WARMDOWN_RATIO)
+            share = recipe.batch_share(progress) if BATCH_RAMP else 1.0
+            micro_steps = round(plan.grad_accum_steps * share)
+            rate *= math.sqrt(micro_steps / plan.grad_accum_steps)  # of smaller batches: noise grows so
+            optim.set_schedule(optimizers, rate, momentum, recipe.weight_decay(progress, WEIGHT_DECAY))
 
             # ---- gradients of the whole batch ----
             loss_sum, row_hash = torch.zeros((), device=rt.device), 0
@@ -460,14 +458,14 @@ def pretrain(rt, stop, watchdog):
             update_seconds = time.perf_counter() - update_begin
             # A GPU still works on the update, which counts in the next step: to wait here would leave it idle then.
             seconds = time.monotonic() - begin
-            if micro_steps == plan.accumulation or not step_seconds:
-                step_seconds.append(seconds * plan.accumulation / micro_steps)
+            if micro_steps == plan.grad_accum_steps or not step_seconds:
+                step_seconds.append(seconds * plan.grad_accum_steps / micro_steps)
             typical_seconds = statistics.median(step_seconds[-200:])
             metrics = {
                 "train/loss": mean_loss,
                 "train/lr": MATRIX_LR * rate,
                 "train/grad_norm": grad_norm,
-                "train/tok_per_sec": plan.total_batch_size * micro_steps / plan.accumulation / seconds,
+                "train/tok_per_sec": plan.total_batch_size * micro_steps / plan.grad_accum_steps / seconds,
                 "train/epoch": reader.epoch(batch.state),
                 "train/loss_deviations": deviations,
                 "train/seconds": seconds,
@@ -564,8 +562,10 @@ class Saver:
 
 
 def check_settings():
+    global SCHEDULE  # whose old name becomes the new one
     config.choice("COMPILE", COMPILE, ("auto", "on", "off"))
-    config.choice("SCHEDULE", SCHEDULE, tuple(schedule.SHAPES))
+    SCHEDULE = recipe.schedule_name(SCHEDULE)
+    config.choice("SCHEDULE", SCHEDULE, tuple(recipe.SCHEDULES))
     config.choice("WANDB", WANDB, ("off", "offline", "online"))
     horizons = {
         name: globals()[name] for name in ("NUM_ITERATIONS", "TARGET_FLOPS", "TARGET_MINUTES") if globals()[name]
@@ -600,33 +600,33 @@ def choose_shape(vocab_size, flops_per_second):
     """(GPTConfig, why it has this depth) of a new run; what the settings leave open follows from the horizon."""
     depth, reason = DEPTH, "as asked"
     if not depth and (TARGET_MINUTES or TARGET_FLOPS):
-        flops = TARGET_FLOPS or scaling.training_flops(TARGET_MINUTES, flops_per_second)
-        depth = scaling.choose_depth(flops, HEAD_DIM, ASPECT_RATIO)
+        flops = TARGET_FLOPS or recipe.training_flops(TARGET_MINUTES, flops_per_second)
+        depth = recipe.choose_depth(flops, HEAD_DIM, ASPECT_RATIO)
         reason = f"{flops:.1e} FLOPs"
         if TARGET_MINUTES:
             reason += f": {TARGET_MINUTES:.3g} minutes at {flops_per_second / 1e9:,.0f} GFLOP/s"
     elif not depth:
         depth, reason = DEFAULT_DEPTH, "the default"
-    width, heads = scaling.model_width(depth, ASPECT_RATIO, HEAD_DIM)
-    seq_len = MAX_SEQ_LEN or scaling.row_length(width)
+    width, heads = recipe.model_width(depth, ASPECT_RATIO, HEAD_DIM)
+    seq_len = MAX_SEQ_LEN or recipe.sequence_length(width)
     bigram_rows = 0 if PLAIN else BIGRAM_ROWS
     return GPTConfig(vocab_size, seq_len, depth, heads, heads, HEAD_DIM, bigram_rows, PLAIN), reason
 
 
-def make_plan(rt, model, saved, flops_per_second, device_batch_size):
+def make_plan(rt, model, saved, flops_per_second, max_device_batch_size):
     parameters = {role: sum(p.numel() for p in named.values()) for role, named in model.parameters_by_role().items()}
-    horizon = scaling.Horizon(NUM_ITERATIONS, TARGET_FLOPS, TARGET_MINUTES, TARGET_PARAM_DATA_RATIO)
+    horizon = recipe.Horizon(NUM_ITERATIONS, TARGET_FLOPS, TARGET_MINUTES, TARGET_PARAM_DATA_RATIO)
     compiled = compile_pays(rt.dtype) and runtime.can_compile()
-    return scaling.make_plan(
+    return recipe.make_plan(
         parameters,
         model.config,
         horizon,
         total_batch_size=saved["total_batch_size"] if saved and not TOTAL_BATCH_SIZE else TOTAL_BATCH_SIZE,
-        device_batch_size=device_batch_size,
+        max_device_batch_size=max_device_batch_size,
         world_size=rt.world_size,
         flops_per_second=flops_per_second,
-        kept=memory.Kept(rt.dtype.itemsize, compiled, GRAD_CHECKPOINT, chunk_rows(rt.device)),
-        mean_batch_share=schedule.mean_batch_share() if BATCH_RAMP else 1.0,
+        policy=recipe.ActivationPolicy(rt.dtype.itemsize, compiled, GRAD_CHECKPOINT, chunk_rows(rt.device)),
+        mean_batch_share=recipe.mean_batch_share() if BATCH_RAMP else 1.0,
         batch_parts=batch_parts(),
     )
 
@@ -644,12 +644,12 @@ def share_done(run, plan, trained_tokens):
         share = min(run.seconds / (60 * TARGET_MINUTES), run.step / (run.step + 1))
     else:
         share = min(trained_tokens / plan.tokens, 1.0)
-    return schedule.progress_at(share) if BATCH_RAMP else share
+    return recipe.progress_at_tokens(share) if BATCH_RAMP else share
 
 
 def batch_parts():
     """Into how many equal parts a step's rows must be cut."""
-    return schedule.BATCH_PARTS if BATCH_RAMP else 1
+    return recipe.BATCH_PARTS if BATCH_RAMP else 1
 
 
 def describe(rt, plan, run, trained_tokens, model_config, reason, shards, tokenizer, run_dir):
@@ -660,7 +660,7 @@ def describe(rt, plan, run, trained_tokens, model_config, reason, shards, tokeni
     on_disk = sum(shard.text_bytes for shard in shards.train) / bytes_per_token
     steps_left, share = max(run.num_steps - run.step, 0), 1.0
     if BATCH_RAMP and steps_left:
-        share = schedule.mean_batch_share(run.progress(run.step + 0.5))
+        share = recipe.mean_batch_share(run.progress(run.step + 0.5))
     tokens = trained_tokens + steps_left * plan.total_batch_size * share
     tables = sum(count for role, count in plan.parameters.items() if "embedding" in role and role != "unembedding")
     minutes = TARGET_MINUTES or plan.seconds / 60
@@ -686,27 +686,29 @@ def describe(rt, plan, run, trained_tokens, model_config, reason, shards, tokeni
 def describe_batch(rt, plan, model_config):
     """The lines about the batch and the memory that it needs."""
     of_step, free, needed = plan.memory, runtime.free_memory_bytes(rt.device), plan.memory.peak
-    lowered = f" (lowered from {DEVICE_BATCH_SIZE})" if plan.device_rows < DEVICE_BATCH_SIZE else ""
-    names = ("weights", "gradients", "optimizer", "activations", "logits")
+    rows = plan.device_batch_size
+    lowered = f" (lowered from {DEVICE_BATCH_SIZE})" if rows < DEVICE_BATCH_SIZE else ""
+    names = ("weights", "gradients", "optimizer", "activations", "logits", "update")
     parts = [f"{name} {getattr(of_step, name) / 2**30:.2f}" for name in names]
+    in_passes = of_step.update <= of_step.activations + of_step.logits  # is the most needed, not in the update
     lines = [
-        f"batch      {plan.total_batch_size:,} tokens = {plan.device_rows} rows{lowered} of {model_config.max_seq_len}"
-        f" x {plan.accumulation} micro-steps x {rt.world_size} ranks",
-        f"memory     {of_step.peak / 2**30:.2f} GiB a rank, most in the {of_step.moment}: {', '.join(parts[:2])},",
-        f"           {', '.join(parts[2:])}",
+        f"batch      {plan.total_batch_size:,} tokens = {rows} rows{lowered} of {model_config.max_seq_len}"
+        f" x {plan.grad_accum_steps} micro-steps x {rt.world_size} ranks",
+        f"memory     about {of_step.peak / 2**30:.2f} GiB a rank: {', '.join(parts[:3])},",
+        f"           and {' with '.join(parts[3:5])} or, later, {parts[5]}",
     ]
     if rt.device.type == "cpu":
-        needed, taken = memory.process_growth(of_step), rt.peak_memory_bytes()
+        needed, taken = recipe.process_growth(of_step), rt.peak_memory_bytes()
         lines.append(
             f"process    about {(taken + needed) / 2**30:.1f} GiB at most, {taken / 2**30:.1f} of them taken already"
         )
     if needed > free:
-        if not GRAD_CHECKPOINT and of_step.moment != "update":
+        if not GRAD_CHECKPOINT and in_passes:
             lower = "give --grad-checkpoint, or lower "
         else:
             lower = "lower "
-        smaller = f"--device-batch-size={max(plan.device_rows // 2, 1)} (now {plan.device_rows})"
-        if of_step.moment == "update" or plan.device_rows == 1:
+        smaller = f"--device-batch-size={max(rows // 2, 1)} (now {rows})"
+        if not in_passes or rows == 1:
             smaller = f"--depth={model_config.num_layers // 2 or 1} (now {model_config.num_layers})"
         lines.append(f"warning    more than the {free / 2**30:.1f} GiB that are free for a rank: {lower}{smaller}")
     return lines

@@ -33,7 +33,7 @@ from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from nanotrain import checkpoint, config, dataloader, dataset, engine, errors, gpt, loss, optim, paths, runtime, scaling
+from nanotrain import checkpoint, config, dataloader, dataset, engine, errors, gpt, loss, optim, paths, recipe, runtime
 from nanotrain.errors import UserError
 from nanotrain.files import write_json
 from nanotrain.tokenizer import BPETokenizer
@@ -108,7 +108,7 @@ def check_settings(names, tables):
     for name in ("REPETITIONS", "LOADER_TOKENS", "DEVICE_BATCH_SIZE", "MAX_SEQ_LEN", "VOCAB_SIZE"):
         if globals()[name] < 1:
             raise UserError(f"{config.flag_of(name)}={globals()[name]}: at least 1")
-    scaling.model_width(DEPTH, ASPECT_RATIO, HEAD_DIM)
+    recipe.model_width(DEPTH, ASPECT_RATIO, HEAD_DIM)
     if {"loader", "step"} & set(names or tables):  # now, and not after the minutes that the others take
         BPETokenizer.load(paths.tokenizer_dir(TOKENIZER_DIR))
         dataset.open_shards(paths.data_dir(DATA_DIR))
@@ -129,13 +129,13 @@ class Training:
     seq_len: int
     compile_mode: str  # off, block or whole
     bigram_rows: int
-    accumulation: int = 1
+    grad_accum_steps: int = 1
     checkpointing: str = "off"  # or on
 
     def work(self):
         """(function to prepare it on random tokens, tokens of a step, FLOPs of a step by the formula of the plan)."""
-        tokens = self.rows * self.seq_len * self.accumulation
-        flops = tokens * scaling.training_flops_per_token(self.weights(), self.depth, self.width, self.seq_len)
+        tokens = self.rows * self.seq_len * self.grad_accum_steps
+        flops = tokens * recipe.training_flops_per_token(self.weights(), self.depth, self.width, self.seq_len)
         return partial(prepare_training, training=self), tokens, flops
 
     def weights(self):
@@ -180,11 +180,11 @@ def training_step(rt, training, model, optimizers, next_batch=None):
     tokens = torch.randint(training.vocab_size, (2, training.rows, training.seq_len), device=rt.device)
 
     def step():
-        for _ in range(training.accumulation):
+        for _ in range(training.grad_accum_steps):
             with record_function("loader"):
                 inputs, targets = next_batch() if next_batch else tokens
             with rt.autocast():
-                mean = model(inputs, targets) / training.accumulation
+                mean = model(inputs, targets) / training.grad_accum_steps
             mean.backward()
         with record_function("optimizer"):
             torch.nn.utils.get_total_norm(optim.collect_gradients(parameters, rt))
@@ -516,7 +516,7 @@ def figure(value):
 
 def training(**changes):
     """The settings' training step, with some of its fields changed."""
-    width, _ = scaling.model_width(DEPTH, ASPECT_RATIO, HEAD_DIM)
+    width, _ = recipe.model_width(DEPTH, ASPECT_RATIO, HEAD_DIM)
     usual = Training(DEPTH, width, HEAD_DIM, VOCAB_SIZE, DEVICE_BATCH_SIZE, MAX_SEQ_LEN, compile_mode(), BIGRAM_ROWS)
     return replace(usual, **changes)
 
@@ -572,7 +572,7 @@ def compile_table(modes=("off", "block", "whole")):
 
 def attention_table():
     """One layer's attention, forward and backward, as the model does it and as it could be done."""
-    heads = scaling.model_width(DEPTH, ASPECT_RATIO, HEAD_DIM)[1]
+    heads = recipe.model_width(DEPTH, ASPECT_RATIO, HEAD_DIM)[1]
     shape = (DEVICE_BATCH_SIZE, heads, MAX_SEQ_LEN, HEAD_DIM)
     # over the whole square of scores, as the formula for training counts them
     tokens, flops = DEVICE_BATCH_SIZE * MAX_SEQ_LEN, 12 * math.prod(shape) * MAX_SEQ_LEN
@@ -589,7 +589,7 @@ def attention_table():
 
 def loss_table(chunks=("full", 256, 512, 1024, 4096)):
     """From hidden states to the loss and back, the head's products included."""
-    width, _ = scaling.model_width(DEPTH, ASPECT_RATIO, HEAD_DIM)
+    width, _ = recipe.model_width(DEPTH, ASPECT_RATIO, HEAD_DIM)
     tokens = DEVICE_BATCH_SIZE * MAX_SEQ_LEN
     rows = []
     for compiled in compile_choices():
@@ -611,13 +611,13 @@ def training_table(name):
     tokens = DEVICE_BATCH_SIZE * MAX_SEQ_LEN
     changes = {
         # the same rows a step, in so many passes
-        "accumulation": [{"accumulation": n, "rows": max(DEVICE_BATCH_SIZE // n, 1)} for n in (1, 4, 8)],
+        "accumulation": [{"grad_accum_steps": n, "rows": max(DEVICE_BATCH_SIZE // n, 1)} for n in (1, 4, 8)],
         "batch": [{"rows": rows} for rows in (4, 8, 16, 32, 64)],
         # about the same tokens a step
         "length": [{"seq_len": length, "rows": max(tokens // length, 1)} for length in (128, 256, 512, 1024, 2048)],
         # each block keeps its activations, or makes them again in the backward pass
         "checkpointing": [{"checkpointing": choice} for choice in ("off", "on")],
-        "depth": [{"depth": n, "width": scaling.model_width(n, ASPECT_RATIO, HEAD_DIM)[0]} for n in DEPTHS],
+        "depth": [{"depth": n, "width": recipe.model_width(n, ASPECT_RATIO, HEAD_DIM)[0]} for n in DEPTHS],
     }
     return table([variant(change, training(**change).work()) for change in changes[name]])
 
@@ -630,7 +630,7 @@ def generation_table():
     of_both, of_one = [("cache", 1), ("products alone", 1)], [("no cache", 1), ("cache", 4), ("cache", 16)]
     found = []
     for depth in dict.fromkeys((DEPTH, DEEP)):
-        model = training(depth=depth, width=scaling.model_width(depth, ASPECT_RATIO, HEAD_DIM)[0])
+        model = training(depth=depth, width=recipe.model_width(depth, ASPECT_RATIO, HEAD_DIM)[0])
         variants = []
         for method, texts in of_both + (of_one if depth == DEPTH else []):
             tokens = texts * model.seq_len

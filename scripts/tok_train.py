@@ -7,7 +7,7 @@ import time
 
 from tqdm import tqdm
 
-from nanotrain import config, dataset, errors, paths, scaling
+from nanotrain import config, dataset, errors, paths, recipe
 from nanotrain.errors import UserError
 from nanotrain.tokenizer import FILE_NAME, BPETokenizer
 
@@ -43,13 +43,13 @@ def planned_vocab_size():
     from nanotrain import runtime  # here, so that a tokenizer of a given size does not wait for torch
 
     rt = runtime.start()
-    flops = scaling.training_flops(
-        TARGET_MINUTES, runtime.training_flops_per_second(rt.device, rt.dtype) * scaling.EFFICIENCY
+    flops = recipe.training_flops(
+        TARGET_MINUTES, runtime.training_flops_per_second(rt.device, rt.dtype) * recipe.EFFICIENCY
     )
-    depth = scaling.choose_depth(flops, HEAD_DIM)
-    width, _ = scaling.model_width(depth, 0, HEAD_DIM)
+    depth = recipe.choose_depth(flops, HEAD_DIM)
+    width, _ = recipe.model_width(depth, 0, HEAD_DIM)
     print(f"{TARGET_MINUTES:g} minutes suit a model of depth {depth} and width {width}")
-    return scaling.vocabulary(width)
+    return recipe.vocabulary(width)
 
 
 def texts(shards):

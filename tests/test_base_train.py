@@ -35,12 +35,10 @@ from nanotrain import (
     guard,
     loss,
     loss_eval,
-    memory,
+    recipe,
     report,
     resume,
     runtime,
-    scaling,
-    schedule,
     spectral,
     wandb_run,
 )
@@ -106,7 +104,7 @@ def whole(tmp_path_factory, data_dir, tokenizer):
 @pytest.fixture
 def at_step(monkeypatch):
     """at_step(3, action) calls `action()` when the third step from now begins, at_step() does nothing any more."""
-    momentum, planned = schedule.momentum, {}
+    momentum, planned = recipe.momentum, {}
 
     def hooked(*arguments):
         planned["step"] = planned.get("step", 0) - 1
@@ -114,7 +112,7 @@ def at_step(monkeypatch):
             planned["action"]()
         return momentum(*arguments)
 
-    monkeypatch.setattr(schedule, "momentum", hooked)
+    monkeypatch.setattr(recipe, "momentum", hooked)
     return lambda step=0, action=None: planned.update(step=step, action=action)
 
 
@@ -516,7 +514,7 @@ def test_without_a_depth_the_machine_and_the_minutes_choose_the_model(train, cap
 
     slow, fast = (model_line(f"r{rate:.0f}", rate, TARGET_MINUTES=2.0) for rate in (1e9, 1e13))
     assert "depth 2 (9.0e+10 FLOPs: 2 minutes at 1 GFLOP/s), width 256" in slow
-    depth = scaling.choose_depth(9e14, 128)
+    depth = recipe.choose_depth(9e14, 128)
     assert depth > 3
     assert f"depth {depth} (9.0e+14 FLOPs: 2 minutes at 9,000 GFLOP/s)" in fast
     assert "depth 12 (1.0e+18 FLOPs)" in model_line("flops", 1e9, TARGET_FLOPS=1e18, TOTAL_BATCH_SIZE=0)
@@ -524,13 +522,13 @@ def test_without_a_depth_the_machine_and_the_minutes_choose_the_model(train, cap
 
 def test_a_run_whose_shape_was_chosen_keeps_it_on_another_machine(train, monkeypatch):
     settings = {"DEPTH": 0, "ASPECT_RATIO": 8, "HEAD_DIM": 8, "NUM_ITERATIONS": 0, "TARGET_FLOPS": 2e7}
-    monkeypatch.setattr(scaling, "choose_depth", lambda *_: 2)
+    monkeypatch.setattr(recipe, "choose_depth", lambda *_: 2)
     run = train(SAVE_EVERY=1, EVAL_EVERY=0, KEEP_LAST=99, **settings)
     assert saved(run)[2]["model_config"]["num_layers"] == 2
     whole, (last, *earlier) = saved(run), checkpoint.steps(run)
     assert earlier
     shutil.rmtree(run / "checkpoints" / f"step_{last:08d}")
-    monkeypatch.setattr(scaling, "choose_depth", lambda *_: 5)
+    monkeypatch.setattr(recipe, "choose_depth", lambda *_: 5)
     again = saved(train(RESUME=True, SAVE_EVERY=1, EVAL_EVERY=0, KEEP_LAST=99, **settings))
     assert again[2]["model_config"] == whole[2]["model_config"]
     assert equal(again[0], whole[0])
@@ -648,9 +646,9 @@ def test_a_device_batch_of_0_is_the_most_that_fits_where_it_is_tried(train, whol
     printed = capsys.readouterr().out.splitlines()
     place = printed.index("fits       4 rows")
     assert printed[place + 1] == "batch      128 tokens = 4 rows of 16 x 2 micro-steps x 1 ranks"
-    assert printed[place + 2].startswith("memory     0.00 GiB a rank")
+    assert printed[place + 2].startswith("memory     about 0.00 GiB a rank")
     assert equal(saved(run)[0], saved(whole)[0])
-    assert json.loads((run / "config.json").read_text())["plan"]["device_rows"] == 4
+    assert json.loads((run / "config.json").read_text())["plan"]["device_batch_size"] == 4
 
 
 def test_a_row_that_does_not_fit_is_a_sentence(train, monkeypatch):
@@ -672,7 +670,7 @@ def test_a_plan_that_exceeds_the_memory_names_the_setting_to_lower(monkeypatch, 
     monkeypatch.setattr(base_train, "TOTAL_BATCH_SIZE", 4096)
     model = checkpoint.build_model(GPTConfig(100, 512, 8, 2, 2, 8), "meta")
     plan = base_train.make_plan(ALONE, model, None, 1e12, rows)
-    needed = memory.process_growth(plan.memory)
+    needed = recipe.process_growth(plan.memory)
     for free, warns in ((needed - 1, True), (needed, False)):
         monkeypatch.setattr(runtime, "free_memory_bytes", lambda device, free=free: free)
         warnings = [line for line in base_train.describe_batch(ALONE, plan, model.config) if "warning" in line]
@@ -879,7 +877,7 @@ def test_a_change_at_a_resume_keeps_the_tokens_of_the_horizon_and_the_schedule(t
     places = [(end - now / 2) / plan["tokens"] for now, end in zip(tokens, itertools.accumulate(tokens), strict=True)]
     shape = (base_train.WARMUP_RATIO, base_train.WARMDOWN_RATIO, base_train.FINAL_LR_FRAC)
     resumed = slice(sum(step for step, _ in stops), None)
-    rates = [base_train.MATRIX_LR * schedule.trapezoid(place, *shape) for place in places[resumed]]
+    rates = [base_train.MATRIX_LR * recipe.wsd(place, *shape) for place in places[resumed]]
     assert column(run, "train/lr")[resumed] == pytest.approx(rates, abs=0.06 * base_train.MATRIX_LR)
 
 
@@ -984,10 +982,10 @@ def test_a_broken_checkpoint_is_named_and_the_older_one_gives_the_same_run(train
 @pytest.fixture(scope="module")
 def stopped_once(whole, data_dir):
     """The run `whole`, stopped after its third step."""
-    run, momentum = whole.parent / "stopped", schedule.momentum
+    run, momentum = whole.parent / "stopped", recipe.momentum
     steps = iter((None, None, terminate))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(schedule, "momentum", lambda *progress: ((next(steps) or int)(), momentum(*progress))[1])
+        patch.setattr(recipe, "momentum", lambda *progress: ((next(steps) or int)(), momentum(*progress))[1])
         main(RUN_NAME=str(run), DATA_DIR=str(data_dir), TOKENIZER_DIR=str(whole.parent / "tokenizer"))
     assert checkpoint.newest(run)[0] == 3
     return run
@@ -1118,7 +1116,7 @@ def test_a_change_in_a_run_by_minutes_leaves_the_schedule_where_its_time_stands(
     minutes = settings["TARGET_MINUTES"]
     assert spent + clock.now == pytest.approx(60 * minutes - 1, abs=0.3)  # a second is kept for the last save
     ends = [spent / (60 * minutes), 1.0]
-    expected = [base_train.MATRIX_LR * schedule.linear(end, base_train.WARMUP_RATIO, 0, 0.03) for end in ends]
+    expected = [base_train.MATRIX_LR * recipe.linear(end, base_train.WARMUP_RATIO, 0, 0.03) for end in ends]
     rates = column(run, "train/lr")
     assert [rates[150], rates[-1]] == pytest.approx(expected, abs=0.02 * base_train.MATRIX_LR)
     assert all(later < rate for rate, later in itertools.pairwise(rates[150:]))
@@ -1201,6 +1199,22 @@ def test_what_changes_nothing_about_the_training_is_free(train, whole, stopped):
     assert equal(saved(stopped)[1], saved(whole)[1])
 
 
+@pytest.mark.parametrize("name", ["wsd", "trapezoid"])
+def test_a_run_made_with_the_old_name_of_a_schedule_resumes_under_either(train, whole, stopped, monkeypatch, name):
+    unpack = checkpoint.unpack
+
+    def older(files):
+        *tensors, state = unpack(files)
+        assert state["settings"]["SCHEDULE"] == "wsd"
+        state["settings"]["SCHEDULE"] = "trapezoid"
+        return *tensors, state
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "unpack", older)
+        train("stopped", RESUME=True, SCHEDULE=name)
+    assert same_run(whole, stopped)
+
+
 @pytest.mark.usefixtures("stopped")
 def test_another_tokenizer_or_other_data_are_refused_on_resume(train, base_dir, tmp_path, tokenizer):
     with pytest.raises(DataError, match="--data-dir"):
@@ -1216,7 +1230,7 @@ def test_another_tokenizer_or_other_data_are_refused_on_resume(train, base_dir, 
 @pytest.fixture
 def poison(monkeypatch):
     """poison(steps, value) makes every loss of these steps `value`."""
-    momentum, mean_loss = schedule.momentum, loss.mean_loss
+    momentum, mean_loss = recipe.momentum, loss.mean_loss
     planned = {"step": 0, "steps": set(), "value": math.nan}
 
     def counting(*arguments):
@@ -1227,7 +1241,7 @@ def poison(monkeypatch):
         result = mean_loss(*arguments)
         return result * planned["value"] if planned["step"] in planned["steps"] else result
 
-    monkeypatch.setattr(schedule, "momentum", counting)
+    monkeypatch.setattr(recipe, "momentum", counting)
     monkeypatch.setattr(loss, "mean_loss", poisoned)
     return lambda steps, value=math.nan: planned.update(steps=steps, value=value)
 
@@ -1411,7 +1425,7 @@ def test_no_data_set_no_tokenizer_and_a_broken_one_say_which_command_helps(train
         ({"HEAD_DIM": 15}, r"--head-dim=15: .*even"),
         ({"WARMUP_RATIO": 1.5}, r"--warmup-ratio=1.5: a share, at most 1"),
         ({"WARMUP_RATIO": 0.5, "WARMDOWN_RATIO": 0.6}, r"overlap: together at most 1"),
-        ({"SCHEDULE": "constant"}, r"--schedule=constant: must be one of trapezoid, cosine, linear"),
+        ({"SCHEDULE": "constant"}, r"--schedule=constant: must be one of wsd, cosine, linear"),
         ({"COMPILE": "maybe"}, r"--compile=maybe: must be one of auto, on, off"),
         ({"RUN_NAME": "wandb:a/b/c:best"}, r"--run-name=wandb:a/b/c:best: .*by --init-from=wandb:a/b/c:best"),
         ({"WANDB_LOG_EVERY": 0}, r"--wandb-log-every=0: at least 1"),

@@ -13,7 +13,7 @@ from nanotrain import errors, loss, runtime
 from scripts import bench
 
 TRAINING_TABLES = {
-    "accumulation": ["accumulation", "rows"],
+    "accumulation": ["grad_accum_steps", "rows"],
     "batch": ["rows"],
     "length": ["seq_len", "rows"],
     "checkpointing": ["checkpointing"],
@@ -84,7 +84,7 @@ def test_every_table_has_its_columns_and_the_json_is_what_is_printed(monkeypatch
             assert 0 < low <= row["ms"] <= high
             assert row["MiB"] > 10
     assert [row["depth"] for row in found["tables"]["depth"]] == [2, 4, 6, 8, 10, 12]
-    assert {row["accumulation"] * row["rows"] for row in found["tables"]["accumulation"]} == {8}
+    assert {row["grad_accum_steps"] * row["rows"] for row in found["tables"]["accumulation"]} == {8}
     assert {row["seq_len"] * row["rows"] >= 128 for row in found["tables"]["length"]} == {True}
     speeds = [(row["depth"], row["method"], row["texts"]) for row in found["tables"]["generation"]]
     of_all_depths = [("cache", 1), ("products alone", 1)]

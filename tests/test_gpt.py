@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanotrain import gpt, scaling
+from nanotrain import gpt, recipe
 from nanotrain.gpt import GPT, GPTConfig
 
 SHAPES = {
@@ -428,7 +428,7 @@ def test_planned_operations_are_those_a_counter_counts(config):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(tokens, tokens).backward()
     sizes = {role: sum(p.numel() for p in named.values()) for role, named in model.parameters_by_role().items()}
-    planned = scaling.training_flops_per_token(
+    planned = recipe.training_flops_per_token(
         sizes["matrix"] + sizes["unembedding"], config.num_layers, config.model_dim, config.max_seq_len
     )
     gates = 6 * sizes.get("gate", 0)  # left out of the plan: a thousandth of it and less at any real width
