@@ -7,7 +7,7 @@ from dataclasses import dataclass
 # A process without a GPU takes more memory than its tensors (dev/LOG.md): what torch loads and prepares in its first
 # step, and the holes of a heap in which an aligned block does not fit where its like has been.
 LOADED_BYTES, HEAP = 150e6, 2.0
-MESSAGE_BYTES = 2**26  # up to which ranks send tensors together, in copies: that of runtime
+MESSAGE_BYTES = 2**26  # up to which ranks send tensors together, in copies: that of dist.py
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ MOST_LAYERS = 26
 # (up to this width, tokens of a vocabulary or of a row); only the first of each was measured by us
 VOCABULARIES = ((256, 4096), (512, 8192), (640, 16384), (math.inf, 32768))
 ROW_LENGTHS = ((384, 256), (512, 512), (640, 1024), (math.inf, 2048))
-EFFICIENCY = 0.9  # of training with everything that belongs to it, against `runtime.training_flops_per_second`
+EFFICIENCY = 0.9  # of training with everything that belongs to it, against `hardware.training_flops_per_second`
 START_SECONDS = 20.0  # of a run by time that do not train: imports, compilation, evaluations, the last save
 
 

@@ -6,23 +6,23 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from nanotrain import loss, memory, optim, runtime
+from nanotrain import loss, memory, optim
 from nanotrain.checkpoint import build_model
+from nanotrain.dist import MESSAGE_BYTES, DistContext
 from nanotrain.gpt import GPTConfig
 from nanotrain.memory import Kept, memory_plan
-from nanotrain.runtime import Runtime
 
 
-def measured_peak(model, optimizers, rows, accumulation, rt):
+def measured_peak(model, optimizers, rows, accumulation, dist):
     """The most bytes of tensors that torch has had at once during a step, beyond weights and optimizer state."""
     tokens = torch.randint(model.config.vocab_size, (2, rows, model.config.max_seq_len))
     parameters = list(model.parameters())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for _ in range(accumulation):
-            with rt.autocast():
+            with dist.autocast():
                 mean = model(*tokens) / accumulation
             mean.backward()
-        optim.collect_gradients(parameters, rt)
+        optim.collect_gradients(parameters, dist)
         for optimizer in optimizers:
             optimizer.step()
         for parameter in parameters:
@@ -47,21 +47,21 @@ MEMORIES = [
 def test_the_memory_of_a_step_is_what_the_plan_says(
     depth, width, vocab_size, seq_len, rows, accumulation, dtype, moments
 ):
-    rt = Runtime(0, 0, 1, torch.device("cpu"), dtype, "test")
+    dist = DistContext(0, 0, 1, torch.device("cpu"), dtype, "test")
     model = build_model(GPTConfig(vocab_size, seq_len, depth, width // 32, width // 32, 32, 1000), "cpu")
     model.init_weights(0)
     roles = model.parameters_by_role()
     counts = {role: sum(p.numel() for p in named.values()) for role, named in roles.items()}
-    optimizers = optim.build(roles, RATES, 0.0, dtype, rt)
+    optimizers = optim.build(roles, RATES, 0.0, dtype, dist)
     measured, planned = [], []
     for checkpointing, moment in zip((False, True), moments, strict=True):
         if checkpointing:
             model.checkpoint_activations()
-        kept = Kept(dtype.itemsize, False, checkpointing, loss.chunk_rows(rt.device))
+        kept = Kept(dtype.itemsize, False, checkpointing, loss.chunk_rows(dist.device))
         needed = memory_plan(counts, model.config, rows, accumulation, 1, kept)
         assert needed.moment == moment
         planned.append(needed.peak - needed.weights - needed.optimizer)
-        measured.append(measured_peak(model, optimizers, rows, accumulation, rt))
+        measured.append(measured_peak(model, optimizers, rows, accumulation, dist))
         state = [tensor for of_one in optimizers for state in of_one.state.values() for tensor in state.values()]
         assert needed.weights == sum(p.nbytes for p in model.parameters())
         assert needed.optimizer == pytest.approx(sum(tensor.nbytes for tensor in state), rel=0.02)
@@ -82,4 +82,4 @@ def test_ranks_share_the_optimizer_state_and_hold_all_gradients_during_every_pas
 
 
 def test_the_messages_that_are_planned_are_those_that_are_sent():
-    assert memory.MESSAGE_BYTES == runtime.MESSAGE_BYTES
+    assert memory.MESSAGE_BYTES == MESSAGE_BYTES
