@@ -116,7 +116,7 @@ heading environment
 make_environment report || [ -n "$stopped" ] || exit 1
 if [ -n "$stopped" ]; then say_how_to_go_on; fi
 exec 3>&1
-gpus=$("$PYTHON" -m nanotrain.runtime | while IFS= read -r line; do # the number of GPUs is one of its lines
+gpus=$("$PYTHON" -m nanotrain.hardware | while IFS= read -r line; do # the number of GPUs is one of its lines
     printf '%s\n' "$line" >&3
     if [[ $line == GPUs* ]]; then echo "${line##* }"; fi
 done)

@@ -184,13 +184,13 @@ def machine() -> None:
     """Versions and device."""
     import torch
 
-    from nanotrain import runtime
+    from nanotrain import hardware
 
-    rt = start()
-    found = runtime.environment(rt)
+    dist = start()
+    found = hardware.environment(dist.device, dist.dtype, dist.world_size)
     found |= {**found.pop("packages"), "GPUs": torch.cuda.device_count()}
-    found["memory GiB"] = runtime.memory_bytes(rt.device) / 2**30
-    found["published FLOP/s"] = runtime.peak_flops(rt.device)
+    found["memory GiB"] = hardware.memory_bytes(dist.device) / 2**30
+    found["published FLOP/s"] = hardware.peak_flops(dist.device)
     for name in ("triton", "pytest", "wandb", "matplotlib"):
         found[name] = importlib.util.find_spec(name) is not None
     if shutil.which("nvidia-smi"):
@@ -223,27 +223,27 @@ def kernels() -> None:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from nanotrain import runtime
+    from nanotrain import hardware
     from scripts import bench
 
-    rt = start()
-    peak = runtime.peak_flops(rt.device)
+    dist = start()
+    peak = hardware.peak_flops(dist.device)
 
     def show(kernel, rate, unit="TFLOP/s", share=None):
         tell(kernel=kernel, rate=rate, unit=unit, **{"of peak": share})
 
-    for dtype in dict.fromkeys((torch.float32, rt.dtype)):
-        rate = runtime.matmul_flops(rt.device, dtype, 0.5)
-        show(f"matmul {dtype}", rate / 1e12, share=rate / peak if peak and dtype == rt.dtype else None)
-    block = torch.zeros(2, 2**25 if SMOKE else 2**32, dtype=torch.uint8, device=rt.device)
-    seconds = seconds_of_call(rt, lambda: block[0].copy_(block[1]))
+    for dtype in dict.fromkeys((torch.float32, dist.dtype)):
+        rate = hardware.matmul_flops(dist.device, dtype, 0.5)
+        show(f"matmul {dtype}", rate / 1e12, share=rate / peak if peak and dtype == dist.dtype else None)
+    block = torch.zeros(2, 2**25 if SMOKE else 2**32, dtype=torch.uint8, device=dist.device)
+    seconds = seconds_of_call(dist, lambda: block[0].copy_(block[1]))
     show("copy, read and written", block.nbytes / seconds / 1e9, "GB/s")
     for heads, name in itertools.product((6, 10), ("", "FLASH_ATTENTION", "CUDNN_ATTENTION")):
         shape = (1, heads, 64, 128) if SMOKE else (16, heads, SEQ_LEN, 128)
         kernel = f"attention {name or 'as torch chooses'} {shape}, both passes, over the whole square"
         try:
             with sdpa_kernel(getattr(SDPBackend, name)) if name else contextlib.nullcontext():
-                seconds = seconds_of_call(rt, bench.prepare_attention(rt, "SDPA", False, shape))
+                seconds = seconds_of_call(dist, bench.prepare_attention(dist, "SDPA", False, shape))
         except RuntimeError as error:
             if not name:
                 raise
@@ -254,51 +254,51 @@ def kernels() -> None:
             show(kernel, rate / 1e12, share=rate / peak if peak else None)
 
 
-def seconds_of_call(rt: object, function: Callable) -> float:
+def seconds_of_call(dist: object, function: Callable) -> float:
     """The median of five measurements, each of calls that take a tenth of a second together."""
     from scripts import bench
 
-    bench.seconds_of(rt, function)  # makes its memory
-    calls = max(round(0.1 / bench.seconds_of(rt, function)[0]), 1)
-    return statistics.median(bench.seconds_of(rt, function, calls)[0] for _ in range(5))
+    bench.seconds_of(dist, function)  # makes its memory
+    calls = max(round(0.1 / bench.seconds_of(dist, function)[0]), 1)
+    return statistics.median(bench.seconds_of(dist, function, calls)[0] for _ in range(5))
 
 
 def speed(depth: int) -> None:
     """Training steps of a model on random tokens, with the most rows that fit, eager and then compiled."""
     import torch
 
-    from nanotrain import loss, recipe, runtime
+    from nanotrain import hardware, loss, recipe
     from scripts import base_train, bench
 
-    rt = start()
-    on_gpu, width = rt.device.type == "cuda", recipe.model_width(depth, 0, 128)[0]
+    dist = start()
+    on_gpu, width = dist.device.type == "cuda", recipe.model_width(depth, 0, 128)[0]
     training = bench.Training(depth, width, 128, VOCAB_SIZE, MOST_ROWS, SEQ_LEN, "off", bigram_rows=0)
     if SMOKE:
         training = bench.Training(depth // 10, 32, 16, 300, 4, 16, "off", bigram_rows=0)
-    model, optimizers = training.build(rt)
-    rows = base_train.rows_that_fit(rt, model, training.rows)
+    model, optimizers = training.build(dist)
+    rows = base_train.rows_that_fit(dist, model, training.rows)
     training = replace(training, rows=rows)
     _, tokens, flops = training.work()
     parameters = {role: sum(p.numel() for p in named.values()) for role, named in model.parameters_by_role().items()}
-    matmul, peak = runtime.matmul_flops(rt.device, rt.dtype), runtime.peak_flops(rt.device)
-    for compiled in (False, True) if runtime.can_compile() else (False,):
+    matmul, peak = hardware.matmul_flops(dist.device, dist.dtype), hardware.peak_flops(dist.device)
+    for compiled in (False, True) if hardware.can_compile() else (False,):
         if compiled:
-            runtime.trust_cpu_flags(True)
+            hardware.trust_cpu_flags(True)
             model.compile_parts()
         if on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_accumulated_memory_stats()
-        rt.forget_peak_memory()
-        before = rt.peak_memory_bytes()
-        step = bench.training_step(rt, training, model, optimizers)
-        first, *_ = [bench.seconds_of(rt, step)[0] for _ in range(3)]
-        seconds = statistics.median(bench.seconds_of(rt, step)[0] for _ in range(5))
-        policy = recipe.ActivationPolicy(rt.dtype.itemsize, compiled, False, loss.chunk_rows(rt.device))
+        hardware.forget_peak_memory(dist.device)
+        before = hardware.peak_memory_bytes(dist.device)
+        step = bench.training_step(dist, training, model, optimizers)
+        first, *_ = [bench.seconds_of(dist, step)[0] for _ in range(3)]
+        seconds = statistics.median(bench.seconds_of(dist, step)[0] for _ in range(5))
+        policy = recipe.ActivationPolicy(dist.dtype.itemsize, compiled, False, loss.chunk_rows(dist.device))
         plan = recipe.estimate_memory(parameters, training.config(), rows, 1, 1, policy)
         row = {"depth": training.depth, "compiled": compiled, "rows": rows, "first step s": first}
         row |= {"step ms": 1000 * seconds, "tokens/s": round(tokens / seconds)}
         row |= {"of peak": flops / seconds / peak if peak else None, "of matmul": flops / seconds / matmul}
-        row |= against_plan(rt.peak_memory_bytes(), plan, before, on_gpu)
+        row |= against_plan(hardware.peak_memory_bytes(dist.device), plan, before, on_gpu)
         tell(**row, **{"alloc retries": torch.cuda.memory_stats()["num_alloc_retries"] if on_gpu else None})
 
 
@@ -384,24 +384,24 @@ def bits(name: str) -> list[str]:
 
 def peak_memory() -> None:
     """The memory of the run of `train` against its plan."""
-    from nanotrain import recipe
+    from nanotrain import hardware, recipe
     from scripts import base_train  # noqa: F401  on a CPU it is a part of the run's memory
 
-    rt = start()
+    dist = start()
     record = json.loads((paths.run_dir("train") / "config.json").read_text(encoding="utf-8"))
     plan = recipe.Memory(**record["plan"]["memory"])
     measured = max(row["system/peak_memory_bytes"] for row in metrics("train", "system/peak_memory_bytes"))
-    tell(**against_plan(measured, plan, rt.peak_memory_bytes(), rt.device.type == "cuda"))
+    tell(**against_plan(measured, plan, hardware.peak_memory_bytes(dist.device), dist.device.type == "cuda"))
 
 
 # ---- what several steps need ----
 
 
 def start() -> object:
-    """The Runtime of a step."""
-    from nanotrain import runtime
+    """The DistContext of a step."""
+    from nanotrain.dist import init_distributed
 
-    return runtime.start("cpu" if SMOKE else "cuda", "float32" if SMOKE else "auto", deterministic=False)
+    return init_distributed("cpu" if SMOKE else "cuda", "float32" if SMOKE else "auto", deterministic=False)
 
 
 def model_flags() -> list[str]:

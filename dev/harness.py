@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from nanotrain import checkpoint, config, core_bundle, core_eval, dataset, errors, loss_eval, paths, runtime
+from nanotrain import checkpoint, config, core_bundle, core_eval, dataset, errors, loss_eval, paths
+from nanotrain.dist import init_distributed
 from nanotrain.errors import UserError
 
 # --- settings
@@ -81,7 +82,7 @@ def main():
     out = Path(OUT).expanduser().absolute()
     out.mkdir(parents=True, exist_ok=True)
     model, tokenizer, meta = checkpoint.load_model(checkpoint.find_run(RUN_NAME))
-    rt = runtime.start("cpu", "float32")
+    dist = init_distributed("cpu", "float32")
     folder = paths.data_dir(DATA_DIR or meta["data_dir"])
     bundle = core_bundle.read(
         Path(BUNDLE).expanduser() if BUNDLE else paths.core_dir() / f"tasks-of-{folder.name}", ITEMS
@@ -91,18 +92,18 @@ def main():
     missing = [label for label in labels if label not in named]
     if missing:
         raise UserError(f"--tasks={TASKS}: no multiple choice called {missing[0]}; there: {', '.join(named)}")
-    expected = {"documents": documents(out, dataset.open_shards(folder).validation.path, model, tokenizer, rt)}
+    expected = {"documents": documents(out, dataset.open_shards(folder).validation.path, model, tokenizer, dist)}
     print(f"{'documents':<28}{expected['documents']:.6f} bits per byte")
     (out / "nanotrain_pick.py").write_text(PICK, encoding="utf-8")
     for label in labels:
-        expected[label] = choices(out, named[label], model, tokenizer, rt)
+        expected[label] = choices(out, named[label], model, tokenizer, dist)
         print(f"{label:<28}{sum(expected[label].values()):.0f} of {len(expected[label])} right")
     (out / "expected.json").write_text(json.dumps(expected, indent=1) + "\n", encoding="utf-8")
     length, tasks = model.config.max_seq_len, ",".join(f"nanotrain_{label}" for label in labels)
     print(COMMANDS.format(length=length, choice_length=length - 1, out=out, tasks=tasks))
 
 
-def documents(out, shard, model, tokenizer, rt):
+def documents(out, shard, model, tokenizer, dist):
     """Write the documents; returns their bits per byte."""
     texts = []
     for text in (text for group in dataset.row_groups([shard]) for text in group if text):
@@ -117,10 +118,10 @@ def documents(out, shard, model, tokenizer, rt):
     ids = [tokenizer.encode(text) for text in texts]
     windows = loss_eval.document_windows(ids, tokenizer.bos, model.config.max_seq_len)
     assert len(windows) == len(texts), "each fits into one"
-    return loss_eval.document_bits_per_byte(model, windows, tokenizer.token_bytes(), rt, 16)
+    return loss_eval.document_bits_per_byte(model, windows, tokenizer.token_bytes(), dist, 16)
 
 
-def choices(out, task, model, tokenizer, rt):
+def choices(out, task, model, tokenizer, dist):
     """Write the items of a task; returns {number of the item: whether core_eval's rule picks the right one}."""
     rows, right = [], {}
     for index, item in enumerate(task.items):
@@ -137,7 +138,7 @@ def choices(out, task, model, tokenizer, rt):
             context, lengths = texts[0][: len(texts[0]) - len(item["choices"][0])], None
         parts = [text[len(context) :] for text in texts]
         rows.append({"number": index, "context": context, "choices": parts, "gold": item["gold"], "lengths": lengths})
-    whole = core_eval.evaluate(model, tokenizer, [task], rt, 16)[0]
+    whole = core_eval.evaluate(model, tokenizer, [task], dist, 16)[0]
     assert round(whole.accuracy * len(task.items)) == sum(right.values()), "as scripts.base_eval counts"
     kept = [row for row in rows if row["lengths"]]
     print(f"{task.label:<28}{len(rows) - len(kept)} items left out, whose choices part inside of what the harness cuts")

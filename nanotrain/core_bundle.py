@@ -238,19 +238,19 @@ def own_folder(folder, shard):
     return folder / f"tasks-{files.file_sha256(shard)[:16]}"
 
 
-def obtain(path, folder, shard, runtime, max_per_task, say):
+def obtain(path, folder, shard, dist, max_per_task, say):
     """The Bundle at `path`, or OWN that of the validation `shard`, or without one the public bundle in `folder`, on
     every rank; where that cannot be had None, and `say` is called with the reason.
     """
     if path == OWN:
-        path = runtime.on_main(lambda: str(own_folder(folder, shard)))
+        path = dist.on_rank0(lambda: str(own_folder(folder, shard)))
     if not path:
         try:
-            path = runtime.on_main(lambda: str(fetch(folder)))
+            path = dist.on_rank0(lambda: str(fetch(folder)))
         except DataError as error:
             say(f"CORE is skipped (--core-bundle=PATH gives other tasks): {error}")
             return None
-    return runtime.together(lambda: read(path, max_per_task))
+    return dist.on_all_ranks(lambda: read(path, max_per_task))
 
 
 # ---- a bundle of one's own text ----

@@ -116,23 +116,23 @@ def _common_prefix(sequences):
 # ---- scores ----
 
 
-def evaluate(model, tokenizer, tasks, runtime, batch_rows, progress=None):
+def evaluate(model, tokenizer, tasks, dist, batch_rows, progress=None):
     """[Score] of the tasks, the same on every rank.
 
     model: has `hidden`, `head.weight` and `config.max_seq_len`. The items are dealt to the ranks by index and batched
     by length, as many tokens in a forward pass as `batch_rows` full rows have. `progress` is called with the number of
     items done.
     """
-    right = [_num_right(model, tokenizer, task, runtime, batch_rows, progress) for task in tasks]
+    right = [_num_right(model, tokenizer, task, dist, batch_rows, progress) for task in tasks]
     return [
         Score(task.label, len(task.items), total / len(task.items), task.baseline)
-        for task, total in zip(tasks, runtime.sum(right), strict=True)
+        for task, total in zip(tasks, dist.all_reduce_sum(right), strict=True)
     ]
 
 
-def _num_right(model, tokenizer, task, runtime, batch_rows, progress):
+def _num_right(model, tokenizer, task, dist, batch_rows, progress):
     """How many items of this rank the model gets right."""
-    mine, right = range(runtime.rank, len(task.items), runtime.world_size), 0
+    mine, right = range(dist.rank, len(task.items), dist.world_size), 0
     for begin in range(0, len(mine), BLOCK_ITEMS):
         block = mine[begin : begin + BLOCK_ITEMS]
         texts = [prompts(task, index) for index in block]
@@ -142,7 +142,7 @@ def _num_right(model, tokenizer, task, runtime, batch_rows, progress):
             for some in texts
         ]
         flat = [sequence for some in found for sequence in some]
-        scores = iter(_scores(model, flat, task.kind == LANGUAGE_MODELING, runtime, batch_rows))
+        scores = iter(_scores(model, flat, task.kind == LANGUAGE_MODELING, dist, batch_rows))
         for index, some in zip(block, found, strict=True):
             of_item = [next(scores) for _ in some]
             if task.kind == LANGUAGE_MODELING:
@@ -159,7 +159,7 @@ def _first_least(losses):
     return next(place for place, value in enumerate(values) if value <= min(values) + TIE_NATS)
 
 
-def _scores(model, sequences, greedy, runtime, batch_rows):
+def _scores(model, sequences, greedy, dist, batch_rows):
     """For each (ids, start) the mean loss in nats of the tokens from `start`, or, if `greedy`, the share of them that
     the model itself would write.
     """
@@ -168,25 +168,23 @@ def _scores(model, sequences, greedy, runtime, batch_rows):
     while order:
         rows = max(batch_rows * model.config.max_seq_len // len(sequences[order[-1]][0]), 1)
         batch, order = order[-rows:], order[:-rows]  # the longest that are left
-        for place, score in zip(
-            batch, _batch_scores(model, [sequences[p] for p in batch], greedy, runtime), strict=True
-        ):
+        for place, score in zip(batch, _batch_scores(model, [sequences[p] for p in batch], greedy, dist), strict=True):
             scores[place] = score
     return scores
 
 
 @torch.no_grad()
-def _batch_scores(model, batch, greedy, runtime):
+def _batch_scores(model, batch, greedy, dist):
     """`_scores` of sequences that go through the model together. Only scored places get logits, in float32."""
     inputs = torch.zeros(len(batch), max(len(ids) for ids, _ in batch) - 1, dtype=torch.int64)
     scored = torch.zeros(inputs.shape, dtype=torch.bool)
     for row, (ids, start) in enumerate(batch):
         inputs[row, : len(ids) - 1] = torch.tensor(ids[:-1])  # what is on the right of it changes nothing
         scored[row, start - 1 : len(ids) - 1] = True
-    targets = torch.tensor([token for ids, start in batch for token in ids[start:]], device=runtime.device)
-    with runtime.autocast():
-        hidden = model.hidden(inputs.to(runtime.device))
-    hidden = hidden[scored.to(runtime.device)].float()
+    targets = torch.tensor([token for ids, start in batch for token in ids[start:]], device=dist.device)
+    with dist.autocast():
+        hidden = model.hidden(inputs.to(dist.device))
+    hidden = hidden[scored.to(dist.device)].float()
     if greedy:
         values = loss.greedy_tokens(hidden, model.head.weight) == targets
     else:

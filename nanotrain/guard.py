@@ -116,13 +116,13 @@ def checksum(tensors):
     return total
 
 
-def check_replicas(runtime, tensors, step):
+def check_replicas(dist, tensors, step):
     """Raise ReplicaError on all ranks, naming those that differ from rank 0, if their `tensors` are not equal to the
     bit.
     """
-    if runtime.world_size == 1:
+    if dist.world_size == 1:
         return
-    sums = runtime.gather(checksum(tensors))
+    sums = dist.all_gather_objects(checksum(tensors))
     other = [rank for rank, found in enumerate(sums) if found != sums[0]]
     if other:
         raise ReplicaError(

@@ -17,23 +17,23 @@ import torch
 from nanotrain.errors import DataError
 
 
-def bits_per_byte(model, rows, token_bytes, runtime, batch_rows, progress=None, details=None):
+def bits_per_byte(model, rows, token_bytes, dist, batch_rows, progress=None, details=None):
     """Sum of nats / (ln 2 x UTF-8 bytes of the targets) over `rows` (N, T + 1) int32, the same on every rank.
 
     The rows are dealt to the ranks by index; targets without bytes (special tokens) count in neither sum. `progress`
     is called with the number of rows done, `details` (see `Details.add`) with the loss of every token. Sums are
     float64, so batch size and rank count change nothing that matters. Raises DataError if no target has any bytes.
     """
-    mine = rows[runtime.rank :: runtime.world_size]
+    mine = rows[dist.rank :: dist.world_size]
     batches = (mine[start : start + batch_rows] for start in range(0, len(mine), batch_rows))
     batches = ((batch[:, :-1], batch[:, 1:]) for batch in batches)
-    return _bits_per_byte(model, batches, token_bytes, runtime, progress, details)
+    return _bits_per_byte(model, batches, token_bytes, dist, progress, details)
 
 
-def document_bits_per_byte(model, windows, token_bytes, runtime, batch_rows, progress=None):
+def document_bits_per_byte(model, windows, token_bytes, dist, batch_rows, progress=None):
     """The same over `windows` (see `document_windows`), where every token of a document is counted exactly once."""
     bos = windows[0][0, 0]
-    mine = windows[runtime.rank :: runtime.world_size]
+    mine = windows[dist.rank :: dist.world_size]
 
     def batches():
         for start in range(0, len(mine), batch_rows):
@@ -43,7 +43,7 @@ def document_bits_per_byte(model, windows, token_bytes, runtime, batch_rows, pro
                 batch[:, row, : window.shape[1]] = window
             yield batch
 
-    return _bits_per_byte(model, batches(), token_bytes, runtime, progress)
+    return _bits_per_byte(model, batches(), token_bytes, dist, progress)
 
 
 def document_windows(documents, bos, seq_len):
@@ -67,12 +67,12 @@ def document_windows(documents, bos, seq_len):
 
 
 @torch.no_grad()
-def _bits_per_byte(model, batches, token_bytes, runtime, progress, details=None):
+def _bits_per_byte(model, batches, token_bytes, dist, progress, details=None):
     """batches: of this rank, each (inputs, targets), both (B, T) int32."""
     nats, num_bytes = 0.0, 0
     for batch in batches:
-        inputs, targets = (torch.tensor(part, dtype=torch.int64, device=runtime.device) for part in batch)
-        with runtime.autocast():
+        inputs, targets = (torch.tensor(part, dtype=torch.int64, device=dist.device) for part in batch)
+        with dist.autocast():
             losses = model.token_losses(inputs, targets)
         losses, sizes = losses.cpu().double(), token_bytes[targets.cpu()]
         nats += losses[sizes > 0].sum().item()
@@ -81,7 +81,7 @@ def _bits_per_byte(model, batches, token_bytes, runtime, progress, details=None)
             details(targets.cpu(), losses)
         if progress:
             progress(len(inputs))
-    total_nats, total_bytes = runtime.sum([nats, num_bytes])
+    total_nats, total_bytes = dist.all_reduce_sum([nats, num_bytes])
     if not total_bytes:
         raise DataError(
             "the text to evaluate on has no bytes: give --data-dir a data set whose validation shard has text"
@@ -128,14 +128,14 @@ class Details:
         ordered = sorted(texts)
         return ordered if len(ordered) <= 2 * self.NUM_TEXTS else ordered[: self.NUM_TEXTS] + ordered[-self.NUM_TEXTS :]
 
-    def result(self, runtime):
+    def result(self, dist):
         """What all ranks have found, as a JSON-like dict, on every rank.
 
         documents: {"worst", "best"}, each a list of {"text", "bpb", "tokens": [[text, bits], ...]}, the extreme one
         first; of a long text the first MAX_TOKENS tokens. token_bits: {"edges": (n + 1) in bits, "counts": (n)}.
         """
-        counts = runtime.sum(self._counts.tolist())
-        texts = sorted(itertools.chain.from_iterable(runtime.gather(self._ends(self._texts))))
+        counts = dist.all_reduce_sum(self._counts.tolist())
+        texts = sorted(itertools.chain.from_iterable(dist.all_gather_objects(self._ends(self._texts))))
         half = min(self.NUM_TEXTS, -(-len(texts) // 2))
         worst = [self._described(*text) for text in texts[::-1][:half]]
         best = [self._described(*text) for text in texts[: min(self.NUM_TEXTS, len(texts) - half)]]

@@ -33,9 +33,9 @@ class SharedOptimizer(torch.optim.Optimizer):
     parameter has no state of it. shapes: {parameter: {state name: shape that it has as a whole}}, equal on all ranks.
     """
 
-    def __init__(self, groups, defaults, runtime, spans, shapes):
+    def __init__(self, groups, defaults, dist, spans, shapes):
         super().__init__(groups, defaults)
-        self.runtime, self.spans, self.shapes = runtime, spans, shapes
+        self.dist, self.spans, self.shapes = dist, spans, shapes
         for parameter, of_state in shapes.items():
             begin, end = self.own(parameter)
             for key, shape in of_state.items() if end > begin else ():
@@ -64,7 +64,7 @@ class SharedOptimizer(torch.optim.Optimizer):
 
     def own(self, parameter):
         """(begin, end) of this rank."""
-        return self.spans[parameter][self.runtime.rank]
+        return self.spans[parameter][self.dist.rank]
 
     def owned(self, parameters):
         """Those of which this rank has elements."""
@@ -72,12 +72,12 @@ class SharedOptimizer(torch.optim.Optimizer):
 
     def send(self, parameters):
         """Begin to send every rank's elements of `parameters` to all; returns the function that waits for them."""
-        owned = [[] for _ in range(self.runtime.world_size)]
+        owned = [[] for _ in range(self.dist.world_size)]
         for parameter in parameters:
             for part, (begin, end) in zip(owned, self.spans[parameter], strict=True):
                 if end > begin:
                     part.append(parameter.detach().view(-1)[begin:end])
-        return self.runtime.share(owned)
+        return self.dist.broadcast_owned(owned)
 
 
 def _scaled(span, parameter, shape):
@@ -115,7 +115,7 @@ class Muon(SharedOptimizer):
     update.
     """
 
-    def __init__(self, named_parameters, lr, runtime, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
+    def __init__(self, named_parameters, lr, dist, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
         """named_parameters: {name: parameter}. dtype: of the orthogonalisation's products."""
         stacks = {}
         for name, parameter in named_parameters.items():
@@ -125,13 +125,13 @@ class Muon(SharedOptimizer):
         groups = [{"params": [p for _, p in stack], "names": [n for n, _ in stack]} for stack in stacks]
         defaults = {"lr": lr, "base_lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         parameters = list(named_parameters.values())
-        owners = deal([orthogonalization_cost(parameter) for parameter in parameters], runtime.world_size)
+        owners = deal([orthogonalization_cost(parameter) for parameter in parameters], dist.world_size)
         spans = {
-            parameter: [(0, parameter.numel() if rank == owner else 0) for rank in range(runtime.world_size)]
+            parameter: [(0, parameter.numel() if rank == owner else 0) for rank in range(dist.world_size)]
             for parameter, owner in zip(parameters, owners, strict=True)
         }
         shapes = {parameter: {"momentum": parameter.shape, "row_sq": parameter.shape[:1]} for parameter in parameters}
-        super().__init__(groups, defaults, runtime, spans, shapes)
+        super().__init__(groups, defaults, dist, spans, shapes)
         self.dtype = dtype
 
     def update(self, parameters, group):
@@ -183,12 +183,12 @@ def orthogonalize(stack, dtype):
 class AdamW(SharedOptimizer):
     """AdamW (arXiv:1711.05101) with torch's fused kernel, over groups of {"names", "params", "lr", "betas"}."""
 
-    def __init__(self, groups, runtime):
+    def __init__(self, groups, dist):
         parameters = [parameter for group in groups for parameter in group["params"]]
-        spans = cut([parameter.numel() for parameter in parameters], runtime.world_size)
+        spans = cut([parameter.numel() for parameter in parameters], dist.world_size)
         shapes = {parameter: {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape} for parameter in parameters}
         defaults = {"weight_decay": 0.0, "eps": 1e-8}
-        super().__init__(groups, defaults, runtime, dict(zip(parameters, spans, strict=True)), shapes)
+        super().__init__(groups, defaults, dist, dict(zip(parameters, spans, strict=True)), shapes)
         self.updates = 0
         for group in self.param_groups:
             group["base_lr"] = group["lr"]
@@ -233,12 +233,12 @@ class RowAdam(SharedOptimizer):
     Every rank has all of its small state and does all of its little work.
     """
 
-    def __init__(self, groups, runtime):
+    def __init__(self, groups, dist):
         """groups: {"names", "params", "lr", "beta2"}; the gradients are sparse."""
         parameters = [parameter for group in groups for parameter in group["params"]]
-        spans = {parameter: [(0, parameter.numel())] * runtime.world_size for parameter in parameters}
+        spans = {parameter: [(0, parameter.numel())] * dist.world_size for parameter in parameters}
         shapes = {p: {"exp_avg_sq": p.shape[:1], "updates": p.shape[:1]} for p in parameters}
-        super().__init__(groups, {"eps": 1e-10}, runtime, spans, shapes)
+        super().__init__(groups, {"eps": 1e-10}, dist, spans, shapes)
         for group in self.param_groups:
             group["base_lr"] = group["lr"]
 
@@ -258,11 +258,11 @@ class RowAdam(SharedOptimizer):
         return []
 
 
-def build(roles, rates, weight_decay, dtype, runtime):
+def build(roles, rates, weight_decay, dtype, dist):
     """[Muon, AdamW] over the parameters of a model, and RowAdam if it has a table of token pairs.
 
     roles: {role: {name: parameter}} as `GPT.parameters_by_role` gives. rates: {"matrix", "embedding", "unembedding",
-    "scalar": learning rate}. dtype: of Muon's products. The rate of each role follows from those four. runtime: with
+    "scalar": learning rate}. dtype: of Muon's products. The rate of each role follows from those four. dist: with
     whose ranks the work is shared; a rank's part follows from its number alone.
     """
     # At step 1 the gradient of the scalars is rounding: about 1e-6, where later ones are about 1e-2. A small eps would
@@ -281,13 +281,13 @@ def build(roles, rates, weight_decay, dtype, runtime):
         for role, option in options.items()
         if role in roles
     ]
-    muon = Muon(roles["matrix"], rates["matrix"], runtime, weight_decay=weight_decay, dtype=dtype)
-    optimizers = [muon, AdamW(groups, runtime)]
+    muon = Muon(roles["matrix"], rates["matrix"], dist, weight_decay=weight_decay, dtype=dtype)
+    optimizers = [muon, AdamW(groups, dist)]
     if "bigram_embedding" in roles:
         named = roles["bigram_embedding"]
         rate = rates["embedding"] / 2
         group = {"names": list(named), "params": list(named.values()), "lr": rate, "beta2": 0.99}
-        optimizers.append(RowAdam([group], runtime))
+        optimizers.append(RowAdam([group], dist))
     return optimizers
 
 
@@ -302,7 +302,7 @@ def step(optimizers):
 
 
 @torch.no_grad()
-def collect_gradients(parameters, runtime):
+def collect_gradients(parameters, dist):
     """The gradients of `parameters` as dense tensors that share their memory; of a sparse one the rows that it has.
 
     The sparse ones, which DistributedDataParallel leaves alone, are averaged over the ranks here.
@@ -311,9 +311,9 @@ def collect_gradients(parameters, runtime):
     for parameter in parameters:
         if parameter.grad.is_sparse:
             own = parameter.grad.coalesce()  # a row that many tokens share is sent once
-            rows = runtime.concatenate(own.indices()[0])
-            values = runtime.concatenate(own.values() / runtime.world_size)
-            alone = runtime.world_size == 1
+            rows = dist.all_gather_rows(own.indices()[0])
+            values = dist.all_gather_rows(own.values() / dist.world_size)
+            alone = dist.world_size == 1
             parameter.grad = torch.sparse_coo_tensor(
                 rows[None], values, parameter.shape, check_invariants=False, is_coalesced=alone
             ).coalesce()
@@ -343,7 +343,7 @@ def _state_tensors_of(optimizers):
                     yield f"{name}/{key}", optimizer, parameter, key, shape
 
 
-def state_tensors(optimizers, runtime):
+def state_tensors(optimizers, dist):
     """{"parameter name/state name": tensor} of all optimizers on rank 0: whole tensors, whatever the rank count. Empty
     on the other ranks, all of which must call it, because they send their parts.
     """
@@ -354,9 +354,9 @@ def state_tensors(optimizers, runtime):
             begin, end = _scaled(span, parameter, shape)
             sizes.append(end - begin if begin >= filled else 0)  # a part that an earlier rank has too comes from that
             filled = max(filled, end)
-        part = optimizer.state[parameter][key] if sizes[runtime.rank] else torch.empty(0)
-        whole = runtime.assemble(part, sizes)
-        if runtime.is_main:
+        part = optimizer.state[parameter][key] if sizes[dist.rank] else torch.empty(0)
+        whole = dist.gather_to_rank0(part, sizes)
+        if dist.is_rank0:
             found[name] = whole.view(shape)
     return found
 
@@ -377,7 +377,7 @@ def load_state_tensors(optimizers, tensors):
             optimizer.state[parameter][key].copy_(tensors[name].flatten()[begin:end])
 
 
-def footprint(optimizers, runtime, table_rows):
+def footprint(optimizers, dist, table_rows):
     """What sharing costs this rank, as {"gradients", "rows", "parameters", "state": bytes}: what it sends in a step,
     in the mean over the ranks, to average the dense gradients (in a ring), to gather the rows of sparse ones, and to
     hand out the updated parameters; and the optimizer state that it holds.
@@ -386,12 +386,12 @@ def footprint(optimizers, runtime, table_rows):
     """
     dense = [p for optimizer in optimizers if not isinstance(optimizer, RowAdam) for p in optimizer.spans]
     tables = [p for optimizer in optimizers if isinstance(optimizer, RowAdam) for p in optimizer.spans]
-    others, dense_bytes = runtime.world_size - 1, 4 * sum(p.numel() for p in dense)
+    others, dense_bytes = dist.world_size - 1, 4 * sum(p.numel() for p in dense)
     rows_bytes = sum(min(table_rows, len(p)) * (8 + 4 * p.size(1)) + 16 for p in tables)  # number, values; two counts
     states = (tensor for optimizer in optimizers for state in optimizer.state.values() for tensor in state.values())
     return {
-        "gradients": 2 * dense_bytes * others // runtime.world_size,
+        "gradients": 2 * dense_bytes * others // dist.world_size,
         "rows": rows_bytes * others,
-        "parameters": dense_bytes * others // runtime.world_size,
+        "parameters": dense_bytes * others // dist.world_size,
         "state": sum(4 * tensor.numel() for tensor in states),
     }

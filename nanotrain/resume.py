@@ -4,7 +4,7 @@ from nanotrain import checkpoint, config, recipe
 from nanotrain.errors import CheckpointError, DataError, UserError
 
 
-def load_checkpoint(rt, run_dir, run_name, resume):
+def load_checkpoint(dist, run_dir, run_name, resume):
     """(state, model tensors, optimizer tensors) of a run's newest checkpoint that verifies, or three Nones for a new
     run. Raises UserError if there is a checkpoint and `resume` is False.
     """
@@ -21,12 +21,12 @@ def load_checkpoint(rt, run_dir, run_name, resume):
             )
         return None, []
 
-    step, complaints = rt.on_main(find)
+    step, complaints = dist.on_rank0(find)
     for complaint in complaints:
-        rt.say(f"not used: {complaint}")
+        dist.print0(f"not used: {complaint}")
     if step is None:
         return None, None, None
-    model_tensors, optimizer_tensors, state = rt.together(
+    model_tensors, optimizer_tensors, state = dist.on_all_ranks(
         lambda: checkpoint.unpack(verified.pop("files", None) or checkpoint.read(run_dir, step))
     )
     return state, model_tensors, optimizer_tensors
@@ -67,11 +67,11 @@ def changed(state, settings, name):
     return (recipe.schedule_name(was) if name == "SCHEDULE" else was) != settings[name]
 
 
-def load_first_weights(rt, source, model_config, tokenizer):
+def load_first_weights(dist, source, model_config, tokenizer):
     """{name: tensor} of the newest checkpoint of the run `source`, for a new run to begin with. Raises CheckpointError,
     DataError or UserError if there is none, or if tokenizer or shape are others.
     """
-    run_dir = rt.on_main(lambda: checkpoint.find_run(source))
+    run_dir = dist.on_rank0(lambda: checkpoint.find_run(source))
 
     def load():
         step, files, _ = checkpoint.newest(run_dir)
@@ -85,29 +85,29 @@ def load_first_weights(rt, source, model_config, tokenizer):
         if other:
             shape = ", ".join(f"{name} {value}" for name, value in other.items())
             raise UserError(f"--init-from={source} has another shape: {shape}; use the settings it was trained with")
-        rt.say(f"weights    of {source} at step {step}")
+        dist.print0(f"weights    of {source} at step {step}")
         return tensors
 
-    return rt.together(load)
+    return dist.on_all_ranks(load)
 
 
-def warn_of_difference(rt, was, now):
+def warn_of_difference(dist, was, now):
     """Say in one line what differs from the machine on which the checkpoint was written."""
     names = ("packages", "cuda", "device_name", "threads", "world_size", "dtype", "deterministic")
     different = [f"{name} was {was.get(name)}, is {now[name]}" for name in names if was.get(name) != now[name]]
     if different:
-        rt.say(f"warning    the run goes on with the same rows, but not to the same bits: {'; '.join(different)}")
+        dist.print0(f"warning    the run goes on with the same rows, but not to the same bits: {'; '.join(different)}")
 
 
-def check_nodes(rt, tokenizer, shards):
+def check_nodes(dist, tokenizer, shards):
     """Raise DataError on all ranks if one, on another machine, has another tokenizer or other shards than rank 0."""
     opened = [[shard.name, shard.text_bytes, shard.group_rows] for shard in (*shards.train, shards.validation)]
     here = {"tokenizer": tokenizer.sha256(), f"shards in {shards.folder}": opened}
-    there = list(rt.broadcast(list(here.values())))
+    there = list(dist.broadcast_object(list(here.values())))
 
     def check():
         for (name, found), expected in zip(here.items(), there, strict=True):
             if found != expected:
-                raise DataError(f"rank {rt.rank} has not the {name} that rank 0 has: every node needs the same files")
+                raise DataError(f"rank {dist.rank} has not the {name} that rank 0 has: every node needs the same files")
 
-    rt.together(check)
+    dist.on_all_ranks(check)

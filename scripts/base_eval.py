@@ -21,8 +21,8 @@ from nanotrain import (
     loss_eval,
     paths,
     report,
-    runtime,
 )
+from nanotrain.dist import init_distributed
 from nanotrain.engine import samples
 from nanotrain.errors import UserError
 from nanotrain.files import write_json
@@ -50,64 +50,64 @@ def main():
         if globals()[name] < least:
             raise UserError(f"{config.flag_of(name)}={globals()[name]}: at least {least}")
     checkpoint.check_choice(BEST, STEP)
-    rt = runtime.start(DEVICE, DTYPE)
-    run_dir = rt.on_main(lambda: checkpoint.find_run(RUN_NAME))
-    model, tokenizer, meta = rt.together(lambda: checkpoint.load_model(run_dir, rt.device, BEST, STEP))
-    shards = rt.together(lambda: dataset.open_shards(paths.data_dir(DATA_DIR or meta["data_dir"])))
-    same_data = rt.on_main(lambda: dataset.fingerprint(shards)) == meta["data"]
-    rt.say(f"{run_dir}, step {meta['step']}{'' if same_data else ', on other data than it was trained on'}")
+    dist = init_distributed(DEVICE, DTYPE)
+    run_dir = dist.on_rank0(lambda: checkpoint.find_run(RUN_NAME))
+    model, tokenizer, meta = dist.on_all_ranks(lambda: checkpoint.load_model(run_dir, dist.device, BEST, STEP))
+    shards = dist.on_all_ranks(lambda: dataset.open_shards(paths.data_dir(DATA_DIR or meta["data_dir"])))
+    same_data = dist.on_rank0(lambda: dataset.fingerprint(shards)) == meta["data"]
+    dist.print0(f"{run_dir}, step {meta['step']}{'' if same_data else ', on other data than it was trained on'}")
     if EVAL_TOKENS < model.config.max_seq_len:
         least = f"less than one row of this model, which has {model.config.max_seq_len}"
         raise UserError(f"--eval-tokens={EVAL_TOKENS}: {least}")
-    validation = shards.validation.path
-    bundle = CORE and core_bundle.obtain(CORE_BUNDLE, paths.core_dir(), validation, rt, CORE_MAX_PER_TASK, rt.say)
+    core_dir, validation = paths.core_dir(), shards.validation.path
+    bundle = CORE and core_bundle.obtain(CORE_BUNDLE, core_dir, validation, dist, CORE_MAX_PER_TASK, dist.print0)
     result = {"step": meta["step"], "tokens": meta["loader"]["row"] * model.config.max_seq_len}
-    result |= text_bits_per_byte(rt, model, tokenizer, shards)
+    result |= text_bits_per_byte(dist, model, tokenizer, shards)
     if bundle:
-        result["core"] = core(rt, model, tokenizer, bundle)
-    if rt.is_main:
+        result["core"] = core(dist, model, tokenizer, bundle)
+    if dist.is_rank0:
         result["samples"] = continuations(model, tokenizer)
         write_json(run_dir / "evaluation.json", result)
         if REPORT:
-            rt.say(report.attempt(run_dir))
-    rt.close()
+            dist.print0(report.attempt(run_dir))
+    dist.close()
 
 
-def text_bits_per_byte(rt, model, tokenizer, shards):
+def text_bits_per_byte(dist, model, tokenizer, shards):
     """{train_bpb, val_bpb, doc_bpb} of rows of train and validation text and of whole validation documents."""
     seq_len, token_bytes, found = model.config.max_seq_len, tokenizer.token_bytes(), {}
     for split, part in (("train", shards.train), ("val", (shards.validation,))):
         files = [shard.path for shard in part]
-        rows = rt.together(lambda files=files: dataloader.packed_rows(files, tokenizer, seq_len, EVAL_TOKENS))
-        with progress(rt, split, len(rows)) as done:
-            bpb = loss_eval.bits_per_byte(model, rows, token_bytes, rt, DEVICE_BATCH_SIZE, done)
+        rows = dist.on_all_ranks(lambda files=files: dataloader.packed_rows(files, tokenizer, seq_len, EVAL_TOKENS))
+        with progress(dist, split, len(rows)) as done:
+            bpb = loss_eval.bits_per_byte(model, rows, token_bytes, dist, DEVICE_BATCH_SIZE, done)
         found[f"{split}_bpb"] = bpb
-        rt.say(f"{split:<5} bpb {bpb:.4f} on {rows[:, 1:].size:,} tokens")
+        dist.print0(f"{split:<5} bpb {bpb:.4f} on {rows[:, 1:].size:,} tokens")
     if EVAL_DOCUMENT_BYTES:
         path = shards.validation.path
-        documents = rt.together(lambda: dataloader.validation_documents(path, tokenizer, EVAL_DOCUMENT_BYTES))
+        documents = dist.on_all_ranks(lambda: dataloader.validation_documents(path, tokenizer, EVAL_DOCUMENT_BYTES))
         windows = loss_eval.document_windows(documents, tokenizer.bos, seq_len)
-        with progress(rt, "documents", len(windows)) as done:
-            bpb = loss_eval.document_bits_per_byte(model, windows, token_bytes, rt, DEVICE_BATCH_SIZE, done)
+        with progress(dist, "documents", len(windows)) as done:
+            bpb = loss_eval.document_bits_per_byte(model, windows, token_bytes, dist, DEVICE_BATCH_SIZE, done)
         found["doc_bpb"] = bpb
-        rt.say(f"doc   bpb {bpb:.4f} on {len(documents):,} whole validation documents")
+        dist.print0(f"doc   bpb {bpb:.4f} on {len(documents):,} whole validation documents")
     return found
 
 
-def core(rt, model, tokenizer, bundle):
+def core(dist, model, tokenizer, bundle):
     """The scores on the tasks of a bundle, as `core_eval.summary` has them."""
-    with progress(rt, "tasks", sum(len(task.items) for task in bundle.tasks)) as done:
-        scores = core_eval.evaluate(model, tokenizer, bundle.tasks, rt, DEVICE_BATCH_SIZE, done)
-    rt.say(core_eval.table(scores))
-    rt.say(core_eval.headline(bundle, scores))
+    with progress(dist, "tasks", sum(len(task.items) for task in bundle.tasks)) as done:
+        scores = core_eval.evaluate(model, tokenizer, bundle.tasks, dist, DEVICE_BATCH_SIZE, done)
+    dist.print0(core_eval.table(scores))
+    dist.print0(core_eval.headline(bundle, scores))
     return {**core_eval.summary(bundle, scores), "max_per_task": CORE_MAX_PER_TASK}
 
 
 @contextlib.contextmanager
-def progress(rt, description, count):
+def progress(dist, description, count):
     """A bar that vanishes; yields the function to call with the number of things, `count` on all ranks, done here."""
-    hidden = None if rt.is_main else True  # None: shown on a terminal
-    with tqdm(total=-(-count // rt.world_size), desc=description, leave=False, disable=hidden) as bar:
+    hidden = None if dist.is_rank0 else True  # None: shown on a terminal
+    with tqdm(total=-(-count // dist.world_size), desc=description, leave=False, disable=hidden) as bar:
         yield bar.update
 
 

@@ -26,16 +26,17 @@ from nanotrain import (
     dataset,
     errors,
     guard,
+    hardware,
     loss_eval,
     optim,
     paths,
     recipe,
     report,
     resume,
-    runtime,
     spectral,
     wandb_run,
 )
+from nanotrain.dist import init_distributed, is_lost_peer
 from nanotrain.engine import samples
 from nanotrain.errors import CheckpointError, MemoryLimitError, NonFiniteError, PeerError, UserError
 from nanotrain.files import write_json
@@ -187,33 +188,37 @@ class Run:
 def main():
     check_settings()
     stop = guard.StopRequest(speaks=os.environ.get("RANK", "0") == "0")
-    rt = runtime.start(DEVICE, DTYPE, SEED, DETERMINISTIC)
-    with guard.Watchdog(SLOW_SECONDS, rt.rank) as watchdog:
-        pretrain(rt, stop, watchdog)
-    rt.close()
+    dist = init_distributed(DEVICE, DTYPE, SEED, DETERMINISTIC)
+    with guard.Watchdog(SLOW_SECONDS, dist.rank) as watchdog:
+        pretrain(dist, stop, watchdog)
+    dist.close()
 
 
-def pretrain(rt, stop, watchdog):
+def pretrain(dist, stop, watchdog):
     """The run, from its data to its last checkpoint. `stop.requested` ends it early, `watchdog` is told of progress."""
     run_name = RUN_NAME or (f"d{DEPTH}" if DEPTH else "base")
     run_dir = paths.run_dir(run_name)
 
     # ---- data, and the checkpoint to go on from ----
     tokenizer = BPETokenizer.load(paths.tokenizer_dir(TOKENIZER_DIR))
-    shards = rt.together(lambda: dataset.open_shards(paths.data_dir(DATA_DIR)))
-    resume.check_nodes(rt, tokenizer, shards)
-    data = rt.on_main(lambda: dataset.fingerprint(shards))
+    shards = dist.on_all_ranks(lambda: dataset.open_shards(paths.data_dir(DATA_DIR)))
+    resume.check_nodes(dist, tokenizer, shards)
+    data = dist.on_rank0(lambda: dataset.fingerprint(shards))
     settings = config.settings(globals())
-    saved, model_tensors, optimizer_tensors = resume.load_checkpoint(rt, run_dir, run_name, RESUME)
+    saved, model_tensors, optimizer_tensors = resume.load_checkpoint(dist, run_dir, run_name, RESUME)
     if saved:
         resume.check_same(saved, tokenizer, data, settings, IDENTITY, TRAJECTORY, ALLOW_CHANGE)
-        rt.say(f"resume     {run_name} at step {saved['step']}")
+        dist.print0(f"resume     {run_name} at step {saved['step']}")
 
     # ---- the model's shape, and the plan ----
-    environment = runtime.environment(rt)
+    environment = hardware.environment(dist.device, dist.dtype, dist.world_size)
     if saved:
-        resume.warn_of_difference(rt, saved.get("environment", environment), environment)
-    speed = rt.broadcast(runtime.training_flops_per_second(rt.device, rt.dtype)) * recipe.EFFICIENCY * rt.world_size
+        resume.warn_of_difference(dist, saved.get("environment", environment), environment)
+    speed = (
+        dist.broadcast_object(hardware.training_flops_per_second(dist.device, dist.dtype))
+        * recipe.EFFICIENCY
+        * dist.world_size
+    )
     if saved:
         model_config, reason = GPTConfig(**saved["model_config"]), "as before"
     else:
@@ -221,7 +226,7 @@ def pretrain(rt, stop, watchdog):
     seq_len = model_config.max_seq_len
     if EVAL_TOKENS < seq_len:
         raise UserError(f"--eval-tokens={EVAL_TOKENS}: less than one row of {seq_len} tokens")
-    validation = EVAL_EVERY and rt.together(
+    validation = EVAL_EVERY and dist.on_all_ranks(
         lambda: dataloader.packed_rows([shards.validation.path], tokenizer, seq_len, EVAL_TOKENS)
     )
     identity = {
@@ -232,9 +237,9 @@ def pretrain(rt, stop, watchdog):
     }
     first_weights = None
     if INIT_FROM and not saved:
-        first_weights = resume.load_first_weights(rt, INIT_FROM, model_config, tokenizer)
+        first_weights = resume.load_first_weights(dist, INIT_FROM, model_config, tokenizer)
     model = checkpoint.build_model(model_config, "meta")
-    plan = make_plan(rt, model, saved, speed, DEVICE_BATCH_SIZE or DEFAULT_ROWS)
+    plan = make_plan(dist, model, saved, speed, DEVICE_BATCH_SIZE or DEFAULT_ROWS)
     if saved:
         run = Run(**{"assessed_step": saved["step"], **saved["run"]})  # which old checkpoints lack
         trained_tokens = saved["loader"]["row"] * seq_len
@@ -247,25 +252,25 @@ def pretrain(rt, stop, watchdog):
         steps_left = round((1 - progress) * plan.num_steps)
         run.correct(run.step + (max(steps_left, 1) if TARGET_MINUTES else steps_left), progress)
         run.horizon_fixed = not TARGET_MINUTES
-    rt.say(describe(rt, plan, run, trained_tokens, model_config, reason, shards, tokenizer, run_dir))
+    dist.print0(describe(dist, plan, run, trained_tokens, model_config, reason, shards, tokenizer, run_dir))
     if DRY_RUN:
         return
     if run.step >= run.num_steps:
-        rt.say(f"nothing to do: the newest checkpoint of {run_name} is at step {run.step} of {run.num_steps}")
-        if REPORT and rt.is_main:  # which a kill after the last save left out
-            rt.say(report.attempt(run_dir))
+        dist.print0(f"nothing to do: the newest checkpoint of {run_name} is at step {run.step} of {run.num_steps}")
+        if REPORT and dist.is_rank0:  # which a kill after the last save left out
+            dist.print0(report.attempt(run_dir))
         return
 
     bundle = CORE_METRIC_EVERY and core_bundle.obtain(
-        CORE_BUNDLE, paths.core_dir(), shards.validation.path, rt, CORE_MAX_PER_TASK, rt.say
+        CORE_BUNDLE, paths.core_dir(), shards.validation.path, dist, CORE_MAX_PER_TASK, dist.print0
     )
-    owner = rt.on_main(lambda: checkpoint.claim(run_dir))
-    rt.on_main(lambda: tokenizer.save(run_dir))
+    owner = dist.on_rank0(lambda: checkpoint.claim(run_dir))
+    dist.on_rank0(lambda: tokenizer.save(run_dir))
 
     # ---- weights and optimizers ----
     units = dataloader.units_of(shards.train, LANES)
-    runtime.use_tokenizer_threads(False)  # the readers have threads of their own
-    model = model.to_empty(device=rt.device)
+    hardware.use_tokenizer_threads(False)  # the readers have threads of their own
+    model = model.to_empty(device=dist.device)
     if GRAD_CHECKPOINT:
         model.checkpoint_activations()
     factor = recipe.width_factor(model_config.model_dim)
@@ -275,11 +280,11 @@ def pretrain(rt, stop, watchdog):
         "unembedding": UNEMBEDDING_LR * factor,
         "scalar": SCALAR_LR,
     }
-    muon_dtype = torch.bfloat16 if rt.dtype == torch.bfloat16 else torch.float32
-    _, adamw, *_ = optimizers = optim.build(model.parameters_by_role(), rates, WEIGHT_DECAY, muon_dtype, rt)
-    if rt.world_size > 1:
-        rt.say(describe_sharing(optim.footprint(optimizers, rt, plan.total_batch_size // rt.world_size)))
-    scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
+    muon_dtype = torch.bfloat16 if dist.dtype == torch.bfloat16 else torch.float32
+    _, adamw, *_ = optimizers = optim.build(model.parameters_by_role(), rates, WEIGHT_DECAY, muon_dtype, dist)
+    if dist.world_size > 1:
+        dist.print0(describe_sharing(optim.footprint(optimizers, dist, plan.total_batch_size // dist.world_size)))
+    scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
     if saved:
         checkpoint.load_weights(model, model_tensors)
         optim.load_state_tensors(optimizers, optimizer_tensors)
@@ -292,19 +297,19 @@ def pretrain(rt, stop, watchdog):
         model.init_weights(SEED)
         if SPECTRAL_TOKENS and tokenizer.vocab_size <= spectral.LARGEST_VOCABULARY:
             # on rank 0 alone: DistributedDataParallel, below, hands what it has to the others
-            rt.on_main(lambda: start_from_pairs(model, units, tokenizer, plan.tokens))
-            runtime.give_back_freed_memory()  # the counts of all pairs
+            dist.on_rank0(lambda: start_from_pairs(model, units, tokenizer, plan.tokens))
+            hardware.give_back_freed_memory()  # the counts of all pairs
     del model_tensors, optimizer_tensors, first_weights  # else a resumed run would hold two copies of everything
-    if rows_are_tried(rt):
-        rows = rows_that_fit(rt, model, plan.device_batch_size * plan.grad_accum_steps // batch_parts())
-        plan = make_plan(rt, model, saved, speed, rows)
-        rt.say("\n".join([f"fits       {rows} rows", *describe_batch(rt, plan, model_config)]))
+    if rows_are_tried(dist):
+        rows = rows_that_fit(dist, model, plan.device_batch_size * plan.grad_accum_steps // batch_parts())
+        plan = make_plan(dist, model, saved, speed, rows)
+        dist.print0("\n".join([f"fits       {rows} rows", *describe_batch(dist, plan, model_config)]))
     record = {"plan": asdict(plan), "environment": environment, **identity, "defaults": config.defaults(__file__)}
-    rt.on_main(lambda: write_json(run_dir / "config.json", record))
+    dist.on_rank0(lambda: write_json(run_dir / "config.json", record))
     with within_memory(plan.device_batch_size):
-        pass_seconds = warm_up(rt, model, plan.device_batch_size)
+        pass_seconds = warm_up(dist, model, plan.device_batch_size)
     trained = model
-    if rt.world_size > 1:
+    if dist.world_size > 1:
         ignored = list(model.parameters_by_role().get("bigram_embedding", {}))  # optim shares these
         ignored += [name for name, _ in model.named_buffers()]  # constants, which every rank has made
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
@@ -313,32 +318,34 @@ def pretrain(rt, stop, watchdog):
 
     # ---- the run ----
     loader_state = saved["loader"] if saved else None
-    threads = runtime.cores_of_a_rank()
-    reader = dataloader.RowReader(units, tokenizer, seq_len, LANES, SEED, rt.rank, rt.world_size, loader_state, threads)
-    tracker = rt.together(lambda: Tracker(run_dir, run.num_steps, run.step, rt.is_main))
+    threads = hardware.cores_of_a_rank()
+    reader = dataloader.RowReader(
+        units, tokenizer, seq_len, LANES, SEED, dist.rank, dist.world_size, loader_state, threads
+    )
+    tracker = dist.on_all_ranks(lambda: Tracker(run_dir, run.num_steps, run.step, dist.is_rank0))
     in_wandb = None
-    if WANDB != "off" and rt.is_main:
+    if WANDB != "off" and dist.is_rank0:
         run_id = run.wandb_id or wandb_run.new_id(f"d{model_config.num_layers}-{shards.folder.name}")
         options = wandb_run.options(WANDB_PROJECT, WANDB_TAGS, WANDB_NOTES, record)
         in_wandb = wandb_run.WandbRun(run_dir, WANDB, run_id, options, tracker.event)
         in_wandb.sources(run_dir, record, shards.folder.name)
         tracker.use_wandb(in_wandb, WANDB_LOG_EVERY)
-    peak_flops = runtime.peak_flops(rt.device)
-    saver = Saver(rt, run, run_dir, owner, tracker, run.step if saved else None)
+    peak_flops = hardware.peak_flops(dist.device)
+    saver = Saver(dist, run, run_dir, owner, tracker, run.step if saved else None)
     step_seconds, typical_seconds = [], math.inf
 
     def save(next_batch, final=False):
         watchdog.beat(SLOW_SECONDS)
-        guard.check_replicas(rt, parameters, run.step)
+        guard.check_replicas(dist, parameters, run.step)
         if not all(parameter.isfinite().all() for parameter in parameters):
             raise NonFiniteError(
                 f"step {run.step}: the weights are not finite and were not saved; the last checkpoint is intact. "
                 f"Lower the rates (--matrix-lr={MATRIX_LR / 2:g})"
             )
         loader_state = {**next_batch.state, "lanes": {}}
-        for part in rt.gather(next_batch.state["lanes"]):
+        for part in dist.all_gather_objects(next_batch.state["lanes"]):
             loader_state["lanes"].update(part)
-        spent = run.seconds + runtime.seconds_since_start()
+        spent = run.seconds + hardware.seconds_since_start()
         if in_wandb:
             run.wandb_id = in_wandb.id
         state = {
@@ -353,8 +360,8 @@ def pretrain(rt, stop, watchdog):
             "environment": environment,
             **identity,
         }
-        runtime.give_back_freed_memory()  # a file is put together in memory
-        saver.save(model.state_dict(), optim.state_tensors(optimizers, rt), state, final)
+        hardware.give_back_freed_memory()  # a file is put together in memory
+        saver.save(model.state_dict(), optim.state_tensors(optimizers, dist), state, final)
 
     def assess(last):
         """Do what is due after this step. Returns whether it is the last one, which patience may have made it."""
@@ -362,11 +369,11 @@ def pretrain(rt, stop, watchdog):
         # eager, for each new number of rows or tokens would be compiled
         with within_memory(DEVICE_BATCH_SIZE or DEFAULT_ROWS), torch.compiler.set_stance("force_eager"):
             if due(EVAL_EVERY, run.step, last):
-                evaluate(rt, run, model, validation, tokenizer, tracker, watchdog)
+                evaluate(dist, run, model, validation, tokenizer, tracker, watchdog)
                 last = last or (run.step > 0 and ends_early(run, tracker))
             if bundle and due(CORE_METRIC_EVERY, run.step, last):  # at step 0 to find out now whether it can be done
-                evaluate_core(rt, run, model, tokenizer, bundle, tracker, watchdog)
-            if due(SAMPLE_EVERY, run.step, last) and run.step and rt.is_main:
+                evaluate_core(dist, run, model, tokenizer, bundle, tracker, watchdog)
+            if due(SAMPLE_EVERY, run.step, last) and run.step and dist.is_rank0:
                 sample(run, model, tokenizer, tracker)
         run.assessed_step = run.step
         return last
@@ -374,14 +381,16 @@ def pretrain(rt, stop, watchdog):
     with (
         within_memory(plan.device_batch_size),
         tracker,
-        dataloader.DataLoader(reader, plan.device_batch_size, rt.device) as loader,
+        dataloader.DataLoader(reader, plan.device_batch_size, dist.device) as loader,
     ):
-        batches, mean_loss = rt.together(lambda: dataloader.LookAhead(loader)), math.nan
+        batches, mean_loss = dist.on_all_ranks(lambda: dataloader.LookAhead(loader)), math.nan
         stopped_before = run.assessed_step != run.step  # what was due then
         if run.step == 0 or stopped_before:
             last = assess(last=False)
         if new_horizon and not run.horizon_fixed:  # now that an evaluation has been timed
-            run.num_steps = rt.broadcast(steps_in_time(run, STEP_PER_PASSES * pass_seconds * plan.grad_accum_steps))
+            run.num_steps = dist.broadcast_object(
+                steps_in_time(run, STEP_PER_PASSES * pass_seconds * plan.grad_accum_steps)
+            )
             tracker.set_num_steps(run.num_steps)
         if stopped_before:
             save(batches.next, final=last)
@@ -399,7 +408,7 @@ def pretrain(rt, stop, watchdog):
             optim.set_schedule(optimizers, rate, momentum, recipe.weight_decay(progress, WEIGHT_DECAY))
 
             # ---- gradients of the whole batch ----
-            loss_sum, row_hash = torch.zeros((), device=rt.device), 0
+            loss_sum, row_hash = torch.zeros((), device=dist.device), 0
             first_batch, loader_seconds = batches.next, 0.0
             for micro_step in range(micro_steps):
                 asked = time.perf_counter()
@@ -408,11 +417,11 @@ def pretrain(rt, stop, watchdog):
                 row_hash += batch.row_hash
                 # before the forward, where DDP decides whether this backward will average over the ranks
                 trained.require_backward_grad_sync = micro_step == micro_steps - 1
-                with rt.autocast():
+                with dist.autocast():
                     loss = trained(batch.inputs, batch.targets) / micro_steps
                 scaler.scale(loss).backward()
                 loss_sum += loss.detach()
-            gradients = optim.collect_gradients(parameters, rt)
+            gradients = optim.collect_gradients(parameters, dist)
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)  # after all ranks have the same, so that all see the same overflow
             norm = torch.nn.utils.get_total_norm(gradients)
@@ -420,12 +429,12 @@ def pretrain(rt, stop, watchdog):
             # ---- what all ranks must know, in one reduction and one read ----
             halves = [row_hash % 2**32, (row_hash >> 32) % 2**32]  # of the hash, which float64 adds exactly
             status = [loss_sum, norm, stop.requested, batches.error is not None, *halves]
-            loss_total, norm_total, stops, data_errors, hash_low, hash_high = rt.sum(status)
-            mean_loss, grad_norm = loss_total / rt.world_size, norm_total / rt.world_size
+            loss_total, norm_total, stops, data_errors, hash_low, hash_high = dist.all_reduce_sum(status)
+            mean_loss, grad_norm = loss_total / dist.world_size, norm_total / dist.world_size
             if data_errors:
                 if run.step > (saver.resumed_step or 0):
                     save(first_batch)  # of this step, which does not count
-                rt.together(batches.raise_error)
+                dist.on_all_ranks(batches.raise_error)
 
             # ---- update ----
             run.step += 1
@@ -444,12 +453,12 @@ def pretrain(rt, stop, watchdog):
                 if not (scaler.is_enabled() and scaler.get_scale() > 1):
                     run.skipped_recently = [*run.skipped_recently, run.step][-guard.NON_FINITE_NEARBY :]
                     if guard.too_many_skipped(run.skipped_recently, run.step):
-                        losses = rt.gather(loss_sum.item())
+                        losses = dist.all_gather_objects(loss_sum.item())
                         raise NonFiniteError(non_finite_message(model, run, losses))
             if scaler.is_enabled():
                 scaler.update()
             for parameter in parameters:
-                if rt.world_size == 1 or parameter.grad.is_sparse:
+                if dist.world_size == 1 or parameter.grad.is_sparse:
                     parameter.grad = None
                 else:
                     parameter.grad.zero_()  # a view of DDP's bucket, which must stay
@@ -471,22 +480,22 @@ def pretrain(rt, stop, watchdog):
                 "train/seconds": seconds,
                 "train/loader_seconds": loader_seconds,
                 "system/skipped_steps": run.skipped_steps,
-                "system/peak_memory_bytes": rt.peak_memory_bytes(),
+                "system/peak_memory_bytes": hardware.peak_memory_bytes(dist.device),
                 "data_hash": f"{(int(hash_low) + (int(hash_high) << 32)) % 2**64:016x}",
             }
-            if rt.device.type == "cpu":  # on the others it is only queued by then
+            if dist.device.type == "cpu":  # on the others it is only queued by then
                 metrics["train/optimizer_seconds"] = update_seconds
             if peak_flops:
                 metrics["train/mfu"] = (
-                    metrics["train/tok_per_sec"] * plan.flops_per_token / (peak_flops * rt.world_size)
+                    metrics["train/tok_per_sec"] * plan.flops_per_token / (peak_flops * dist.world_size)
                 )
             tracker.step(run.step, metrics, (run.num_steps - run.step) * typical_seconds)
             if deviations > guard.SPIKE_DEVIATIONS:
                 tracker.event(f"step {run.step}: loss {mean_loss:.4f} is {deviations:.1f} deviations above the last")
             if run.step % DRIFT_EVERY == 0:
-                guard.check_replicas(rt, parameters, run.step)
+                guard.check_replicas(dist, parameters, run.step)
             if run.correction_is_due():
-                run.correct(rt.broadcast(steps_in_time(run, typical_seconds)), progress)
+                run.correct(dist.broadcast_object(steps_in_time(run, typical_seconds)), progress)
                 run.horizon_fixed = True
                 tracker.set_num_steps(run.num_steps)
                 tracker.event(f"{1000 * typical_seconds:.0f} ms a step: {run.num_steps} steps end in time")
@@ -500,7 +509,7 @@ def pretrain(rt, stop, watchdog):
                 save(batches.next, final=last or stopping)
             if stopping:
                 break
-        left_out = round(rt.sum([reader.skipped_documents])[0])
+        left_out = round(dist.all_reduce_sum([reader.skipped_documents])[0])
         if left_out:
             tracker.event(f"{left_out} documents without text were left out since this start")
         if run.step < run.num_steps:
@@ -510,20 +519,20 @@ def pretrain(rt, stop, watchdog):
         else:
             evaluated = run.evaluated_step == run.step and run.val_bpb is not None
             result = f"val bpb {run.val_bpb:.4f}" if evaluated else f"loss {mean_loss:.4f}"
-            used = f"{runtime.seconds_since_start():.0f} s, {rt.peak_memory_bytes() / 2**30:.1f} GiB"
+            used = f"{hardware.seconds_since_start():.0f} s, {hardware.peak_memory_bytes(dist.device) / 2**30:.1f} GiB"
             tracker.event(f"done in {used}: {result} after {run.num_steps} steps")
             if in_wandb:
                 in_wandb.checkpoint(run_dir, run.best_step if run.best_step >= 0 else run.step, run.best_bpb)
-    if REPORT and rt.is_main and run.step == run.num_steps:
-        rt.say(report.attempt(run_dir))
+    if REPORT and dist.is_rank0 and run.step == run.num_steps:
+        dist.print0(report.attempt(run_dir))
 
 
 class Saver:
     """Writes the checkpoints of a run, and removes old ones. A few that cannot be written do not end it."""
 
-    def __init__(self, rt, run, run_dir, owner, tracker, resumed_step):
+    def __init__(self, dist, run, run_dir, owner, tracker, resumed_step):
         """owner: what `checkpoint.claim` gave. resumed_step: of the checkpoint that the run goes on from, or None."""
-        self.rt, self.run, self.run_dir, self.owner, self.tracker = rt, run, run_dir, owner, tracker
+        self.dist, self.run, self.run_dir, self.owner, self.tracker = dist, run, run_dir, owner, tracker
         self.resumed_step = resumed_step
         self.verified = {}  # the checkpoints that were read back and hashed
         self.failures = 0  # in a row
@@ -534,7 +543,7 @@ class Saver:
         and is the final one, or one too many in a row.
         """
         run = self.run
-        failure, is_there = self.rt.on_main(lambda: self._write(weights, moments, state))
+        failure, is_there = self.dist.on_rank0(lambda: self._write(weights, moments, state))
         self.failures = self.failures + 1 if failure else 0
         if failure and (final or self.failures == FAILED_SAVES_LIMIT):
             which = "the last checkpoint" if final else f"{self.failures} checkpoints in a row"
@@ -613,19 +622,19 @@ def choose_shape(vocab_size, flops_per_second):
     return GPTConfig(vocab_size, seq_len, depth, heads, heads, HEAD_DIM, bigram_rows, PLAIN), reason
 
 
-def make_plan(rt, model, saved, flops_per_second, max_device_batch_size):
+def make_plan(dist, model, saved, flops_per_second, max_device_batch_size):
     parameters = {role: sum(p.numel() for p in named.values()) for role, named in model.parameters_by_role().items()}
     horizon = recipe.Horizon(NUM_ITERATIONS, TARGET_FLOPS, TARGET_MINUTES, TARGET_PARAM_DATA_RATIO)
-    compiled = compile_pays(rt.dtype) and runtime.can_compile()
+    compiled = compile_pays(dist.dtype) and hardware.can_compile()
     return recipe.make_plan(
         parameters,
         model.config,
         horizon,
         total_batch_size=saved["total_batch_size"] if saved and not TOTAL_BATCH_SIZE else TOTAL_BATCH_SIZE,
         max_device_batch_size=max_device_batch_size,
-        world_size=rt.world_size,
+        world_size=dist.world_size,
         flops_per_second=flops_per_second,
-        policy=recipe.ActivationPolicy(rt.dtype.itemsize, compiled, GRAD_CHECKPOINT, chunk_rows(rt.device)),
+        policy=recipe.ActivationPolicy(dist.dtype.itemsize, compiled, GRAD_CHECKPOINT, chunk_rows(dist.device)),
         mean_batch_share=recipe.mean_batch_share() if BATCH_RAMP else 1.0,
         batch_parts=batch_parts(),
     )
@@ -652,7 +661,7 @@ def batch_parts():
     return recipe.BATCH_PARTS if BATCH_RAMP else 1
 
 
-def describe(rt, plan, run, trained_tokens, model_config, reason, shards, tokenizer, run_dir):
+def describe(dist, plan, run, trained_tokens, model_config, reason, shards, tokenizer, run_dir):
     """The plan as the lines that a person reads before the first step; trained_tokens: those of a run that goes on."""
     texts = next(dataset.row_groups([shard.path for shard in shards.train]))[:50]
     num_tokens = sum(map(len, tokenizer.encode_batch(texts)))
@@ -666,26 +675,26 @@ def describe(rt, plan, run, trained_tokens, model_config, reason, shards, tokeni
     minutes = TARGET_MINUTES or plan.seconds / 60
     lines = [
         f"run        {run_dir}",
-        f"device     {rt.world_size} x {runtime.device_name(rt.device)}",
-        f"precision  {str(rt.dtype).removeprefix('torch.')} ({rt.dtype_reason})",
+        f"device     {dist.world_size} x {hardware.device_name(dist.device)}",
+        f"precision  {str(dist.dtype).removeprefix('torch.')} ({dist.dtype_reason})",
         f"model      depth {model_config.num_layers} ({reason}), width {model_config.model_dim}",
         f"weights    {plan.parameters['matrix']:,} in matrices, {plan.parameters['unembedding']:,} in the head,"
         f" {tables:,} in tables",
-        *describe_batch(rt, plan, model_config),
+        *describe_batch(dist, plan, model_config),
         f"horizon    {'about ' if TARGET_MINUTES else ''}{run.num_steps:,} steps, {tokens / 1e6:,.1f} M tokens,"
         f" {tokens * plan.flops_per_token:.1e} FLOPs, about {minutes:.1f} minutes",
         f"data       about {on_disk / 1e6:,.1f} M tokens in {shards.folder}: {tokens / on_disk:.1f} epochs",
     ]
-    if rows_are_tried(rt):
+    if rows_are_tried(dist):
         lines.append("rows       as many as fit are tried once the model is there")
     if tokens > 2 * on_disk:  # a small model with tables has begun to learn its text by heart then (dev/LOG.md)
         lines.append("warning    more than 2 epochs: more text would help more than more steps")
     return "\n".join(lines)
 
 
-def describe_batch(rt, plan, model_config):
+def describe_batch(dist, plan, model_config):
     """The lines about the batch and the memory that it needs."""
-    of_step, free, needed = plan.memory, runtime.free_memory_bytes(rt.device), plan.memory.peak
+    of_step, free, needed = plan.memory, hardware.free_memory_bytes(dist.device), plan.memory.peak
     rows = plan.device_batch_size
     lowered = f" (lowered from {DEVICE_BATCH_SIZE})" if rows < DEVICE_BATCH_SIZE else ""
     names = ("weights", "gradients", "optimizer", "activations", "logits", "update")
@@ -693,12 +702,12 @@ def describe_batch(rt, plan, model_config):
     in_passes = of_step.update <= of_step.activations + of_step.logits  # is the most needed, not in the update
     lines = [
         f"batch      {plan.total_batch_size:,} tokens = {rows} rows{lowered} of {model_config.max_seq_len}"
-        f" x {plan.grad_accum_steps} micro-steps x {rt.world_size} ranks",
+        f" x {plan.grad_accum_steps} micro-steps x {dist.world_size} ranks",
         f"memory     about {of_step.peak / 2**30:.2f} GiB a rank: {', '.join(parts[:3])},",
         f"           and {' with '.join(parts[3:5])} or, later, {parts[5]}",
     ]
-    if rt.device.type == "cpu":
-        needed, taken = recipe.process_growth(of_step), rt.peak_memory_bytes()
+    if dist.device.type == "cpu":
+        needed, taken = recipe.process_growth(of_step), hardware.peak_memory_bytes(dist.device)
         lines.append(
             f"process    about {(taken + needed) / 2**30:.1f} GiB at most, {taken / 2**30:.1f} of them taken already"
         )
@@ -729,7 +738,7 @@ def start_from_pairs(model, units, tokenizer, run_tokens):
     """
     seq_len = model.config.max_seq_len
     count = max(min(SPECTRAL_TOKENS, SPECTRAL_RUNS * run_tokens) // seq_len, 1)
-    threads = runtime.cores_of_a_rank()
+    threads = hardware.cores_of_a_rank()
     reader = dataloader.RowReader(units, tokenizer, seq_len, LANES, SEED, threads=threads)
     rows = torch.empty(count, seq_len + 1, dtype=torch.int64)
     reader.fill(rows.numpy())
@@ -740,100 +749,100 @@ def start_from_pairs(model, units, tokenizer, run_tokens):
         model.head.weight.copy_(head)
 
 
-def rows_are_tried(rt):
+def rows_are_tried(dist):
     """Whether the rows of a forward pass are found by trying: elsewhere memory that runs out ends the process."""
-    return DEVICE_BATCH_SIZE == 0 and rt.device.type == "cuda"
+    return DEVICE_BATCH_SIZE == 0 and dist.device.type == "cuda"
 
 
-def rows_that_fit(rt, model, most):
+def rows_that_fit(dist, model, most):
     """The first of `most`, half of it, and so on, with which forward and backward pass fit on every rank beside weights
     and optimizer state. No weight changes.
     """
 
     def attempt(rows):
-        tokens = torch.zeros(rows, model.config.max_seq_len, dtype=torch.int64, device=rt.device)
+        tokens = torch.zeros(rows, model.config.max_seq_len, dtype=torch.int64, device=dist.device)
         # Eager, which takes no less memory than compiled code, and no minute of compilation for each number of rows.
         with torch.compiler.set_stance("force_eager"):
             try:
                 for _ in range(2):  # the second with the gradients there, as micro-steps have them
-                    with rt.autocast():
+                    with dist.autocast():
                         mean = model(tokens, tokens)
                     mean.backward()
-                rt.synchronize()
+                hardware.synchronize(dist.device)
             finally:
                 model.zero_grad()
 
-    rows = rt.largest_that_fits(most, attempt)
+    rows = dist.largest_that_fits(most, attempt)
     if not rows:
         raise MemoryLimitError(f"out of memory with a single row: {less_memory(0)}")
-    rt.forget_peak_memory()  # of the trials
+    hardware.forget_peak_memory(dist.device)  # of the trials
     return rows
 
 
-def warm_up(rt, model, rows):
+def warm_up(dist, model, rows):
     """Compile the model, and return the seconds of a forward and backward pass afterwards. No weight changes."""
-    tokens = torch.zeros(rows, model.config.max_seq_len, dtype=torch.int64, device=rt.device)
+    tokens = torch.zeros(rows, model.config.max_seq_len, dtype=torch.int64, device=dist.device)
 
     def one_pass():
         begin = time.monotonic()
-        with rt.autocast():
+        with dist.autocast():
             loss = model(tokens, tokens)
         loss.backward()
         model.zero_grad()
-        rt.synchronize()
+        hardware.synchronize(dist.device)
         return time.monotonic() - begin
 
-    compile_model(rt, model, one_pass)
+    compile_model(dist, model, one_pass)
     one_pass()
     return min(one_pass() for _ in range(2))
 
 
-def compile_model(rt, model, one_pass):
+def compile_model(dist, model, one_pass):
     """Compile what can be compiled, in a first `one_pass()`. Where it does not work on one rank, all stay eager; with
     --compile=on it is a UserError.
     """
     failure = None
-    pays = compile_pays(rt.dtype)
+    pays = compile_pays(dist.dtype)
     if COMPILE == "auto" and not pays:
-        minutes = COMPILE_MINUTES[rt.dtype]
-        rt.say(f"compile    off: it repays its time in {minutes:g} minutes or more (--compile=on all the same)")
+        minutes = COMPILE_MINUTES[dist.dtype]
+        dist.print0(f"compile    off: it repays its time in {minutes:g} minutes or more (--compile=on all the same)")
     for attempt in range(2 if pays else 0):
-        runtime.trust_cpu_flags(attempt == 0)
+        hardware.trust_cpu_flags(attempt == 0)
         model.compile_parts()
         try:
-            rt.say(f"compile    ready in {one_pass():.0f} s")
+            dist.print0(f"compile    ready in {one_pass():.0f} s")
             failure = None
             break
         except Exception as error:
-            if runtime.is_out_of_memory(error):
+            if hardware.is_out_of_memory(error):
                 raise
             # Once more: torch's parallel compilers sometimes meet a precompiled header that is only half written.
             torch.compiler.reset()
             model.zero_grad()
             failure = f"{type(error).__name__}: {errors.first_line(error)[:100]}"
-    failure = next((reason for reason in rt.gather(failure) if reason), None)
+    failure = next((reason for reason in dist.all_gather_objects(failure) if reason), None)
     if failure and COMPILE == "on":
         raise UserError(f"--compile=on: it does not work here ({failure}): give --compile=auto or --compile=off")
     if failure:
         torch.compiler.set_stance("force_eager")
         model.zero_grad()
-        rt.say(f"compile    off, because it does not work here ({failure})")
+        dist.print0(f"compile    off, because it does not work here ({failure})")
 
 
 def steps_in_time(run, step_seconds):
     """The number of steps with which a run by TARGET_MINUTES ends in time, with the evaluations and the last save."""
     after = (SLOWER_LATER + EVALUATIONS_AFTER) * run.evaluation_seconds + SLOWER_LATER * run.core_seconds
     after += LAST_SAVE_SECONDS
-    left = TARGET_MINUTES * 60 - run.seconds - runtime.seconds_since_start() - after
+    left = TARGET_MINUTES * 60 - run.seconds - hardware.seconds_since_start() - after
     each = step_seconds + (run.evaluation_seconds / EVAL_EVERY if EVAL_EVERY else 0)
     each += run.core_seconds / CORE_METRIC_EVERY if CORE_METRIC_EVERY else 0
     return run.step + max(round(left / each), 1)
 
 
 @contextlib.contextmanager
-def progress_bar(rt, tracker, watchdog, what, count):
+def progress_bar(dist, tracker, watchdog, what, count):
     """Yields the function to call with the number of things done here, of `count` on all ranks."""
-    with tracker.progress(what, -(-count // rt.world_size)) as bar:
+    with tracker.progress(what, -(-count // dist.world_size)) as bar:
 
         def done(number):
             watchdog.beat(SLOW_SECONDS)
@@ -843,16 +852,16 @@ def progress_bar(rt, tracker, watchdog, what, count):
         yield done
 
 
-def evaluate(rt, run, model, validation, tokenizer, tracker, watchdog):
+def evaluate(dist, run, model, validation, tokenizer, tracker, watchdog):
     """Measure bits per byte on the validation rows, and record it in `run` and the log."""
     begin, details = time.monotonic(), loss_eval.Details(tokenizer)
-    with progress_bar(rt, tracker, watchdog, "evaluation", len(validation)) as done:
+    with progress_bar(dist, tracker, watchdog, "evaluation", len(validation)) as done:
         rows = DEVICE_BATCH_SIZE or DEFAULT_ROWS
-        val_bpb = loss_eval.bits_per_byte(model, validation, tokenizer.token_bytes(), rt, rows, done, details.add)
+        val_bpb = loss_eval.bits_per_byte(model, validation, tokenizer.token_bytes(), dist, rows, done, details.add)
     run.val_bpb = val_bpb if math.isfinite(val_bpb) else None  # a checkpoint holds no NaN
     run.evaluated_step = run.step
     tracker.record(run.step, {"val/bpb": val_bpb})
-    tracker.evaluation(run.step, val_bpb=run.val_bpb, **details.result(rt))
+    tracker.evaluation(run.step, val_bpb=run.val_bpb, **details.result(dist))
     if run.step and run.val_bpb is not None and (run.best_bpb is None or val_bpb < run.best_bpb):
         run.best_bpb, run.best_step = val_bpb, run.step  # of those that are saved: step 0 is not
     if run.val_bpb is not None and (run.goal_bpb is None or val_bpb < run.goal_bpb):
@@ -874,11 +883,11 @@ def ends_early(run, tracker):
     return True
 
 
-def evaluate_core(rt, run, model, tokenizer, bundle, tracker, watchdog):
+def evaluate_core(dist, run, model, tokenizer, bundle, tracker, watchdog):
     """Score the tasks of a bundle, and record it in the log."""
     begin, count = time.monotonic(), sum(len(task.items) for task in bundle.tasks)
-    with progress_bar(rt, tracker, watchdog, "tasks", count) as done:
-        scores = core_eval.evaluate(model, tokenizer, bundle.tasks, rt, DEVICE_BATCH_SIZE or DEFAULT_ROWS, done)
+    with progress_bar(dist, tracker, watchdog, "tasks", count) as done:
+        scores = core_eval.evaluate(model, tokenizer, bundle.tasks, dist, DEVICE_BATCH_SIZE or DEFAULT_ROWS, done)
     centered = {f"core/{score.label}": score.centered for score in scores}
     tracker.record(run.step, {"core/core_metric": core_eval.core_metric(scores)[0], **centered})
     tracker.evaluation(run.step, core=core_eval.summary(bundle, scores))
@@ -917,11 +926,11 @@ def main_within_memory():
     try:
         main()
     except (RuntimeError, MemoryError) as error:
-        if runtime.is_lost_peer(error):
+        if is_lost_peer(error):
             raise PeerError(
                 "another rank has ended, and says why itself: --resume goes on from the last checkpoint"
             ) from None
-        if not runtime.is_out_of_memory(error):
+        if not hardware.is_out_of_memory(error):
             raise
         smaller = "a smaller --depth or --spectral-tokens=0"
         raise MemoryLimitError(f"out of memory before the first pass: try {smaller}") from None
@@ -933,7 +942,7 @@ def within_memory(rows):
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not runtime.is_out_of_memory(error):
+        if not hardware.is_out_of_memory(error):
             raise
         raise MemoryLimitError(f"out of memory: {less_memory(rows)}") from None
 

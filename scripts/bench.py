@@ -33,7 +33,21 @@ from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from nanotrain import checkpoint, config, dataloader, dataset, engine, errors, gpt, loss, optim, paths, recipe, runtime
+from nanotrain import (
+    checkpoint,
+    config,
+    dataloader,
+    dataset,
+    engine,
+    errors,
+    gpt,
+    hardware,
+    loss,
+    optim,
+    paths,
+    recipe,
+)
+from nanotrain.dist import init_distributed
 from nanotrain.errors import UserError
 from nanotrain.files import write_json
 from nanotrain.tokenizer import BPETokenizer
@@ -88,9 +102,9 @@ def main(names=()):
         "step": step_table,
     }
     check_settings(names, tables)
-    rt = runtime.start(DEVICE, DTYPE, deterministic=False)
-    found = {"environment": runtime.environment(rt), "settings": config.settings(globals()), "tables": {}}
-    environment = found["environment"]
+    dist = init_distributed(DEVICE, DTYPE, deterministic=False)
+    environment = hardware.environment(dist.device, dist.dtype, dist.world_size)
+    found = {"environment": environment, "settings": config.settings(globals()), "tables": {}}
     print(f"{environment['device_name']}, {environment['threads']} threads, {environment['dtype']}, ", end="")
     print(f"torch {environment['packages']['torch']}, commit {environment['commit']}")
     for name in names or tables:
@@ -114,7 +128,7 @@ def check_settings(names, tables):
         dataset.open_shards(paths.data_dir(DATA_DIR))
 
 
-# ---- what is measured: `prepare...(rt, ...)` gives the function to be timed ----
+# ---- what is measured: `prepare...(dist, ...)` gives the function to be timed ----
 
 
 @dataclass(frozen=True)
@@ -151,43 +165,43 @@ class Training:
         heads = self.width // self.head_dim
         return gpt.GPTConfig(self.vocab_size, self.seq_len, self.depth, heads, heads, self.head_dim, self.bigram_rows)
 
-    def build(self, rt):
+    def build(self, dist):
         """(model, its optimizers) with random weights, compiled as asked."""
-        model = checkpoint.build_model(self.config(), rt.device)
+        model = checkpoint.build_model(self.config(), dist.device)
         model.init_weights(0)
         if self.checkpointing == "on":
             model.checkpoint_activations()
         if self.compile_mode != "off":
-            runtime.trust_cpu_flags(True)
+            hardware.trust_cpu_flags(True)
         if self.compile_mode == "whole":
             model.compile(dynamic=False)
         elif self.compile_mode == "block":
             model.compile_parts()
-        muon_dtype = torch.bfloat16 if rt.dtype == torch.bfloat16 else torch.float32
-        return model, optim.build(model.parameters_by_role(), RATES, 0.0, muon_dtype, rt)
+        muon_dtype = torch.bfloat16 if dist.dtype == torch.bfloat16 else torch.float32
+        return model, optim.build(model.parameters_by_role(), RATES, 0.0, muon_dtype, dist)
 
 
-def prepare_training(rt, training, next_batch=None):
+def prepare_training(dist, training, next_batch=None):
     """An optimizer step as scripts/base_train.py does it, without its log; the same random tokens again and again if
     `next_batch`, which gives (inputs, targets), is None.
     """
-    return training_step(rt, training, *training.build(rt), next_batch)
+    return training_step(dist, training, *training.build(dist), next_batch)
 
 
-def training_step(rt, training, model, optimizers, next_batch=None):
+def training_step(dist, training, model, optimizers, next_batch=None):
     """The same for a model that is built already."""
     parameters = list(model.parameters())
-    tokens = torch.randint(training.vocab_size, (2, training.rows, training.seq_len), device=rt.device)
+    tokens = torch.randint(training.vocab_size, (2, training.rows, training.seq_len), device=dist.device)
 
     def step():
         for _ in range(training.grad_accum_steps):
             with record_function("loader"):
                 inputs, targets = next_batch() if next_batch else tokens
-            with rt.autocast():
+            with dist.autocast():
                 mean = model(inputs, targets) / training.grad_accum_steps
             mean.backward()
         with record_function("optimizer"):
-            torch.nn.utils.get_total_norm(optim.collect_gradients(parameters, rt))
+            torch.nn.utils.get_total_norm(optim.collect_gradients(parameters, dist))
             optim.step(optimizers)
         for parameter in parameters:
             parameter.grad = None
@@ -195,23 +209,23 @@ def training_step(rt, training, model, optimizers, next_batch=None):
     return step
 
 
-def prepare_optimizers(rt, training):
+def prepare_optimizers(dist, training):
     """The optimizers' step with the gradients of one row, as a function that gives {part: seconds}."""
-    model, (muon, adamw, *row_adam) = training.build(rt)
-    tokens = torch.randint(training.vocab_size, (2, 1, training.seq_len), device=rt.device)
-    with rt.autocast():
+    model, (muon, adamw, *row_adam) = training.build(dist)
+    tokens = torch.randint(training.vocab_size, (2, 1, training.seq_len), device=dist.device)
+    with dist.autocast():
         model(*tokens).backward()
     muons = [  # one a stack: of a whole Muon one could not tell the update of a stack from the momentum of the next
-        optim.Muon(dict(zip(group["names"], group["params"], strict=True)), group["lr"], rt, dtype=muon.dtype)
+        optim.Muon(dict(zip(group["names"], group["params"], strict=True)), group["lr"], dist, dtype=muon.dtype)
         for group in muon.param_groups
     ]
     roles = {name: role for role, named in model.parameters_by_role().items() for name in named}
-    others = [(f"AdamW {roles[group['names'][0]]}", optim.AdamW([group], rt)) for group in adamw.param_groups]
+    others = [(f"AdamW {roles[group['names'][0]]}", optim.AdamW([group], dist)) for group in adamw.param_groups]
     others += [("RowAdam bigram_embedding", optimizer) for optimizer in row_adam]
     orthogonalize, marks = optim.orthogonalize, []
 
     def mark():
-        rt.synchronize()
+        hardware.synchronize(dist.device)
         marks.append(time.perf_counter())
 
     def timed(*arguments):
@@ -238,9 +252,9 @@ def prepare_optimizers(rt, training):
     return run
 
 
-def prepare_generation(rt, training, method, texts):
+def prepare_generation(dist, training, method, texts):
     """So many texts of `training.seq_len` tokens at once, each from a prompt of one token."""
-    model = checkpoint.build_model(training.config(), rt.device)
+    model = checkpoint.build_model(training.config(), dist.device)
     model.init_weights(0)
     model.requires_grad_(False)
     return partial(METHODS[method], model, [[0]] * texts)
@@ -274,10 +288,10 @@ def products(model, prompts):
 METHODS = {"no cache": uncached, "cache": cached, "products alone": products}
 
 
-def prepare_attention(rt, kernel, compiled, shape):
+def prepare_attention(dist, kernel, compiled, shape):
     """Forward and backward pass of one layer's attention over (B, H, T, D)."""
     function = torch.compile(KERNELS[kernel], dynamic=False) if compiled else KERNELS[kernel]
-    q, k, v, gradient = (torch.randn(shape, device=rt.device).to(rt.dtype) for _ in range(4))
+    q, k, v, gradient = (torch.randn(shape, device=dist.device).to(dist.dtype) for _ in range(4))
     q, k = gpt.norm(q), gpt.norm(k)  # as QK-norm leaves them, which bounds the scores
     inputs = [x.requires_grad_() for x in (q, k, v)]
     scale = gpt.ATTENTION_GAIN / math.sqrt(shape[-1])
@@ -315,20 +329,20 @@ KERNELS = {
 }
 
 
-def prepare_loss(rt, chunk, compiled, tokens, width, vocab_size):
+def prepare_loss(dist, chunk, compiled, tokens, width, vocab_size):
     """Forward and backward pass from the last hidden states to the loss, by chunks of so many rows or with "full"
     logits.
     """
-    hidden = torch.randn(tokens, width, device=rt.device).to(rt.dtype).requires_grad_()
-    weight = (torch.randn(vocab_size, width, device=rt.device) / width).requires_grad_()
-    targets = torch.randint(vocab_size, (tokens,), device=rt.device)
+    hidden = torch.randn(tokens, width, device=dist.device).to(dist.dtype).requires_grad_()
+    weight = (torch.randn(vocab_size, width, device=dist.device) / width).requires_grad_()
+    targets = torch.randint(vocab_size, (tokens,), device=dist.device)
     function = full_loss if chunk == "full" else loss.softmax_gradient
     function = torch.compile(function, dynamic=False) if compiled else function
 
     def run():
         if chunk == "full":
             return torch.autograd.grad(function(hidden, weight, targets), (hidden, weight))
-        with replaced(loss, "CHUNK_ROWS", {rt.device.type: chunk}):
+        with replaced(loss, "CHUNK_ROWS", {dist.device.type: chunk}):
             return torch.autograd.grad(loss.mean_loss(hidden, weight, targets, function), (hidden, weight))
 
     return run
@@ -358,7 +372,7 @@ class Variant:
     """One row of a table: what to run, and how the process that runs it is set up."""
 
     labels: dict  # the columns that tell it from the others
-    prepare: object  # called with the process's Runtime
+    prepare: object  # called with the process's DistContext
     tokens: int  # of one call; 0: a call has nothing to do with tokens
     flops: int
     device: str
@@ -373,29 +387,29 @@ def session(variant):
     measurement: the rate of the large matrix product, and right after it the time of a call.
     """
     if variant.cache_dir:
-        runtime.use_compile_cache(variant.cache_dir)
-    rt = runtime.start(variant.device, variant.dtype, deterministic=False)
+        hardware.use_compile_cache(variant.cache_dir)
+    dist = init_distributed(variant.device, variant.dtype, deterministic=False)
     torch.set_float32_matmul_precision(variant.float32_precision)
-    dtypes = matmul_dtypes(rt, variant.watched) if variant.watched else None
-    function = variant.prepare(rt)
-    first_seconds, _ = seconds_of(rt, function)
+    dtypes = matmul_dtypes(dist, variant.watched) if variant.watched else None
+    function = variant.prepare(dist)
+    first_seconds, _ = seconds_of(dist, function)
     for _ in range(2):  # the second also meets the memory that the first has left
-        seconds, _ = seconds_of(rt, function)
+        seconds, _ = seconds_of(dist, function)
     calls = max(round(SECONDS / seconds), 1)
     yield {"first_seconds": first_seconds, "dtypes": dtypes}
     while True:
-        rate = runtime.matmul_flops(rt.device, rt.dtype, SECONDS / 2)
-        seconds, result = seconds_of(rt, function, calls)
+        rate = hardware.matmul_flops(dist.device, dist.dtype, SECONDS / 2)
+        seconds, result = seconds_of(dist, function, calls)
         parts = result if isinstance(result, dict) else None
-        yield {"seconds": seconds, "rate": rate, "parts": parts, "memory": rt.peak_memory_bytes()}
+        yield {"seconds": seconds, "rate": rate, "parts": parts, "memory": hardware.peak_memory_bytes(dist.device)}
 
 
-def seconds_of(rt, function, calls=1):
+def seconds_of(dist, function, calls=1):
     """(seconds of one call, what the last one returned)."""
     begin = time.perf_counter()
     for _ in range(calls):
         result = function()
-    rt.synchronize()
+    hardware.synchronize(dist.device)
     return (time.perf_counter() - begin) / calls, result
 
 
@@ -414,9 +428,9 @@ class SeenDtypes(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def matmul_dtypes(rt, training):
+def matmul_dtypes(dist, training):
     """The dtypes seen in a whole step on one row; eager, because compiled code hides its products."""
-    step = prepare_training(rt, replace(training, compile_mode="off", rows=1))
+    step = prepare_training(dist, replace(training, compile_mode="off", rows=1))
     with SeenDtypes() as seen:
         step()
     return " ".join(sorted(seen.found))
@@ -523,7 +537,7 @@ def training(**changes):
 
 def compile_mode():
     """`block` where the settings and this machine let it compile, else `off`."""
-    return "block" if COMPILE == "on" or (COMPILE == "auto" and runtime.can_compile()) else "off"
+    return "block" if COMPILE == "on" or (COMPILE == "auto" and hardware.can_compile()) else "off"
 
 
 def variant(labels, work, dtype="", **options):
@@ -678,9 +692,9 @@ def loader_table():
         for batch_rows, seq_len in SHAPES:
             pairs = []
             for _ in range(REPETITIONS):
-                runtime.use_tokenizer_threads(threads > 1)
+                hardware.use_tokenizer_threads(threads > 1)
                 alone = tokenizer_speed(tokenizer, texts)
-                runtime.use_tokenizer_threads(False)  # the reader has threads of its own
+                hardware.use_tokenizer_threads(False)  # the reader has threads of its own
                 pairs.append((loader_speed(units, tokenizer, batch_rows, seq_len, threads), alone))
             ratios = sorted(loaded / alone for loaded, alone in pairs)
             rows.append(
@@ -736,12 +750,12 @@ def step_table():
     make up the profiled steps. They are compared with the plain ones: the difference is what the profiler costs, and
     noise. The last line is what the step would take if all operations of the formula ran at the matmul rate.
     """
-    rt = runtime.start(DEVICE, DTYPE, deterministic=False)
-    runtime.silence_profiler()  # its lines would break the progress bar
+    dist = init_distributed(DEVICE, DTYPE, deterministic=False)
+    hardware.silence_profiler()  # its lines would break the progress bar
     tokenizer = BPETokenizer.load(paths.tokenizer_dir(TOKENIZER_DIR))
     units = dataloader.units_of(dataset.open_shards(paths.data_dir(DATA_DIR)).train, LANES)
-    runtime.use_tokenizer_threads(False)  # the reader has threads of its own
-    threads = runtime.cores_of_a_rank()
+    hardware.use_tokenizer_threads(False)  # the reader has threads of its own
+    threads = hardware.cores_of_a_rank()
     reader = dataloader.RowReader(units, tokenizer, MAX_SEQ_LEN, LANES, seed=1337, threads=threads)
     work = training(vocab_size=tokenizer.vocab_size)
     if work.compile_mode != "off":
@@ -749,18 +763,18 @@ def step_table():
 
         torch._inductor.config.cpp.enable_kernel_profile = True  # else all kernels of a graph are one event
     rounds, plain, ideal = [], [], []
-    with dataloader.DataLoader(reader, DEVICE_BATCH_SIZE, rt.device) as loader:
+    with dataloader.DataLoader(reader, DEVICE_BATCH_SIZE, dist.device) as loader:
 
         def next_batch():
             batch = next(loader)
             return batch.inputs, batch.targets
 
-        step = prepare_training(rt, work, next_batch)
+        step = prepare_training(dist, work, next_batch)
         for repetition in progress(range(-1, STEPS_A_REPETITION * REPETITIONS), "measuring"):
             for _ in range(3 if repetition < 0 else 1):
-                seconds, _ = seconds_of(rt, step)
-            parts = profiled(rt, step)
-            rate = runtime.matmul_flops(rt.device, rt.dtype)
+                seconds, _ = seconds_of(dist, step)
+            parts = profiled(dist, step)
+            rate = hardware.matmul_flops(dist.device, dist.dtype)
             if repetition >= 0:
                 plain.append(seconds)
                 rounds.append(parts)
@@ -774,13 +788,13 @@ def step_table():
     ]
 
 
-def profiled(rt, step):
+def profiled(dist, step):
     """{part: seconds} of one step: of the CPU's time, or where the device is a GPU of the GPU's."""
-    on_gpu = rt.device.type == "cuda"
+    on_gpu = dist.device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
     with torch.profiler.profile(activities=activities) as profile:
         with record_function("step"):
-            whole, _ = seconds_of(rt, step)
+            whole, _ = seconds_of(dist, step)
     parts = dict.fromkeys(PARTS, 0.0)
     for event in profile.events():
         names, above = [event.name], event.cpu_parent

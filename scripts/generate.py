@@ -10,7 +10,8 @@ import codecs
 import sys
 from collections import deque
 
-from nanotrain import checkpoint, config, errors, runtime
+from nanotrain import checkpoint, config, errors, hardware
+from nanotrain.dist import init_distributed
 from nanotrain.engine import KVCache, generate_batch
 from nanotrain.errors import MemoryLimitError, UserError
 
@@ -29,9 +30,9 @@ SEED = 1337  # of the first sample's draws; the others count on from it
 
 def main(prompts=()):
     check_settings()
-    rt = runtime.start(DEVICE, seed=SEED)
+    dist = init_distributed(DEVICE, seed=SEED)
     run_dir = checkpoint.find_run(RUN_NAME)
-    model, tokenizer, meta = checkpoint.load_model(run_dir, rt.device, BEST)
+    model, tokenizer, meta = checkpoint.load_model(run_dir, dist.device, BEST)
     if not prompts:
         size = KVCache.bytes(model.config, NUM_SAMPLES, model.config.max_seq_len)
         print(f"{run_dir.name}, step {meta['step']}, KV cache of up to {size / 2**20:,.1f} MiB.", file=sys.stderr)
@@ -96,7 +97,7 @@ def answer(model, tokenizer, prompt):
 def check_memory(model, capacity):
     """Raise MemoryLimitError where the KV cache of all samples cannot fit into the device."""
     device = model.head.weight.device
-    size, memory = KVCache.bytes(model.config, 1, capacity), runtime.memory_bytes(device)
+    size, memory = KVCache.bytes(model.config, 1, capacity), hardware.memory_bytes(device)
     if NUM_SAMPLES * size > memory:
         raise MemoryLimitError(
             f"--num-samples={NUM_SAMPLES}: {size / 2**20:.1f} MiB of keys and values for each, "

@@ -40,11 +40,12 @@ def planned_vocab_size():
     """The vocabulary that suits the model which this machine can train in TARGET_MINUTES."""
     if TARGET_MINUTES <= 0:
         raise UserError("--vocab-size=0 leaves the choice to the plan, which needs --target-minutes")
-    from nanotrain import runtime  # here, so that a tokenizer of a given size does not wait for torch
+    from nanotrain import hardware  # here, so that a tokenizer of a given size does not wait for torch
+    from nanotrain.dist import init_distributed
 
-    rt = runtime.start()
+    dist = init_distributed()
     flops = recipe.training_flops(
-        TARGET_MINUTES, runtime.training_flops_per_second(rt.device, rt.dtype) * recipe.EFFICIENCY
+        TARGET_MINUTES, hardware.training_flops_per_second(dist.device, dist.dtype) * recipe.EFFICIENCY
     )
     depth = recipe.choose_depth(flops, HEAD_DIM)
     width, _ = recipe.model_width(depth, 0, HEAD_DIM)

@@ -13,7 +13,7 @@ import torch
 
 from nanotrain import dataset
 from nanotrain.checkpoint import build_model
-from nanotrain.runtime import Runtime
+from nanotrain.dist import DistContext
 from nanotrain.tokenizer import BPETokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -98,6 +98,20 @@ def base_dir(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.fixture
+def own_process_state(monkeypatch):
+    """No rank from outside, and torch's settings back as they were."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    deterministic, random_state = torch.are_deterministic_algorithms_enabled(), torch.get_rng_state()
+    filling = torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = filling
+    torch.set_rng_state(random_state)
+
+
 def make_model(config, head_std):
     """A model of small random weights with a head that prefers some tokens: a fresh one may be zero."""
     model = build_model(config, "cpu")
@@ -122,19 +136,19 @@ def make_shards(folder, train=2, documents=40, rows_per_group=5):
     return folder
 
 
-ALONE = Runtime(0, 0, 1, torch.device("cpu"), torch.float32, "test")
+ALONE = DistContext(0, 0, 1, torch.device("cpu"), torch.float32, "test")
 
 
-class Rank(Runtime):
+class Rank(DistContext):
     """One rank of several, whose sums are handed over instead of reduced."""
 
-    def sum(self, values):
+    def all_reduce_sum(self, values):
         self.handed.append([float(value) for value in values])
         return self.totals or [1.0] * len(values)
 
 
 def on_every_rank(world_size, function):
-    """[function(runtime)] of each rank, the sums of all of them being added by hand."""
+    """[function(dist)] of each rank, the sums of all of them being added by hand."""
     handed, totals, results = [], [], []
     for _ in range(2):  # first to learn what they hand over, then to give each the totals
         results.clear()

@@ -33,15 +33,16 @@ from nanotrain import (
     engine,
     errors,
     guard,
+    hardware,
     loss,
     loss_eval,
     recipe,
     report,
     resume,
-    runtime,
     spectral,
     wandb_run,
 )
+from nanotrain.dist import DistContext
 from nanotrain.errors import CheckpointError, DataError, MemoryLimitError, NonFiniteError, SupersededError, UserError
 from nanotrain.gpt import GPT, Block, GPTConfig
 from nanotrain.tokenizer import BPETokenizer
@@ -72,7 +73,7 @@ def _global_state():
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     deterministic = torch.are_deterministic_algorithms_enabled()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime, "training_flops_per_second", lambda device, dtype: 1e11)
+        patch.setattr(hardware, "training_flops_per_second", lambda device, dtype: 1e11)
         yield
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
@@ -287,7 +288,7 @@ def test_tasks_that_are_missing_end_the_run_before_it_begins(train, base_dir, tm
 
 
 def test_scoring_counts_in_the_time_of_a_run(monkeypatch):
-    monkeypatch.setattr(runtime, "seconds_since_start", lambda: 10.0)
+    monkeypatch.setattr(hardware, "seconds_since_start", lambda: 10.0)
     settings = {"TARGET_MINUTES": 2.0, "EVAL_EVERY": 10, "CORE_METRIC_EVERY": 20}
     for name, value in settings.items():
         monkeypatch.setattr(base_train, name, value)
@@ -410,7 +411,7 @@ class Clock:
         monkeypatch.setattr(
             base_train, "time", SimpleNamespace(monotonic=self.monotonic, perf_counter=time.perf_counter)
         )
-        monkeypatch.setattr(runtime, "seconds_since_start", lambda: self.now)
+        monkeypatch.setattr(hardware, "seconds_since_start", lambda: self.now)
 
     def monotonic(self):
         self.now += 0.02 * self.timing
@@ -440,8 +441,8 @@ def test_a_run_with_time_for_one_step_is_not_at_its_end_for_all_that_follow(trai
 
 @pytest.mark.parametrize("other", ["tokenizer", "shards"])
 def test_a_node_with_other_files_than_rank_0_is_named(other, data_dir, tokenizer, tmp_path):
-    class Second(runtime.Runtime):
-        def broadcast(self, value):
+    class Second(DistContext):
+        def broadcast_object(self, value):
             of_main.append(value)  # the first time as if it were rank 0's
             return of_main[0]
 
@@ -508,7 +509,7 @@ def test_a_plain_run_trains_what_the_stock_class_of_transformers_has(train):
 
 def test_without_a_depth_the_machine_and_the_minutes_choose_the_model(train, capsys, monkeypatch):
     def model_line(name, flops_per_second, **settings):
-        monkeypatch.setattr(runtime, "training_flops_per_second", lambda *_: flops_per_second)
+        monkeypatch.setattr(hardware, "training_flops_per_second", lambda *_: flops_per_second)
         train(name, DEPTH=0, ASPECT_RATIO=0, HEAD_DIM=128, NUM_ITERATIONS=0, DRY_RUN=True, **settings)
         return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("model"))
 
@@ -634,7 +635,7 @@ def forbid_rows(monkeypatch, most):
         return forward(self, inputs, targets)
 
     monkeypatch.setattr(GPT, "forward", limited)
-    monkeypatch.setattr(base_train, "rows_are_tried", lambda rt: base_train.DEVICE_BATCH_SIZE == 0)
+    monkeypatch.setattr(base_train, "rows_are_tried", lambda dist: base_train.DEVICE_BATCH_SIZE == 0)
     return tried
 
 
@@ -672,7 +673,7 @@ def test_a_plan_that_exceeds_the_memory_names_the_setting_to_lower(monkeypatch, 
     plan = base_train.make_plan(ALONE, model, None, 1e12, rows)
     needed = recipe.process_growth(plan.memory)
     for free, warns in ((needed - 1, True), (needed, False)):
-        monkeypatch.setattr(runtime, "free_memory_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(hardware, "free_memory_bytes", lambda device, free=free: free)
         warnings = [line for line in base_train.describe_batch(ALONE, plan, model.config) if "warning" in line]
         gib = f"{free / 2**30:.1f}"
         assert warnings == [f"warning    more than the {gib} GiB that are free for a rank: {advice}"] * warns
@@ -682,15 +683,15 @@ def test_a_plan_that_exceeds_the_memory_names_the_setting_to_lower(monkeypatch, 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu_the_most_rows_fit_and_twice_as_many_do_not(monkeypatch):
     device = torch.device("cuda", 0)
-    rt = runtime.Runtime(0, 0, 1, device, torch.bfloat16, "test")
+    dist = DistContext(0, 0, 1, device, torch.bfloat16, "test")
     model = checkpoint.build_model(GPTConfig(512, 256, 4, 2, 2, 64, 1000), device)
     model.init_weights(0)
-    torch.cuda.set_per_process_memory_fraction(2**30 / runtime.memory_bytes(device))
+    torch.cuda.set_per_process_memory_fraction(2**30 / hardware.memory_bytes(device))
     try:
-        rows = base_train.rows_that_fit(rt, model, 4096)
+        rows = base_train.rows_that_fit(dist, model, 4096)
         assert 1 < rows < 4096
         assert torch.cuda.memory_allocated(device) < 2**26  # what did not fit has gone
-        assert base_train.rows_that_fit(rt, model, 2 * rows) == rows
+        assert base_train.rows_that_fit(dist, model, 2 * rows) == rows
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
@@ -699,7 +700,7 @@ def test_memory_goes_back_after_the_start_from_pairs_and_before_a_save(train, mo
     calls = []
     for module, name in (
         (base_train, "start_from_pairs"),
-        (runtime, "give_back_freed_memory"),
+        (hardware, "give_back_freed_memory"),
         (base_train, "warm_up"),
         (checkpoint, "save"),
     ):
@@ -1563,8 +1564,8 @@ def test_the_older_of_two_jobs_on_one_run_stops_before_it_overwrites(train, at_s
 
 
 def test_a_machine_that_differs_from_that_of_the_checkpoint_is_said_in_one_line(train, stopped, monkeypatch, capsys):
-    environment = runtime.environment
-    monkeypatch.setattr(runtime, "environment", lambda rt: {**environment(rt), "threads": 99})
+    environment = hardware.environment
+    monkeypatch.setattr(hardware, "environment", lambda *place: {**environment(*place), "threads": 99})
     train("stopped", RESUME=True)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert "not to the same bits: threads was 1, is 99" in line

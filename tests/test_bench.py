@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanotrain import errors, loss, runtime
+from nanotrain import errors, hardware, loss
+from nanotrain.dist import init_distributed
 from scripts import bench
 
 TRAINING_TABLES = {
@@ -49,7 +50,7 @@ def _tiny(monkeypatch):
     for name, value in SETTINGS.items():
         monkeypatch.setattr(bench, name, value)
     monkeypatch.setattr(bench, "worker", in_this_process)
-    monkeypatch.setattr(runtime, "matmul_flops", lambda *arguments: 1e9)
+    monkeypatch.setattr(hardware, "matmul_flops", lambda *arguments: 1e9)
     yield
     torch.set_deterministic_debug_mode("error" if deterministic else "default")
     torch.set_float32_matmul_precision(precision)
@@ -185,7 +186,7 @@ def test_variants_run_in_processes_of_their_own(monkeypatch):
 
 def test_generation_without_a_cache_gives_the_same_texts_and_needs_the_same_products():
     work = bench.training(depth=3, width=16)
-    runs = {name: bench.prepare_generation(runtime.start("cpu"), work, name, texts=3) for name in bench.METHODS}
+    runs = {name: bench.prepare_generation(init_distributed("cpu"), work, name, texts=3) for name in bench.METHODS}
     with torch.no_grad():
         runs["cache"].args[0].head.weight.mul_(1000)  # a fresh head says nothing
         runs["no cache"].args[0].head.weight.mul_(1000)
@@ -217,10 +218,10 @@ def test_the_loss_on_all_logits_is_the_loss():
 
 
 def test_activation_checkpointing_changes_no_gradient():
-    rt = runtime.start("cpu", "float32")
+    dist = init_distributed("cpu", "float32")
     gradients = []
     for choice in ("off", "on"):
-        model, _ = bench.training(checkpointing=choice, depth=2, width=16).build(rt)
+        model, _ = bench.training(checkpointing=choice, depth=2, width=16).build(dist)
         for block in model.blocks:
             torch.nn.init.eye_(block.contract.weight)
         tokens = torch.arange(32).view(2, 16)
@@ -233,7 +234,7 @@ def test_the_optimizers_parts_are_all_there():
     rows = bench.optimizer_table()
     muon, rest = rows[:3], rows[3:-1]
     assert [row["part"] for row in muon] == ["Muon momentum", "Muon orthogonalisation", "Muon update"]
-    roles = set(bench.training().build(runtime.start("cpu", "float32"))[0].parameters_by_role()) - {"matrix"}
+    roles = set(bench.training().build(init_distributed("cpu", "float32"))[0].parameters_by_role()) - {"matrix"}
     expected = {f"AdamW {role}" for role in roles - {"bigram_embedding"}} | {"RowAdam bigram_embedding"}
     assert {row["part"] for row in rest} == expected
     assert rows[-1]["part"] == "all"

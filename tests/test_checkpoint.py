@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from nanotrain import checkpoint, paths, runtime, store
+from nanotrain import checkpoint, paths, store
 from nanotrain.errors import CheckpointError, DataError, SupersededError, UserError
 from nanotrain.gpt import GPTConfig
 from nanotrain.tokenizer import BPETokenizer
@@ -580,8 +580,8 @@ def test_the_scripts_load_the_best_when_told_to(script, trained, monkeypatch):
     def load_model(run_dir, device, best=False, step=0):
         raise Loaded(run_dir, best)
 
-    alone = SimpleNamespace(device="cpu", on_main=lambda act: act(), together=lambda act: act())
-    monkeypatch.setattr(runtime, "start", lambda *arguments, **named: alone)  # which would set what other tests see
+    alone = SimpleNamespace(device="cpu", on_rank0=lambda act: act(), on_all_ranks=lambda act: act())
+    monkeypatch.setattr(script, "init_distributed", lambda *_, **named: alone)  # which would set what others see
     monkeypatch.setattr(checkpoint, "load_model", load_model)
     monkeypatch.setattr(script, "RUN_NAME", str(trained[0]))
     for best in (False, True):

@@ -10,16 +10,16 @@ import time
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
+import torch.distributed as torch_dist
 from conftest import ALONE, make_model
 from test_base_train import _global_state, column, saved, train  # noqa: F401
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nanotrain import dataloader, dataset, optim, runtime, tracker
+from nanotrain import dataloader, dataset, hardware, optim, tracker
+from nanotrain.dist import DistContext, init_distributed
 from nanotrain.gpt import GPTConfig
-from nanotrain.runtime import Runtime
 from tests import soak
 
 on_cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")]
@@ -69,7 +69,7 @@ def waits(operations):
 
 
 def place_on(device, dtype=torch.bfloat16):
-    return Runtime(0, 0, 1, torch.device(device), dtype, "test")
+    return DistContext(0, 0, 1, torch.device(device), dtype, "test")
 
 
 def model_on(device):
@@ -173,12 +173,12 @@ def test_float32_has_no_flash_attention(device):
 @on_each
 def test_the_optimizers_use_fused_kernels_and_low_precision_and_do_not_wait(device):
     model, inputs, targets = model_on(device)
-    rt = place_on(device)
-    optimizers = optim.build(model.parameters_by_role(), RATES, 0.1, torch.bfloat16, rt)
+    dist = place_on(device)
+    optimizers = optim.build(model.parameters_by_role(), RATES, 0.1, torch.bfloat16, dist)
     model(inputs, targets).backward()
     guarded = contextlib.nullcontext() if device == "cpu" else no_waiting_on_cuda()
     with Operations() as operations, guarded:
-        torch.nn.utils.get_total_norm(optim.collect_gradients(list(model.parameters()), rt))
+        torch.nn.utils.get_total_norm(optim.collect_gradients(list(model.parameters()), dist))
         optim.step(optimizers)
     names = [name for name, _ in operations.found]
     assert names.count("aten::_fused_adamw_") == sum(bool(group["params"]) for group in optimizers[1].param_groups)
@@ -205,7 +205,7 @@ def waits_of_steps(run, monkeypatch, device, **settings):
     status; on CUDA torch itself raises an error for anything else that waits.
     """
     waited, reads, now = [], [], contextlib.ExitStack()
-    set_schedule, total, record = optim.set_schedule, Runtime.sum, tracker.Tracker.step
+    set_schedule, total, record = optim.set_schedule, DistContext.all_reduce_sum, tracker.Tracker.step
     steps = 0
 
     def beginning(*arguments):
@@ -236,7 +236,7 @@ def waits_of_steps(run, monkeypatch, device, **settings):
         record(*arguments)
 
     monkeypatch.setattr(optim, "set_schedule", beginning)
-    monkeypatch.setattr(Runtime, "sum", reading)
+    monkeypatch.setattr(DistContext, "all_reduce_sum", reading)
     monkeypatch.setattr(tracker.Tracker, "step", ending)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: waited and waited[-1].found.append(("wait", [])))
     WAITS.add("wait")
@@ -272,17 +272,17 @@ def test_ranks_on_cuda_use_nccl_for_tensors_of_the_gpu_and_gloo_for_others(monke
     asked, order = [], []
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(dist.HashStore(), 0, 2)]))
-    monkeypatch.setattr(runtime, "_name_of_attempt", lambda store, rank, world_size: "name")
+    monkeypatch.setattr(torch_dist, "rendezvous", lambda url: iter([(torch_dist.HashStore(), 0, 2)]))
+    monkeypatch.setattr("nanotrain.dist._name_of_attempt", lambda store, rank, world_size: "name")
     monkeypatch.setattr(
-        dist, "init_process_group", lambda backend, **options: order.append("join") or asked.append(backend)
+        torch_dist, "init_process_group", lambda backend, **options: order.append("join") or asked.append(backend)
     )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: order.append(f"set {device}"))
     monkeypatch.setattr(torch, "manual_seed", lambda seed: None)
-    runtime.start(device="cuda", dtype="bfloat16", deterministic=False)
-    runtime.start(device="cpu")
+    init_distributed(device="cuda", dtype="bfloat16", deterministic=False)
+    init_distributed(device="cpu")
     assert asked == ["cpu:gloo,cuda:nccl", "gloo"]
     assert order == ["set cuda:0", "join", "join"]
 
@@ -331,12 +331,12 @@ def test_with_deterministic_a_resume_on_a_gpu_is_exact(device, train, monkeypatc
 @cuda_only
 def test_compiled_blocks_meet_one_shape_and_compute_the_same(device, train):  # noqa: F811
     model, inputs, targets = model_on(device)
-    rt = place_on(device)
+    dist = place_on(device)
     torch.compiler.reset()
 
     def loss_and_gradient():
         model.zero_grad()
-        with rt.autocast():
+        with dist.autocast():
             loss = model(inputs, targets)
         loss.backward()
         return loss.item(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
@@ -353,11 +353,11 @@ def test_compiled_blocks_meet_one_shape_and_compute_the_same(device, train):  # 
 
 @cuda_only
 def test_peak_memory_is_that_of_the_gpu(device):
-    rt = place_on(device)
-    before = rt.peak_memory_bytes()
+    dist = place_on(device)
+    before = hardware.peak_memory_bytes(dist.device)
     block = torch.empty(2**26, device=device)
-    assert rt.peak_memory_bytes() >= max(before, block.nbytes)
-    assert ALONE.peak_memory_bytes() != rt.peak_memory_bytes()
+    assert hardware.peak_memory_bytes(dist.device) >= max(before, block.nbytes)
+    assert hardware.peak_memory_bytes(ALONE.device) != hardware.peak_memory_bytes(dist.device)
 
 
 @cuda_only

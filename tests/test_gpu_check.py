@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from nanotrain import runtime
+from nanotrain import hardware
 
 spec = importlib.util.spec_from_file_location("gpu_check", ROOT / "dev" / "gpu_check.py")
 gpu_check = sys.modules["gpu_check"] = importlib.util.module_from_spec(spec)
@@ -81,7 +81,7 @@ def test_all_steps_succeed_at_tiny_sizes_and_both_files_hold_the_numbers(tmp_pat
         assert step["seconds"] > 0
         for row in step["rows"]:
             assert f"| {' | '.join(map(gpu_check.cell, row.values()))} |" in markdown
-    assert [row["compiled"] for row in steps["speed 12"]["rows"]] == [False, True][: 1 + runtime.can_compile()]
+    assert [row["compiled"] for row in steps["speed 12"]["rows"]] == [False, True][: 1 + hardware.can_compile()]
     rates = {row["kernel"].split(" (")[0]: row["rate"] for row in steps["kernels"]["rows"]}
     assert all(
         rates[name] > 0 for name in ("matmul torch.float32", "copy, read and written", "attention as torch chooses")

@@ -170,13 +170,13 @@ def test_a_spike_is_measured_against_the_accepted_losses_in_their_standard_devia
 
 
 @dataclass
-class FakeRuntime:
-    """The part of a Runtime that the check uses, with the other ranks' sums given."""
+class FakeDistContext:
+    """The part of a DistContext that the check uses, with the other ranks' sums given."""
 
     world_size: int
     others: tuple = ()
 
-    def gather(self, value):
+    def all_gather_objects(self, value):
         return [value, *self.others]
 
 
@@ -202,7 +202,7 @@ def test_the_checksum_notices_every_single_changed_bit_and_an_exchange_of_tensor
 def test_ranks_that_hold_other_weights_are_named_on_all():
     tensors = some_tensors()
     same = guard.checksum(tensors)
-    guard.check_replicas(FakeRuntime(1), tensors, 7)
-    guard.check_replicas(FakeRuntime(3, (same, same)), tensors, 7)
+    guard.check_replicas(FakeDistContext(1), tensors, 7)
+    guard.check_replicas(FakeDistContext(3, (same, same)), tensors, 7)
     with pytest.raises(ReplicaError, match=r"step 7: the weights of rank 1, 3 are not those of rank 0"):
-        guard.check_replicas(FakeRuntime(4, (same + 1, same, same - 1)), tensors, 7)
+        guard.check_replicas(FakeDistContext(4, (same + 1, same, same - 1)), tensors, 7)

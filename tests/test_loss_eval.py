@@ -11,10 +11,10 @@ import torch
 from conftest import ALONE, make_model, make_shards, make_texts, on_every_rank
 
 from nanotrain import dataloader, loss_eval
+from nanotrain.dist import DistContext
 from nanotrain.errors import DataError
 from nanotrain.gpt import GPTConfig
 from nanotrain.loss_eval import bits_per_byte, document_bits_per_byte, document_windows
-from nanotrain.runtime import Runtime
 
 
 class TableModel:
@@ -228,13 +228,13 @@ def test_validation_documents_are_the_first_ones_whole(tokenizer, tmp_path):
 
 def details_of(case, tokenizer, world_size, batch_rows=4, add=loss_eval.Details.add):
     """What every rank of several finds, what they share being put together by hand."""
-    handed = {"sum": [], "gather": []}
+    handed = {"sums": [], "objects": []}
     for known in (False, True):
         results = []
         for number in range(world_size):
-            rank = Runtime(number, number, world_size, torch.device("cpu"), torch.float32, "test")
+            rank = DistContext(number, number, world_size, torch.device("cpu"), torch.float32, "test")
             details = loss_eval.Details(tokenizer)
-            vars(rank)["sum"] = lambda values: [1.0] * len(values)
+            vars(rank)["all_reduce_sum"] = lambda values: [1.0] * len(values)
             bits_per_byte(
                 case.model,
                 case.rows,
@@ -244,10 +244,12 @@ def details_of(case, tokenizer, world_size, batch_rows=4, add=loss_eval.Details.
                 None,
                 lambda *batch, d=details: add(d, *batch),
             )
-            totals = [sum(column) for column in zip(*handed["sum"], strict=True)] if known else None
-            vars(rank)["sum"] = lambda values, totals=totals: totals or handed["sum"].append(values) or values
-            vars(rank)["gather"] = lambda value, known=known: (
-                handed["gather"] if known else handed["gather"].append(value) or [value]
+            totals = [sum(column) for column in zip(*handed["sums"], strict=True)] if known else None
+            vars(rank)["all_reduce_sum"] = lambda values, totals=totals: (
+                totals or handed["sums"].append(values) or values
+            )
+            vars(rank)["all_gather_objects"] = lambda value, known=known: (
+                handed["objects"] if known else handed["objects"].append(value) or [value]
             )
             results.append(details.result(rank))
     assert all(result == results[0] for result in results)

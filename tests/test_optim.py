@@ -8,9 +8,9 @@ import torch
 from conftest import ALONE
 
 from nanotrain import optim
+from nanotrain.dist import DistContext
 from nanotrain.gpt import GPT, GPTConfig
 from nanotrain.optim import AdamW, Muon, RowAdam, orthogonalize
-from nanotrain.runtime import Runtime
 
 SHAPES = ((8, 8), (6, 16), (16, 6), (16, 6), (1, 5), (5, 1))
 RATES = {"matrix": 0.02, "embedding": 0.3, "unembedding": 0.004, "scalar": 0.05}
@@ -277,7 +277,7 @@ class Ranks:
     def __init__(self, pairs):
         self.pairs = pairs
 
-    def concatenate(self, tensor):
+    def all_gather_rows(self, tensor):
         (there,) = [there for here, there in self.pairs if here.shape == tensor.shape and torch.equal(here, tensor)]
         return torch.cat((tensor, there))
 
@@ -326,15 +326,15 @@ def events_of_a_step(update, monkeypatch):
     """What happens in `update(optimizers)`: the stacks that Muon works on, what is sent, and the waiting, in order."""
     events = []
 
-    class Recorder(Runtime):
-        def share(self, owned):
+    class Recorder(DistContext):
+        def broadcast_owned(self, owned):
             number = sum(event.startswith("send") for event in events)
             events.append(f"send {number}: {sum(len(tensor) for part in owned for tensor in part)}")
             return lambda: events.append(f"wait {number}")
 
     monkeypatch.setattr(Muon, "update", lambda self, parameters, group: events.append(f"Muon {len(group['params'])}"))
     model, place = small_model(), Recorder(0, 0, 2, torch.device("cpu"), torch.float32, "test")
-    optimizers = optim.build(model.parameters_by_role(), RATES, weight_decay=0.1, dtype=torch.float32, runtime=place)
+    optimizers = optim.build(model.parameters_by_role(), RATES, weight_decay=0.1, dtype=torch.float32, dist=place)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     model.bigram_embedding.weight.grad = torch.ones(11, 16).to_sparse(1)
@@ -367,10 +367,10 @@ def test_the_check_of_overlap_notices_optimizers_that_wait_for_each_other(monkey
         assert_sends_overlap(lambda optimizers: [optimizer.step() for optimizer in optimizers[::-1]], monkeypatch)
 
 
-class Lonely(Runtime):
+class Lonely(DistContext):
     """One rank of several, to whom nobody sends anything."""
 
-    def share(self, owned):
+    def broadcast_owned(self, owned):
         assert len(owned) == self.world_size
         return lambda: None
 
@@ -443,7 +443,7 @@ def test_the_footprint_of_a_small_model_is_the_one_counted_by_hand():
 
 def test_build_puts_every_parameter_in_one_group_with_the_rate_of_its_role():
     model = small_model()
-    optimizers = optim.build(model.parameters_by_role(), RATES, weight_decay=0.1, dtype=torch.float32, runtime=ALONE)
+    optimizers = optim.build(model.parameters_by_role(), RATES, weight_decay=0.1, dtype=torch.float32, dist=ALONE)
     named = dict(model.named_parameters())
     held = {}
     for optimizer in optimizers:
@@ -471,7 +471,7 @@ def test_build_puts_every_parameter_in_one_group_with_the_rate_of_its_role():
 
 def test_set_schedule_scales_every_rate_from_its_own_base():
     model = small_model()
-    optimizers = optim.build(model.parameters_by_role(), RATES, weight_decay=0.1, dtype=torch.float32, runtime=ALONE)
+    optimizers = optim.build(model.parameters_by_role(), RATES, weight_decay=0.1, dtype=torch.float32, dist=ALONE)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     base = [group["lr"] for group in groups]
     for rate in (0.5, 0.25):  # the second does not build on the first
@@ -484,10 +484,10 @@ def test_set_schedule_scales_every_rate_from_its_own_base():
         assert "momentum" not in group
 
 
-def trained(steps, runtime=ALONE):
+def trained(steps, dist=ALONE):
     """A model and its optimizers after so many steps on fixed gradients."""
     model = small_model()
-    optimizers = optim.build(model.parameters_by_role(), RATES, weight_decay=0.1, dtype=torch.float32, runtime=runtime)
+    optimizers = optim.build(model.parameters_by_role(), RATES, weight_decay=0.1, dtype=torch.float32, dist=dist)
     for seed in range(1, steps + 1):
         step(optimizers, dict(model.named_parameters()), seed)
     return model, optimizers
@@ -577,6 +577,6 @@ def test_accumulated_gradients_and_the_next_muon_step_equal_those_of_the_whole_b
         torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().amax().item())
         assert gradient.any(), name
     for model in models:  # AdamW's first step is a sign, which rounding may turn
-        optim.build(model.parameters_by_role(), RATES, weight_decay=0.0, dtype=torch.float32, runtime=ALONE)[0].step()
+        optim.build(model.parameters_by_role(), RATES, weight_decay=0.0, dtype=torch.float32, dist=ALONE)[0].step()
     for (name, one), two in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")

@@ -15,10 +15,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from nanotrain import loss, optim, recipe
 from nanotrain.checkpoint import build_model
+from nanotrain.dist import DistContext
 from nanotrain.errors import UserError
 from nanotrain.gpt import GPT, GPTConfig
 from nanotrain.recipe import ActivationPolicy, Horizon, Memory
-from nanotrain.runtime import Runtime
 
 
 def test_the_recipe_needs_no_torch():
@@ -272,16 +272,16 @@ def test_a_plan_survives_json():
 # ---- memory ----
 
 
-def measured_peak(model, optimizers, rows, grad_accum_steps, rt):
+def measured_peak(model, optimizers, rows, grad_accum_steps, dist):
     """The most bytes of tensors that torch has had at once during a step, beyond weights and optimizer state."""
     tokens = torch.randint(model.config.vocab_size, (2, rows, model.config.max_seq_len))
     parameters = list(model.parameters())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for _ in range(grad_accum_steps):
-            with rt.autocast():
+            with dist.autocast():
                 mean = model(*tokens) / grad_accum_steps
             mean.backward()
-        optim.collect_gradients(parameters, rt)
+        optim.collect_gradients(parameters, dist)
         for optimizer in optimizers:
             optimizer.step()
         for parameter in parameters:
@@ -306,21 +306,21 @@ MEMORIES = [
 def test_the_memory_of_a_step_is_what_the_plan_says(
     depth, width, vocab_size, seq_len, rows, grad_accum_steps, dtype, in_update
 ):
-    rt = Runtime(0, 0, 1, torch.device("cpu"), dtype, "test")
+    dist = DistContext(0, 0, 1, torch.device("cpu"), dtype, "test")
     model = build_model(GPTConfig(vocab_size, seq_len, depth, width // 32, width // 32, 32, 1000), "cpu")
     model.init_weights(0)
     roles = model.parameters_by_role()
     counts = {role: sum(p.numel() for p in named.values()) for role, named in roles.items()}
-    optimizers = optim.build(roles, RATES, 0.0, dtype, rt)
+    optimizers = optim.build(roles, RATES, 0.0, dtype, dist)
     measured, planned = [], []
     for checkpointing in (False, True):
         if checkpointing:
             model.checkpoint_activations()
-        policy = ActivationPolicy(dtype.itemsize, False, checkpointing, loss.chunk_rows(rt.device))
+        policy = ActivationPolicy(dtype.itemsize, False, checkpointing, loss.chunk_rows(dist.device))
         needed = recipe.estimate_memory(counts, model.config, rows, grad_accum_steps, 1, policy)
         assert (needed.update > needed.activations + needed.logits) == in_update
         planned.append(needed.peak - needed.weights - needed.optimizer)
-        measured.append(measured_peak(model, optimizers, rows, grad_accum_steps, rt))
+        measured.append(measured_peak(model, optimizers, rows, grad_accum_steps, dist))
         state = [tensor for of_one in optimizers for state in of_one.state.values() for tensor in state.values()]
         assert needed.weights == sum(p.nbytes for p in model.parameters())
         assert needed.optimizer == pytest.approx(sum(tensor.nbytes for tensor in state), rel=0.02)

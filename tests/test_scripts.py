@@ -374,7 +374,7 @@ def test_samples_are_read_one_after_another_and_made_together_only_when_needed(m
 def test_more_samples_than_fit_into_memory_are_refused_with_a_number_that_fits(
     trained, tokenizer, monkeypatch, printed
 ):
-    monkeypatch.setattr(generate.runtime, "memory_bytes", lambda device: 100_000)
+    monkeypatch.setattr(generate.hardware, "memory_bytes", lambda device: 100_000)
     monkeypatch.setattr(generate, "NUM_SAMPLES", 10**6)
     with pytest.raises(errors.MemoryLimitError, match=r"--num-samples=1000000: .* use --num-samples=\d+$") as caught:
         generate.answer(trained[1], tokenizer, PROMPT)

@@ -22,7 +22,7 @@ case $1 in
     -) exec {sys.executable} "$@" ;;
 esac
 echo "$2 $*" >> calls
-if [ "$2" = nanotrain.runtime ]; then printf 'device     cpu\\nGPUs       0\\n'; fi
+if [ "$2" = nanotrain.hardware ]; then printf 'device     cpu\\nGPUs       0\\n'; fi
 for argument; do case $argument in --run-name=*) run=$NANOTRAIN_DIR/runs/${{argument#*=}} ;; esac; done
 if [ "$2" = scripts.base_train ]; then
     mkdir -p "$run/checkpoints/step_00000900"
@@ -65,7 +65,7 @@ def start(tree, command="MINUTES=2 bash speedrun.sh"):
 def called(tree):
     """[(module, its arguments)] in the order of the calls, without the look at the machine."""
     lines = [line.split(" ") for line in (tree / "calls").read_text().splitlines() if line != "waits"]
-    return [(module, arguments) for module, *arguments in lines if module != "nanotrain.runtime"]
+    return [(module, arguments) for module, *arguments in lines if module != "nanotrain.hardware"]
 
 
 def interrupt_in(tree, stage, command="MINUTES=2 bash speedrun.sh"):

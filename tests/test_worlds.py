@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from nanotrain import checkpoint, optim
+from nanotrain.dist import DistContext
 from nanotrain.gpt import GPTConfig
-from nanotrain.runtime import Runtime
 from tests import soak
 
 STEPS, SAVED = 20, 10
@@ -191,7 +191,7 @@ def test_state_that_is_lost_at_a_save_is_noticed(worlds):
 
 def footprint(config, rank, world_size, table_rows):
     """That of a model of this shape, of which only the shapes exist."""
-    place = Runtime(rank, rank, world_size, torch.device("meta"), torch.float32, "test")
+    place = DistContext(rank, rank, world_size, torch.device("meta"), torch.float32, "test")
     rates = {"matrix": 1.0, "embedding": 1.0, "unembedding": 1.0, "scalar": 1.0}
     roles = checkpoint.build_model(config, "meta").parameters_by_role()
     return optim.footprint(optim.build(roles, rates, 0.0, torch.float32, place), place, table_rows)

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from nanotrain import config, errors, optim
-from nanotrain.runtime import Runtime
+from nanotrain.dist import DistContext
 from scripts import base_train
 
 BYTES_SENT = 200  # where struct tcp_info of Linux has tcpi_bytes_sent
@@ -86,8 +86,8 @@ def train(folder, plan, rank):
             signal.raise_signal(signal.SIGTERM)
         set_schedule(optimizers, *schedule)
 
-    def collecting(parameters, runtime):
-        found = collect_gradients(parameters, runtime)
+    def collecting(parameters, dist):
+        found = collect_gradients(parameters, dist)
         if len(record["sent"]) == 1 and rank == 0:
             gradients = {str(number): parameter.grad.to_dense() for number, parameter in enumerate(parameters)}
             save_file(gradients, folder / f"{plan['name']}.gradients")
@@ -101,8 +101,8 @@ def train(folder, plan, rank):
 
 
 def unsent():
-    share = Runtime.share
-    Runtime.share = lambda self, owned: share(self, [[] if rank == 1 else part for rank, part in enumerate(owned)])
+    send = DistContext.broadcast_owned
+    DistContext.broadcast_owned = lambda self, owned: send(self, [owned[0], [], *owned[2:]])
 
 
 def unaveraged():
@@ -113,8 +113,8 @@ def unaveraged():
 
 
 def lost():
-    assemble = Runtime.assemble
-    Runtime.assemble = lambda self, part, sizes: assemble(self, part * 0 if self.rank == 1 else part, sizes)
+    gather = DistContext.gather_to_rank0
+    DistContext.gather_to_rank0 = lambda self, part, sizes: gather(self, part * 0 if self.rank == 1 else part, sizes)
 
 
 def bytes_sent():

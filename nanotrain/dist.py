@@ -1,0 +1,270 @@
+"""Ranks: the place of this process in the run, its process group, and collectives on tensors and small objects."""
+
+import contextlib
+import gc
+import os
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+
+from nanotrain import config, errors, hardware
+from nanotrain.errors import PeerError, UserError
+
+JOIN_SECONDS = 600.0  # in which all ranks must have started
+MESSAGE_BYTES = 2**26  # up to which tensors are sent together: long enough for full speed, short enough to copy
+
+
+@dataclass(frozen=True)
+class DistContext:
+    """One process of a run: its place among the ranks, its device, and the dtype of its matrix products."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype
+    dtype_reason: str
+
+    @property
+    def is_rank0(self) -> bool:
+        """True on rank 0, the only one that prints, logs and writes files."""
+        return self.rank == 0
+
+    def print0(self, text: str) -> None:
+        """Print on rank 0 only."""
+        if self.is_rank0:
+            print(text, flush=True)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The context in which the model's matrix products run in `dtype`; does nothing for float32."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def all_reduce_sum(self, values: list) -> list[float]:
+        """The sums over all ranks of a list of numbers or () tensors, with a single read of the device."""
+        device = self.device if self.device.type == "cuda" else "cpu"  # MPS has no float64
+        numbers = [0.0 if isinstance(value, torch.Tensor) else value for value in values]
+        total = torch.tensor(numbers, dtype=torch.float64).to(device, non_blocking=True)  # one by one each would wait
+        for place, value in zip(total, values, strict=True):
+            if isinstance(value, torch.Tensor):
+                place.copy_(value)
+        if self.world_size > 1:
+            torch_dist.all_reduce(total)
+        return total.tolist()
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's `value` (anything JSON-like), on every rank."""
+        box = [value]
+        if self.world_size > 1:
+            torch_dist.broadcast_object_list(box, src=0)  # on the CPU: a GPU's collective would not wait for rank 0
+        return box[0]
+
+    def all_gather_objects(self, value: Any) -> list:
+        """A list of every rank's `value` (anything JSON-like), on every rank."""
+        boxes = [value]
+        if self.world_size > 1:
+            boxes = [None] * self.world_size
+            torch_dist.all_gather_object(boxes, value)
+        return boxes
+
+    def all_gather_rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensors of all ranks joined in rank order along their first dimension, whose size may differ."""
+        if self.world_size == 1:
+            return tensor
+        sizes = torch.empty(self.world_size, dtype=torch.int64, device=tensor.device)
+        torch_dist.all_gather(list(sizes.split(1)), torch.tensor([len(tensor)], device=tensor.device))
+        sizes = sizes.tolist()
+        padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
+        padded[: len(tensor)] = tensor
+        joined = tensor.new_empty((self.world_size, *padded.shape))
+        torch_dist.all_gather(list(joined.unbind()), padded)
+        return torch.cat([part[:size] for part, size in zip(joined, sizes, strict=True)])
+
+    def broadcast_owned(self, owned: list[list[torch.Tensor]]) -> Callable[[], None]:
+        """Start sending every rank the tensors that each rank owns; returns a function that waits for all of them.
+
+        owned: for each rank, a list of its 1-D contiguous tensors of one dtype. The other ranks pass the tensors to be
+        overwritten. Small ones travel in one message, large ones without being copied.
+        """
+        sent = []
+        for rank, tensors in enumerate(owned if self.world_size > 1 else ()):
+            for message in _messages(tensors):
+                if len(message) == 1:
+                    flat = message[0]
+                elif rank == self.rank:
+                    flat = torch.cat(message)
+                else:
+                    flat = message[0].new_empty(sum(map(len, message)))
+                sent.append((rank, message, flat, torch_dist.broadcast(flat, rank, async_op=True)))
+
+        def wait():
+            for rank, message, flat, work in sent:
+                work.wait()
+                if rank != self.rank and len(message) > 1:
+                    torch._foreach_copy_(message, flat.split([len(tensor) for tensor in message]))
+
+        return wait
+
+    def gather_to_rank0(self, part: torch.Tensor, sizes: list[int]) -> torch.Tensor | None:
+        """On rank 0 the 1-D tensors of all ranks joined in rank order, in CPU memory unless it is the only rank; None
+        on the others. Every rank passes the sizes of all parts.
+        """
+        if self.world_size == 1:
+            return part
+        if not self.is_rank0:
+            if sizes[self.rank]:
+                torch_dist.send(part.cpu(), 0)
+            return None
+        joined = torch.empty(sum(sizes), dtype=part.dtype)
+        for rank, place in enumerate(joined.split(sizes)):
+            if rank == self.rank:
+                place.copy_(part)
+            elif len(place):
+                torch_dist.recv(place, rank)
+        return joined
+
+    def on_rank0(self, function: Callable[[], Any]) -> Any:
+        """Call `function` on rank 0 only; every rank returns its result, or raises its UserError or OSError."""
+        result, error = self.broadcast_object(_attempt(function) if self.is_rank0 else None)
+        if error:
+            raise getattr(errors, error[0])(error[1])
+        return result
+
+    def on_all_ranks(self, function: Callable[[], Any]) -> Any:
+        """Call `function` on every rank and return its result here; a UserError or OSError on any is raised on all."""
+        result, error = _attempt(function)
+        first = next((found for found in self.all_gather_objects(error) if found), None)
+        if first:
+            raise getattr(errors, first[0])(first[1])
+        return result
+
+    def largest_that_fits(self, most: int, attempt: Callable[[int], Any]) -> int:
+        """The first of `most`, half of it, ... 1 with which `attempt(number)` runs out of memory on no rank; 0 if there
+        is none. All ranks try the same numbers; `attempt` must not wait for another rank.
+        """
+        number = most
+        while number:
+            failed = False
+            try:
+                attempt(number)
+            except (RuntimeError, MemoryError) as error:
+                if not hardware.is_out_of_memory(error):
+                    raise
+                failed = True
+            # Only here, where the error and the frames of its traceback have gone, can their tensors go too.
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if not any(self.all_gather_objects(failed)):
+                break
+            number //= 2
+        return number
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.world_size > 1:
+            torch_dist.destroy_process_group()
+
+
+def init_distributed(
+    device: str = "auto", dtype: str = "auto", seed: int = 1337, deterministic: bool = True
+) -> DistContext:
+    """Set up this process, with a process group if torchrun started more than one, and return its DistContext.
+
+    device: auto, cuda, mps or cpu. dtype: auto, bfloat16, float16 or float32. `deterministic` asks torch for
+    repeatable kernels (always used on the CPU). Raises UserError for what this machine does not have.
+    """
+    config.choice("DEVICE", device, ("auto", "cuda", "mps", "cpu"))
+    config.choice("DTYPE", dtype, ("auto", *hardware.DTYPES))
+    rank, local_rank, world_size = _place()
+    found = hardware.find_device(device, local_rank)
+    if found.type == "cuda":
+        torch.cuda.set_device(found)  # before NCCL starts, which takes the current one
+    if world_size > 1:
+        _join(found, world_size)
+    hardware.configure(found, seed, deterministic)
+    return DistContext(rank, local_rank, world_size, found, *hardware.find_dtype(dtype, found))
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective raised `error` because another rank has ended."""
+    text = str(error)
+    return isinstance(error, torch_dist.DistError) or "gloo/transport" in text or "Connection closed by peer" in text
+
+
+def _messages(tensors):
+    """Lists of consecutive tensors: as many as make up MESSAGE_BYTES at most, or one."""
+    found, size = [], MESSAGE_BYTES
+    for tensor in tensors:
+        if size + tensor.nbytes > MESSAGE_BYTES:
+            found.append([])
+            size = 0
+        found[-1].append(tensor)
+        size += tensor.nbytes
+    return found
+
+
+def _attempt(function):
+    """(result, None) of a call, or (None, (name of a class in nanotrain.errors, message)), which any rank can raise."""
+    try:
+        return function(), None
+    except OSError as error:
+        return None, ("FileError", f"{error.strerror}: {error.filename}" if error.filename else str(error))
+    except UserError as error:
+        return None, (next(kind.__name__ for kind in type(error).__mro__ if hasattr(errors, kind.__name__)), str(error))
+
+
+def _place():
+    """[rank, local rank, world size], as torchrun gives them to its processes."""
+    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    given = {name: os.environ.get(name) or default for name, default in defaults.items()}
+    place = [int(value) if value.isdecimal() else -1 for value in given.values()]
+    if min(place) < 0 or place[0] >= place[2]:
+        written = " ".join(f"{name}={value}" for name, value in given.items())
+        raise UserError(f"{written}: no place among ranks; start the ranks with torchrun, or unset all three")
+    return place
+
+
+def _join(device, world_size):
+    if device.type == "mps":
+        raise UserError(f"--device=mps runs one process, not {world_size}: use --device=cpu or one process")
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UserError(f"WORLD_SIZE={world_size} without {' and '.join(missing)}: start the ranks with torchrun")
+    if not torch_dist.is_initialized():
+        store, rank, _ = next(torch_dist.rendezvous("env://"))
+        store = torch_dist.PrefixStore(_name_of_attempt(store, rank, world_size), store)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        torch_dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+
+
+def _name_of_attempt(store, rank, world_size):
+    """A name that rank 0 draws for this start of the ranks and that all of them get.
+
+    torchrun (2.13) hands restarted ranks the store of those it has ended, with addresses where nobody listens any more;
+    whoever looks first would find them. So every rank gets the name under a key that it has drawn itself, and rank 0
+    goes on answering until all of this start have it.
+    """
+    if rank:
+        key = uuid.uuid4().hex
+        store.set(f"nanotrain/rank{rank}", key)
+        name = store.get(key).decode()
+        store.set(f"{name}/rank{rank}", "here")
+        return name
+    name, missing = uuid.uuid4().hex, set(range(1, world_size))
+    end = time.monotonic() + JOIN_SECONDS
+    while missing:
+        for other in missing:
+            if store.check([f"nanotrain/rank{other}"]):
+                store.set(store.get(f"nanotrain/rank{other}").decode(), name)
+        missing = {other for other in missing if not store.check([f"{name}/rank{other}"])}
+        if missing and time.monotonic() > end:
+            raise PeerError(f"rank {', '.join(map(str, sorted(missing)))} did not start within {JOIN_SECONDS:.0f} s")
+        time.sleep(0.01)
+    return name

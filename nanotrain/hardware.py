@@ -1,0 +1,326 @@
+"""The device, its precision, and what this machine can do; `python -m nanotrain.hardware` prints it."""
+
+import contextlib
+import ctypes
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from nanotrain import config, errors
+from nanotrain.errors import UserError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+# Dense bf16 FLOP/s as the vendors publish them, by a part of the device's name; the first match counts.
+PEAK_FLOPS = {
+    "GB200": 2.5e15,
+    "B200": 2.25e15,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+}
+
+
+def find_device(name: str = "auto", local_rank: int = 0) -> torch.device:
+    """The device of that name for this rank of the machine; raises UserError where there is none."""
+    have_cuda, have_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if have_cuda else "mps" if have_mps and "RANK" not in os.environ else "cpu"
+    if name == "cuda" and not have_cuda:
+        raise UserError("--device=cuda: torch finds no CUDA device here (see python -m nanotrain.hardware)")
+    if name == "mps" and not have_mps:
+        raise UserError("--device=mps: torch finds no Metal device here (see python -m nanotrain.hardware)")
+    if name == "cuda" and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank}, but there are {torch.cuda.device_count()} CUDA devices: "
+            f"use torchrun --nproc_per_node={torch.cuda.device_count()}"
+        )
+    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+
+
+def find_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype of matrix products and the reason for it; `auto` takes the fastest that is safe on the device."""
+    if name != "auto":
+        return DTYPES[name], "as asked"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        version = f"CUDA capability {capability[0]}.{capability[1]}"
+        if capability >= (8, 0):
+            return torch.bfloat16, version
+        if capability >= (7, 0):
+            return torch.float16, f"{version}: fast float16, no bfloat16"
+        return torch.float32, f"{version}: no fast 16-bit matrix products"
+    if device.type == "cpu":
+        can = torch.cpu.get_capabilities()
+        for feature in ("amx_bf16", "avx512_bf16"):
+            if can.get(feature):
+                return torch.bfloat16, f"this CPU has {feature.upper()}"
+        return torch.float32, "this CPU has neither AVX512_BF16 nor AMX"
+    return torch.float32, "the safe choice on this device"
+
+
+def configure(device: torch.device, seed: int = 1337, deterministic: bool = True) -> None:
+    """Seed torch and set it up for the device; see `dist.init_distributed`."""
+    if device.type == "cpu":
+        _keep_freed_memory()
+    if deterministic or device.type == "cpu":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        if device.type == "cuda":
+            torch.use_deterministic_algorithms(True)
+        else:
+            torch.set_deterministic_debug_mode("error")  # the same flag, without a second of imports for the compiler
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.sparse.check_sparse_tensor_invariants.disable()  # said aloud, for torch 2.11 warns where it is not
+    torch.manual_seed(seed)
+
+
+def _keep_freed_memory():
+    """Let glibc reuse large freed blocks: fresh pages of a 32 MB tensor take longer than the product that fills it."""
+    _call_glibc("mallopt", -1, 2**31 - 1)  # M_TRIM_THRESHOLD: never give the top of the heap back
+    _call_glibc("mallopt", -3, 2**30)  # M_MMAP_THRESHOLD: no private mapping for blocks below 1 GiB
+
+
+def give_back_freed_memory() -> None:
+    """Return to the system what `configure` lets glibc keep, before anything but a step needs memory: its large blocks
+    would not fit into the holes that a step leaves.
+    """
+    _call_glibc("malloc_trim", 0)
+
+
+def _call_glibc(function, *arguments):
+    """Does nothing without glibc: macOS has no such function, Windows no library without a name."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        getattr(ctypes.CDLL(None), function)(*arguments)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that the device or the machine has no memory left."""
+    texts = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")  # of the CPU, of a GPU, of its libraries
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts)
+
+
+def use_tokenizer_threads(parallel: bool) -> None:
+    """Let each call of the tokenizers library use all cores, or only the thread that makes it."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if parallel else "false"
+
+
+def use_compile_cache(folder: Path) -> None:
+    """Let torch.compile keep its results in `folder`; call it before anything is compiled."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+
+
+def can_compile() -> bool:
+    """Whether torch.compile has what it needs: a GPU, or a C++ compiler."""
+    return bool(torch.cuda.is_available() or shutil.which("g++") or shutil.which("clang++"))
+
+
+def silence_profiler() -> None:
+    """Keep torch's profiler from writing a line to the terminal whenever it starts or stops."""
+    os.environ["KINETO_LOG_LEVEL"] = "6"  # above all of its levels
+
+
+def trust_cpu_flags(trust: bool) -> None:
+    """Let torch.compile trust the CPU flags for vector instructions: its own test programs take as long as a model."""
+    torch._inductor.config.cpp.vec_isa_ok = True if trust else None
+
+
+def cores_of_a_rank() -> int:
+    """CPU cores per rank of this machine, at least 1."""
+    return max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1), 1)
+
+
+def seconds_since_start() -> float:
+    """Seconds since the system started this process, so that imports count."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
+        # not /proc/uptime, which in some containers counts from the container's start and not from the system's
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    with contextlib.suppress(OSError, ValueError):
+        found = subprocess.run(["ps", "-o", "etime=", "-p", str(os.getpid())], capture_output=True, text=True)
+        days, _, clock = found.stdout.strip().rpartition("-")
+        seconds = 0
+        for part in clock.split(":"):
+            seconds = 60 * seconds + int(part)
+        return float(seconds + 86400 * int(days or 0))
+    return time.process_time()
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's published dense bf16 FLOP/s, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
+    """The median FLOP/s of a (4096, 256) by (256, 1024) product in `dtype` on this machine (all sides 8 times as long
+    on CUDA, where the product would be over before the wait for it), measured for about `seconds`.
+    """
+    rows, inner, columns = (8 * side if device.type == "cuda" else side for side in (4096, 256, 1024))
+    a = torch.randn(rows, inner, device=device).to(dtype)
+    b = torch.randn(columns, inner, device=device).to(dtype).t()
+    out = torch.empty(rows, columns, device=device, dtype=dtype)
+    times, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 5:
+        begin = time.perf_counter()
+        torch.mm(a, b, out=out)
+        synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return 2 * rows * inner * columns / statistics.median(times)
+
+
+def training_flops_per_second(device: torch.device, dtype: torch.dtype, seconds: float = 0.1) -> float:
+    """The median FLOP/s of the forward and backward pass of one plain transformer layer of width 256 (1,024 on CUDA)
+    on 2,048 tokens (16,384), eager, measured for about `seconds`.
+
+    Unlike `matmul_flops` it also pays for attention and for what moves memory, in the proportion of a real layer, so
+    it says how long training takes on machines of any balance.
+    """
+    width, rows = (1024, 64) if device.type == "cuda" else (256, 8)
+    shapes = ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width))
+    weights = [(torch.randn(shape, device=device) / width**0.5).requires_grad_() for shape in shapes]
+    x = torch.randn(rows, 256, width, device=device)
+    amp = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+    def layer():
+        qkv, output, expand, contract = weights
+        heads = F.linear(F.rms_norm(x, (width,)), qkv).view(rows, 256, 3, width // 128, 128).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).reshape(x.shape)
+        y = x + F.linear(attended, output)
+        return y + F.linear(F.relu(F.linear(F.rms_norm(y, (width,)), expand)).square(), contract)
+
+    times, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 4:
+        begin = time.perf_counter()
+        with amp:
+            loss = layer().float().sum()
+        torch.autograd.grad(loss, weights)
+        synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return rows * 256 * (6 * 12 * width**2 + 12 * width * 256) / statistics.median(times[1:])
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all its work, so that a clock reading means something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process has held so far: what torch had on the GPU; elsewhere, that of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):
+        # first choice, because getrusage also counts the process that started this one
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """On a GPU, let `peak_memory_bytes` start again from what is held now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """The device's whole memory in bytes; for a CPU the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Memory for this rank: the whole of its GPU's; on a CPU its share of what is still available."""
+    if device.type == "cuda":
+        return memory_bytes(device)
+    free = memory_bytes(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
+def device_name(device: torch.device) -> str:
+    """The device as its maker calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def environment(device: torch.device, dtype: torch.dtype, world_size: int) -> dict:
+    """Versions and hardware, which a result depends on besides the settings, as a JSON-like dict."""
+    packages = {name: metadata.version(name) for name in ("pyarrow", "tokenizers", "numpy", "safetensors")}
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": {"torch": str(torch.__version__), **packages},  # which names its build, as the metadata may not
+        "cuda": torch.version.cuda,
+        "device": device.type,
+        "device_name": device_name(device),
+        "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "world_size": world_size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "commit": _commit(),
+    }
+
+
+def _commit():
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        folder = Path(__file__).parent
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
+        return found.stdout.strip()
+    return None
+
+
+def main():
+    device = find_device()
+    configure(device)
+    dtype, reason = find_dtype("auto", device)
+    cuda = torch.version.cuda or "not in this build"
+    compiler = shutil.which("g++") or shutil.which("clang++") or "none: on the CPU torch.compile falls back to eager"
+    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    print(f"python     {platform.python_version()}, torch {torch.__version__}, CUDA {cuda}")
+    print(f"device     {device} ({device_name(device)}), {cores}")
+    print(f"GPUs       {torch.cuda.device_count()}")
+    print(f"precision  {str(dtype).removeprefix('torch.')} ({reason})")
+    print(f"compiler   {compiler}")
+    for name in ("float32", "bfloat16"):
+        print(f"matmul     {matmul_flops(device, DTYPES[name]) / 1e9:,.0f} GFLOP/s in {name}")
+    print(f"memory     {memory_bytes(device) / 2**30:.1f} GiB")
+
+
+if __name__ == "__main__":
+    errors.run(lambda: config.override(globals()), main)
