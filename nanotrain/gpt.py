@@ -177,7 +177,7 @@ class GPT(nn.Module):
         C, kv_dim = config.model_dim, config.num_kv_heads * config.head_dim
         self.embedding = embedding_table(config.vocab_size, C)
         if config.bigram_rows:
-            # a step touches few of its rows, so its gradient is sparse (see RowAdam)
+            # a step touches few of its rows, so its gradient is sparse (see RowwiseAdam)
             self.bigram_embedding = embedding_table(config.bigram_rows, C, sparse=True)
         self.value_embeddings = nn.ModuleDict(
             {

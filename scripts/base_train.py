@@ -278,9 +278,9 @@ def pretrain(rt, stop, watchdog):
         "scalar": SCALAR_LR,
     }
     muon_dtype = torch.bfloat16 if rt.dtype == torch.bfloat16 else torch.float32
-    _, adamw, *_ = optimizers = optim.build(model.parameters_by_role(), rates, WEIGHT_DECAY, muon_dtype, rt)
+    _, adamw, *_ = optimizers = optim.build_optimizers(model.parameters_by_role(), rates, WEIGHT_DECAY, muon_dtype, rt)
     if rt.world_size > 1:
-        rt.say(describe_sharing(optim.footprint(optimizers, rt, plan.total_batch_size // rt.world_size)))
+        rt.say(describe_sharing(optim.communication_bytes(optimizers, rt, plan.total_batch_size // rt.world_size)))
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
     if saved:
         checkpoint.load_weights(model, model_tensors)
@@ -712,12 +712,12 @@ def describe_batch(rt, plan, model_config):
     return lines
 
 
-def describe_sharing(footprint):
+def describe_sharing(num_bytes):
     """The line that says what the ranks send each other and what each of them holds."""
-    sent = sum(size for name, size in footprint.items() if name != "state")
+    sent = sum(size for name, size in num_bytes.items() if name != "state")
     return (
         f"sharing    a rank sends at most {sent / 1e6:,.1f} MB a step"
-        f" and holds {footprint['state'] / 1e6:,.1f} MB of optimizer state"
+        f" and holds {num_bytes['state'] / 1e6:,.1f} MB of optimizer state"
     )
 
 

@@ -164,7 +164,7 @@ class Training:
         elif self.compile_mode == "block":
             model.compile_parts()
         muon_dtype = torch.bfloat16 if rt.dtype == torch.bfloat16 else torch.float32
-        return model, optim.build(model.parameters_by_role(), RATES, 0.0, muon_dtype, rt)
+        return model, optim.build_optimizers(model.parameters_by_role(), RATES, 0.0, muon_dtype, rt)
 
 
 def prepare_training(rt, training, next_batch=None):
@@ -197,7 +197,7 @@ def training_step(rt, training, model, optimizers, next_batch=None):
 
 def prepare_optimizers(rt, training):
     """The optimizers' step with the gradients of one row, as a function that gives {part: seconds}."""
-    model, (muon, adamw, *row_adam) = training.build(rt)
+    model, (muon, adamw, *rowwise_adam) = training.build(rt)
     tokens = torch.randint(training.vocab_size, (2, 1, training.seq_len), device=rt.device)
     with rt.autocast():
         model(*tokens).backward()
@@ -207,7 +207,7 @@ def prepare_optimizers(rt, training):
     ]
     roles = {name: role for role, named in model.parameters_by_role().items() for name in named}
     others = [(f"AdamW {roles[group['names'][0]]}", optim.AdamW([group], rt)) for group in adamw.param_groups]
-    others += [("RowAdam bigram_embedding", optimizer) for optimizer in row_adam]
+    others += [("RowwiseAdam bigram_embedding", optimizer) for optimizer in rowwise_adam]
     orthogonalize, marks = optim.orthogonalize, []
 
     def mark():

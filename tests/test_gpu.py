@@ -174,7 +174,7 @@ def test_float32_has_no_flash_attention(device):
 def test_the_optimizers_use_fused_kernels_and_low_precision_and_do_not_wait(device):
     model, inputs, targets = model_on(device)
     rt = place_on(device)
-    optimizers = optim.build(model.parameters_by_role(), RATES, 0.1, torch.bfloat16, rt)
+    optimizers = optim.build_optimizers(model.parameters_by_role(), RATES, 0.1, torch.bfloat16, rt)
     model(inputs, targets).backward()
     guarded = contextlib.nullcontext() if device == "cpu" else no_waiting_on_cuda()
     with Operations() as operations, guarded:

@@ -52,7 +52,7 @@ def test_the_memory_of_a_step_is_what_the_plan_says(
     model.init_weights(0)
     roles = model.parameters_by_role()
     counts = {role: sum(p.numel() for p in named.values()) for role, named in roles.items()}
-    optimizers = optim.build(roles, RATES, 0.0, dtype, rt)
+    optimizers = optim.build_optimizers(roles, RATES, 0.0, dtype, rt)
     measured, planned = [], []
     for checkpointing, moment in zip((False, True), moments, strict=True):
         if checkpointing:
