@@ -17,7 +17,7 @@ import torch
 from nanotrain.errors import DataError
 
 
-def bits_per_byte(model, rows, token_bytes, runtime, batch_rows, progress=None, details=None):
+def bits_per_byte(model, rows, token_bytes, runtime, batch_size, progress=None, details=None):
     """Sum of nats / (ln 2 x UTF-8 bytes of the targets) over `rows` (N, T + 1) int32, the same on every rank.
 
     The rows are dealt to the ranks by index; targets without bytes (special tokens) count in neither sum. `progress`
@@ -25,19 +25,19 @@ def bits_per_byte(model, rows, token_bytes, runtime, batch_rows, progress=None, 
     float64, so batch size and rank count change nothing that matters. Raises DataError if no target has any bytes.
     """
     mine = rows[runtime.rank :: runtime.world_size]
-    batches = (mine[start : start + batch_rows] for start in range(0, len(mine), batch_rows))
+    batches = (mine[start : start + batch_size] for start in range(0, len(mine), batch_size))
     batches = ((batch[:, :-1], batch[:, 1:]) for batch in batches)
     return _bits_per_byte(model, batches, token_bytes, runtime, progress, details)
 
 
-def document_bits_per_byte(model, windows, token_bytes, runtime, batch_rows, progress=None):
+def document_bits_per_byte(model, windows, token_bytes, runtime, batch_size, progress=None):
     """The same over `windows` (see `document_windows`), where every token of a document is counted exactly once."""
     bos = windows[0][0, 0]
     mine = windows[runtime.rank :: runtime.world_size]
 
     def batches():
-        for start in range(0, len(mine), batch_rows):
-            some = mine[start : start + batch_rows]
+        for start in range(0, len(mine), batch_size):
+            some = mine[start : start + batch_size]
             batch = np.full((2, len(some), max(window.shape[1] for window in some)), bos, dtype=np.int32)
             for row, window in enumerate(some):
                 batch[:, row, : window.shape[1]] = window

@@ -63,7 +63,7 @@ SEED = 1337  # of the weights and of the order of the data
 DATA_DIR = ""  # folder of shards; empty: the only data set in NANOTRAIN_DIR/data
 TOKENIZER_DIR = ""  # folder of tokenizer.json; empty: NANOTRAIN_DIR/tokenizer
 MAX_SEQ_LEN = 0  # tokens of a row; 0: chosen by the width
-LANES = 48  # streams that the rows are taken from in turn
+LANES = 48  # token streams from which sequences are taken in turn
 # --- model
 DEPTH = 0  # layers; 0: chosen by the horizon in minutes or operations, else 4
 ASPECT_RATIO = 0  # width per layer; 0: 64, and a width of at least 256
@@ -222,9 +222,9 @@ def pretrain(rt, stop, watchdog):
         model_config, reason = choose_shape(tokenizer.vocab_size, speed)
     seq_len = model_config.max_seq_len
     if EVAL_TOKENS < seq_len:
-        raise UserError(f"--eval-tokens={EVAL_TOKENS}: less than one row of {seq_len} tokens")
+        raise UserError(f"--eval-tokens={EVAL_TOKENS}: less than one sequence of {seq_len} tokens")
     validation = EVAL_EVERY and rt.together(
-        lambda: dataloader.packed_rows([shards.validation.path], tokenizer, seq_len, EVAL_TOKENS)
+        lambda: dataloader.packed_sequences([shards.validation.path], tokenizer, seq_len, EVAL_TOKENS)
     )
     identity = {
         "model_config": model_config.to_dict(),
@@ -265,7 +265,7 @@ def pretrain(rt, stop, watchdog):
     rt.on_main(lambda: tokenizer.save(run_dir))
 
     # ---- weights and optimizers ----
-    units = dataloader.units_of(shards.train, LANES)
+    slices = dataloader.slices_of(shards.train, LANES)
     runtime.use_tokenizer_threads(False)  # the readers have threads of their own
     model = model.to_empty(device=rt.device)
     if GRAD_CHECKPOINT:
@@ -294,7 +294,7 @@ def pretrain(rt, stop, watchdog):
         model.init_weights(SEED)
         if SPECTRAL_TOKENS and tokenizer.vocab_size <= spectral.LARGEST_VOCABULARY:
             # on rank 0 alone: DistributedDataParallel, below, hands what it has to the others
-            rt.on_main(lambda: start_from_pairs(model, units, tokenizer, plan.tokens))
+            rt.on_main(lambda: start_from_pairs(model, slices, tokenizer, plan.tokens))
             runtime.give_back_freed_memory()  # the counts of all pairs
     del model_tensors, optimizer_tensors, first_weights  # else a resumed run would hold two copies of everything
     if rows_are_tried(rt):
@@ -316,7 +316,9 @@ def pretrain(rt, stop, watchdog):
     # ---- the run ----
     loader_state = saved["loader"] if saved else None
     threads = runtime.cores_of_a_rank()
-    reader = dataloader.RowReader(units, tokenizer, seq_len, LANES, SEED, rt.rank, rt.world_size, loader_state, threads)
+    reader = dataloader.SequenceReader(
+        slices, tokenizer, seq_len, LANES, SEED, rt.rank, rt.world_size, loader_state, threads
+    )
     tracker = rt.together(lambda: Tracker(run_dir, run.num_steps, run.step, rt.is_main))
     in_wandb = None
     if WANDB != "off" and rt.is_main:
@@ -378,7 +380,7 @@ def pretrain(rt, stop, watchdog):
         tracker,
         dataloader.DataLoader(reader, plan.device_rows, rt.device) as loader,
     ):
-        batches, mean_loss = rt.together(lambda: dataloader.LookAhead(loader)), math.nan
+        batches, mean_loss = rt.together(lambda: dataloader.Prefetcher(loader)), math.nan
         stopped_before = run.assessed_step != run.step  # what was due then
         if run.step == 0 or stopped_before:
             last = assess(last=False)
@@ -401,13 +403,13 @@ def pretrain(rt, stop, watchdog):
             optim.set_schedule(optimizers, rate, momentum, schedule.weight_decay(progress, WEIGHT_DECAY))
 
             # ---- gradients of the whole batch ----
-            loss_sum, row_hash = torch.zeros((), device=rt.device), 0
+            loss_sum, data_hash = torch.zeros((), device=rt.device), 0
             first_batch, loader_seconds = batches.next, 0.0
             for micro_step in range(micro_steps):
                 asked = time.perf_counter()
                 batch = batches.take()
                 loader_seconds += time.perf_counter() - asked
-                row_hash += batch.row_hash
+                data_hash += batch.sequence_hash
                 # before the forward, where DDP decides whether this backward will average over the ranks
                 trained.require_backward_grad_sync = micro_step == micro_steps - 1
                 with rt.autocast():
@@ -420,7 +422,7 @@ def pretrain(rt, stop, watchdog):
             norm = torch.nn.utils.get_total_norm(gradients)
 
             # ---- what all ranks must know, in one reduction and one read ----
-            halves = [row_hash % 2**32, (row_hash >> 32) % 2**32]  # of the hash, which float64 adds exactly
+            halves = [data_hash % 2**32, (data_hash >> 32) % 2**32]  # float64 adds 32-bit halves exactly
             status = [loss_sum, norm, stop.requested, batches.error is not None, *halves]
             loss_total, norm_total, stops, data_errors, hash_low, hash_high = rt.sum(status)
             mean_loss, grad_norm = loss_total / rt.world_size, norm_total / rt.world_size
@@ -721,14 +723,14 @@ def describe_sharing(num_bytes):
     )
 
 
-def start_from_pairs(model, units, tokenizer, run_tokens):
+def start_from_pairs(model, slices, tokenizer, run_tokens):
     """Set embedding and head to those of the bigram model of the first tokens of the run, and of those that would come
     after it: to count them takes far less time than to train on them.
     """
     seq_len = model.config.max_seq_len
     count = max(min(SPECTRAL_TOKENS, SPECTRAL_RUNS * run_tokens) // seq_len, 1)
     threads = runtime.cores_of_a_rank()
-    reader = dataloader.RowReader(units, tokenizer, seq_len, LANES, SEED, threads=threads)
+    reader = dataloader.SequenceReader(slices, tokenizer, seq_len, LANES, SEED, threads=threads)
     rows = torch.empty(count, seq_len + 1, dtype=torch.int64)
     reader.fill(rows.numpy())
     generator = torch.Generator().manual_seed(SEED)

@@ -54,7 +54,7 @@ MAX_SEQ_LEN = 256  # tokens of a row
 # --- data, for the tables loader and step
 DATA_DIR = ""  # folder of shards; empty: the only data set in NANOTRAIN_DIR/data
 TOKENIZER_DIR = ""  # folder of tokenizer.json; empty: NANOTRAIN_DIR/tokenizer
-LOADER_TOKENS = 4_000_000  # of one measurement of the loader: few tokens would count the first reading of each unit
+LOADER_TOKENS = 4_000_000  # per measurement of the loader; with fewer, the first read of each slice would dominate
 # --- measurement
 REPETITIONS = 5  # of every measurement
 OUT = ""  # file for the JSON; empty: none
@@ -671,22 +671,22 @@ def loader_table():
     """
     tokenizer = BPETokenizer.load(paths.tokenizer_dir(TOKENIZER_DIR))
     shards = dataset.open_shards(paths.data_dir(DATA_DIR))
-    units = dataloader.units_of(shards.train, LANES)
+    slices = dataloader.slices_of(shards.train, LANES)
     texts = some_texts(shards)
     rows = []
     for threads in (1, 2):
-        for batch_rows, seq_len in SHAPES:
+        for batch_size, seq_len in SHAPES:
             pairs = []
             for _ in range(REPETITIONS):
                 runtime.use_tokenizer_threads(threads > 1)
                 alone = tokenizer_speed(tokenizer, texts)
                 runtime.use_tokenizer_threads(False)  # the reader has threads of its own
-                pairs.append((loader_speed(units, tokenizer, batch_rows, seq_len, threads), alone))
+                pairs.append((loader_speed(slices, tokenizer, batch_size, seq_len, threads), alone))
             ratios = sorted(loaded / alone for loaded, alone in pairs)
             rows.append(
                 {
                     "threads": threads if threads == 1 else "all",
-                    "shape": f"({batch_rows}, {seq_len})",
+                    "shape": f"({batch_size}, {seq_len})",
                     "loader tok/s": round(statistics.median(loaded for loaded, _ in pairs)),
                     "tokenizer tok/s": round(statistics.median(alone for _, alone in pairs)),
                     "ratio": round(statistics.median(ratios), 3),
@@ -716,16 +716,16 @@ def tokenizer_speed(tokenizer, texts):
     return tokens / (time.perf_counter() - begin)
 
 
-def loader_speed(units, tokenizer, batch_rows, seq_len, threads):
+def loader_speed(slices, tokenizer, batch_size, seq_len, threads):
     """Tokens per second into (B, T + 1) buffers of a reader that starts anew, its first batch not counted."""
-    reader = dataloader.RowReader(units, tokenizer, seq_len, LANES, seed=1337, threads=threads)
-    rows = np.empty((batch_rows, seq_len + 1), dtype=np.int64)
-    reader.fill(rows)
-    batches = max(LOADER_TOKENS // rows[:, 1:].size, 1)
+    reader = dataloader.SequenceReader(slices, tokenizer, seq_len, LANES, seed=1337, threads=threads)
+    sequences = np.empty((batch_size, seq_len + 1), dtype=np.int64)
+    reader.fill(sequences)
+    batches = max(LOADER_TOKENS // sequences[:, 1:].size, 1)
     begin = time.perf_counter()
     for _ in range(batches):
-        reader.fill(rows)
-    return batches * rows[:, 1:].size / (time.perf_counter() - begin)
+        reader.fill(sequences)
+    return batches * sequences[:, 1:].size / (time.perf_counter() - begin)
 
 
 def step_table():
@@ -739,10 +739,10 @@ def step_table():
     rt = runtime.start(DEVICE, DTYPE, deterministic=False)
     runtime.silence_profiler()  # its lines would break the progress bar
     tokenizer = BPETokenizer.load(paths.tokenizer_dir(TOKENIZER_DIR))
-    units = dataloader.units_of(dataset.open_shards(paths.data_dir(DATA_DIR)).train, LANES)
+    slices = dataloader.slices_of(dataset.open_shards(paths.data_dir(DATA_DIR)).train, LANES)
     runtime.use_tokenizer_threads(False)  # the reader has threads of its own
     threads = runtime.cores_of_a_rank()
-    reader = dataloader.RowReader(units, tokenizer, MAX_SEQ_LEN, LANES, seed=1337, threads=threads)
+    reader = dataloader.SequenceReader(slices, tokenizer, MAX_SEQ_LEN, LANES, seed=1337, threads=threads)
     work = training(vocab_size=tokenizer.vocab_size)
     if work.compile_mode != "off":
         import torch._inductor.config  # not at the top: it takes seconds

@@ -539,38 +539,38 @@ def test_a_run_whose_shape_was_chosen_keeps_it_on_another_machine(train, monkeyp
 # ---- the data of a run ----
 
 
-def data_hashes(folder, tokenizer, num_steps, rows_per_step, offset=0):
-    """The data_hash of each step by the definition: lanes of units in the order of their hashes, rows dealt in turn.
+def data_hashes(folder, tokenizer, num_steps, sequences_per_step, offset=0):
+    """The data_hash of each step by definition: slices ordered by hash, sequences taken from the streams in turn.
 
-    offset: shifts every row by so many tokens, for the twin.
+    offset: shifts every sequence by so many tokens, for the twin.
     """
-    lanes, seq_len = TINY["LANES"], TINY["MAX_SEQ_LEN"]
-    units = {}
+    num_streams, seq_len = TINY["LANES"], TINY["MAX_SEQ_LEN"]
+    slices = {}
     for shard in ("shard_00000.parquet", "shard_00001.parquet"):
         file = pq.ParquetFile(folder / shard)
         for group in range(file.num_row_groups):
-            units[f"{shard}:{group}:0"] = file.read_row_group(group).column("text").to_pylist()
-    sequence = []
+            slices[f"{shard}:{group}:0"] = file.read_row_group(group).column("text").to_pylist()
+    order = []
     for epoch in range(3):
-        keys = {unit: hashlib.sha256(f"{base_train.SEED} {epoch} {unit}".encode()).digest() for unit in units}
-        sequence += sorted(units, key=keys.get)
+        keys = {name: hashlib.sha256(f"{base_train.SEED} {epoch} {name}".encode()).digest() for name in slices}
+        order += sorted(slices, key=keys.get)
     streams = []
-    for lane in range(lanes):
-        texts = [text for unit in sequence[lane::lanes] for text in units[unit]]
+    for stream in range(num_streams):
+        texts = [text for name in order[stream::num_streams] for text in slices[name]]
         streams.append([token for text in texts for token in (tokenizer.bos, *tokenizer.encode(text))][offset:])
     hashes = []
     for step in range(num_steps):
         total = 0
-        for number in range(step * rows_per_step, (step + 1) * rows_per_step):
-            start = number // lanes * seq_len
-            row = streams[number % lanes][start : start + seq_len + 1]
-            packed = struct.pack("<q", number) + struct.pack(f"<{seq_len + 1}i", *row)
+        for number in range(step * sequences_per_step, (step + 1) * sequences_per_step):
+            start = number // num_streams * seq_len
+            sequence = streams[number % num_streams][start : start + seq_len + 1]
+            packed = struct.pack("<q", number) + struct.pack(f"<{seq_len + 1}i", *sequence)
             total += int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
         hashes.append(f"{total % 2**64:016x}")
     return hashes
 
 
-def test_the_rows_are_those_of_the_definition_over_more_than_one_epoch(train, data_dir, tokenizer):
+def test_the_sequences_are_those_of_the_definition_over_more_than_one_epoch(train, data_dir, tokenizer):
     run = train(NUM_ITERATIONS=14, TOTAL_BATCH_SIZE=1024, DEVICE_BATCH_SIZE=32, EVAL_EVERY=0)
     assert rows(run)[-1]["train/epoch"] >= 1
     assert column(run, "data_hash") == data_hashes(data_dir, tokenizer, 14, 64)
@@ -1400,7 +1400,7 @@ def test_no_data_set_no_tokenizer_and_a_broken_one_say_which_command_helps(train
     [
         ({"TARGET_FLOPS": 1e9}, r"--num-iterations=6 --target-flops=1000000000.0: two horizons"),
         ({"TARGET_MINUTES": 5.0}, r"--num-iterations=6 --target-minutes=5.0: two horizons"),
-        ({"EVAL_TOKENS": 15}, r"--eval-tokens=15: less than one row of 16 tokens"),
+        ({"EVAL_TOKENS": 15}, r"--eval-tokens=15: less than one sequence of 16 tokens"),
         ({"MATRIX_LR": -0.1}, r"--matrix-lr=-0.1: must not be negative"),
         ({"SAVE_EVERY": -1}, r"--save-every=-1: must not be negative"),
         ({"MAX_SEQ_LEN": -1}, r"--max-seq-len=-1: must not be negative"),

@@ -31,7 +31,7 @@ class TableModel:
 def case(tokenizer, tmp_path_factory):
     """A model, 13 validation rows of 24 tokens, and the bytes of each token."""
     folder = make_shards(tmp_path_factory.mktemp("validation"))
-    rows = dataloader.packed_rows([folder / "shard_00002.parquet"], tokenizer, 24, 13 * 24)
+    rows = dataloader.packed_sequences([folder / "shard_00002.parquet"], tokenizer, 24, 13 * 24)
     rows[4, 7] = tokenizer.bos  # besides those between documents
     model = make_model(GPTConfig(320, 32, 2, 2, 2, 16), 0.5)
     for block in model.blocks:  # so that what comes before a token matters
@@ -101,11 +101,11 @@ def test_a_real_model_gives_the_definition(case):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 20])
-@pytest.mark.parametrize("batch_rows", [1, 2, 8])
-def test_neither_the_number_of_ranks_nor_the_batch_size_changes_anything(case, world_size, batch_rows):
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_neither_the_number_of_ranks_nor_the_batch_size_changes_anything(case, world_size, batch_size):
     alone = bits_per_byte(case.model, case.rows, case.token_bytes, ALONE, 100)
     found = on_every_rank(
-        world_size, lambda rank: bits_per_byte(case.model, case.rows, case.token_bytes, rank, batch_rows)
+        world_size, lambda rank: bits_per_byte(case.model, case.rows, case.token_bytes, rank, batch_size)
     )
     assert found == [pytest.approx(alone, rel=1e-6)] * world_size
 
@@ -174,12 +174,12 @@ def test_documents_give_the_definition(case, documents, seq_len):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 50])
-@pytest.mark.parametrize("batch_rows", [1, 2, 8])
-def test_documents_are_the_same_for_all_ranks_and_batches(case, documents, world_size, batch_rows):
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_documents_are_the_same_for_all_ranks_and_batches(case, documents, world_size, batch_size):
     windows = document_windows(documents[1], case.bos, 32)
     alone = document_bits_per_byte(case.model, windows, case.token_bytes, ALONE, 100)
     found = on_every_rank(
-        world_size, lambda rank: document_bits_per_byte(case.model, windows, case.token_bytes, rank, batch_rows)
+        world_size, lambda rank: document_bits_per_byte(case.model, windows, case.token_bytes, rank, batch_size)
     )
     assert found == [pytest.approx(alone, rel=1e-6)] * world_size
 
@@ -226,7 +226,7 @@ def test_validation_documents_are_the_first_ones_whole(tokenizer, tmp_path):
 # ---- where the loss is ----
 
 
-def details_of(case, tokenizer, world_size, batch_rows=4, add=loss_eval.Details.add):
+def details_of(case, tokenizer, world_size, batch_size=4, add=loss_eval.Details.add):
     """What every rank of several finds, what they share being put together by hand."""
     handed = {"sum": [], "gather": []}
     for known in (False, True):
@@ -240,7 +240,7 @@ def details_of(case, tokenizer, world_size, batch_rows=4, add=loss_eval.Details.
                 case.rows,
                 case.token_bytes,
                 rank,
-                batch_rows,
+                batch_size,
                 None,
                 lambda *batch, d=details: add(d, *batch),
             )
@@ -294,9 +294,9 @@ def test_the_worst_and_best_texts_and_the_histogram_are_those_of_the_definition(
     assert not same_details(shifted, texts, every)
 
 
-@pytest.mark.parametrize(("world_size", "batch_rows"), [(2, 4), (3, 1), (16, 2)])
-def test_they_are_the_same_for_every_number_of_ranks(case, tokenizer, world_size, batch_rows):
-    assert same_details(details_of(case, tokenizer, world_size, batch_rows), *details_by_definition(case, tokenizer))
+@pytest.mark.parametrize(("world_size", "batch_size"), [(2, 4), (3, 1), (16, 2)])
+def test_they_are_the_same_for_every_number_of_ranks(case, tokenizer, world_size, batch_size):
+    assert same_details(details_of(case, tokenizer, world_size, batch_size), *details_by_definition(case, tokenizer))
 
 
 def test_tokens_that_are_parts_of_a_character_are_shown_as_the_character(tokenizer):
