@@ -18,6 +18,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from nanotrain import (
+    bigram_init,
     checkpoint,
     config,
     core_bundle,
@@ -35,7 +36,6 @@ from nanotrain import (
     runtime,
     scaling,
     schedule,
-    spectral,
     wandb_run,
 )
 from nanotrain.engine import samples
@@ -70,7 +70,7 @@ ASPECT_RATIO = 0  # width per layer; 0: 64, and a width of at least 256
 HEAD_DIM = 128  # the width is rounded up to whole heads
 BIGRAM_ROWS = 65536  # of the hashed table of token pairs; 0: no table
 PLAIN = False  # only what transformers' own NanoChat class has, so no table of pairs either: for scripts.export_hf
-SPECTRAL_TOKENS = 2_000_000  # whose pairs set the first embedding and head (vocabularies to 16,384); 0: random ones
+SPECTRAL_TOKENS = 2_000_000  # counted for bigram init of embedding and head (vocabularies to 16,384); 0: random init
 # --- horizon: at most one of the first three
 NUM_ITERATIONS = 0  # optimizer steps
 TARGET_FLOPS = 0.0  # floating-point operations
@@ -292,10 +292,10 @@ def pretrain(rt, stop, watchdog):
         checkpoint.load_weights(model, first_weights)
     else:
         model.init_weights(SEED)
-        if SPECTRAL_TOKENS and tokenizer.vocab_size <= spectral.LARGEST_VOCABULARY:
-            # on rank 0 alone: DistributedDataParallel, below, hands what it has to the others
-            rt.on_main(lambda: start_from_pairs(model, slices, tokenizer, plan.tokens))
-            runtime.give_back_freed_memory()  # the counts of all pairs
+        if SPECTRAL_TOKENS and tokenizer.vocab_size <= bigram_init.LARGEST_VOCABULARY:
+            # rank 0 only: DistributedDataParallel, below, broadcasts the result
+            rt.on_main(lambda: apply_bigram_init(model, slices, tokenizer, plan.tokens))
+            runtime.give_back_freed_memory()  # the bigram counts
     del model_tensors, optimizer_tensors, first_weights  # else a resumed run would hold two copies of everything
     if rows_are_tried(rt):
         rows = rows_that_fit(rt, model, plan.device_rows * plan.accumulation // batch_parts())
@@ -723,18 +723,18 @@ def describe_sharing(num_bytes):
     )
 
 
-def start_from_pairs(model, slices, tokenizer, run_tokens):
-    """Set embedding and head to those of the bigram model of the first tokens of the run, and of those that would come
-    after it: to count them takes far less time than to train on them.
+def apply_bigram_init(model, slices, tokenizer, run_tokens):
+    """Initialize embedding and head from the bigrams of the run's first tokens, and of later tokens that the run will
+    not reach: counting takes far less time than training.
     """
     seq_len = model.config.max_seq_len
     count = max(min(SPECTRAL_TOKENS, SPECTRAL_RUNS * run_tokens) // seq_len, 1)
     threads = runtime.cores_of_a_rank()
     reader = dataloader.SequenceReader(slices, tokenizer, seq_len, LANES, SEED, threads=threads)
-    rows = torch.empty(count, seq_len + 1, dtype=torch.int64)
-    reader.fill(rows.numpy())
+    sequences = torch.empty(count, seq_len + 1, dtype=torch.int64)
+    reader.fill(sequences.numpy())
     generator = torch.Generator().manual_seed(SEED)
-    embedding, head = spectral.start(rows, model.config.vocab_size, model.config.model_dim, generator)
+    embedding, head = bigram_init.bigram_init(sequences, model.config.vocab_size, model.config.model_dim, generator)
     with torch.no_grad():
         model.embedding.weight.copy_(embedding)
         model.head.weight.copy_(head)
@@ -844,15 +844,15 @@ def progress_bar(rt, tracker, watchdog, what, count):
 
 
 def evaluate(rt, run, model, validation, tokenizer, tracker, watchdog):
-    """Measure bits per byte on the validation rows, and record it in `run` and the log."""
-    begin, details = time.monotonic(), loss_eval.Details(tokenizer)
+    """Measure bits per byte on the validation sequences, and record it in `run` and the log."""
+    begin, stats = time.monotonic(), loss_eval.TokenLossStats(tokenizer)
     with progress_bar(rt, tracker, watchdog, "evaluation", len(validation)) as done:
         rows = DEVICE_BATCH_SIZE or DEFAULT_ROWS
-        val_bpb = loss_eval.bits_per_byte(model, validation, tokenizer.token_bytes(), rt, rows, done, details.add)
+        val_bpb = loss_eval.bits_per_byte(model, validation, tokenizer.token_bytes(), rt, rows, done, stats.add)
     run.val_bpb = val_bpb if math.isfinite(val_bpb) else None  # a checkpoint holds no NaN
     run.evaluated_step = run.step
     tracker.record(run.step, {"val/bpb": val_bpb})
-    tracker.evaluation(run.step, val_bpb=run.val_bpb, **details.result(rt))
+    tracker.evaluation(run.step, val_bpb=run.val_bpb, **stats.result(rt))
     if run.step and run.val_bpb is not None and (run.best_bpb is None or val_bpb < run.best_bpb):
         run.best_bpb, run.best_step = val_bpb, run.step  # of those that are saved: step 0 is not
     if run.val_bpb is not None and (run.goal_bpb is None or val_bpb < run.goal_bpb):

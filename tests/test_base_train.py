@@ -25,6 +25,7 @@ from conftest import ALONE, TINY_RUN, make_shards, make_texts
 from fake_wandb import FakeWandb
 
 from nanotrain import (
+    bigram_init,
     checkpoint,
     config,
     core_bundle,
@@ -41,7 +42,6 @@ from nanotrain import (
     runtime,
     scaling,
     schedule,
-    spectral,
     wandb_run,
 )
 from nanotrain.errors import CheckpointError, DataError, MemoryLimitError, NonFiniteError, SupersededError, UserError
@@ -178,9 +178,11 @@ def same_run(first, second, but_for=()):
 
 
 @pytest.mark.parametrize(("num_iterations", "tokens"), [(1, 5 * 128), (7, 5 * 7 * 128), (8, 5000)])
-def test_a_start_is_made_of_so_many_tokens_and_no_more_than_five_runs_have(train, monkeypatch, num_iterations, tokens):
-    shapes, start = [], spectral.start
-    monkeypatch.setattr(spectral, "start", lambda rows, *rest: shapes.append(rows.shape) or start(rows, *rest))
+def test_bigram_init_uses_so_many_tokens_and_no_more_than_five_runs_have(train, monkeypatch, num_iterations, tokens):
+    shapes, init = [], bigram_init.bigram_init
+    monkeypatch.setattr(
+        bigram_init, "bigram_init", lambda first, *rest: shapes.append(first.shape) or init(first, *rest)
+    )
     train(NUM_ITERATIONS=num_iterations, SPECTRAL_TOKENS=5000)
     assert shapes == [(tokens // 16, 16 + 1)]
 
@@ -192,11 +194,11 @@ def test_a_run_starts_as_the_bigram_model_of_its_first_tokens(train):
     assert many < 0.6 * at_random
 
 
-def test_a_vocabulary_with_too_many_pairs_starts_at_random(train, monkeypatch):
+def test_a_vocabulary_with_too_many_bigrams_starts_at_random(train, monkeypatch):
     expected = column(train("random", NUM_ITERATIONS=1, SPECTRAL_TOKENS=0), "val/bpb")
-    monkeypatch.setattr(spectral, "LARGEST_VOCABULARY", 319)
+    monkeypatch.setattr(bigram_init, "LARGEST_VOCABULARY", 319)
     assert column(train("large", NUM_ITERATIONS=1), "val/bpb") == expected
-    monkeypatch.setattr(spectral, "LARGEST_VOCABULARY", 320)
+    monkeypatch.setattr(bigram_init, "LARGEST_VOCABULARY", 320)
     assert column(train("small", NUM_ITERATIONS=1), "val/bpb") != expected
 
 
@@ -697,10 +699,10 @@ def test_on_a_gpu_the_most_rows_fit_and_twice_as_many_do_not(monkeypatch):
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def test_memory_goes_back_after_the_start_from_pairs_and_before_a_save(train, monkeypatch):
+def test_memory_goes_back_after_bigram_init_and_before_a_save(train, monkeypatch):
     calls = []
     for module, name in (
-        (base_train, "start_from_pairs"),
+        (base_train, "apply_bigram_init"),
         (runtime, "give_back_freed_memory"),
         (base_train, "warm_up"),
         (checkpoint, "save"),
@@ -711,7 +713,7 @@ def test_memory_goes_back_after_the_start_from_pairs_and_before_a_save(train, mo
         )
     train(NUM_ITERATIONS=2, SAVE_EVERY=1)
     saves = ["give_back_freed_memory", "save"]
-    assert calls == ["start_from_pairs", "give_back_freed_memory", "warm_up", *saves, *saves]
+    assert calls == ["apply_bigram_init", "give_back_freed_memory", "warm_up", *saves, *saves]
 
 
 # ---- activation checkpointing ----
