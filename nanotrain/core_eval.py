@@ -116,21 +116,21 @@ def _common_prefix(sequences):
 # ---- scores ----
 
 
-def evaluate(model, tokenizer, tasks, dist, batch_rows, progress=None):
+def evaluate(model, tokenizer, tasks, dist, batch_size, progress=None):
     """[Score] of the tasks, the same on every rank.
 
     model: has `hidden`, `head.weight` and `config.max_seq_len`. The items are dealt to the ranks by index and batched
-    by length, as many tokens in a forward pass as `batch_rows` full rows have. `progress` is called with the number of
-    items done.
+    by length, as many tokens per forward pass as `batch_size` sequences of full length have. `progress` is called with
+    the number of items done.
     """
-    right = [_num_right(model, tokenizer, task, dist, batch_rows, progress) for task in tasks]
+    right = [_num_right(model, tokenizer, task, dist, batch_size, progress) for task in tasks]
     return [
         Score(task.label, len(task.items), total / len(task.items), task.baseline)
         for task, total in zip(tasks, dist.all_reduce_sum(right), strict=True)
     ]
 
 
-def _num_right(model, tokenizer, task, dist, batch_rows, progress):
+def _num_right(model, tokenizer, task, dist, batch_size, progress):
     """How many items of this rank the model gets right."""
     mine, right = range(dist.rank, len(task.items), dist.world_size), 0
     for begin in range(0, len(mine), BLOCK_ITEMS):
@@ -142,7 +142,7 @@ def _num_right(model, tokenizer, task, dist, batch_rows, progress):
             for some in texts
         ]
         flat = [sequence for some in found for sequence in some]
-        scores = iter(_scores(model, flat, task.kind == LANGUAGE_MODELING, dist, batch_rows))
+        scores = iter(_scores(model, flat, task.kind == LANGUAGE_MODELING, dist, batch_size))
         for index, some in zip(block, found, strict=True):
             of_item = [next(scores) for _ in some]
             if task.kind == LANGUAGE_MODELING:
@@ -159,14 +159,14 @@ def _first_least(losses):
     return next(place for place, value in enumerate(values) if value <= min(values) + TIE_NATS)
 
 
-def _scores(model, sequences, greedy, dist, batch_rows):
+def _scores(model, sequences, greedy, dist, batch_size):
     """For each (ids, start) the mean loss in nats of the tokens from `start`, or, if `greedy`, the share of them that
     the model itself would write.
     """
     scores = [None] * len(sequences)
     order = sorted(range(len(sequences)), key=lambda place: len(sequences[place][0]))
     while order:
-        rows = max(batch_rows * model.config.max_seq_len // len(sequences[order[-1]][0]), 1)
+        rows = max(batch_size * model.config.max_seq_len // len(sequences[order[-1]][0]), 1)
         batch, order = order[-rows:], order[:-rows]  # the longest that are left
         for place, score in zip(batch, _batch_scores(model, [sequences[p] for p in batch], greedy, dist), strict=True):
             scores[place] = score

@@ -48,7 +48,7 @@ BUCKET_BYTES = 64 << 20  # of text that are sorted in memory at a time
 BUCKET_BITS, LEVELS = 6, 4  # 64 files are open at a time; a bucket that is too large is divided again, 3 times at most
 SHARD_BYTES = 200 << 20  # of text, about 100 MB as parquet
 GROUP_BYTES = 4 << 20  # of text in a row group, at most
-MIN_TRAIN_SHARDS, MIN_GROUPS = 4, 100  # a small corpus is spread so that many lanes find something to read
+MIN_TRAIN_SHARDS, MIN_GROUPS = 4, 100  # spreads a small corpus, so that many streams find something to read
 
 
 def cut(text, max_chars=MAX_CHARS):

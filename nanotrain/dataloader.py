@@ -1,14 +1,16 @@
-"""Row groups -> documents -> tokens -> rows of T + 1 -> pinned buffers -> device, in an order that no process count
-changes.
+"""Parquet shards -> token sequences -> batches on the device, in an order independent of the number of processes.
 
-Units, lanes, rows: a unit is a row group of a train shard (or a slice of one, where there
-are few). The endless sequence of units is epoch after epoch, each a permutation by hash. Lane l of L reads the units
-at positions l, l + L, l + 2L, ... as one stream of BOS + document tokens. Row n of the run is the next T + 1 tokens of
-lane n mod L, which then advances by T, so that the last target of a row is the first input of that lane's next one.
-Rank r of W trains on the rows n = r mod W. Nothing here depends on W but that choice, and the state between two
-batches is n and three integers per lane.
+A *slice* is a row group of a train shard, or part of one if the data set has few row groups. Slices are read epoch
+after epoch, each epoch in a new pseudorandom order. A *stream* is an endless sequence of tokens: stream s of S
+concatenates the documents of the slices at positions s, s + S, s + 2S, ... of that order, each document preceded by
+BOS. A *sequence* is one training example of T + 1 tokens, inputs and targets shifted by one. Sequence n of the run is
+taken from stream n mod S, which then advances by T tokens: the last target of a sequence is the first input of the
+next one from the same stream.
 
-    N rows of a batch   T tokens of a row   L lanes   W ranks
+Rank r of W trains on the sequences n with n mod W = r; nothing else depends on W. The state between two batches is n
+and three integers per stream. In checkpoints they are called "row" and "lanes".
+
+    N sequences in a batch   T tokens in a sequence   S streams   W ranks
 """
 
 import contextlib
@@ -18,104 +20,104 @@ import math
 import queue
 import threading
 from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from nanotrain.dataset import read_texts, row_groups
+from nanotrain.dataset import Shard, read_texts, row_groups
 from nanotrain.errors import DataError
+from nanotrain.tokenizer import BPETokenizer
 
-MAX_PIECE_CHARS = (
-    100_000  # longer documents are tokenized in pieces, which bounds memory; the cut is part of the data order
-)
-AHEAD_ROWS = 16  # of each lane that are tokenized at a time
-CHARS_PER_TOKEN = 3  # a first guess of how much text to tokenize; a wrong one costs time, never changes a row
+# Longer documents are tokenized in pieces, which bounds memory. Changing this changes the data order.
+MAX_PIECE_CHARS = 100_000
+PREFETCH_SEQUENCES = 16  # tokenized at a time in each stream
+CHARS_PER_TOKEN = 3  # estimate of how much text to tokenize; a bad one costs time but never changes a sequence
 
 
 @dataclass(frozen=True)
-class Unit:
-    """Rows `start` to `stop` of one row group, the name by which the unit is shuffled, and the stamp of its shard."""
+class Slice:
+    """Rows `start` to `stop` of one row group; `name` determines its place in each epoch, `stamp` is its shard's."""
 
     name: str
-    path: object
+    path: Path
     group: int
     start: int
     stop: int
     stamp: tuple
 
 
-def units_of(shards, lanes):
-    """The units of a tuple of train shards: their row groups, each cut into equal slices where there are fewer than 2
-    * lanes.
-    """
+def slices_of(shards: Sequence[Shard], num_streams: int) -> list[Slice]:
+    """The slices of train shards: whole row groups if there are at least 2 * num_streams of them, else equal parts."""
     groups = [(shard, group, rows) for shard in shards for group, rows in enumerate(shard.group_rows) if rows]
-    slices = math.ceil(2 * lanes / max(len(groups), 1))
-    units = []
+    parts = math.ceil(2 * num_streams / max(len(groups), 1))
+    slices = []
     for shard, group, rows in groups:
-        edges = [rows * part // slices for part in range(slices + 1)]
+        edges = [rows * part // parts for part in range(parts + 1)]
         for start, stop in itertools.pairwise(edges):
             if start < stop:
-                units.append(Unit(f"{shard.name}:{group}:{start}", shard.path, group, start, stop, shard.stamp))
-    return units
+                slices.append(Slice(f"{shard.name}:{group}:{start}", shard.path, group, start, stop, shard.stamp))
+    return slices
 
 
-class UnitSequence:
-    """The endless sequence of units: epoch after epoch, each sorted by SHA-256 of (seed, epoch, unit)."""
+class SliceSequence:
+    """The endless order of slices: epoch after epoch, each sorted by SHA-256 of (seed, epoch, slice name)."""
 
-    def __init__(self, units, seed):
-        self.units, self.seed, self._orders = units, seed, {}
-        self.empty = set()  # the units that were found to hold no text
-        self.kept = {}  # the row groups decoded last, of which other lanes read other slices
+    def __init__(self, slices: list[Slice], seed: int):
+        self.slices, self.seed, self._orders = slices, seed, {}
+        self.empty = set()  # slices found to contain no text
+        self.kept = {}  # recently decoded row groups, for streams that read other slices of them
 
-    def __getitem__(self, position):
-        """The unit at `position` of the sequence."""
-        epoch, index = divmod(position, len(self.units))
+    def __getitem__(self, position: int) -> Slice:
+        """The slice at `position`."""
+        epoch, index = divmod(position, len(self.slices))
         if epoch not in self._orders:
             self._orders = {known: order for known, order in self._orders.items() if known >= epoch - 2}
-            self._orders[epoch] = sorted(range(len(self.units)), key=lambda unit: self._key(epoch, unit))
-        return self.units[self._orders[epoch][index]]
+            self._orders[epoch] = sorted(range(len(self.slices)), key=lambda number: self._key(epoch, number))
+        return self.slices[self._orders[epoch][index]]
 
-    def _key(self, epoch, unit):
-        return hashlib.sha256(f"{self.seed} {epoch} {self.units[unit].name}".encode()).digest()
+    def _key(self, epoch, number):
+        return hashlib.sha256(f"{self.seed} {epoch} {self.slices[number].name}".encode()).digest()
 
 
 @dataclass
 class Part:
-    """Tokens of a lane that are not yet used, an array (n,) int32, and where the first of them is."""
+    """Unused tokens of a stream, an array (n,) int32, and the location of the first one."""
 
-    position: int  # of its unit in the sequence
-    piece: int
-    offset: int  # in its piece
+    position: int  # of the slice in the SliceSequence
+    piece: int  # index in the slice
+    offset: int  # index in the piece
     tokens: np.ndarray
 
 
-class Lane:
-    """One stream of tokens with a position in it: (sequence position, piece of text, token offset) of the first token
-    not yet used.
+class Stream:
+    """An endless stream of tokens and a read position in it: (slice position, piece, token offset) of the first unused
+    token.
 
-    A piece is a document, or a part of a very long one; it counts within its unit.
+    A piece is a document or a part of a very long one; pieces are numbered within their slice.
     """
 
-    def __init__(self, sequence, lane, lanes, state=None):
-        self.sequence, self.lanes = sequence, lanes
-        self.position, self.piece, self.skip = state or (lane, 0, 0)
-        self.pieces = None  # the texts of the unit at `position`, once it is read
-        self.taken = deque()  # (sequence position, piece) of what is being tokenized
-        self.parts = deque()  # what is tokenized and not yet used
+    def __init__(self, order: SliceSequence, number: int, num_streams: int, state: tuple | None = None):
+        self.order, self.num_streams = order, num_streams
+        self.position, self.piece, self.skip = state or (number, 0, 0)
+        self.pieces = None  # texts of the slice at `position`, once read
+        self.taken = deque()  # (slice position, piece) of the texts being tokenized
+        self.parts = deque()  # tokenized and unused
         self.available = 0
-        self.encoding = None  # the Future of the arrays of what is in `taken`, if any
+        self.encoding = None  # Future of the token arrays for `taken`, if any
         self.skipped_documents = 0
 
-    def take_texts(self, num_tokens):
-        """The next pieces as [(text, whether it begins a document)], one at least, about `num_tokens` tokens."""
+    def take_texts(self, num_tokens: int) -> list[tuple[str, bool]]:
+        """The next pieces, at least one and about `num_tokens` tokens, as (text, whether it begins a document)."""
         taken, chars = [], 0
         while not taken or chars < num_tokens * CHARS_PER_TOKEN:
             if self.pieces is None:
                 self.pieces = self._read()
             if self.piece >= len(self.pieces):
-                self.position, self.piece, self.pieces = self.position + self.lanes, 0, None
+                self.position, self.piece, self.pieces = self.position + self.num_streams, 0, None
                 continue
             text, first = self.pieces[self.piece]
             taken.append((text, first))
@@ -125,43 +127,43 @@ class Lane:
         return taken
 
     def _read(self):
-        unit, empty = self.sequence[self.position], self.sequence.empty
+        current, empty = self.order[self.position], self.order.empty
         pieces = []
-        place = unit.path, unit.group, unit.start, unit.stop, unit.stamp, self.sequence.kept
-        for text in [] if unit in empty else read_texts(*place):
+        place = current.path, current.group, current.start, current.stop, current.stamp, self.order.kept
+        for text in [] if current in empty else read_texts(*place):
             if not text:
                 self.skipped_documents += 1
                 continue
             for begin in range(0, len(text), MAX_PIECE_CHARS):
                 pieces.append((text[begin : begin + MAX_PIECE_CHARS], begin == 0))
         if not pieces:
-            empty.add(unit)
-            if len(empty) == len(self.sequence.units):
+            empty.add(current)
+            if len(empty) == len(self.order.slices):
                 raise DataError("the train shards hold no text: every document is null or empty")
         return pieces
 
-    def append(self, tokens):
-        """Add the tokens of the next of the pieces that `take_texts` gave."""
+    def append(self, tokens: np.ndarray) -> None:
+        """Add the tokens of the next piece returned by `take_texts`."""
         position, piece = self.taken.popleft()
-        offset, self.skip = self.skip, 0  # only the first piece after a resume is begun in its middle
+        offset, self.skip = self.skip, 0  # only the first piece after a resume starts in its middle
         tokens = tokens[offset:]
         if len(tokens):
             self.parts.append(Part(position, piece, offset, tokens))
             self.available += len(tokens)
 
-    def fill(self, row):
-        """Copy the next T + 1 tokens into `row` (T + 1,)."""
+    def fill(self, sequence: np.ndarray) -> None:
+        """Copy the next T + 1 tokens into `sequence` (T + 1,)."""
         filled = 0
         for part in self.parts:
-            tokens = part.tokens[: len(row) - filled]
-            row[filled : filled + len(tokens)] = tokens
+            tokens = part.tokens[: len(sequence) - filled]
+            sequence[filled : filled + len(tokens)] = tokens
             filled += len(tokens)
-            if filled == len(row):
+            if filled == len(sequence):
                 return
-        raise AssertionError(f"lane has {self.available} tokens of {len(row)}")
+        raise AssertionError(f"stream has {self.available} tokens of {len(sequence)}")
 
-    def advance(self, count):
-        """Step over `count` tokens; at least one must stay."""
+    def advance(self, count: int) -> None:
+        """Skip `count` tokens; at least one must remain."""
         self.available -= count
         while count:
             front = self.parts[0]
@@ -172,8 +174,8 @@ class Lane:
             if not len(front.tokens):
                 self.parts.popleft()
 
-    def state(self):
-        """(sequence position, piece, token offset) of the first token not yet used."""
+    def state(self) -> tuple[int, int, int]:
+        """(slice position, piece, token offset) of the first unused token."""
         if self.parts:
             return self.parts[0].position, self.parts[0].piece, self.parts[0].offset
         return *(self.taken[0] if self.taken else (self.position, self.piece)), self.skip
@@ -181,127 +183,138 @@ class Lane:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of this rank: inputs and targets (N, T) int64 on the device, and where it stands in the run."""
+    """One micro-batch of this rank: inputs and targets (N, T) int64 on the device, its hash and the loader's state."""
 
     inputs: torch.Tensor
     targets: torch.Tensor
-    row_hash: int  # the sum mod 2^64 of the row hashes, see `row_hash`
-    state: dict  # of the loader before this batch: what resumes with it
+    sequence_hash: int  # sum of `sequence_hash` over the sequences, mod 2^64
+    state: dict  # the loader's state before this batch; resuming from it yields this batch again
 
 
-def row_hash(number, row):
-    """An 8-byte BLAKE2b of row `number` of the run, as an int: over the number (int64) and the tokens (int32),
-    little-endian.
-    """
+def sequence_hash(number: int, sequence: np.ndarray) -> int:
+    """8-byte BLAKE2b of sequence `number` of the run: over the number (int64) and the tokens (int32), little-endian."""
     digest = hashlib.blake2b(number.to_bytes(8, "little"), digest_size=8)
-    digest.update(np.ascontiguousarray(row, dtype="<i4").tobytes())
+    digest.update(np.ascontiguousarray(sequence, dtype="<i4").tobytes())
     return int.from_bytes(digest.digest(), "little")
 
 
-class RowReader:
-    """The rows of one rank as arrays, in the order of the run, with the exact state between any two batches."""
+class SequenceReader:
+    """The sequences of one rank as arrays, in the order of the run, with the exact state between any two batches."""
 
-    def __init__(self, units, tokenizer, seq_len, lanes, seed, rank=0, world_size=1, state=None, threads=1):
-        """state: what `state()` gave, from any rank count (the union of all ranks' lanes), or None for the start of the
-        run. threads: how many tokenize ahead.
+    def __init__(
+        self,
+        slices: list[Slice],
+        tokenizer: BPETokenizer,
+        seq_len: int,
+        num_streams: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        state: dict | None = None,
+        threads: int = 1,
+    ):
+        """state: the merged `state()` of all ranks, from a run with any number of ranks; None: the start of the run.
+        threads: how many tokenize ahead.
         """
-        if not units:
+        if not slices:
             raise DataError("the train shards hold no rows")
-        self.tokenizer, self.seq_len, self.num_lanes = tokenizer, seq_len, lanes
+        self.tokenizer, self.seq_len, self.num_streams = tokenizer, seq_len, num_streams
         self.rank, self.world_size = rank, world_size
-        self.next_row = state["row"] if state else 0
-        sequence = UnitSequence(units, seed)
-        self.num_units = len(units)
-        self._ahead = AHEAD_ROWS * seq_len
-        self._begun = {}  # the lanes that were read from so far, in order
+        self.next_sequence = state["row"] if state else 0
+        order = SliceSequence(slices, seed)
+        self.num_slices = len(slices)
+        self._prefetch_tokens = PREFETCH_SEQUENCES * seq_len
+        self._started = {}  # the streams read so far; a dict keeps their order
         self._workers = ThreadPoolExecutor(threads)
-        shared = math.gcd(world_size, lanes)
-        self._counts_documents = rank < shared  # the first of the ranks that read these lanes
-        self.lanes = {
-            lane: Lane(sequence, lane, lanes, tuple(state["lanes"][str(lane)]) if state else None)
-            for lane in range(rank % shared, lanes, shared)
+        shared = math.gcd(world_size, num_streams)
+        self._counts_documents = rank < shared  # the lowest rank that reads these streams
+        self.streams = {
+            number: Stream(order, number, num_streams, tuple(state["lanes"][str(number)]) if state else None)
+            for number in range(rank % shared, num_streams, shared)
         }
 
-    def fill(self, rows):
-        """Fill `rows` (N, T + 1) with this rank's rows of the next N * W; returns the sum of their hashes."""
-        count, total = len(rows) * self.world_size, 0
-        numbers = [n for n in range(self.next_row, self.next_row + count) if n % self.num_lanes in self.lanes]
+    def fill(self, sequences: np.ndarray) -> int:
+        """Fill `sequences` (N, T + 1) with this rank's share of the next N * W; return the sum of their hashes."""
+        count, total = len(sequences) * self.world_size, 0
+        following = range(self.next_sequence, self.next_sequence + count)
+        numbers = [number for number in following if number % self.num_streams in self.streams]
         self._tokenize(numbers)
         for number in numbers:
-            lane = self.lanes[number % self.num_lanes]
+            stream = self.streams[number % self.num_streams]
             if number % self.world_size == self.rank:
-                row = rows[(number - self.next_row) // self.world_size]
-                lane.fill(row)
-                total += row_hash(number, row)
-            lane.advance(self.seq_len)
-        self.next_row += count
+                sequence = sequences[(number - self.next_sequence) // self.world_size]
+                stream.fill(sequence)
+                total += sequence_hash(number, sequence)
+            stream.advance(self.seq_len)
+        self.next_sequence += count
         return total % 2**64
 
     def _tokenize(self, numbers):
-        """Have enough tokens in every lane for the rows `numbers`; the worker threads tokenize ahead meanwhile."""
+        """Make enough tokens available for the sequences `numbers`, and keep the workers tokenizing ahead."""
         needed = {}
         for number in numbers:
-            lane = self.lanes[number % self.num_lanes]
-            needed[lane] = needed.get(lane, 1) + self.seq_len  # the last target stays: the first input of the next row
-        for lane, count in needed.items():
-            if lane not in self._begun:
-                self._begun[lane] = True
-                self._submit(lane, count)  # the first batch should come soon
-        for lane, count in needed.items():
-            while lane.available < count:
-                if lane.encoding is None:
-                    self._submit(lane, max(count, self._ahead))
-                self._collect(lane)
-        for lane in self._begun:
-            if lane.encoding is None and lane.available < self._ahead // 2:
-                self._submit(lane, self._ahead)
+            stream = self.streams[number % self.num_streams]
+            # One more: the last target stays in the stream as the first input of its next sequence.
+            needed[stream] = needed.get(stream, 1) + self.seq_len
+        for stream, count in needed.items():
+            if stream not in self._started:
+                self._started[stream] = True
+                self._submit(stream, count)  # little, so that the first batch comes soon
+        for stream, count in needed.items():
+            while stream.available < count:
+                if stream.encoding is None:
+                    self._submit(stream, max(count, self._prefetch_tokens))
+                self._collect(stream)
+        for stream in self._started:
+            if stream.encoding is None and stream.available < self._prefetch_tokens // 2:
+                self._submit(stream, self._prefetch_tokens)
 
-    def _submit(self, lane, num_tokens):
-        """Begin to tokenize the next texts of `lane`, so that it has about `num_tokens` tokens."""
-        lane.encoding = self._workers.submit(self._encode, lane.take_texts(num_tokens - lane.available))
+    def _submit(self, stream, num_tokens):
+        """Start tokenizing the next texts of `stream`, enough for about `num_tokens` tokens in total."""
+        stream.encoding = self._workers.submit(self._encode, stream.take_texts(num_tokens - stream.available))
 
     def _encode(self, taken):
-        """The token arrays of what `Lane.take_texts` gave. Runs in a worker thread."""
+        """The token arrays for the result of `Stream.take_texts`. Runs in a worker thread."""
         encoded = self.tokenizer.encode_batch([text for text, _ in taken])
         return [
             np.array([self.tokenizer.bos, *ids] if first else ids, dtype=np.int32)
             for (_, first), ids in zip(taken, encoded, strict=True)
         ]
 
-    def _collect(self, lane):
-        """Wait for what is being tokenized of `lane`, and give it its tokens."""
-        encoding, lane.encoding = lane.encoding, None
+    def _collect(self, stream):
+        """Wait for the running tokenization of `stream` and append its tokens."""
+        encoding, stream.encoding = stream.encoding, None
         for tokens in encoding.result():
-            lane.append(tokens)
+            stream.append(tokens)
 
-    def state(self):
-        """The state between two batches as plain JSON: the row counter and, for each lane of this rank, where it
-        stands.
+    def state(self) -> dict:
+        """The state between two batches as plain JSON: the number of the next sequence and the positions of this rank's
+        streams.
         """
-        return {"row": self.next_row, "lanes": {str(number): list(lane.state()) for number, lane in self.lanes.items()}}
+        positions = {str(number): list(stream.state()) for number, stream in self.streams.items()}
+        return {"row": self.next_sequence, "lanes": positions}
 
-    def epoch(self, state):
-        """How many times the data had been read at `state`, in whole epochs (of the lane that was furthest)."""
-        return max(position for position, _, _ in state["lanes"].values()) // self.num_units
+    def epoch(self, state: dict) -> int:
+        """The number of complete epochs at `state`, in the stream that is furthest ahead."""
+        return max(position for position, _, _ in state["lanes"].values()) // self.num_slices
 
     @property
-    def skipped_documents(self):
-        """How many null or empty documents were left out so far (of what is tokenized), told by one of the ranks that
-        read the same lanes; the others say 0.
+    def skipped_documents(self) -> int:
+        """The number of null or empty documents skipped so far in tokenized text. Of the ranks that read the same
+        streams only one reports it; the others report 0.
         """
-        return sum(lane.skipped_documents for lane in self.lanes.values()) if self._counts_documents else 0
+        return sum(stream.skipped_documents for stream in self.streams.values()) if self._counts_documents else 0
 
 
 class DataLoader:
-    """The batches of one rank on its device, one kept ready by a background thread. Use as a context manager and an
-    iterator.
+    """The batches of one rank on its device, as an iterator and context manager; a background thread prepares the next.
 
-    Two slots (pinned for CUDA) are filled in turn; a slot is filled again only after the copy out of it has ended.
+    Two buffers (pinned for CUDA) are filled alternately; a buffer is reused only after the copy out of it has finished.
     """
 
-    def __init__(self, reader, batch_rows, device):
+    def __init__(self, reader: SequenceReader, batch_size: int, device: torch.device):
         self.reader, self.device = reader, device
-        shape = (batch_rows, reader.seq_len + 1)
+        shape = (batch_size, reader.seq_len + 1)
         pinned = device.type == "cuda"
         slots = [torch.empty(shape, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
         self._free, self._ready, self._stopped = queue.Queue(), queue.Queue(maxsize=1), threading.Event()
@@ -320,7 +333,7 @@ class DataLoader:
                     copied.synchronize()
                 state = self.reader.state()
                 self._put((slot, self.reader.fill(slot.numpy()), state, None))
-        except Exception as error:  # it must reach the training thread, whatever it is
+        except Exception as error:  # any error must reach the training thread
             self._put((None, 0, None, error))
 
     def _put(self, item):
@@ -330,28 +343,28 @@ class DataLoader:
             except queue.Full:
                 continue
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Batch]:
         return self
 
-    def __next__(self):
+    def __next__(self) -> Batch:
         slot, total, state, error = self._ready.get()
         if error is not None:
-            self._ready.put((slot, total, state, error))  # for whoever asks again
+            self._ready.put((slot, total, state, error))  # for later calls
             raise error
-        rows = slot.to(self.device, non_blocking=True, copy=True)
+        sequences = slot.to(self.device, non_blocking=True, copy=True)
         copied = None
         if self.device.type == "cuda":
             copied = torch.cuda.Event()
             copied.record()
         self._free.put((slot, copied))
-        return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), total, state)
+        return Batch(sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous(), total, state)
 
-    def close(self):
-        """End the thread."""
+    def close(self) -> None:
+        """Stop the thread."""
         self._stopped.set()
         self._free.put((None, None))
         with contextlib.suppress(queue.Empty):
-            self._ready.get_nowait()  # the thread may be waiting to put the next one
+            self._ready.get_nowait()  # unblock the thread if it is waiting to put a batch
         self._thread.join(timeout=10)
 
     def __enter__(self):
@@ -361,17 +374,17 @@ class DataLoader:
         self.close()
 
 
-class LookAhead:
-    """The batches, with the next one already here: its state is where a resume begins.
+class Prefetcher:
+    """Batches of a loader, the next one always fetched already: a run resumes from the state of `next`.
 
-    After an error the last batch comes again, so that this rank takes part in the step in which all ranks learn of it.
+    After an error it returns the last batch again, so this rank takes part in the step in which all ranks learn of it.
     """
 
-    def __init__(self, loader):
+    def __init__(self, loader: DataLoader):
         self.loader, self.error = loader, None
         self.next = next(loader)
 
-    def take(self):
+    def take(self) -> Batch:
         """The batch to train on now."""
         now = self.next
         try:
@@ -380,60 +393,58 @@ class LookAhead:
             self.error = error
         return now
 
-    def raise_error(self):
-        """Raise what went wrong on this rank, if anything did."""
+    def raise_error(self) -> None:
+        """Raise the error of this rank, if there was one."""
         if self.error:
             raise self.error
 
 
-def packed_rows(paths, tokenizer, seq_len, num_tokens):
-    """(N, T + 1) int32: the first num_tokens // T rows of shards read in order, fewer if they end, to evaluate on. The
-    same for every rank count.
+def packed_sequences(paths: Sequence[Path], tokenizer: BPETokenizer, seq_len: int, num_tokens: int) -> np.ndarray:
+    """The first num_tokens // T sequences of shards read in order, (N, T + 1) int32; fewer if the shards are shorter.
+    For evaluation; independent of the number of ranks.
 
-    Raises DataError if the shards hold less than one row.
+    Raises DataError if the shards are shorter than one sequence.
     """
     stream, total, goal = [], 0, num_tokens // seq_len * seq_len + 1
-    batches = _few_at_a_time(paths)
-    while total < goal and (some := next(batches, None)):
-        for ids in tokenizer.encode_batch(some):
+    batches = _text_batches(paths)
+    while total < goal and (texts := next(batches, None)):
+        for ids in tokenizer.encode_batch(texts):
             stream.append(np.array([tokenizer.bos, *ids], dtype=np.int32))
             total += len(stream[-1])
     count = min((total - 1) // seq_len, num_tokens // seq_len)
     if count < 1:
         holds = f"{paths[0]} holds" if len(paths) == 1 else f"the {len(paths)} train shards in {paths[0].parent} hold"
         raise DataError(
-            f"{holds} {total} tokens, less than one row of {seq_len + 1}: train with a shorter --max-seq-len"
+            f"{holds} {total} tokens, less than one sequence of {seq_len + 1}: train with a shorter --max-seq-len"
         )
     tokens = np.concatenate(stream)
     starts = np.arange(count)[:, None] * seq_len
     return tokens[starts + np.arange(seq_len + 1)]
 
 
-def _few_at_a_time(paths):
-    """Yield lists of the texts of shards, of 64 or of a million characters: a row group, or 64 texts, may be far more
-    than is needed.
-    """
-    some, chars = [], 0
+def _text_batches(paths: Iterable[Path]) -> Iterator[list[str]]:
+    """Lists of up to 64 texts or a million characters from shards; a row group may be far more text than needed."""
+    texts, chars = [], 0
     for text in itertools.chain.from_iterable(row_groups(paths)):
-        some.append(text)
+        texts.append(text)
         chars += len(text)
-        if len(some) == 64 or chars >= 1_000_000:
-            yield some
-            some, chars = [], 0
-    if some:
-        yield some
+        if len(texts) == 64 or chars >= 1_000_000:
+            yield texts
+            texts, chars = [], 0
+    if texts:
+        yield texts
 
 
-def validation_documents(path, tokenizer, num_bytes):
-    """The first documents of a shard, whole, until they have at least `num_bytes` UTF-8 bytes: a list of (n,) int32
-    arrays without BOS. The same for every rank count.
+def validation_documents(path: Path, tokenizer: BPETokenizer, num_bytes: int) -> list[np.ndarray]:
+    """The first whole documents of a shard with at least `num_bytes` UTF-8 bytes in total, as (n,) int32 arrays without
+    BOS. Independent of the number of ranks.
 
-    Raises DataError if there is none.
+    Raises DataError if the shard has no documents.
     """
     found, total = [], 0
-    batches = _few_at_a_time([path])
-    while total < num_bytes and (some := next(batches, None)):
-        for text, ids in zip(some, tokenizer.encode_batch(some), strict=True):
+    batches = _text_batches([path])
+    while total < num_bytes and (texts := next(batches, None)):
+        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
             if total < num_bytes:
                 found.append(np.array(ids, dtype=np.int32))
                 total += len(text.encode("utf-8"))

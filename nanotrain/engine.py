@@ -40,7 +40,7 @@ class KVCache:
         """config: the model's GPTConfig. float32, as the model's logits are."""
         shape = (config.num_layers, 2, num_rows, capacity, config.num_kv_heads, config.head_dim)
         self.memory = torch.zeros(shape, device=device)  # zeros, for a NaN would shine through any mask
-        # of each layer (num_rows, 1, K, D), as gpt.offset needs them
+        # per layer (num_rows, 1, K, D), for gpt.partial_key_offset
         self.last_keys = list(torch.zeros(config.num_layers, num_rows, 1, *shape[-2:], device=device))
         self.capacity = capacity
         self.lengths, self.last_tokens = [0] * num_rows, [-1] * num_rows

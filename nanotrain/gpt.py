@@ -77,15 +77,15 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
-def offset(k, before=None):
-    """(B, T, K, D) -> the same, with the slowly turning half of the channels taken from the position before; `before`
-    (B, 1, K, D) is what the first position takes, None for zeros.
+def partial_key_offset(k: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
+    """Partial Key Offset (modded-nanogpt): (B, T, K, D) keys with the low-frequency half of the channels taken from the
+    previous position; `before` (B, 1, K, D) supplies those of the first position, None means zeros.
 
-    A key then tells which token comes before its own, so that one layer alone can find what followed the present token
-    earlier and copy it, which otherwise takes two layers and long training (Partial Key Offset, modded-nanogpt).
+    A key then also encodes the token before its own, so a single layer can find an earlier occurrence of the current
+    token and copy its successor (an induction head), which otherwise takes two layers and long training.
     """
     B, T, K, D = k.shape
-    halves = k.view(B, T, K, 2, D // 2)  # a channel and the one that it turns with
+    halves = k.view(B, T, K, 2, D // 2)  # pairs of channels that rotate together
     slow = halves[..., D // 4 :]
     first = torch.zeros_like(slow[:, :1]) if before is None else before.view(B, 1, K, 2, D // 2)[..., D // 4 :]
     shifted = first if T == 1 else torch.cat((first, slow[:, :-1]), dim=1)
@@ -128,7 +128,7 @@ class Attention(nn.Module):
             gate = 2 * torch.sigmoid(self.value_gate(x[..., :GATE_CHANNELS]))  # (B, T, K)
             v = v + gate.unsqueeze(-1) * value_embedding.view(B, T, self.num_kv_heads, self.head_dim)
         if not self.plain:
-            k = offset(k, None if cached is None else cached.keys_before(k))
+            k = partial_key_offset(k, None if cached is None else cached.keys_before(k))
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
         k, v, mask = (k, v, None) if cached is None else cached.extend(k, v)
         y = F.scaled_dot_product_attention(
@@ -177,7 +177,7 @@ class GPT(nn.Module):
         C, kv_dim = config.model_dim, config.num_kv_heads * config.head_dim
         self.embedding = embedding_table(config.vocab_size, C)
         if config.bigram_rows:
-            # a step touches few of its rows, so its gradient is sparse (see RowAdam)
+            # a step touches few rows, so the gradient is sparse (see RowwiseAdam)
             self.bigram_embedding = embedding_table(config.bigram_rows, C, sparse=True)
         self.value_embeddings = nn.ModuleDict(
             {

@@ -1,58 +1,76 @@
 """Bits per byte: the loss in a unit that does not depend on the tokenizer.
 
-There are two of it. That of rows measures what training minimizes: text packed into rows, documents cut where a row
-ends. That of documents shows the model each document from its beginning, in windows that overlap, which makes it
-comparable across packings and batches as well.
+There are two variants. `bits_per_byte` measures what training minimizes: text packed into sequences, with documents
+split at sequence ends. `document_bits_per_byte` shows the model every document from its beginning, in overlapping
+windows, so its result does not depend on the packing either.
 
-`Details` keeps where the loss of rows is: in which text, and in how many tokens how much of it.
+`TokenLossStats` collects statistics of the loss per token: the texts with the highest and lowest loss, and a histogram.
 """
 
 import codecs
 import itertools
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from nanotrain.errors import DataError
+from nanotrain.tokenizer import BPETokenizer
 
 
-def bits_per_byte(model, rows, token_bytes, dist, batch_rows, progress=None, details=None):
-    """Sum of nats / (ln 2 x UTF-8 bytes of the targets) over `rows` (N, T + 1) int32, the same on every rank.
+def bits_per_byte(
+    model: nn.Module,
+    sequences: np.ndarray,
+    token_bytes: Tensor,
+    dist,
+    batch_size: int,
+    progress: Callable[[int], object] | None = None,
+    stats: Callable[[Tensor, Tensor], None] | None = None,
+) -> float:
+    """Sum of nats / (ln 2 x UTF-8 bytes of the targets) over `sequences` (N, T + 1) int32, the same on every rank.
 
-    The rows are dealt to the ranks by index; targets without bytes (special tokens) count in neither sum. `progress`
-    is called with the number of rows done, `details` (see `Details.add`) with the loss of every token. Sums are
-    float64, so batch size and rank count change nothing that matters. Raises DataError if no target has any bytes.
+    Sequences are assigned to ranks by index. Targets without bytes (special tokens) count in neither sum. `progress` is
+    called with the number of sequences done, `stats` (see `TokenLossStats.add`) with the loss of every token. Sums are
+    float64, so batch size and rank count do not matter. Raises DataError if no target has any bytes.
     """
-    mine = rows[dist.rank :: dist.world_size]
-    batches = (mine[start : start + batch_rows] for start in range(0, len(mine), batch_rows))
+    mine = sequences[dist.rank :: dist.world_size]
+    batches = (mine[start : start + batch_size] for start in range(0, len(mine), batch_size))
     batches = ((batch[:, :-1], batch[:, 1:]) for batch in batches)
-    return _bits_per_byte(model, batches, token_bytes, dist, progress, details)
+    return _bits_per_byte(model, batches, token_bytes, dist, progress, stats)
 
 
-def document_bits_per_byte(model, windows, token_bytes, dist, batch_rows, progress=None):
-    """The same over `windows` (see `document_windows`), where every token of a document is counted exactly once."""
+def document_bits_per_byte(
+    model: nn.Module,
+    windows: Sequence[np.ndarray],
+    token_bytes: Tensor,
+    dist,
+    batch_size: int,
+    progress: Callable[[int], object] | None = None,
+) -> float:
+    """Bits per byte over the windows of `document_windows`, which count every token of a document exactly once."""
     bos = windows[0][0, 0]
     mine = windows[dist.rank :: dist.world_size]
 
     def batches():
-        for start in range(0, len(mine), batch_rows):
-            some = mine[start : start + batch_rows]
+        for start in range(0, len(mine), batch_size):
+            some = mine[start : start + batch_size]
             batch = np.full((2, len(some), max(window.shape[1] for window in some)), bos, dtype=np.int32)
-            for row, window in enumerate(some):
-                batch[:, row, : window.shape[1]] = window
+            for index, window in enumerate(some):
+                batch[:, index, : window.shape[1]] = window
             yield batch
 
     return _bits_per_byte(model, batches(), token_bytes, dist, progress)
 
 
-def document_windows(documents, bos, seq_len):
-    """Token ids of documents, each a (n,) int32 array without BOS, -> a list of (2, 1 to seq_len) int32 arrays of
-    inputs and targets, shortest first.
+def document_windows(documents: Sequence[np.ndarray], bos: int, seq_len: int) -> list[np.ndarray]:
+    """Split documents, (n,) int32 token ids without BOS, into (2, 1 to seq_len) int32 arrays of inputs and targets,
+    shortest first.
 
     A window is BOS and up to seq_len tokens of one document. Windows overlap by half: after the first one, every target
-    that counts has at least half a context of its document before it. The targets that an earlier window has counted
-    are BOS, which has no bytes.
+    that counts has at least half a context of its document before it. Targets already counted in an earlier window are
+    replaced by BOS, which has no bytes.
     """
     windows, stride = [], max(seq_len // 2, 1)
     for ids in documents:
@@ -67,8 +85,8 @@ def document_windows(documents, bos, seq_len):
 
 
 @torch.no_grad()
-def _bits_per_byte(model, batches, token_bytes, dist, progress, details=None):
-    """batches: of this rank, each (inputs, targets), both (B, T) int32."""
+def _bits_per_byte(model, batches, token_bytes, dist, progress, stats=None):
+    """batches: this rank's (inputs, targets), both (B, T) int32."""
     nats, num_bytes = 0.0, 0
     for batch in batches:
         inputs, targets = (torch.tensor(part, dtype=torch.int64, device=dist.device) for part in batch)
@@ -77,8 +95,8 @@ def _bits_per_byte(model, batches, token_bytes, dist, progress, details=None):
         losses, sizes = losses.cpu().double(), token_bytes[targets.cpu()]
         nats += losses[sizes > 0].sum().item()
         num_bytes += sizes.sum().item()
-        if details:
-            details(targets.cpu(), losses)
+        if stats:
+            stats(targets.cpu(), losses)
         if progress:
             progress(len(inputs))
     total_nats, total_bytes = dist.all_reduce_sum([nats, num_bytes])
@@ -89,35 +107,35 @@ def _bits_per_byte(model, batches, token_bytes, dist, progress, details=None):
     return total_nats / (math.log(2) * total_bytes)
 
 
-class Details:
-    """Where the loss of rows is: the texts that cost most and least for their bytes, and how many tokens cost how many
-    bits.
+class TokenLossStats:
+    """Statistics of the loss per token: the texts with the most and the fewest bits per byte, and a histogram of bits
+    per token.
 
-    A text is what a row holds of one document. The shortest do not count, in which a single token decides.
+    A text is the part of one document in one sequence. Very short texts are left out: a single token would dominate.
     """
 
-    NUM_TEXTS, MAX_TOKENS = 5, 300  # kept of each kind, and of each of them
-    EDGES = tuple(number / 4 for number in range(81))  # bits, of the histogram; what is beyond counts at its end
+    NUM_TEXTS, MAX_TOKENS = 5, 300  # texts kept of each kind; tokens kept of each text
+    EDGES = tuple(number / 4 for number in range(81))  # histogram edges in bits; values beyond count in the last bin
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: BPETokenizer):
         self._strings = tokenizer.byte_strings()
         self._sizes = np.array([len(string) for string in self._strings])
         self._counts = np.zeros(len(self.EDGES) - 1)
-        self._texts = []  # (bits per byte, ids, bits of each), the best first
+        self._texts = []  # (bits per byte, ids, bits per token), best first
 
-    def add(self, targets, nats):
-        """targets (B, T) int64 and the loss of each, (B, T) float64, both on the CPU."""
+    def add(self, targets: Tensor, nats: Tensor) -> None:
+        """Add targets (B, T) int64 and their losses (B, T) float64, both on the CPU."""
         bits, ids = nats.numpy() / math.log(2), targets.numpy()
         special = self._sizes[ids] == 0
         finite = bits[~special & np.isfinite(bits)]
         self._counts += np.histogram(finite.clip(self.EDGES[0], self.EDGES[-1]), self.EDGES)[0]
-        for row, costs, ends in zip(ids, bits, special, strict=True):
-            borders = [-1, *np.flatnonzero(ends).tolist(), len(row)]
+        for sequence, costs, ends in zip(ids, bits, special, strict=True):
+            borders = [-1, *np.flatnonzero(ends).tolist(), len(sequence)]
             for before, end in itertools.pairwise(borders):
-                self._keep(row[before + 1 : end], costs[before + 1 : end], max(len(row) // 4, 1))
+                self._keep(sequence[before + 1 : end], costs[before + 1 : end], max(len(sequence) // 4, 1))
 
-    def _keep(self, ids, bits, least):
-        if len(ids) < least or not np.isfinite(bits).all():
+    def _keep(self, ids, bits, min_tokens):
+        if len(ids) < min_tokens or not np.isfinite(bits).all():
             return
         bpb = bits.sum().item() / self._sizes[ids].sum().item()
         self._texts.append((bpb, ids[: self.MAX_TOKENS].tolist(), bits[: self.MAX_TOKENS].tolist()))
@@ -128,11 +146,11 @@ class Details:
         ordered = sorted(texts)
         return ordered if len(ordered) <= 2 * self.NUM_TEXTS else ordered[: self.NUM_TEXTS] + ordered[-self.NUM_TEXTS :]
 
-    def result(self, dist):
-        """What all ranks have found, as a JSON-like dict, on every rank.
+    def result(self, dist) -> dict:
+        """The statistics over all ranks as a JSON-like dict, the same on every rank.
 
-        documents: {"worst", "best"}, each a list of {"text", "bpb", "tokens": [[text, bits], ...]}, the extreme one
-        first; of a long text the first MAX_TOKENS tokens. token_bits: {"edges": (n + 1) in bits, "counts": (n)}.
+        documents: {"worst", "best"}, each a list of {"text", "bpb", "tokens": [[text, bits], ...]}, the most extreme
+        text first, limited to MAX_TOKENS tokens each. token_bits: {"edges": (n + 1) in bits, "counts": (n)}.
         """
         counts = dist.all_reduce_sum(self._counts.tolist())
         texts = sorted(itertools.chain.from_iterable(dist.all_gather_objects(self._ends(self._texts))))
@@ -145,7 +163,7 @@ class Details:
         }
 
     def _described(self, bpb, ids, bits):
-        """Tokens that are only parts of a character are joined until it is whole."""
+        """One text as a dict; tokens that are parts of a character are joined until it is complete."""
         decoder, tokens, pending = codecs.getincrementaldecoder("utf-8")("replace"), [], 0.0
         for place, (token, cost) in enumerate(zip(ids, bits, strict=True)):
             pending += cost

@@ -1,16 +1,18 @@
-"""Muon for the matrices, RowAdam for the table of token pairs, AdamW for everything else.
+"""Muon for the matrices, RowwiseAdam for the table of token pairs, AdamW for everything else.
 
-All keep their state in float32, by parameter, and are told their learning rate before each step (`set_schedule`).
+Optimizer state is float32, one set of tensors per parameter. `set_schedule` sets the learning rates before each step.
 
-On several ranks each owns a part: whole matrices with Muon, an equal run of elements with AdamW. It keeps the state of
-its part alone, updates that from the averaged gradients and sends it to the others, so that parameters stay equal to
-the bit. Any number of ranks will do; one rank owns everything and has nobody to send it to.
+Optimizer state is sharded over the ranks: Muon assigns whole matrices, AdamW ranges of elements of equal total size.
+Each rank stores the state of its own shard, updates that shard from the averaged gradients and sends it to the other
+ranks, so parameters stay bit-identical everywhere. Any number of ranks works; a single rank owns everything.
 """
 
 import itertools
 import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
+from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 # Five steps of the Polar Express iteration (arXiv:2505.16932, coefficients for bfloat16): X <- a X + (b A + c A^2) X
@@ -25,117 +27,132 @@ POLAR_EXPRESS = (
 ROW_BETA = 0.9
 POLAR_SAFETY = 1.01  # rounding may push a singular value above 1, where the iteration diverges
 
+Range = tuple[int, int]  # [start, end) of the elements of a flattened tensor
 
-class SharedOptimizer(torch.optim.Optimizer):
-    """An optimizer of which every rank has the state of its own elements only.
 
-    spans: {parameter: [(begin, end) of each rank]}, of the parameter's elements in order. A rank that has none of a
-    parameter has no state of it. shapes: {parameter: {state name: shape that it has as a whole}}, equal on all ranks.
+class ShardedOptimizer(torch.optim.Optimizer):
+    """An optimizer that stores the state of this rank's elements only.
+
+    shard_ranges: {parameter: [element range of each rank]}. A rank with an empty range has no state for the parameter.
+    shapes: {parameter: {state name: unsharded shape}}, the same on all ranks.
     """
 
-    def __init__(self, groups, defaults, dist, spans, shapes):
+    def __init__(
+        self,
+        groups: list[dict],
+        defaults: dict,
+        dist,
+        shard_ranges: dict[nn.Parameter, list[Range]],
+        shapes: dict[nn.Parameter, dict[str, Sequence[int]]],
+    ):
         super().__init__(groups, defaults)
-        self.dist, self.spans, self.shapes = dist, spans, shapes
-        for parameter, of_state in shapes.items():
-            begin, end = self.own(parameter)
-            for key, shape in of_state.items() if end > begin else ():
-                share = _scaled((begin, end), parameter, shape)
-                self.state[parameter][key] = torch.zeros(share[1] - share[0], device=parameter.device)
+        self.dist, self.shard_ranges, self.shapes = dist, shard_ranges, shapes
+        for parameter, state_shapes in shapes.items():
+            start, end = self.own_range(parameter)
+            for key, shape in state_shapes.items() if end > start else ():
+                first, last = _state_range((start, end), parameter, shape)
+                self.state[parameter][key] = torch.zeros(last - first, device=parameter.device)
 
-    def step(self):
+    def step(self) -> None:
         """Update every parameter from its gradient."""
-        for wait in self.begin():
+        for wait in self.start_step():
             wait()
 
     @torch.no_grad()
-    def begin(self):
-        """Update this rank's part of every parameter from its gradient; returns the functions that wait for the rest.
-        What is done travels while the next group is worked on.
+    def start_step(self) -> list[Callable[[], None]]:
+        """Update this rank's shard of every parameter and start sending it; return functions that wait for the other
+        ranks' shards. Each group is sent while the next one is being updated.
         """
-        sent = []
+        waits = []
         for group in self.param_groups:
             self.update(self.owned(group["params"]), group)
-            sent.append(self.send(group["params"]))
-        return sent
+            waits.append(self.send(group["params"]))
+        return waits
 
-    def update(self, parameters, group):
-        """Update this rank's elements of `parameters`, of which it has some, by the settings of their group."""
+    def update(self, parameters: list[nn.Parameter], group: dict) -> None:
+        """Update this rank's shard of `parameters`, each with a non-empty range, with the settings of their group."""
         raise NotImplementedError
 
-    def own(self, parameter):
-        """(begin, end) of this rank."""
-        return self.spans[parameter][self.dist.rank]
+    def own_range(self, parameter: nn.Parameter) -> Range:
+        """The range of elements that this rank owns."""
+        return self.shard_ranges[parameter][self.dist.rank]
 
-    def owned(self, parameters):
-        """Those of which this rank has elements."""
-        return [parameter for parameter in parameters if self.own(parameter)[1] > self.own(parameter)[0]]
+    def owned(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """The parameters in which this rank owns elements."""
+        return [parameter for parameter in parameters if self.own_range(parameter)[1] > self.own_range(parameter)[0]]
 
-    def send(self, parameters):
-        """Begin to send every rank's elements of `parameters` to all; returns the function that waits for them."""
-        owned = [[] for _ in range(self.dist.world_size)]
+    def send(self, parameters: Iterable[nn.Parameter]) -> Callable[[], None]:
+        """Start sending every rank's shard of `parameters` to all ranks; return the function that waits for them."""
+        shards = [[] for _ in range(self.dist.world_size)]
         for parameter in parameters:
-            for part, (begin, end) in zip(owned, self.spans[parameter], strict=True):
-                if end > begin:
-                    part.append(parameter.detach().view(-1)[begin:end])
-        return self.dist.broadcast_owned(owned)
+            for shard, (start, end) in zip(shards, self.shard_ranges[parameter], strict=True):
+                if end > start:
+                    shard.append(parameter.detach().view(-1)[start:end])
+        return self.dist.broadcast_owned(shards)
 
 
-def _scaled(span, parameter, shape):
-    """The span of a state tensor of `shape` that belongs to `span` of its parameter; it may have one value a row."""
-    return [place * math.prod(shape) // parameter.numel() for place in span]
+def _state_range(element_range: Range, parameter: nn.Parameter, shape: Sequence[int]) -> list[int]:
+    """The range of a state tensor of `shape` for a range of its parameter; a state may have one value per row."""
+    return [place * math.prod(shape) // parameter.numel() for place in element_range]
 
 
-def deal(costs, world_size):
-    """The rank of each of the `costs`: the largest first, each to the rank with the least so far."""
+def partition_by_cost(costs: Sequence[float], world_size: int) -> list[int]:
+    """The rank that gets each item: in order of decreasing cost, each to the rank with the lowest total so far."""
     totals, owners = [0] * world_size, [0] * len(costs)
-    for number in sorted(range(len(costs)), key=lambda number: -costs[number]):
-        owners[number] = totals.index(min(totals))
-        totals[owners[number]] += costs[number]
+    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
+        owners[index] = totals.index(min(totals))
+        totals[owners[index]] += costs[index]
     return owners
 
 
-def cut(sizes, world_size):
-    """[[(begin, end) of each rank]] of each of the `sizes`: laid end to end they make one line, which is cut into runs
-    of equal length.
-    """
-    total, first, spans = sum(sizes), 0, []
+def shard_ranges(sizes: Sequence[int], world_size: int) -> list[list[Range]]:
+    """For each tensor size, the element range of each rank: the concatenation of all tensors is split evenly."""
+    total, first, ranges = sum(sizes), 0, []
     bounds = [total * rank // world_size for rank in range(world_size + 1)]
     for size in sizes:
         places = [min(max(bound - first, 0), size) for bound in bounds]
-        spans.append(list(itertools.pairwise(places)))
+        ranges.append(list(itertools.pairwise(places)))
         first += size
-    return spans
+    return ranges
 
 
-class Muon(SharedOptimizer):
-    """Momentum, orthogonalised (Keller Jordan's Muon; Nesterov form), for 2-D parameters, in stacks of one shape.
+class Muon(ShardedOptimizer):
+    """Muon (Keller Jordan) with Nesterov momentum for 2-D parameters, orthogonalised in stacks of equal shape.
 
-    The update has singular values near 1; its rows are then evened out (`even_rows`), and it is scaled by
-    sqrt(max(1, rows / columns)). Weight decay is cautious (arXiv:2411.16085): it acts only where it does not oppose the
-    update.
+    The orthogonalised update has singular values near 1; `normuon_normalize` equalises the norms of its rows, and it is
+    scaled by sqrt(max(1, rows / columns)). Weight decay is cautious (arXiv:2411.16085): it applies only to elements
+    where it does not oppose the update.
     """
 
-    def __init__(self, named_parameters, lr, dist, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
-        """named_parameters: {name: parameter}. dtype: of the orthogonalisation's products."""
+    def __init__(
+        self,
+        named_parameters: dict[str, nn.Parameter],
+        lr: float,
+        dist,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+    ):
+        """dtype: the precision of the matrix products in the orthogonalisation."""
         stacks = {}
         for name, parameter in named_parameters.items():
             stacks.setdefault(tuple(sorted(parameter.shape)), []).append((name, parameter))
-        # The largest first: the last of all has nothing left behind which it could travel.
+        # Largest first: nothing is left to overlap with sending the last stack.
         stacks = sorted(stacks.values(), key=lambda stack: -sum(parameter.numel() for _, parameter in stack))
         groups = [{"params": [p for _, p in stack], "names": [n for n, _ in stack]} for stack in stacks]
         defaults = {"lr": lr, "base_lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         parameters = list(named_parameters.values())
-        owners = deal([orthogonalization_cost(parameter) for parameter in parameters], dist.world_size)
-        spans = {
+        owners = partition_by_cost([orthogonalization_cost(parameter) for parameter in parameters], dist.world_size)
+        ranges = {
             parameter: [(0, parameter.numel() if rank == owner else 0) for rank in range(dist.world_size)]
             for parameter, owner in zip(parameters, owners, strict=True)
         }
         shapes = {parameter: {"momentum": parameter.shape, "row_sq": parameter.shape[:1]} for parameter in parameters}
-        super().__init__(groups, defaults, dist, spans, shapes)
+        super().__init__(groups, defaults, dist, ranges, shapes)
         self.dtype = dtype
 
-    def update(self, parameters, group):
-        """Update `parameters`, which have one shape or its transpose, by the settings of their group."""
+    def update(self, parameters: list[nn.Parameter], group: dict) -> None:
+        """Update `parameters`, all of one shape or its transpose, with the settings of their group."""
         if parameters:
             updates = []
             for parameter in parameters:
@@ -147,7 +164,7 @@ class Muon(SharedOptimizer):
             updates = orthogonalize(torch.stack(updates), self.dtype)
             for parameter, update in zip(parameters, updates, strict=True):
                 update = update if parameter.size(0) <= parameter.size(1) else update.t()
-                update = even_rows(update, self.state[parameter]["row_sq"])
+                update = normuon_normalize(update, self.state[parameter]["row_sq"])
                 rate = group["lr"] * math.sqrt(max(1.0, parameter.size(0) / parameter.size(1)))
                 if group["weight_decay"]:
                     agrees = update * parameter >= 0
@@ -155,23 +172,25 @@ class Muon(SharedOptimizer):
                 parameter.sub_(update, alpha=rate)
 
 
-def orthogonalization_cost(matrix):
-    """What orthogonalising one matrix costs, in multiply-adds of one iteration."""
+def orthogonalization_cost(matrix: Tensor) -> int:
+    """Multiply-adds of one iteration of `orthogonalize` on one matrix."""
     short, long = sorted(matrix.shape)
     return short * short * (2 * long + short)
 
 
-def even_rows(update, row_sq):
-    """(R, C) -> (R, C): rows divided by the root of `row_sq` (R,), a running mean of their mean squares that this adds
-    to; the norm of the whole stays (NorMuon, arXiv:2510.05491).
+def normuon_normalize(update: Tensor, row_sq: Tensor) -> Tensor:
+    """(R, C) -> (R, C): divide each row by the root of its running mean square, keeping the norm of the whole matrix
+    (NorMuon, arXiv:2510.05491). `row_sq` (R,), the running mean, is updated in place.
     """
     row_sq.lerp_(update.square().mean(1), 1 - ROW_BETA)
-    evened = update / (row_sq.sqrt()[:, None] + 1e-10)
-    return evened * (update.norm() / (evened.norm() + 1e-10))
+    normalized = update / (row_sq.sqrt()[:, None] + 1e-10)
+    return normalized * (update.norm() / (normalized.norm() + 1e-10))
 
 
-def orthogonalize(stack, dtype):
-    """(N, R, C) with R <= C -> (N, R, C) float32: the nearest matrices with all singular values 1, to about 15 %."""
+def orthogonalize(stack: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, R, C) with R <= C -> (N, R, C) float32: the nearest semi-orthogonal matrices; singular values are within
+    about 15 % of 1.
+    """
     norms = stack.flatten(1).norm(dim=1)[:, None, None]  # in float32: a bfloat16 sum of squares is too coarse
     x = (stack / (norms * POLAR_SAFETY + 1e-7)).to(dtype)
     for a, b, c in POLAR_EXPRESS:
@@ -180,34 +199,33 @@ def orthogonalize(stack, dtype):
     return x.float()
 
 
-class AdamW(SharedOptimizer):
+class AdamW(ShardedOptimizer):
     """AdamW (arXiv:1711.05101) with torch's fused kernel, over groups of {"names", "params", "lr", "betas"}."""
 
-    def __init__(self, groups, dist):
+    def __init__(self, groups: list[dict], dist):
         parameters = [parameter for group in groups for parameter in group["params"]]
-        spans = cut([parameter.numel() for parameter in parameters], dist.world_size)
+        ranges = shard_ranges([parameter.numel() for parameter in parameters], dist.world_size)
         shapes = {parameter: {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape} for parameter in parameters}
         defaults = {"weight_decay": 0.0, "eps": 1e-8}
-        super().__init__(groups, defaults, dist, dict(zip(parameters, spans, strict=True)), shapes)
+        super().__init__(groups, defaults, dist, dict(zip(parameters, ranges, strict=True)), shapes)
         self.updates = 0
         for group in self.param_groups:
             group["base_lr"] = group["lr"]
 
-    def begin(self):
-        """Update this rank's elements; returns the functions that wait for those of the others."""
-        sent = super().begin()
+    def start_step(self) -> list[Callable[[], None]]:
+        """Update this rank's shard; return the functions that wait for the other ranks' shards."""
+        waits = super().start_step()
         self.updates += 1
-        return sent
+        return waits
 
-    def update(self, parameters, group):
-        """Update this rank's elements of `parameters` by the settings of their group."""
+    def update(self, parameters: list[nn.Parameter], group: dict) -> None:
+        """Update this rank's shard of `parameters` with the settings of their group."""
         if parameters:
-            # The kernel adds 1: it counts this update itself. One tensor, made on the device: to bring a number there
-            # would wait for it.
+            # The kernel adds 1 itself. The counts are created on the device: copying them there would synchronise.
             steps = torch.full((len(parameters),), float(self.updates), device=parameters[0].device)
             adamw(
-                [parameter.view(-1)[slice(*self.own(parameter))] for parameter in parameters],
-                [parameter.grad.flatten()[slice(*self.own(parameter))] for parameter in parameters],
+                [parameter.view(-1)[slice(*self.own_range(parameter))] for parameter in parameters],
+                [parameter.grad.flatten()[slice(*self.own_range(parameter))] for parameter in parameters],
                 [self.state[parameter]["exp_avg"] for parameter in parameters],
                 [self.state[parameter]["exp_avg_sq"] for parameter in parameters],
                 max_exp_avg_sqs=[],
@@ -223,27 +241,27 @@ class AdamW(SharedOptimizer):
             )
 
 
-class RowAdam(SharedOptimizer):
-    """Adam without momentum for tables of which a step touches few rows: it reads and writes only those.
+class RowwiseAdam(ShardedOptimizer):
+    """Adam without momentum for sparse gradients: one second moment per row, and only rows with a gradient are touched.
 
-    A row has one second moment, the mean of the squares of its gradients' elements over its own updates, the last
-    1 / (1 - beta2) at most. Steps in which a row has no gradient do not count: as in dense Adam they would shrink its
-    moment, and a rare row would then leap by up to ten times the rate.
+    The second moment of a row is the mean of its squared gradient elements over its own updates, limited to the last
+    1 / (1 - beta2) of them. Steps in which a row has no gradient do not count: dense Adam would decay its moment in
+    each of them, and the next update of a rare row would be up to ten times the learning rate.
 
-    Every rank has all of its small state and does all of its little work.
+    State and work are small, so they are replicated: every rank does everything.
     """
 
-    def __init__(self, groups, dist):
+    def __init__(self, groups: list[dict], dist):
         """groups: {"names", "params", "lr", "beta2"}; the gradients are sparse."""
         parameters = [parameter for group in groups for parameter in group["params"]]
-        spans = {parameter: [(0, parameter.numel())] * dist.world_size for parameter in parameters}
+        ranges = {parameter: [(0, parameter.numel())] * dist.world_size for parameter in parameters}
         shapes = {p: {"exp_avg_sq": p.shape[:1], "updates": p.shape[:1]} for p in parameters}
-        super().__init__(groups, {"eps": 1e-10}, dist, spans, shapes)
+        super().__init__(groups, {"eps": 1e-10}, dist, ranges, shapes)
         for group in self.param_groups:
             group["base_lr"] = group["lr"]
 
     @torch.no_grad()
-    def begin(self):
+    def start_step(self) -> list[Callable[[], None]]:
         """Update the rows that have a gradient; there is nothing to wait for."""
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -258,21 +276,27 @@ class RowAdam(SharedOptimizer):
         return []
 
 
-def build(roles, rates, weight_decay, dtype, dist):
-    """[Muon, AdamW] over the parameters of a model, and RowAdam if it has a table of token pairs.
+def build_optimizers(
+    roles: dict[str, dict[str, nn.Parameter]],
+    rates: dict[str, float],
+    weight_decay: float,
+    dtype: torch.dtype,
+    dist,
+) -> list[ShardedOptimizer]:
+    """[Muon, AdamW] over the parameters of a model, plus RowwiseAdam if it has a bigram embedding.
 
-    roles: {role: {name: parameter}} as `GPT.parameters_by_role` gives. rates: {"matrix", "embedding", "unembedding",
-    "scalar": learning rate}. dtype: of Muon's products. The rate of each role follows from those four. dist: with
-    whose ranks the work is shared; a rank's part follows from its number alone.
+    roles: {role: {name: parameter}} from `GPT.parameters_by_role`. rates: learning rates of "matrix", "embedding",
+    "unembedding" and "scalar"; those of the other roles are derived from these. dtype: the precision of Muon's matrix
+    products. dist: the ranks to shard over; the rank number alone determines a rank's shard.
     """
-    # At step 1 the gradient of the scalars is rounding: about 1e-6, where later ones are about 1e-2. A small eps would
-    # turn it into full updates, which differ with the number of ranks.
+    # At step 1 the gradients of the scalars are rounding errors of about 1e-6; later ones are about 1e-2. A small eps
+    # would turn these errors into full updates, which would depend on the number of ranks.
     scalar = {"betas": (0.9, 0.95), "eps": 1e-4}
     options = {
         "embedding": {"lr": rates["embedding"], "betas": (0.8, 0.99)},
         "value_embedding": {"lr": rates["embedding"] / 2, "betas": (0.8, 0.99)},
         "unembedding": {"lr": rates["unembedding"], "betas": (0.8, 0.98)},
-        "residual": {"lr": rates["scalar"] / 10, **scalar},  # a small change of it moves the whole stream
+        "residual": {"lr": rates["scalar"] / 10, **scalar},  # small changes affect the whole residual stream
         "x0": {"lr": rates["scalar"], **scalar},
         "gate": {"lr": rates["scalar"], **scalar},
     }
@@ -287,30 +311,31 @@ def build(roles, rates, weight_decay, dtype, dist):
         named = roles["bigram_embedding"]
         rate = rates["embedding"] / 2
         group = {"names": list(named), "params": list(named.values()), "lr": rate, "beta2": 0.99}
-        optimizers.append(RowAdam([group], dist))
+        optimizers.append(RowwiseAdam([group], dist))
     return optimizers
 
 
-def step(optimizers):
-    """Update the parameters of all `optimizers`, as `build` gives them, from their gradients.
+def step(optimizers: Sequence[ShardedOptimizer]) -> None:
+    """Update all parameters from their gradients; `optimizers` are those of `build_optimizers`.
 
-    The last comes first: the large tables of AdamW are quickly done, and travel while Muon works.
+    In reverse order: AdamW's large tables are updated quickly and are sent while Muon computes.
     """
-    sent = [wait for optimizer in reversed(optimizers) for wait in optimizer.begin()]
-    for wait in sent:
+    waits = [wait for optimizer in reversed(optimizers) for wait in optimizer.start_step()]
+    for wait in waits:
         wait()
 
 
 @torch.no_grad()
-def collect_gradients(parameters, dist):
-    """The gradients of `parameters` as dense tensors that share their memory; of a sparse one the rows that it has.
+def collect_gradients(parameters: Iterable[nn.Parameter], dist) -> list[Tensor]:
+    """The gradients of `parameters` as dense tensors that share their memory; for sparse gradients, the values of the
+    rows present.
 
-    The sparse ones, which DistributedDataParallel leaves alone, are averaged over the ranks here.
+    DistributedDataParallel skips the sparse ones, so they are averaged over the ranks here.
     """
     found = []
     for parameter in parameters:
         if parameter.grad.is_sparse:
-            own = parameter.grad.coalesce()  # a row that many tokens share is sent once
+            own = parameter.grad.coalesce()  # sums duplicate rows, so each row is sent once
             rows = dist.all_gather_rows(own.indices()[0])
             values = dist.all_gather_rows(own.values() / dist.world_size)
             alone = dist.world_size == 1
@@ -323,8 +348,8 @@ def collect_gradients(parameters, dist):
     return found
 
 
-def set_schedule(optimizers, rate, momentum, weight_decay):
-    """Set every group's learning rate to `rate` times its own, and Muon's momentum and weight decay."""
+def set_schedule(optimizers: Iterable[ShardedOptimizer], rate: float, momentum: float, weight_decay: float) -> None:
+    """Set every group's learning rate to `rate` times its base rate, and Muon's momentum and weight decay."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * rate
@@ -332,8 +357,10 @@ def set_schedule(optimizers, rate, momentum, weight_decay):
                 group["momentum"], group["weight_decay"] = momentum, weight_decay
 
 
-def _state_tensors_of(optimizers):
-    """(name, optimizer, parameter, state name, shape as a whole) of every state tensor, in the same order on all
+def _state_tensors_of(
+    optimizers: Iterable[ShardedOptimizer],
+) -> Iterator[tuple[str, ShardedOptimizer, nn.Parameter, str, Sequence[int]]]:
+    """(name, optimizer, parameter, state name, unsharded shape) of every state tensor, in the same order on all
     ranks.
     """
     for optimizer in optimizers:
@@ -343,16 +370,17 @@ def _state_tensors_of(optimizers):
                     yield f"{name}/{key}", optimizer, parameter, key, shape
 
 
-def state_tensors(optimizers, dist):
-    """{"parameter name/state name": tensor} of all optimizers on rank 0: whole tensors, whatever the rank count. Empty
-    on the other ranks, all of which must call it, because they send their parts.
+def state_tensors(optimizers: Iterable[ShardedOptimizer], dist) -> dict[str, Tensor]:
+    """{"parameter name/state name": unsharded tensor} of all optimizers on rank 0, empty on the other ranks.
+
+    A collective operation: all ranks must call it.
     """
     found = {}
     for name, optimizer, parameter, key, shape in _state_tensors_of(optimizers):
         sizes, filled = [], 0
-        for span in optimizer.spans[parameter]:
-            begin, end = _scaled(span, parameter, shape)
-            sizes.append(end - begin if begin >= filled else 0)  # a part that an earlier rank has too comes from that
+        for element_range in optimizer.shard_ranges[parameter]:
+            start, end = _state_range(element_range, parameter, shape)
+            sizes.append(end - start if start >= filled else 0)  # a replicated tensor comes from the first rank
             filled = max(filled, end)
         part = optimizer.state[parameter][key] if sizes[dist.rank] else torch.empty(0)
         whole = dist.gather_to_rank0(part, sizes)
@@ -362,32 +390,32 @@ def state_tensors(optimizers, dist):
 
 
 @torch.no_grad()
-def load_state_tensors(optimizers, tensors):
-    """Put back what `state_tensors` gave: each rank takes its part of every tensor. Raises ValueError for a missing,
-    extra or misshapen tensor.
+def load_state_tensors(optimizers: Iterable[ShardedOptimizer], tensors: dict[str, Tensor]) -> None:
+    """Load the tensors of `state_tensors`; each rank copies its own shard. Raises ValueError for a missing, unexpected
+    or misshapen tensor.
     """
-    own = {name: place for name, *place in _state_tensors_of(optimizers)}
-    if own.keys() != tensors.keys():
-        raise ValueError(f"optimizer state differs in {sorted(own.keys() ^ tensors.keys())[:4]}")
-    for name, (optimizer, parameter, key, shape) in own.items():
+    expected = {name: place for name, *place in _state_tensors_of(optimizers)}
+    if expected.keys() != tensors.keys():
+        raise ValueError(f"optimizer state differs in {sorted(expected.keys() ^ tensors.keys())[:4]}")
+    for name, (optimizer, parameter, key, shape) in expected.items():
         if tensors[name].shape != shape:
             raise ValueError(f"optimizer state {name} has shape {tuple(tensors[name].shape)}, not {tuple(shape)}")
-        begin, end = _scaled(optimizer.own(parameter), parameter, shape)
-        if end > begin:
-            optimizer.state[parameter][key].copy_(tensors[name].flatten()[begin:end])
+        start, end = _state_range(optimizer.own_range(parameter), parameter, shape)
+        if end > start:
+            optimizer.state[parameter][key].copy_(tensors[name].flatten()[start:end])
 
 
-def footprint(optimizers, dist, table_rows):
-    """What sharing costs this rank, as {"gradients", "rows", "parameters", "state": bytes}: what it sends in a step,
-    in the mean over the ranks, to average the dense gradients (in a ring), to gather the rows of sparse ones, and to
-    hand out the updated parameters; and the optimizer state that it holds.
+def communication_bytes(optimizers: Sequence[ShardedOptimizer], dist, table_rows: int) -> dict[str, int]:
+    """{"gradients", "rows", "parameters", "state": bytes}: what this rank sends per step, averaged over the ranks, for
+    the all-reduce of dense gradients (ring), the all-gather of sparse rows and the broadcast of updated parameters; and
+    the size of its optimizer state.
 
-    table_rows: of a table of which a rank has gradients in a step, at most.
+    table_rows: the maximum number of rows of a sparse table that have a gradient on one rank in one step.
     """
-    dense = [p for optimizer in optimizers if not isinstance(optimizer, RowAdam) for p in optimizer.spans]
-    tables = [p for optimizer in optimizers if isinstance(optimizer, RowAdam) for p in optimizer.spans]
+    dense = [p for optimizer in optimizers if not isinstance(optimizer, RowwiseAdam) for p in optimizer.shard_ranges]
+    tables = [p for optimizer in optimizers if isinstance(optimizer, RowwiseAdam) for p in optimizer.shard_ranges]
     others, dense_bytes = dist.world_size - 1, 4 * sum(p.numel() for p in dense)
-    rows_bytes = sum(min(table_rows, len(p)) * (8 + 4 * p.size(1)) + 16 for p in tables)  # number, values; two counts
+    rows_bytes = sum(min(table_rows, len(p)) * (8 + 4 * p.size(1)) + 16 for p in tables)  # index and values; two counts
     states = (tensor for optimizer in optimizers for state in optimizer.state.values() for tensor in state.values())
     return {
         "gradients": 2 * dense_bytes * others // dist.world_size,

@@ -100,7 +100,7 @@ class Tracker:
         """Record what an evaluation found beside its numbers: JSON-like values, added to those of this step so far.
 
         val_bpb: a number, or None if it was not finite. samples: [{prompt, text}], the text what the model wrote. core:
-        see `core_eval.summary`. documents and token_bits: see `loss_eval.Details`.
+        see `core_eval.summary`. documents and token_bits: see `loss_eval.TokenLossStats`.
         """
         if not self.enabled:
             return

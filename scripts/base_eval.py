@@ -34,7 +34,7 @@ STEP = 0  # its checkpoint after so many steps; 0: the newest
 DATA_DIR = ""  # folder of shards; empty: the one the run was trained on
 DEVICE = "auto"  # auto, cuda, mps or cpu
 DTYPE = "auto"  # of the matrix products: auto, bfloat16, float16 or float32
-DEVICE_BATCH_SIZE = 16  # rows of one forward pass
+DEVICE_BATCH_SIZE = 16  # sequences per forward pass
 EVAL_TOKENS = 262144  # of each kind of text, or all of it where there is less
 EVAL_DOCUMENT_BYTES = 600000  # of whole validation documents, for the bits per byte of documents; 0: off
 CORE = True  # evaluate on the tasks of CORE, or of CORE_BUNDLE
@@ -57,7 +57,7 @@ def main():
     same_data = dist.on_rank0(lambda: dataset.fingerprint(shards)) == meta["data"]
     dist.print0(f"{run_dir}, step {meta['step']}{'' if same_data else ', on other data than it was trained on'}")
     if EVAL_TOKENS < model.config.max_seq_len:
-        least = f"less than one row of this model, which has {model.config.max_seq_len}"
+        least = f"less than one sequence of this model, which has {model.config.max_seq_len}"
         raise UserError(f"--eval-tokens={EVAL_TOKENS}: {least}")
     core_dir, validation = paths.core_dir(), shards.validation.path
     bundle = CORE and core_bundle.obtain(CORE_BUNDLE, core_dir, validation, dist, CORE_MAX_PER_TASK, dist.print0)
@@ -74,15 +74,17 @@ def main():
 
 
 def text_bits_per_byte(dist, model, tokenizer, shards):
-    """{train_bpb, val_bpb, doc_bpb} of rows of train and validation text and of whole validation documents."""
+    """{train_bpb, val_bpb, doc_bpb} of packed train and validation text and of whole validation documents."""
     seq_len, token_bytes, found = model.config.max_seq_len, tokenizer.token_bytes(), {}
     for split, part in (("train", shards.train), ("val", (shards.validation,))):
         files = [shard.path for shard in part]
-        rows = dist.on_all_ranks(lambda files=files: dataloader.packed_rows(files, tokenizer, seq_len, EVAL_TOKENS))
-        with progress(dist, split, len(rows)) as done:
-            bpb = loss_eval.bits_per_byte(model, rows, token_bytes, dist, DEVICE_BATCH_SIZE, done)
+        sequences = dist.on_all_ranks(
+            lambda files=files: dataloader.packed_sequences(files, tokenizer, seq_len, EVAL_TOKENS)
+        )
+        with progress(dist, split, len(sequences)) as done:
+            bpb = loss_eval.bits_per_byte(model, sequences, token_bytes, dist, DEVICE_BATCH_SIZE, done)
         found[f"{split}_bpb"] = bpb
-        dist.print0(f"{split:<5} bpb {bpb:.4f} on {rows[:, 1:].size:,} tokens")
+        dist.print0(f"{split:<5} bpb {bpb:.4f} on {sequences[:, 1:].size:,} tokens")
     if EVAL_DOCUMENT_BYTES:
         path = shards.validation.path
         documents = dist.on_all_ranks(lambda: dataloader.validation_documents(path, tokenizer, EVAL_DOCUMENT_BYTES))

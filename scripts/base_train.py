@@ -18,6 +18,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from nanotrain import (
+    bigram_init,
     checkpoint,
     config,
     core_bundle,
@@ -33,7 +34,6 @@ from nanotrain import (
     recipe,
     report,
     resume,
-    spectral,
     wandb_run,
 )
 from nanotrain.dist import init_distributed, is_lost_peer
@@ -62,14 +62,14 @@ SEED = 1337  # of the weights and of the order of the data
 DATA_DIR = ""  # folder of shards; empty: the only data set in NANOTRAIN_DIR/data
 TOKENIZER_DIR = ""  # folder of tokenizer.json; empty: NANOTRAIN_DIR/tokenizer
 MAX_SEQ_LEN = 0  # tokens of a row; 0: chosen by the width
-LANES = 48  # streams that the rows are taken from in turn
+LANES = 48  # token streams from which sequences are taken in turn
 # --- model
 DEPTH = 0  # layers; 0: chosen by the horizon in minutes or operations, else 4
 ASPECT_RATIO = 0  # width per layer; 0: 64, and a width of at least 256
 HEAD_DIM = 128  # the width is rounded up to whole heads
 BIGRAM_ROWS = 65536  # of the hashed table of token pairs; 0: no table
 PLAIN = False  # only what transformers' own NanoChat class has, so no table of pairs either: for scripts.export_hf
-SPECTRAL_TOKENS = 2_000_000  # whose pairs set the first embedding and head (vocabularies to 16,384); 0: random ones
+SPECTRAL_TOKENS = 2_000_000  # counted for bigram init of embedding and head (vocabularies to 16,384); 0: random init
 # --- horizon: at most one of the first three
 NUM_ITERATIONS = 0  # optimizer steps
 TARGET_FLOPS = 0.0  # floating-point operations
@@ -225,9 +225,9 @@ def pretrain(dist, stop, watchdog):
         model_config, reason = choose_shape(tokenizer.vocab_size, speed)
     seq_len = model_config.max_seq_len
     if EVAL_TOKENS < seq_len:
-        raise UserError(f"--eval-tokens={EVAL_TOKENS}: less than one row of {seq_len} tokens")
+        raise UserError(f"--eval-tokens={EVAL_TOKENS}: less than one sequence of {seq_len} tokens")
     validation = EVAL_EVERY and dist.on_all_ranks(
-        lambda: dataloader.packed_rows([shards.validation.path], tokenizer, seq_len, EVAL_TOKENS)
+        lambda: dataloader.packed_sequences([shards.validation.path], tokenizer, seq_len, EVAL_TOKENS)
     )
     identity = {
         "model_config": model_config.to_dict(),
@@ -268,7 +268,7 @@ def pretrain(dist, stop, watchdog):
     dist.on_rank0(lambda: tokenizer.save(run_dir))
 
     # ---- weights and optimizers ----
-    units = dataloader.units_of(shards.train, LANES)
+    slices = dataloader.slices_of(shards.train, LANES)
     hardware.use_tokenizer_threads(False)  # the readers have threads of their own
     model = model.to_empty(device=dist.device)
     if GRAD_CHECKPOINT:
@@ -281,9 +281,13 @@ def pretrain(dist, stop, watchdog):
         "scalar": SCALAR_LR,
     }
     muon_dtype = torch.bfloat16 if dist.dtype == torch.bfloat16 else torch.float32
-    _, adamw, *_ = optimizers = optim.build(model.parameters_by_role(), rates, WEIGHT_DECAY, muon_dtype, dist)
+    _, adamw, *_ = optimizers = optim.build_optimizers(
+        model.parameters_by_role(), rates, WEIGHT_DECAY, muon_dtype, dist
+    )
     if dist.world_size > 1:
-        dist.print0(describe_sharing(optim.footprint(optimizers, dist, plan.total_batch_size // dist.world_size)))
+        dist.print0(
+            describe_sharing(optim.communication_bytes(optimizers, dist, plan.total_batch_size // dist.world_size))
+        )
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
     if saved:
         checkpoint.load_weights(model, model_tensors)
@@ -295,10 +299,10 @@ def pretrain(dist, stop, watchdog):
         checkpoint.load_weights(model, first_weights)
     else:
         model.init_weights(SEED)
-        if SPECTRAL_TOKENS and tokenizer.vocab_size <= spectral.LARGEST_VOCABULARY:
-            # on rank 0 alone: DistributedDataParallel, below, hands what it has to the others
-            dist.on_rank0(lambda: start_from_pairs(model, units, tokenizer, plan.tokens))
-            hardware.give_back_freed_memory()  # the counts of all pairs
+        if SPECTRAL_TOKENS and tokenizer.vocab_size <= bigram_init.LARGEST_VOCABULARY:
+            # rank 0 only: DistributedDataParallel, below, broadcasts the result
+            dist.on_rank0(lambda: apply_bigram_init(model, slices, tokenizer, plan.tokens))
+            hardware.give_back_freed_memory()  # the bigram counts
     del model_tensors, optimizer_tensors, first_weights  # else a resumed run would hold two copies of everything
     if rows_are_tried(dist):
         rows = rows_that_fit(dist, model, plan.device_batch_size * plan.grad_accum_steps // batch_parts())
@@ -319,8 +323,8 @@ def pretrain(dist, stop, watchdog):
     # ---- the run ----
     loader_state = saved["loader"] if saved else None
     threads = hardware.cores_of_a_rank()
-    reader = dataloader.RowReader(
-        units, tokenizer, seq_len, LANES, SEED, dist.rank, dist.world_size, loader_state, threads
+    reader = dataloader.SequenceReader(
+        slices, tokenizer, seq_len, LANES, SEED, dist.rank, dist.world_size, loader_state, threads
     )
     tracker = dist.on_all_ranks(lambda: Tracker(run_dir, run.num_steps, run.step, dist.is_rank0))
     in_wandb = None
@@ -383,7 +387,7 @@ def pretrain(dist, stop, watchdog):
         tracker,
         dataloader.DataLoader(reader, plan.device_batch_size, dist.device) as loader,
     ):
-        batches, mean_loss = dist.on_all_ranks(lambda: dataloader.LookAhead(loader)), math.nan
+        batches, mean_loss = dist.on_all_ranks(lambda: dataloader.Prefetcher(loader)), math.nan
         stopped_before = run.assessed_step != run.step  # what was due then
         if run.step == 0 or stopped_before:
             last = assess(last=False)
@@ -408,13 +412,13 @@ def pretrain(dist, stop, watchdog):
             optim.set_schedule(optimizers, rate, momentum, recipe.weight_decay(progress, WEIGHT_DECAY))
 
             # ---- gradients of the whole batch ----
-            loss_sum, row_hash = torch.zeros((), device=dist.device), 0
+            loss_sum, data_hash = torch.zeros((), device=dist.device), 0
             first_batch, loader_seconds = batches.next, 0.0
             for micro_step in range(micro_steps):
                 asked = time.perf_counter()
                 batch = batches.take()
                 loader_seconds += time.perf_counter() - asked
-                row_hash += batch.row_hash
+                data_hash += batch.sequence_hash
                 # before the forward, where DDP decides whether this backward will average over the ranks
                 trained.require_backward_grad_sync = micro_step == micro_steps - 1
                 with dist.autocast():
@@ -427,7 +431,7 @@ def pretrain(dist, stop, watchdog):
             norm = torch.nn.utils.get_total_norm(gradients)
 
             # ---- what all ranks must know, in one reduction and one read ----
-            halves = [row_hash % 2**32, (row_hash >> 32) % 2**32]  # of the hash, which float64 adds exactly
+            halves = [data_hash % 2**32, (data_hash >> 32) % 2**32]  # float64 adds 32-bit halves exactly
             status = [loss_sum, norm, stop.requested, batches.error is not None, *halves]
             loss_total, norm_total, stops, data_errors, hash_low, hash_high = dist.all_reduce_sum(status)
             mean_loss, grad_norm = loss_total / dist.world_size, norm_total / dist.world_size
@@ -723,27 +727,27 @@ def describe_batch(dist, plan, model_config):
     return lines
 
 
-def describe_sharing(footprint):
+def describe_sharing(num_bytes):
     """The line that says what the ranks send each other and what each of them holds."""
-    sent = sum(size for name, size in footprint.items() if name != "state")
+    sent = sum(size for name, size in num_bytes.items() if name != "state")
     return (
         f"sharing    a rank sends at most {sent / 1e6:,.1f} MB a step"
-        f" and holds {footprint['state'] / 1e6:,.1f} MB of optimizer state"
+        f" and holds {num_bytes['state'] / 1e6:,.1f} MB of optimizer state"
     )
 
 
-def start_from_pairs(model, units, tokenizer, run_tokens):
-    """Set embedding and head to those of the bigram model of the first tokens of the run, and of those that would come
-    after it: to count them takes far less time than to train on them.
+def apply_bigram_init(model, slices, tokenizer, run_tokens):
+    """Initialize embedding and head from the bigrams of the run's first tokens, and of later tokens that the run will
+    not reach: counting takes far less time than training.
     """
     seq_len = model.config.max_seq_len
     count = max(min(SPECTRAL_TOKENS, SPECTRAL_RUNS * run_tokens) // seq_len, 1)
     threads = hardware.cores_of_a_rank()
-    reader = dataloader.RowReader(units, tokenizer, seq_len, LANES, SEED, threads=threads)
-    rows = torch.empty(count, seq_len + 1, dtype=torch.int64)
-    reader.fill(rows.numpy())
+    reader = dataloader.SequenceReader(slices, tokenizer, seq_len, LANES, SEED, threads=threads)
+    sequences = torch.empty(count, seq_len + 1, dtype=torch.int64)
+    reader.fill(sequences.numpy())
     generator = torch.Generator().manual_seed(SEED)
-    embedding, head = spectral.start(rows, model.config.vocab_size, model.config.model_dim, generator)
+    embedding, head = bigram_init.bigram_init(sequences, model.config.vocab_size, model.config.model_dim, generator)
     with torch.no_grad():
         model.embedding.weight.copy_(embedding)
         model.head.weight.copy_(head)
@@ -853,15 +857,15 @@ def progress_bar(dist, tracker, watchdog, what, count):
 
 
 def evaluate(dist, run, model, validation, tokenizer, tracker, watchdog):
-    """Measure bits per byte on the validation rows, and record it in `run` and the log."""
-    begin, details = time.monotonic(), loss_eval.Details(tokenizer)
+    """Measure bits per byte on the validation sequences, and record it in `run` and the log."""
+    begin, stats = time.monotonic(), loss_eval.TokenLossStats(tokenizer)
     with progress_bar(dist, tracker, watchdog, "evaluation", len(validation)) as done:
         rows = DEVICE_BATCH_SIZE or DEFAULT_ROWS
-        val_bpb = loss_eval.bits_per_byte(model, validation, tokenizer.token_bytes(), dist, rows, done, details.add)
+        val_bpb = loss_eval.bits_per_byte(model, validation, tokenizer.token_bytes(), dist, rows, done, stats.add)
     run.val_bpb = val_bpb if math.isfinite(val_bpb) else None  # a checkpoint holds no NaN
     run.evaluated_step = run.step
     tracker.record(run.step, {"val/bpb": val_bpb})
-    tracker.evaluation(run.step, val_bpb=run.val_bpb, **details.result(dist))
+    tracker.evaluation(run.step, val_bpb=run.val_bpb, **stats.result(dist))
     if run.step and run.val_bpb is not None and (run.best_bpb is None or val_bpb < run.best_bpb):
         run.best_bpb, run.best_step = val_bpb, run.step  # of those that are saved: step 0 is not
     if run.val_bpb is not None and (run.goal_bpb is None or val_bpb < run.goal_bpb):

@@ -68,7 +68,7 @@ MAX_SEQ_LEN = 256  # tokens of a row
 # --- data, for the tables loader and step
 DATA_DIR = ""  # folder of shards; empty: the only data set in NANOTRAIN_DIR/data
 TOKENIZER_DIR = ""  # folder of tokenizer.json; empty: NANOTRAIN_DIR/tokenizer
-LOADER_TOKENS = 4_000_000  # of one measurement of the loader: few tokens would count the first reading of each unit
+LOADER_TOKENS = 4_000_000  # per measurement of the loader; with fewer, the first read of each slice would dominate
 # --- measurement
 REPETITIONS = 5  # of every measurement
 OUT = ""  # file for the JSON; empty: none
@@ -178,7 +178,7 @@ class Training:
         elif self.compile_mode == "block":
             model.compile_parts()
         muon_dtype = torch.bfloat16 if dist.dtype == torch.bfloat16 else torch.float32
-        return model, optim.build(model.parameters_by_role(), RATES, 0.0, muon_dtype, dist)
+        return model, optim.build_optimizers(model.parameters_by_role(), RATES, 0.0, muon_dtype, dist)
 
 
 def prepare_training(dist, training, next_batch=None):
@@ -211,7 +211,7 @@ def training_step(dist, training, model, optimizers, next_batch=None):
 
 def prepare_optimizers(dist, training):
     """The optimizers' step with the gradients of one row, as a function that gives {part: seconds}."""
-    model, (muon, adamw, *row_adam) = training.build(dist)
+    model, (muon, adamw, *rowwise_adam) = training.build(dist)
     tokens = torch.randint(training.vocab_size, (2, 1, training.seq_len), device=dist.device)
     with dist.autocast():
         model(*tokens).backward()
@@ -221,7 +221,7 @@ def prepare_optimizers(dist, training):
     ]
     roles = {name: role for role, named in model.parameters_by_role().items() for name in named}
     others = [(f"AdamW {roles[group['names'][0]]}", optim.AdamW([group], dist)) for group in adamw.param_groups]
-    others += [("RowAdam bigram_embedding", optimizer) for optimizer in row_adam]
+    others += [("RowwiseAdam bigram_embedding", optimizer) for optimizer in rowwise_adam]
     orthogonalize, marks = optim.orthogonalize, []
 
     def mark():
@@ -685,22 +685,22 @@ def loader_table():
     """
     tokenizer = BPETokenizer.load(paths.tokenizer_dir(TOKENIZER_DIR))
     shards = dataset.open_shards(paths.data_dir(DATA_DIR))
-    units = dataloader.units_of(shards.train, LANES)
+    slices = dataloader.slices_of(shards.train, LANES)
     texts = some_texts(shards)
     rows = []
     for threads in (1, 2):
-        for batch_rows, seq_len in SHAPES:
+        for batch_size, seq_len in SHAPES:
             pairs = []
             for _ in range(REPETITIONS):
                 hardware.use_tokenizer_threads(threads > 1)
                 alone = tokenizer_speed(tokenizer, texts)
                 hardware.use_tokenizer_threads(False)  # the reader has threads of its own
-                pairs.append((loader_speed(units, tokenizer, batch_rows, seq_len, threads), alone))
+                pairs.append((loader_speed(slices, tokenizer, batch_size, seq_len, threads), alone))
             ratios = sorted(loaded / alone for loaded, alone in pairs)
             rows.append(
                 {
                     "threads": threads if threads == 1 else "all",
-                    "shape": f"({batch_rows}, {seq_len})",
+                    "shape": f"({batch_size}, {seq_len})",
                     "loader tok/s": round(statistics.median(loaded for loaded, _ in pairs)),
                     "tokenizer tok/s": round(statistics.median(alone for _, alone in pairs)),
                     "ratio": round(statistics.median(ratios), 3),
@@ -730,16 +730,16 @@ def tokenizer_speed(tokenizer, texts):
     return tokens / (time.perf_counter() - begin)
 
 
-def loader_speed(units, tokenizer, batch_rows, seq_len, threads):
+def loader_speed(slices, tokenizer, batch_size, seq_len, threads):
     """Tokens per second into (B, T + 1) buffers of a reader that starts anew, its first batch not counted."""
-    reader = dataloader.RowReader(units, tokenizer, seq_len, LANES, seed=1337, threads=threads)
-    rows = np.empty((batch_rows, seq_len + 1), dtype=np.int64)
-    reader.fill(rows)
-    batches = max(LOADER_TOKENS // rows[:, 1:].size, 1)
+    reader = dataloader.SequenceReader(slices, tokenizer, seq_len, LANES, seed=1337, threads=threads)
+    sequences = np.empty((batch_size, seq_len + 1), dtype=np.int64)
+    reader.fill(sequences)
+    batches = max(LOADER_TOKENS // sequences[:, 1:].size, 1)
     begin = time.perf_counter()
     for _ in range(batches):
-        reader.fill(rows)
-    return batches * rows[:, 1:].size / (time.perf_counter() - begin)
+        reader.fill(sequences)
+    return batches * sequences[:, 1:].size / (time.perf_counter() - begin)
 
 
 def step_table():
@@ -753,10 +753,10 @@ def step_table():
     dist = init_distributed(DEVICE, DTYPE, deterministic=False)
     hardware.silence_profiler()  # its lines would break the progress bar
     tokenizer = BPETokenizer.load(paths.tokenizer_dir(TOKENIZER_DIR))
-    units = dataloader.units_of(dataset.open_shards(paths.data_dir(DATA_DIR)).train, LANES)
+    slices = dataloader.slices_of(dataset.open_shards(paths.data_dir(DATA_DIR)).train, LANES)
     hardware.use_tokenizer_threads(False)  # the reader has threads of its own
     threads = hardware.cores_of_a_rank()
-    reader = dataloader.RowReader(units, tokenizer, MAX_SEQ_LEN, LANES, seed=1337, threads=threads)
+    reader = dataloader.SequenceReader(slices, tokenizer, MAX_SEQ_LEN, LANES, seed=1337, threads=threads)
     work = training(vocab_size=tokenizer.vocab_size)
     if work.compile_mode != "off":
         import torch._inductor.config  # not at the top: it takes seconds

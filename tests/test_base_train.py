@@ -25,6 +25,7 @@ from conftest import ALONE, TINY_RUN, make_shards, make_texts
 from fake_wandb import FakeWandb
 
 from nanotrain import (
+    bigram_init,
     checkpoint,
     config,
     core_bundle,
@@ -39,7 +40,6 @@ from nanotrain import (
     recipe,
     report,
     resume,
-    spectral,
     wandb_run,
 )
 from nanotrain.dist import DistContext
@@ -177,9 +177,11 @@ def same_run(first, second, but_for=()):
 
 
 @pytest.mark.parametrize(("num_iterations", "tokens"), [(1, 5 * 128), (7, 5 * 7 * 128), (8, 5000)])
-def test_a_start_is_made_of_so_many_tokens_and_no_more_than_five_runs_have(train, monkeypatch, num_iterations, tokens):
-    shapes, start = [], spectral.start
-    monkeypatch.setattr(spectral, "start", lambda rows, *rest: shapes.append(rows.shape) or start(rows, *rest))
+def test_bigram_init_uses_so_many_tokens_and_no_more_than_five_runs_have(train, monkeypatch, num_iterations, tokens):
+    shapes, init = [], bigram_init.bigram_init
+    monkeypatch.setattr(
+        bigram_init, "bigram_init", lambda first, *rest: shapes.append(first.shape) or init(first, *rest)
+    )
     train(NUM_ITERATIONS=num_iterations, SPECTRAL_TOKENS=5000)
     assert shapes == [(tokens // 16, 16 + 1)]
 
@@ -191,11 +193,11 @@ def test_a_run_starts_as_the_bigram_model_of_its_first_tokens(train):
     assert many < 0.6 * at_random
 
 
-def test_a_vocabulary_with_too_many_pairs_starts_at_random(train, monkeypatch):
+def test_a_vocabulary_with_too_many_bigrams_starts_at_random(train, monkeypatch):
     expected = column(train("random", NUM_ITERATIONS=1, SPECTRAL_TOKENS=0), "val/bpb")
-    monkeypatch.setattr(spectral, "LARGEST_VOCABULARY", 319)
+    monkeypatch.setattr(bigram_init, "LARGEST_VOCABULARY", 319)
     assert column(train("large", NUM_ITERATIONS=1), "val/bpb") == expected
-    monkeypatch.setattr(spectral, "LARGEST_VOCABULARY", 320)
+    monkeypatch.setattr(bigram_init, "LARGEST_VOCABULARY", 320)
     assert column(train("small", NUM_ITERATIONS=1), "val/bpb") != expected
 
 
@@ -538,38 +540,38 @@ def test_a_run_whose_shape_was_chosen_keeps_it_on_another_machine(train, monkeyp
 # ---- the data of a run ----
 
 
-def data_hashes(folder, tokenizer, num_steps, rows_per_step, offset=0):
-    """The data_hash of each step by the definition: lanes of units in the order of their hashes, rows dealt in turn.
+def data_hashes(folder, tokenizer, num_steps, sequences_per_step, offset=0):
+    """The data_hash of each step by definition: slices ordered by hash, sequences taken from the streams in turn.
 
-    offset: shifts every row by so many tokens, for the twin.
+    offset: shifts every sequence by so many tokens, for the twin.
     """
-    lanes, seq_len = TINY["LANES"], TINY["MAX_SEQ_LEN"]
-    units = {}
+    num_streams, seq_len = TINY["LANES"], TINY["MAX_SEQ_LEN"]
+    slices = {}
     for shard in ("shard_00000.parquet", "shard_00001.parquet"):
         file = pq.ParquetFile(folder / shard)
         for group in range(file.num_row_groups):
-            units[f"{shard}:{group}:0"] = file.read_row_group(group).column("text").to_pylist()
-    sequence = []
+            slices[f"{shard}:{group}:0"] = file.read_row_group(group).column("text").to_pylist()
+    order = []
     for epoch in range(3):
-        keys = {unit: hashlib.sha256(f"{base_train.SEED} {epoch} {unit}".encode()).digest() for unit in units}
-        sequence += sorted(units, key=keys.get)
+        keys = {name: hashlib.sha256(f"{base_train.SEED} {epoch} {name}".encode()).digest() for name in slices}
+        order += sorted(slices, key=keys.get)
     streams = []
-    for lane in range(lanes):
-        texts = [text for unit in sequence[lane::lanes] for text in units[unit]]
+    for stream in range(num_streams):
+        texts = [text for name in order[stream::num_streams] for text in slices[name]]
         streams.append([token for text in texts for token in (tokenizer.bos, *tokenizer.encode(text))][offset:])
     hashes = []
     for step in range(num_steps):
         total = 0
-        for number in range(step * rows_per_step, (step + 1) * rows_per_step):
-            start = number // lanes * seq_len
-            row = streams[number % lanes][start : start + seq_len + 1]
-            packed = struct.pack("<q", number) + struct.pack(f"<{seq_len + 1}i", *row)
+        for number in range(step * sequences_per_step, (step + 1) * sequences_per_step):
+            start = number // num_streams * seq_len
+            sequence = streams[number % num_streams][start : start + seq_len + 1]
+            packed = struct.pack("<q", number) + struct.pack(f"<{seq_len + 1}i", *sequence)
             total += int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
         hashes.append(f"{total % 2**64:016x}")
     return hashes
 
 
-def test_the_rows_are_those_of_the_definition_over_more_than_one_epoch(train, data_dir, tokenizer):
+def test_the_sequences_are_those_of_the_definition_over_more_than_one_epoch(train, data_dir, tokenizer):
     run = train(NUM_ITERATIONS=14, TOTAL_BATCH_SIZE=1024, DEVICE_BATCH_SIZE=32, EVAL_EVERY=0)
     assert rows(run)[-1]["train/epoch"] >= 1
     assert column(run, "data_hash") == data_hashes(data_dir, tokenizer, 14, 64)
@@ -696,10 +698,10 @@ def test_on_a_gpu_the_most_rows_fit_and_twice_as_many_do_not(monkeypatch):
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def test_memory_goes_back_after_the_start_from_pairs_and_before_a_save(train, monkeypatch):
+def test_memory_goes_back_after_bigram_init_and_before_a_save(train, monkeypatch):
     calls = []
     for module, name in (
-        (base_train, "start_from_pairs"),
+        (base_train, "apply_bigram_init"),
         (hardware, "give_back_freed_memory"),
         (base_train, "warm_up"),
         (checkpoint, "save"),
@@ -710,7 +712,7 @@ def test_memory_goes_back_after_the_start_from_pairs_and_before_a_save(train, mo
         )
     train(NUM_ITERATIONS=2, SAVE_EVERY=1)
     saves = ["give_back_freed_memory", "save"]
-    assert calls == ["start_from_pairs", "give_back_freed_memory", "warm_up", *saves, *saves]
+    assert calls == ["apply_bigram_init", "give_back_freed_memory", "warm_up", *saves, *saves]
 
 
 # ---- activation checkpointing ----
@@ -1415,7 +1417,7 @@ def test_no_data_set_no_tokenizer_and_a_broken_one_say_which_command_helps(train
     [
         ({"TARGET_FLOPS": 1e9}, r"--num-iterations=6 --target-flops=1000000000.0: two horizons"),
         ({"TARGET_MINUTES": 5.0}, r"--num-iterations=6 --target-minutes=5.0: two horizons"),
-        ({"EVAL_TOKENS": 15}, r"--eval-tokens=15: less than one row of 16 tokens"),
+        ({"EVAL_TOKENS": 15}, r"--eval-tokens=15: less than one sequence of 16 tokens"),
         ({"MATRIX_LR": -0.1}, r"--matrix-lr=-0.1: must not be negative"),
         ({"SAVE_EVERY": -1}, r"--save-every=-1: must not be negative"),
         ({"MAX_SEQ_LEN": -1}, r"--max-seq-len=-1: must not be negative"),

@@ -235,7 +235,7 @@ def test_the_optimizers_parts_are_all_there():
     muon, rest = rows[:3], rows[3:-1]
     assert [row["part"] for row in muon] == ["Muon momentum", "Muon orthogonalisation", "Muon update"]
     roles = set(bench.training().build(init_distributed("cpu", "float32"))[0].parameters_by_role()) - {"matrix"}
-    expected = {f"AdamW {role}" for role in roles - {"bigram_embedding"}} | {"RowAdam bigram_embedding"}
+    expected = {f"AdamW {role}" for role in roles - {"bigram_embedding"}} | {"RowwiseAdam bigram_embedding"}
     assert {row["part"] for row in rest} == expected
     assert rows[-1]["part"] == "all"
     assert [row["part"] for row in rows if row["of matmul"] != "-"] == ["Muon orthogonalisation"]

@@ -62,8 +62,8 @@ def unigram(logits_of):
     return ToyModel(lambda tokens: row.expand(*tokens.shape, -1), LETTERS.vocab_size)
 
 
-def accuracies(model, tasks, tokenizer=LETTERS, batch_rows=4):
-    return [score.accuracy for score in core_eval.evaluate(model, tokenizer, tasks, ALONE, batch_rows)]
+def accuracies(model, tasks, tokenizer=LETTERS, batch_size=4):
+    return [score.accuracy for score in core_eval.evaluate(model, tokenizer, tasks, ALONE, batch_size)]
 
 
 # ---- prompts, by hand ----
@@ -334,10 +334,10 @@ def test_a_real_model_gives_the_definition(case):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 20])
-@pytest.mark.parametrize("batch_rows", [1, 2, 8])
-def test_neither_the_number_of_ranks_nor_the_batch_size_changes_anything(case, world_size, batch_rows):
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_neither_the_number_of_ranks_nor_the_batch_size_changes_anything(case, world_size, batch_size):
     found = on_every_rank(
-        world_size, lambda rank: core_eval.evaluate(case.model, LETTERS, case.tasks, rank, batch_rows)
+        world_size, lambda rank: core_eval.evaluate(case.model, LETTERS, case.tasks, rank, batch_size)
     )
     assert found == [case.alone] * world_size
 
@@ -351,12 +351,12 @@ def test_losses_are_those_of_the_models_logits_in_float32(case):
         assert found == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("batch_rows", [1, 2, 8])
-def test_losses_do_not_depend_on_the_batch(case, batch_rows):
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_losses_do_not_depend_on_the_batch(case, batch_size):
     task = case.tasks[1]
     encoded = [[[0, *ids] for ids in LETTERS.encode_batch(core_eval.prompts(task, index))] for index in range(13)]
     batch = [one for ids in encoded for one in core_eval.sequences(task.kind, ids, 24)]
-    together = core_eval._scores(case.model, batch, False, ALONE, batch_rows)
+    together = core_eval._scores(case.model, batch, False, ALONE, batch_size)
     one_by_one = [core_eval._scores(case.model, [one], False, ALONE, 1)[0] for one in batch]
     assert together == pytest.approx(one_by_one, rel=1e-6)
 
@@ -383,7 +383,7 @@ def test_items_go_through_the_model_together_in_bounded_batches_and_only_scored_
     for name, function in (("token_losses", token_losses), ("greedy_tokens", greedy_tokens)):
         counted = lambda h, w, *rest, function=function: places.append(len(h)) or function(h, w, *rest)  # noqa: E731
         monkeypatch.setattr(loss, name, counted)
-    accuracies(case.model, case.tasks, batch_rows=2)
+    accuracies(case.model, case.tasks, batch_size=2)
     assert max(rows * width for rows, width in shapes) <= 2 * 24
     sequences = 13 * (4 + 4 + 2 + 1)
     assert sum(rows for rows, _ in shapes) == sequences

@@ -85,10 +85,10 @@ def model_on(device):
 # ---- loader ----
 
 
-def assert_batches_are_the_rows(device, data_dir, tokenizer):
+def assert_batches_are_the_sequences(device, data_dir, tokenizer):
     """30 batches of the loader, taken faster than the device copies them, are those that a reader gives."""
-    units = dataloader.units_of(dataset.open_shards(data_dir).train, 4)
-    plain, threaded = (dataloader.RowReader(units, tokenizer, 32, 4, 1) for _ in range(2))
+    slices = dataloader.slices_of(dataset.open_shards(data_dir).train, 4)
+    plain, threaded = (dataloader.SequenceReader(slices, tokenizer, 32, 4, 1) for _ in range(2))
     got = []
     with dataloader.DataLoader(threaded, 64, torch.device(device)) as loader:
         if device == "cuda":
@@ -100,15 +100,15 @@ def assert_batches_are_the_rows(device, data_dir, tokenizer):
             got.append((batch.inputs, batch.targets))
             time.sleep(0.002)  # in which the thread would fill the slot again
     for inputs, targets in got:
-        rows = np.empty((64, 33), dtype=np.int64)
-        plain.fill(rows)
-        assert np.array_equal(targets.cpu().numpy(), rows[:, 1:])
-        assert np.array_equal(inputs.cpu().numpy(), rows[:, :-1])
+        sequences = np.empty((64, 33), dtype=np.int64)
+        plain.fill(sequences)
+        assert np.array_equal(targets.cpu().numpy(), sequences[:, 1:])
+        assert np.array_equal(inputs.cpu().numpy(), sequences[:, :-1])
 
 
 @on_each
 def test_a_slot_is_filled_again_only_after_the_copy_out_of_it(device, data_dir, tokenizer):
-    assert_batches_are_the_rows(device, data_dir, tokenizer)
+    assert_batches_are_the_sequences(device, data_dir, tokenizer)
 
 
 @cuda_only
@@ -119,7 +119,7 @@ def test_the_check_of_the_slots_notices_a_missing_event(device, data_dir, tokeni
 
     monkeypatch.setattr(torch.cuda, "Event", Never)
     with pytest.raises(AssertionError):
-        assert_batches_are_the_rows(device, data_dir, tokenizer)
+        assert_batches_are_the_sequences(device, data_dir, tokenizer)
 
 
 # ---- precision and attention ----
@@ -174,7 +174,7 @@ def test_float32_has_no_flash_attention(device):
 def test_the_optimizers_use_fused_kernels_and_low_precision_and_do_not_wait(device):
     model, inputs, targets = model_on(device)
     dist = place_on(device)
-    optimizers = optim.build(model.parameters_by_role(), RATES, 0.1, torch.bfloat16, dist)
+    optimizers = optim.build_optimizers(model.parameters_by_role(), RATES, 0.1, torch.bfloat16, dist)
     model(inputs, targets).backward()
     guarded = contextlib.nullcontext() if device == "cpu" else no_waiting_on_cuda()
     with Operations() as operations, guarded:

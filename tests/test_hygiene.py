@@ -53,7 +53,7 @@ WHERE = {
         "test_hygiene: test_the_literal_name_of_bos_is_text_from_a_users_file_to_the_rows",
     ],
     "DA9 fewer row groups than ranks": [
-        "test_dataloader: test_p2_the_order_of_rows_does_not_depend_on_the_world_size",
+        "test_dataloader: test_p2_the_order_of_sequences_does_not_depend_on_the_world_size",
         "test_corpus: test_import_of_little_text_still_has_many_row_groups",
     ],
     "DA10 too few shards, no or a repeated validation shard": [
@@ -66,7 +66,7 @@ WHERE = {
     "DA12 a shard vanishes or is replaced": [
         "test_dataset: test_a_row_group_that_cannot_be_read_is_named",
         "test_dataset: test_a_shard_that_another_good_one_has_replaced_is_an_error",
-        "test_dataloader: test_a_shard_that_is_replaced_is_a_data_error_and_not_other_rows",
+        "test_dataloader: test_a_shard_that_is_replaced_is_a_data_error_and_not_other_sequences",
         "test_dataloader: test_a_shard_that_vanishes_is_a_data_error_of_every_later_batch",
         "test_base_train: test_a_shard_that_vanishes_costs_no_step",
     ],
@@ -89,11 +89,11 @@ def test_every_number_has_its_tests():
 
 
 def documents_of_an_epoch(folder, tokenizer, num_tokens, seq_len=64):
-    """What one lane reads first, cut at each BOS."""
-    units = dataloader.units_of(dataset.open_shards(folder).train, 1)
-    rows = np.empty((num_tokens // seq_len + 1, seq_len + 1), dtype=np.int64)
-    dataloader.RowReader(units, tokenizer, seq_len, 1, 3).fill(rows)
-    tokens = rows[:, :seq_len].flatten().tolist()[:num_tokens]
+    """The documents that a single stream reads first, split at each BOS."""
+    slices = dataloader.slices_of(dataset.open_shards(folder).train, 1)
+    sequences = np.empty((num_tokens // seq_len + 1, seq_len + 1), dtype=np.int64)
+    dataloader.SequenceReader(slices, tokenizer, seq_len, 1, 3).fill(sequences)
+    tokens = sequences[:, :seq_len].flatten().tolist()[:num_tokens]
     begins = [place for place, token in enumerate(tokens) if token == tokenizer.bos]
     assert begins[0] == 0
     return [tokenizer.decode(tokens[begin + 1 : end]) for begin, end in itertools.pairwise([*begins, num_tokens])]
@@ -140,13 +140,13 @@ def test_row_groups_and_files_without_rows_change_nothing(tokenizer, tmp_path):
     for name in ("plain", "holes"):
         found = documents_of_an_epoch(tmp_path / name, tokenizer, tokens_of(texts, tokenizer))
         assert sorted(found) == sorted(texts)
-    units = [dataloader.units_of(dataset.open_shards(tmp_path / name).train, 2) for name in ("plain", "holes")]
-    rows = [sorted((unit.start, unit.stop) for unit in found) for found in units]
+    slices = [dataloader.slices_of(dataset.open_shards(tmp_path / name).train, 2) for name in ("plain", "holes")]
+    rows = [sorted((part.start, part.stop) for part in found) for found in slices]
     assert rows[0] == rows[1]
 
 
 def test_bad_data_of_one_rank_stops_all_in_the_same_step(run_script, tokenizer, base_dir, tmp_path):
-    """DA13: with two lanes rank 1 reads the units at odd places of the order, rank 0 the others."""
+    """DA13: with two streams rank 1 reads the slices at odd positions, rank 0 the others."""
     tokenizer.save(base_dir / "tokenizer")
     folder = make_shards(tmp_path / "folder", train=1)
     path = folder / "shard_00000.parquet"

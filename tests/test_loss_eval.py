@@ -29,27 +29,27 @@ class TableModel:
 
 @pytest.fixture(scope="module")
 def case(tokenizer, tmp_path_factory):
-    """A model, 13 validation rows of 24 tokens, and the bytes of each token."""
+    """A model, 13 validation sequences of 24 tokens, and the bytes of each token."""
     folder = make_shards(tmp_path_factory.mktemp("validation"))
-    rows = dataloader.packed_rows([folder / "shard_00002.parquet"], tokenizer, 24, 13 * 24)
-    rows[4, 7] = tokenizer.bos  # besides those between documents
+    sequences = dataloader.packed_sequences([folder / "shard_00002.parquet"], tokenizer, 24, 13 * 24)
+    sequences[4, 7] = tokenizer.bos  # besides those between documents
     model = make_model(GPTConfig(320, 32, 2, 2, 2, 16), 0.5)
     for block in model.blocks:  # so that what comes before a token matters
         torch.nn.init.eye_(block.attention.output.weight)
     return SimpleNamespace(
         model=model,
-        rows=rows,
+        sequences=sequences,
         token_bytes=tokenizer.token_bytes(),
         bos=tokenizer.bos,
     )
 
 
 def by_definition(case):
-    """From the model's logits, one row at a time, in float64."""
+    """From the model's logits, one sequence at a time, in float64."""
     nats, size = 0.0, 0
-    for row in case.rows.tolist():
-        logits = case.model.logits(torch.tensor([row[:-1]]))[0].double()
-        for log_probabilities, target in zip(torch.log_softmax(logits, -1), row[1:], strict=True):
+    for sequence in case.sequences.tolist():
+        logits = case.model.logits(torch.tensor([sequence[:-1]]))[0].double()
+        for log_probabilities, target in zip(torch.log_softmax(logits, -1), sequence[1:], strict=True):
             if target != case.bos:
                 nats -= log_probabilities[target].item()
                 size += case.token_bytes[target].item()
@@ -60,27 +60,27 @@ def test_uniform_logits_cost_the_logarithm_of_the_vocabulary(case):
     model = make_model(GPTConfig(320, 32, 2, 2, 2, 16), 0.5)
     with torch.no_grad():
         model.head.weight.zero_()
-    targets = case.rows[:, 1:].ravel()
+    targets = case.sequences[:, 1:].ravel()
     counted = [token for token in targets.tolist() if token != case.bos]
     expected = math.log2(320) * len(counted) / sum(case.token_bytes[token].item() for token in counted)
     assert len(counted) < len(targets)
-    assert bits_per_byte(model, case.rows, case.token_bytes, ALONE, 4) == pytest.approx(expected, rel=1e-6)
+    assert bits_per_byte(model, case.sequences, case.token_bytes, ALONE, 4) == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_small_case_by_hand():
     token_bytes = torch.tensor([0, 1, 3, 2])
     table = [[9.0, 0.5, 9.0, 9.0], [9.0, 9.0, 1.5, 9.0], [100.0, 9.0, 9.0, 0.25], [9.0, 9.0, 9.0, 9.0]]
-    rows = np.array([[0, 1, 2, 0], [1, 2, 3, 3]], dtype=np.int32)
+    sequences = np.array([[0, 1, 2, 0], [1, 2, 3, 3]], dtype=np.int32)
     nats = (0.5 + 1.5) + (1.5 + 0.25 + 9.0)  # and not the 100 of the special token
     size = (1 + 3) + (3 + 2 + 2)
-    found = bits_per_byte(TableModel(table), rows, token_bytes, ALONE, 1)
+    found = bits_per_byte(TableModel(table), sequences, token_bytes, ALONE, 1)
     assert found == pytest.approx(nats / math.log(2) / size, rel=1e-12)
 
 
 def test_sums_are_float64():
     count, cost = 100_000, 0.1
-    rows = np.ones((1, count + 1), dtype=np.int32)
-    found = bits_per_byte(TableModel([[0.0, 0.0], [0.0, cost]]), rows, torch.tensor([0, 1]), ALONE, 1)
+    sequences = np.ones((1, count + 1), dtype=np.int32)
+    found = bits_per_byte(TableModel([[0.0, 0.0], [0.0, cost]]), sequences, torch.tensor([0, 1]), ALONE, 1)
     assert found == pytest.approx(float(np.float32(cost)) / math.log(2), rel=1e-12)
 
 
@@ -90,40 +90,42 @@ def test_special_tokens_are_in_neither_sum():
     special = np.array([[1, 1, 0, 0, 1]], dtype=np.int32)  # its other targets are the first and the last
     for cost in (0.0, 7.0, math.inf, math.nan):
         model = TableModel([[cost, 3.0], [cost, 3.0]])
-        for rows in (plain, special):
-            assert bits_per_byte(model, rows, token_bytes, ALONE, 1) == pytest.approx(3 / math.log(2) / 2, rel=1e-12)
+        for sequences in (plain, special):
+            assert bits_per_byte(model, sequences, token_bytes, ALONE, 1) == pytest.approx(
+                3 / math.log(2) / 2, rel=1e-12
+            )
 
 
 def test_a_real_model_gives_the_definition(case):
-    assert bits_per_byte(case.model, case.rows, case.token_bytes, ALONE, 4) == pytest.approx(
+    assert bits_per_byte(case.model, case.sequences, case.token_bytes, ALONE, 4) == pytest.approx(
         by_definition(case), rel=1e-5
     )
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 20])
-@pytest.mark.parametrize("batch_rows", [1, 2, 8])
-def test_neither_the_number_of_ranks_nor_the_batch_size_changes_anything(case, world_size, batch_rows):
-    alone = bits_per_byte(case.model, case.rows, case.token_bytes, ALONE, 100)
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_neither_the_number_of_ranks_nor_the_batch_size_changes_anything(case, world_size, batch_size):
+    alone = bits_per_byte(case.model, case.sequences, case.token_bytes, ALONE, 100)
     found = on_every_rank(
-        world_size, lambda rank: bits_per_byte(case.model, case.rows, case.token_bytes, rank, batch_rows)
+        world_size, lambda rank: bits_per_byte(case.model, case.sequences, case.token_bytes, rank, batch_size)
     )
     assert found == [pytest.approx(alone, rel=1e-6)] * world_size
 
 
 def test_one_row_less_is_noticed(case):
-    whole = bits_per_byte(case.model, case.rows, case.token_bytes, ALONE, 8)
-    assert bits_per_byte(case.model, case.rows[:-1], case.token_bytes, ALONE, 8) != pytest.approx(whole, rel=1e-6)
+    whole = bits_per_byte(case.model, case.sequences, case.token_bytes, ALONE, 8)
+    assert bits_per_byte(case.model, case.sequences[:-1], case.token_bytes, ALONE, 8) != pytest.approx(whole, rel=1e-6)
 
 
 def test_text_without_bytes_is_an_error_and_not_infinity():
-    rows = np.zeros((2, 5), dtype=np.int32)
+    sequences = np.zeros((2, 5), dtype=np.int32)
     with pytest.raises(DataError, match="has no bytes"):
-        bits_per_byte(TableModel([[1.0]]), rows, torch.tensor([0]), ALONE, 1)
+        bits_per_byte(TableModel([[1.0]]), sequences, torch.tensor([0]), ALONE, 1)
 
 
 def test_progress_counts_every_row_once(case):
     done = []
-    bits_per_byte(case.model, case.rows, case.token_bytes, ALONE, 5, done.append)
+    bits_per_byte(case.model, case.sequences, case.token_bytes, ALONE, 5, done.append)
     assert done == [5, 5, 3]
 
 
@@ -135,7 +137,7 @@ def test_nothing_is_kept_for_gradients(case):
             seen.append(torch.is_grad_enabled())
             return case.model.token_losses(inputs, targets)
 
-    bits_per_byte(Watching(), case.rows, case.token_bytes, ALONE, 8)
+    bits_per_byte(Watching(), case.sequences, case.token_bytes, ALONE, 8)
     assert seen == [False, False]
     assert torch.is_grad_enabled()
 
@@ -174,12 +176,12 @@ def test_documents_give_the_definition(case, documents, seq_len):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 50])
-@pytest.mark.parametrize("batch_rows", [1, 2, 8])
-def test_documents_are_the_same_for_all_ranks_and_batches(case, documents, world_size, batch_rows):
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_documents_are_the_same_for_all_ranks_and_batches(case, documents, world_size, batch_size):
     windows = document_windows(documents[1], case.bos, 32)
     alone = document_bits_per_byte(case.model, windows, case.token_bytes, ALONE, 100)
     found = on_every_rank(
-        world_size, lambda rank: document_bits_per_byte(case.model, windows, case.token_bytes, rank, batch_rows)
+        world_size, lambda rank: document_bits_per_byte(case.model, windows, case.token_bytes, rank, batch_size)
     )
     assert found == [pytest.approx(alone, rel=1e-6)] * world_size
 
@@ -187,7 +189,7 @@ def test_documents_are_the_same_for_all_ranks_and_batches(case, documents, world
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_the_ranks_share_rows_and_documents_and_none_is_done_twice(case, documents, world_size):
     windows = document_windows(documents[1], case.bos, 32)
-    for evaluate, things in ((bits_per_byte, case.rows), (document_bits_per_byte, windows)):
+    for evaluate, things in ((bits_per_byte, case.sequences), (document_bits_per_byte, windows)):
         done = []
         on_every_rank(world_size, lambda rank: evaluate(case.model, things, case.token_bytes, rank, 2, done.append))  # noqa: B023
         assert sum(done) == 2 * len(things)  # on_every_rank evaluates twice
@@ -226,23 +228,23 @@ def test_validation_documents_are_the_first_ones_whole(tokenizer, tmp_path):
 # ---- where the loss is ----
 
 
-def details_of(case, tokenizer, world_size, batch_rows=4, add=loss_eval.Details.add):
+def stats_of(case, tokenizer, world_size, batch_size=4, add=loss_eval.TokenLossStats.add):
     """What every rank of several finds, what they share being put together by hand."""
     handed = {"sums": [], "objects": []}
     for known in (False, True):
         results = []
         for number in range(world_size):
             rank = DistContext(number, number, world_size, torch.device("cpu"), torch.float32, "test")
-            details = loss_eval.Details(tokenizer)
+            stats = loss_eval.TokenLossStats(tokenizer)
             vars(rank)["all_reduce_sum"] = lambda values: [1.0] * len(values)
             bits_per_byte(
                 case.model,
-                case.rows,
+                case.sequences,
                 case.token_bytes,
                 rank,
-                batch_rows,
+                batch_size,
                 None,
-                lambda *batch, d=details: add(d, *batch),
+                lambda *batch, d=stats: add(d, *batch),
             )
             totals = [sum(column) for column in zip(*handed["sums"], strict=True)] if known else None
             vars(rank)["all_reduce_sum"] = lambda values, totals=totals: (
@@ -251,19 +253,19 @@ def details_of(case, tokenizer, world_size, batch_rows=4, add=loss_eval.Details.
             vars(rank)["all_gather_objects"] = lambda value, known=known: (
                 handed["objects"] if known else handed["objects"].append(value) or [value]
             )
-            results.append(details.result(rank))
+            results.append(stats.result(rank))
     assert all(result == results[0] for result in results)
     return results[0]
 
 
-def details_by_definition(case, tokenizer):
-    """({text: (bits per byte, bits of each token)} of what rows hold of documents, bits of all tokens)."""
+def stats_by_definition(case, tokenizer):
+    """({text: (bits per byte, bits of each token)} of the parts of documents in sequences, bits of all tokens)."""
     texts, every = {}, []
-    for row in case.rows.tolist():
-        logits = case.model.logits(torch.tensor([row[:-1]]))[0].double()
-        bits = (-torch.log_softmax(logits, -1)[range(24), row[1:]] / math.log(2)).tolist()
-        every += [cost for token, cost in zip(row[1:], bits, strict=True) if token != case.bos]
-        for is_bos, group in itertools.groupby(zip(row[1:], bits, strict=True), lambda pair: pair[0] == case.bos):
+    for sequence in case.sequences.tolist():
+        logits = case.model.logits(torch.tensor([sequence[:-1]]))[0].double()
+        bits = (-torch.log_softmax(logits, -1)[range(24), sequence[1:]] / math.log(2)).tolist()
+        every += [cost for token, cost in zip(sequence[1:], bits, strict=True) if token != case.bos]
+        for is_bos, group in itertools.groupby(zip(sequence[1:], bits, strict=True), lambda pair: pair[0] == case.bos):
             ids, costs = zip(*group, strict=True)
             if not is_bos and len(ids) >= 6:
                 text = tokenizer.decode(ids)
@@ -271,7 +273,7 @@ def details_by_definition(case, tokenizer):
     return texts, every
 
 
-def same_details(found, texts, every):
+def same_stats(found, texts, every):
     ordered = sorted(texts, key=lambda text: texts[text][0])
     counts, _ = np.histogram(np.clip(every, 0, 20), found["token_bits"]["edges"])
     good = found["token_bits"]["counts"] == counts.tolist()
@@ -287,26 +289,26 @@ def same_details(found, texts, every):
 
 
 def test_the_worst_and_best_texts_and_the_histogram_are_those_of_the_definition(case, tokenizer):
-    texts, every = details_by_definition(case, tokenizer)
+    texts, every = stats_by_definition(case, tokenizer)
     assert len(texts) > 10
-    found = details_of(case, tokenizer, 1)
-    assert same_details(found, texts, every)
+    found = stats_of(case, tokenizer, 1)
+    assert same_stats(found, texts, every)
     assert json.loads(json.dumps(found)) == found
-    shifted = details_of(case, tokenizer, 1, add=lambda details, targets, nats: details.add(targets, nats.roll(1, 1)))
-    assert not same_details(shifted, texts, every)
+    shifted = stats_of(case, tokenizer, 1, add=lambda stats, targets, nats: stats.add(targets, nats.roll(1, 1)))
+    assert not same_stats(shifted, texts, every)
 
 
-@pytest.mark.parametrize(("world_size", "batch_rows"), [(2, 4), (3, 1), (16, 2)])
-def test_they_are_the_same_for_every_number_of_ranks(case, tokenizer, world_size, batch_rows):
-    assert same_details(details_of(case, tokenizer, world_size, batch_rows), *details_by_definition(case, tokenizer))
+@pytest.mark.parametrize(("world_size", "batch_size"), [(2, 4), (3, 1), (16, 2)])
+def test_they_are_the_same_for_every_number_of_ranks(case, tokenizer, world_size, batch_size):
+    assert same_stats(stats_of(case, tokenizer, world_size, batch_size), *stats_by_definition(case, tokenizer))
 
 
 def test_tokens_that_are_parts_of_a_character_are_shown_as_the_character(tokenizer):
     ids = tokenizer.encode("a ☃ b")
     assert len(ids) > 5  # its bytes are tokens of their own
-    details = loss_eval.Details(tokenizer)
-    details.add(torch.tensor([ids]), torch.full((1, len(ids)), math.log(2), dtype=torch.float64))
-    (text,) = details.result(ALONE)["documents"]["worst"]
+    stats = loss_eval.TokenLossStats(tokenizer)
+    stats.add(torch.tensor([ids]), torch.full((1, len(ids)), math.log(2), dtype=torch.float64))
+    (text,) = stats.result(ALONE)["documents"]["worst"]
     assert text["text"] == "a ☃ b"
     assert dict(text["tokens"])["☃"] >= 3
     assert sum(bits for _, bits in text["tokens"]) == len(ids)
@@ -314,22 +316,22 @@ def test_tokens_that_are_parts_of_a_character_are_shown_as_the_character(tokeniz
 
 
 def test_losses_that_are_not_finite_are_left_out_and_dear_ones_count_at_the_end(tokenizer):
-    details, token = loss_eval.Details(tokenizer), tokenizer.encode("a")[0]
+    stats, token = loss_eval.TokenLossStats(tokenizer), tokenizer.encode("a")[0]
     nats = math.log(2) * torch.tensor([[math.nan, math.inf, 1.1, 500.0], [1.0, 2.0, 3.0, 4.0]], dtype=torch.float64)
-    details.add(torch.full((2, 4), token), nats)
-    found = details.result(ALONE)
+    stats.add(torch.full((2, 4), token), nats)
+    found = stats.result(ALONE)
     assert [text["bpb"] for text in found["documents"]["worst"]] == [2.5]
     counts = found["token_bits"]["counts"]
     assert (sum(counts), counts[-1], counts[4]) == (6, 1, 2)
 
 
 def test_what_is_kept_is_bounded(tokenizer):
-    details, token = loss_eval.Details(tokenizer), tokenizer.encode("a")[0]
+    stats, token = loss_eval.TokenLossStats(tokenizer), tokenizer.encode("a")[0]
     costs = torch.rand(40, 50, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.5
     for batch in costs:
-        details.add(torch.full((50, 400), token), (math.log(2) * batch).expand(50, 400))
-    assert len(details._texts) <= 500
-    documents = details.result(ALONE)["documents"]
+        stats.add(torch.full((50, 400), token), (math.log(2) * batch).expand(50, 400))
+    assert len(stats._texts) <= 500
+    documents = stats.result(ALONE)["documents"]
     ordered = sorted(costs.flatten().tolist())
     assert [text["bpb"] for text in documents["best"]] == pytest.approx(ordered[:5])
     assert [text["bpb"] for text in documents["worst"]] == pytest.approx(ordered[:-6:-1])

@@ -1,4 +1,4 @@
-"""Muon, AdamW and RowAdam against other implementations and against their definitions, and their state."""
+"""Muon, AdamW and RowwiseAdam against other implementations and against their definitions, and their state."""
 
 import math
 
@@ -10,7 +10,7 @@ from conftest import ALONE
 from nanotrain import optim
 from nanotrain.dist import DistContext
 from nanotrain.gpt import GPT, GPTConfig
-from nanotrain.optim import AdamW, Muon, RowAdam, orthogonalize
+from nanotrain.optim import AdamW, Muon, RowwiseAdam, orthogonalize
 
 SHAPES = ((8, 8), (6, 16), (16, 6), (16, 6), (1, 5), (5, 1))
 RATES = {"matrix": 0.02, "embedding": 0.3, "unembedding": 0.004, "scalar": 0.05}
@@ -168,7 +168,7 @@ def test_muon_equals_the_one_of_torch_with_its_coefficients_and_precision(monkey
     monkeypatch.setattr(optim, "POLAR_EXPRESS", ((3.4445, -4.7750, 2.0315),) * 5)
     monkeypatch.setattr(optim, "POLAR_SAFETY", 1.0)
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)  # torch's knows no other precision
-    monkeypatch.setattr(optim, "even_rows", lambda update, row_sq: update)  # nor this
+    monkeypatch.setattr(optim, "normuon_normalize", lambda update, row_sq: update)  # nor this
     ours, theirs = parameters(), parameters()
     optimizer = Muon(ours, 0.1, ALONE, momentum=0.9)
     other = torch.optim.Muon(theirs.values(), lr=0.1, momentum=0.9, weight_decay=0.0, nesterov=True)
@@ -202,7 +202,7 @@ def test_a_stack_changes_nothing_for_its_members():
         torch.testing.assert_close(alone[name], together[name], rtol=0, atol=1e-5)
 
 
-# ---- RowAdam ----
+# ---- RowwiseAdam ----
 
 ROWS, COLUMNS = 9, 4
 
@@ -234,8 +234,8 @@ def row_adam_steps(steps, optimizer_of):
     return table.detach(), expected.float()
 
 
-def row_adam(table):
-    return RowAdam([{"names": ["table"], "params": [table], "lr": 0.3, "beta2": 0.9}], ALONE)
+def rowwise_adam(table):
+    return RowwiseAdam([{"names": ["table"], "params": [table], "lr": 0.3, "beta2": 0.9}], ALONE)
 
 
 def assert_row_adam_is_right(optimizer_of):
@@ -244,24 +244,24 @@ def assert_row_adam_is_right(optimizer_of):
 
 
 def test_row_adam_equals_its_definition_on_dense_gradients():
-    assert_row_adam_is_right(row_adam)
+    assert_row_adam_is_right(rowwise_adam)
 
 
 @pytest.mark.parametrize("lost", ["exp_avg_sq", "updates"])
 def test_the_row_adam_check_notices_lost_state(lost):
-    class Forgetful(RowAdam):
+    class Forgetful(RowwiseAdam):
         def step(self):
             for state in self.state.values():
                 state[lost].zero_()
             super().step()
 
     with pytest.raises(AssertionError):
-        assert_row_adam_is_right(lambda table: Forgetful(row_adam(table).param_groups, ALONE))
+        assert_row_adam_is_right(lambda table: Forgetful(rowwise_adam(table).param_groups, ALONE))
 
 
 def test_row_adam_leaves_rows_without_gradient_alone_to_the_bit():
     table = torch.nn.Parameter(draw(ROWS, COLUMNS, seed=5))
-    before, optimizer = table.detach().clone(), row_adam(table)
+    before, optimizer = table.detach().clone(), rowwise_adam(table)
     table.grad, dense = sparse_gradient(1)
     optimizer.step()
     changed = (table.detach() != before).any(1)
@@ -302,22 +302,22 @@ def test_collected_gradients_are_dense_share_memory_and_average_the_sparse_ones_
 WORLDS = (1, 2, 3, 4, 5, 7, 8)
 
 
-def test_costs_are_dealt_largest_first_to_the_rank_with_the_least():
-    assert optim.deal([1, 5, 4, 1, 3], 2) == [0, 0, 1, 0, 1]
-    assert optim.deal([2, 2], 5) == [0, 1]
-    assert optim.deal([], 3) == []
+def test_costs_are_assigned_largest_first_to_the_rank_with_the_least():
+    assert optim.partition_by_cost([1, 5, 4, 1, 3], 2) == [0, 0, 1, 0, 1]
+    assert optim.partition_by_cost([2, 2], 5) == [0, 1]
+    assert optim.partition_by_cost([], 3) == []
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
-def test_elements_are_cut_into_runs_that_differ_by_one_at_most(world_size):
+def test_shards_differ_by_one_element_at_most(world_size):
     sizes = [1, 40, 7, 7, 1, 1, 100]
-    spans = optim.cut(sizes, world_size)
-    line = [rank for tensor in spans for rank, (begin, end) in enumerate(tensor) for _ in range(end - begin)]
+    ranges = optim.shard_ranges(sizes, world_size)
+    line = [rank for tensor in ranges for rank, (begin, end) in enumerate(tensor) for _ in range(end - begin)]
     assert line == sorted(line)
     counts = [line.count(rank) for rank in range(world_size)]
     assert sum(counts) == sum(sizes)
     assert max(counts) - min(counts) <= 1
-    for size, tensor in zip(sizes, spans, strict=True):
+    for size, tensor in zip(sizes, ranges, strict=True):
         owned = [element for begin, end in tensor for element in range(begin, end)]
         assert owned == list(range(size))
 
@@ -334,7 +334,9 @@ def events_of_a_step(update, monkeypatch):
 
     monkeypatch.setattr(Muon, "update", lambda self, parameters, group: events.append(f"Muon {len(group['params'])}"))
     model, place = small_model(), Recorder(0, 0, 2, torch.device("cpu"), torch.float32, "test")
-    optimizers = optim.build(model.parameters_by_role(), RATES, weight_decay=0.1, dtype=torch.float32, dist=place)
+    optimizers = optim.build_optimizers(
+        model.parameters_by_role(), RATES, weight_decay=0.1, dtype=torch.float32, dist=place
+    )
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     model.bigram_embedding.weight.grad = torch.ones(11, 16).to_sparse(1)
@@ -387,12 +389,12 @@ def test_every_rank_updates_what_it_owns_as_one_process_would_and_nothing_else(w
     for rank in range(world_size):
         _, optimizers = trained(3, place_among(world_size, rank))
         elements = [sum(len(state["exp_avg"]) for state in optimizers[1].state.values())]
-        elements += [sum(parameter.numel() for parameter in optimizers[1].spans) / world_size]
+        elements += [sum(parameter.numel() for parameter in optimizers[1].shard_ranges) / world_size]
         assert abs(elements[0] - elements[1]) <= 1
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 for name, parameter in zip(group["names"], group["params"], strict=True):
-                    begin, end = optimizer.own(parameter)
+                    begin, end = optimizer.own_range(parameter)
                     here = torch.zeros(parameter.numel(), dtype=torch.bool)
                     here[begin:end] = True
                     moved[name] += here.int()
@@ -410,9 +412,9 @@ def test_no_rank_orthogonalises_much_more_than_another(world_size):
     model = small_model()
     roles = model.parameters_by_role()
     costs = [
-        sum(optim.orthogonalization_cost(p) for p in muon.spans if muon.own(p)[1])
+        sum(optim.orthogonalization_cost(p) for p in muon.shard_ranges if muon.own_range(p)[1])
         for muon in (
-            optim.build(roles, RATES, 0.0, torch.float32, place_among(world_size, rank))[0]
+            optim.build_optimizers(roles, RATES, 0.0, torch.float32, place_among(world_size, rank))[0]
             for rank in range(world_size)
         )
     ]
@@ -421,17 +423,22 @@ def test_no_rank_orthogonalises_much_more_than_another(world_size):
     assert max(costs) <= total / world_size + 16 * 16 * (2 * 64 + 16)
 
 
-def test_the_footprint_of_a_small_model_is_the_one_counted_by_hand():
+def test_the_communication_bytes_of_a_small_model_are_those_counted_by_hand():
     roles = small_model().parameters_by_role()
     of_roles = {role: sum(p.numel() for p in named.values()) for role, named in roles.items()}
     assert of_roles["bigram_embedding"] == 11 * 16
     dense = sum(of_roles.values()) - of_roles["bigram_embedding"]
     matrices, matrix_rows = of_roles["matrix"], 3 * (4 * 16 + 64 + 16)
     state = 4 * (matrices + matrix_rows) + 8 * (dense - matrices) + 8 * 11
-    optimizers = optim.build(roles, RATES, 0.0, torch.float32, ALONE)
-    assert optim.footprint(optimizers, ALONE, 5) == {"gradients": 0, "rows": 0, "parameters": 0, "state": state}
+    optimizers = optim.build_optimizers(roles, RATES, 0.0, torch.float32, ALONE)
+    assert optim.communication_bytes(optimizers, ALONE, 5) == {
+        "gradients": 0,
+        "rows": 0,
+        "parameters": 0,
+        "state": state,
+    }
     place = place_among(4, 1)
-    found = optim.footprint(optim.build(roles, RATES, 0.0, torch.float32, place), place, 5)
+    found = optim.communication_bytes(optim.build_optimizers(roles, RATES, 0.0, torch.float32, place), place, 5)
     assert found["gradients"] == 4 * dense * 2 * 3 // 4  # around the ring twice, a quarter of them at a time
     assert found["parameters"] == 4 * dense * 3 // 4  # everything but one's own
     assert found["rows"] == 3 * (5 * (8 + 4 * 16) + 2 * 8)
@@ -443,7 +450,9 @@ def test_the_footprint_of_a_small_model_is_the_one_counted_by_hand():
 
 def test_build_puts_every_parameter_in_one_group_with_the_rate_of_its_role():
     model = small_model()
-    optimizers = optim.build(model.parameters_by_role(), RATES, weight_decay=0.1, dtype=torch.float32, dist=ALONE)
+    optimizers = optim.build_optimizers(
+        model.parameters_by_role(), RATES, weight_decay=0.1, dtype=torch.float32, dist=ALONE
+    )
     named = dict(model.named_parameters())
     held = {}
     for optimizer in optimizers:
@@ -456,7 +465,7 @@ def test_build_puts_every_parameter_in_one_group_with_the_rate_of_its_role():
     expected = {
         "embedding.weight": (AdamW, 0.3, (0.8, 0.99), 0.0),
         "value_embeddings.2.weight": (AdamW, 0.15, (0.8, 0.99), 0.0),
-        "bigram_embedding.weight": (RowAdam, 0.15, None, None),
+        "bigram_embedding.weight": (RowwiseAdam, 0.15, None, None),
         "head.weight": (AdamW, 0.004, (0.8, 0.98), 0.0),
         "blocks.1.residual_scale": (AdamW, 0.005, (0.9, 0.95), 0.0),
         "blocks.1.x0_scale": (AdamW, 0.05, (0.9, 0.95), 0.0),
@@ -471,7 +480,9 @@ def test_build_puts_every_parameter_in_one_group_with_the_rate_of_its_role():
 
 def test_set_schedule_scales_every_rate_from_its_own_base():
     model = small_model()
-    optimizers = optim.build(model.parameters_by_role(), RATES, weight_decay=0.1, dtype=torch.float32, dist=ALONE)
+    optimizers = optim.build_optimizers(
+        model.parameters_by_role(), RATES, weight_decay=0.1, dtype=torch.float32, dist=ALONE
+    )
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     base = [group["lr"] for group in groups]
     for rate in (0.5, 0.25):  # the second does not build on the first
@@ -487,7 +498,9 @@ def test_set_schedule_scales_every_rate_from_its_own_base():
 def trained(steps, dist=ALONE):
     """A model and its optimizers after so many steps on fixed gradients."""
     model = small_model()
-    optimizers = optim.build(model.parameters_by_role(), RATES, weight_decay=0.1, dtype=torch.float32, dist=dist)
+    optimizers = optim.build_optimizers(
+        model.parameters_by_role(), RATES, weight_decay=0.1, dtype=torch.float32, dist=dist
+    )
     for seed in range(1, steps + 1):
         step(optimizers, dict(model.named_parameters()), seed)
     return model, optimizers
@@ -577,6 +590,8 @@ def test_accumulated_gradients_and_the_next_muon_step_equal_those_of_the_whole_b
         torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().amax().item())
         assert gradient.any(), name
     for model in models:  # AdamW's first step is a sign, which rounding may turn
-        optim.build(model.parameters_by_role(), RATES, weight_decay=0.0, dtype=torch.float32, dist=ALONE)[0].step()
+        optim.build_optimizers(model.parameters_by_role(), RATES, weight_decay=0.0, dtype=torch.float32, dist=ALONE)[
+            0
+        ].step()
     for (name, one), two in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")

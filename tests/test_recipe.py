@@ -311,7 +311,7 @@ def test_the_memory_of_a_step_is_what_the_plan_says(
     model.init_weights(0)
     roles = model.parameters_by_role()
     counts = {role: sum(p.numel() for p in named.values()) for role, named in roles.items()}
-    optimizers = optim.build(roles, RATES, 0.0, dtype, dist)
+    optimizers = optim.build_optimizers(roles, RATES, 0.0, dtype, dist)
     measured, planned = [], []
     for checkpointing in (False, True):
         if checkpointing:

@@ -231,7 +231,7 @@ def trained(base_dir, data_dir, tokenizer, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"EVAL_TOKENS": 15}, "--eval-tokens=15: less than one row"),
+        ({"EVAL_TOKENS": 15}, "--eval-tokens=15: less than one sequence"),
         ({"DEVICE_BATCH_SIZE": 0}, "--device-batch-size=0: at least 1"),
         ({"EVAL_DOCUMENT_BYTES": -1}, "--eval-document-bytes=-1: at least 0"),
         ({"CORE_MAX_PER_TASK": -1}, "--core-max-per-task=-1: at least 0"),

@@ -189,12 +189,12 @@ def test_state_that_is_lost_at_a_save_is_noticed(worlds):
     assert max(distances(worlds.tensors("lost"), worlds.tensors("float1")).values()) > 1e-3
 
 
-def footprint(config, rank, world_size, table_rows):
-    """That of a model of this shape, of which only the shapes exist."""
+def communication_bytes(config, rank, world_size, table_rows):
+    """The plan for a model of this shape, built on the meta device."""
     place = DistContext(rank, rank, world_size, torch.device("meta"), torch.float32, "test")
     rates = {"matrix": 1.0, "embedding": 1.0, "unembedding": 1.0, "scalar": 1.0}
     roles = checkpoint.build_model(config, "meta").parameters_by_role()
-    return optim.footprint(optim.build(roles, rates, 0.0, torch.float32, place), place, table_rows)
+    return optim.communication_bytes(optim.build_optimizers(roles, rates, 0.0, torch.float32, place), place, table_rows)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
@@ -202,7 +202,7 @@ def test_what_ranks_send_and_hold_is_what_the_plan_says(worlds, ranks):
     """The kernel counts what each process sends; what it holds is the size of its tensors' memory."""
     shape = checkpoint.unpack(checkpoint.newest(worlds.folder / "runs" / f"float{ranks}")[1])[2]["model_config"]
     config, table_rows = GPTConfig(**shape), ROWS * SEQ_LEN // ranks
-    plans = [footprint(config, rank, ranks, table_rows) for rank in range(ranks)]
+    plans = [communication_bytes(config, rank, ranks, table_rows) for rank in range(ranks)]
     measured = worlds.ranks(f"float{ranks}")
     assert [rank["state"] for rank in measured] == [plan["state"] for plan in plans]
     first, last = 2, STEPS - 1  # steps; before the first and after the last there are other messages too

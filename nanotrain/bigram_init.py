@@ -1,0 +1,78 @@
+"""Bigram initialization: set embedding and head from bigram counts, so that training starts from a bigram model.
+
+With identity layers the model predicts the next token from the current one alone, and the best such model is known
+before the first step: its logits are the pointwise mutual information of token pairs. A low-rank factorization of that
+matrix gives the embedding and the head (Levy and Goldberg 2014 interpret word vectors in this way).
+
+    V vocabulary   C width   c(i, j) count of bigram (i, j)   p(j) frequency of token j
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+SMOOTHING = 200.0  # pseudo-counts per token, distributed as p: limits the effect of small counts
+RIDGE = 1e-3  # ridge penalty for the head, relative to the mean diagonal
+LARGEST_VOCABULARY = 16384  # the V x V matrices take 12 bytes per bigram
+OVERSAMPLING, POWER_STEPS = 32, 2  # parameters of the randomized SVD (Halko et al., arXiv:0909.4061)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch in one thread, so that sums do not depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+@one_thread()
+def bigram_init(sequences: Tensor, vocab_size: int, width: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Embedding (V, C) and head (V, C), float32 on the CPU, of a bigram model of `sequences` (N, T) int64.
+
+    Embedding vectors have RMS 1 and are rotated randomly, so that no channel is special. Tokens that do not occur get
+    random vectors. The result does not depend on the number of threads: with nearly equal singular values, different
+    rounding would give different singular vectors.
+    """
+    embedding = torch.randn(vocab_size, width, generator=generator)
+    embedding /= embedding.square().mean(1, keepdim=True).sqrt()
+    bigrams = (sequences[:, :-1] * vocab_size + sequences[:, 1:]).flatten()
+    counts = torch.bincount(bigrams, minlength=vocab_size**2).view(vocab_size, vocab_size).float()
+    first_counts, second_counts = counts.sum(1), counts.sum(0) + 0.5
+    frequency = second_counts / second_counts.sum()
+
+    # Log of the smoothed p(j | i) / p(j), minus its mean over p: softmax ignores a constant per row.
+    pmi = counts.div_(SMOOTHING * frequency).log1p_()
+    pmi -= (pmi @ frequency)[:, None]
+
+    # Weighted factorization: rows by count, columns by frequency.
+    row_weight, column_weight = first_counts.sqrt()[:, None], frequency.sqrt()[:, None]
+    rank = min(width - 1, vocab_size)
+    block = torch.randn(vocab_size, min(rank + OVERSAMPLING, vocab_size), generator=generator)
+    for _ in range(POWER_STEPS + 1):
+        basis = torch.linalg.qr(row_weight * (pmi @ (column_weight * block)))[0]
+        block = column_weight * (pmi.T @ (row_weight * basis))
+    left, sizes, _ = torch.linalg.svd(block.T, full_matrices=False)
+    features = (basis @ left)[:, :rank] * sizes[:rank].sqrt() / row_weight.clamp(min=1.0)
+
+    # Vectors of equal length with one component in common, through which the head encodes token frequencies.
+    vectors = torch.zeros(vocab_size, width)
+    vectors[:, 0] = 1.0
+    vectors[:, 1 : rank + 1] = features / features.norm(dim=1, keepdim=True).clamp(min=1e-9)
+    vectors /= vectors.square().mean(1, keepdim=True).sqrt()
+    vectors @= torch.linalg.qr(torch.randn(width, width, generator=generator))[0]
+    seen = first_counts > 0
+    embedding[seen] = vectors[seen]
+
+    # Head: ridge regression of the centred log p(j | i) on the embedding, rows weighted by count.
+    weighted = first_counts[:, None] * vectors
+    gram = (vectors.T @ weighted).double()
+    gram += RIDGE * gram.diagonal().mean() * torch.eye(width, dtype=torch.float64)
+    log_frequency = frequency.log() - frequency.log().mean()
+    targets = pmi.T @ weighted + torch.outer(log_frequency, weighted.sum(0))
+    return embedding, torch.linalg.solve(gram, targets.T.double()).T.float()
