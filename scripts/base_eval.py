@@ -10,18 +10,7 @@ import contextlib
 
 from tqdm import tqdm
 
-from nanotrain import (
-    checkpoint,
-    config,
-    core_bundle,
-    core_eval,
-    dataloader,
-    dataset,
-    errors,
-    loss_eval,
-    paths,
-    report,
-)
+from nanotrain import checkpoint, config, core_bundle, core_eval, dataloader, dataset, errors, loss_eval, paths, report
 from nanotrain.dist import init_distributed
 from nanotrain.engine import samples
 from nanotrain.errors import UserError
