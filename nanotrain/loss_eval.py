@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nanotrain.dist import DistContext
 from nanotrain.errors import DataError
 from nanotrain.tokenizer import BPETokenizer
 
@@ -24,7 +25,7 @@ def bits_per_byte(
     model: nn.Module,
     sequences: np.ndarray,
     token_bytes: Tensor,
-    dist,
+    dist: DistContext,
     batch_size: int,
     progress: Callable[[int], object] | None = None,
     stats: Callable[[Tensor, Tensor], None] | None = None,
@@ -45,7 +46,7 @@ def document_bits_per_byte(
     model: nn.Module,
     windows: Sequence[np.ndarray],
     token_bytes: Tensor,
-    dist,
+    dist: DistContext,
     batch_size: int,
     progress: Callable[[int], object] | None = None,
 ) -> float:
@@ -85,7 +86,7 @@ def document_windows(documents: Sequence[np.ndarray], bos: int, seq_len: int) ->
 
 
 @torch.no_grad()
-def _bits_per_byte(model, batches, token_bytes, dist, progress, stats=None):
+def _bits_per_byte(model, batches, token_bytes, dist: DistContext, progress, stats=None):
     """batches: this rank's (inputs, targets), both (B, T) int32."""
     nats, num_bytes = 0.0, 0
     for batch in batches:
@@ -146,7 +147,7 @@ class TokenLossStats:
         ordered = sorted(texts)
         return ordered if len(ordered) <= 2 * self.NUM_TEXTS else ordered[: self.NUM_TEXTS] + ordered[-self.NUM_TEXTS :]
 
-    def result(self, dist) -> dict:
+    def result(self, dist: DistContext) -> dict:
         """The statistics over all ranks as a JSON-like dict, the same on every rank.
 
         documents: {"worst", "best"}, each a list of {"text", "bpb", "tokens": [[text, bits], ...]}, the most extreme

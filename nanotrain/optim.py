@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from nanotrain.dist import DistContext
+
 # Five steps of the Polar Express iteration (arXiv:2505.16932, coefficients for bfloat16): X <- a X + (b A + c A^2) X
 # with A = X X^T.
 POLAR_EXPRESS = (
@@ -41,7 +43,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self,
         groups: list[dict],
         defaults: dict,
-        dist,
+        dist: DistContext,
         shard_ranges: dict[nn.Parameter, list[Range]],
         shapes: dict[nn.Parameter, dict[str, Sequence[int]]],
     ):
@@ -128,7 +130,7 @@ class Muon(ShardedOptimizer):
         self,
         named_parameters: dict[str, nn.Parameter],
         lr: float,
-        dist,
+        dist: DistContext,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         dtype: torch.dtype = torch.float32,
@@ -202,7 +204,7 @@ def orthogonalize(stack: Tensor, dtype: torch.dtype) -> Tensor:
 class AdamW(ShardedOptimizer):
     """AdamW (arXiv:1711.05101) with torch's fused kernel, over groups of {"names", "params", "lr", "betas"}."""
 
-    def __init__(self, groups: list[dict], dist):
+    def __init__(self, groups: list[dict], dist: DistContext):
         parameters = [parameter for group in groups for parameter in group["params"]]
         ranges = shard_ranges([parameter.numel() for parameter in parameters], dist.world_size)
         shapes = {parameter: {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape} for parameter in parameters}
@@ -251,7 +253,7 @@ class RowwiseAdam(ShardedOptimizer):
     State and work are small, so they are replicated: every rank does everything.
     """
 
-    def __init__(self, groups: list[dict], dist):
+    def __init__(self, groups: list[dict], dist: DistContext):
         """groups: {"names", "params", "lr", "beta2"}; the gradients are sparse."""
         parameters = [parameter for group in groups for parameter in group["params"]]
         ranges = {parameter: [(0, parameter.numel())] * dist.world_size for parameter in parameters}
@@ -281,7 +283,7 @@ def build_optimizers(
     rates: dict[str, float],
     weight_decay: float,
     dtype: torch.dtype,
-    dist,
+    dist: DistContext,
 ) -> list[ShardedOptimizer]:
     """[Muon, AdamW] over the parameters of a model, plus RowwiseAdam if it has a bigram embedding.
 
@@ -326,7 +328,7 @@ def step(optimizers: Sequence[ShardedOptimizer]) -> None:
 
 
 @torch.no_grad()
-def collect_gradients(parameters: Iterable[nn.Parameter], dist) -> list[Tensor]:
+def collect_gradients(parameters: Iterable[nn.Parameter], dist: DistContext) -> list[Tensor]:
     """The gradients of `parameters` as dense tensors that share their memory; for sparse gradients, the values of the
     rows present.
 
@@ -370,7 +372,7 @@ def _state_tensors_of(
                     yield f"{name}/{key}", optimizer, parameter, key, shape
 
 
-def state_tensors(optimizers: Iterable[ShardedOptimizer], dist) -> dict[str, Tensor]:
+def state_tensors(optimizers: Iterable[ShardedOptimizer], dist: DistContext) -> dict[str, Tensor]:
     """{"parameter name/state name": unsharded tensor} of all optimizers on rank 0, empty on the other ranks.
 
     A collective operation: all ranks must call it.
@@ -405,7 +407,7 @@ def load_state_tensors(optimizers: Iterable[ShardedOptimizer], tensors: dict[str
             optimizer.state[parameter][key].copy_(tensors[name].flatten()[start:end])
 
 
-def communication_bytes(optimizers: Sequence[ShardedOptimizer], dist, table_rows: int) -> dict[str, int]:
+def communication_bytes(optimizers: Sequence[ShardedOptimizer], dist: DistContext, table_rows: int) -> dict[str, int]:
     """{"gradients", "rows", "parameters", "state": bytes}: what this rank sends per step, averaged over the ranks, for
     the all-reduce of dense gradients (ring), the all-gather of sparse rows and the broadcast of updated parameters; and
     the size of its optimizer state.
