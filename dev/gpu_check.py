@@ -455,7 +455,7 @@ STEPS = {
 def run() -> None:
     """Do what the command line asks for."""
     arguments = []
-    errors.run(lambda: arguments.extend(config.override(globals(), positional=True)), lambda: main(arguments))
+    errors.run(lambda: arguments.extend(config.override(__name__, positional=True)), lambda: main(arguments))
 
 
 if __name__ == "__main__":

@@ -182,4 +182,4 @@ def compare(out, found):
 
 
 if __name__ == "__main__":
-    errors.run(lambda: config.override(globals()), main)
+    errors.run(lambda: config.override(__name__), main)

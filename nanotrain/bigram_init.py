@@ -13,10 +13,24 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from nanotrain.dataloader import SequenceReader
+from nanotrain.gpt import GPT
+
 SMOOTHING = 200.0  # pseudo-counts per token, distributed as p: limits the effect of small counts
 RIDGE = 1e-3  # ridge penalty for the head, relative to the mean diagonal
 LARGEST_VOCABULARY = 16384  # the V x V matrices take 12 bytes per bigram
 OVERSAMPLING, POWER_STEPS = 32, 2  # parameters of the randomized SVD (Halko et al., arXiv:0909.4061)
+
+
+@torch.no_grad()
+def initialize(model: GPT, reader: SequenceReader, num_tokens: int, seed: int) -> None:
+    """Set embedding and head of `model` from the bigrams of the next `num_tokens` of `reader`."""
+    sequences = torch.empty(max(num_tokens // reader.seq_len, 1), reader.seq_len + 1, dtype=torch.int64)
+    reader.fill(sequences.numpy())
+    generator = torch.Generator().manual_seed(seed)
+    embedding, head = bigram_init(sequences, model.config.vocab_size, model.config.model_dim, generator)
+    model.embedding.weight.copy_(embedding)
+    model.head.weight.copy_(head)
 
 
 @contextmanager

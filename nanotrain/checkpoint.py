@@ -10,25 +10,44 @@ How they are written and verified is in store.py; what is in them is here. There
 the rest is JSON.
 """
 
+import contextlib
 import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as tensor_bytes
+from torch import Tensor
 
-from nanotrain import paths, wandb_run
-from nanotrain.errors import CheckpointError, DataError, UserError
+from nanotrain import config, guard, hardware, optim, paths, wandb_run
+from nanotrain.dist import DistContext
+from nanotrain.errors import CheckpointError, DataError, NonFiniteError, UserError
 from nanotrain.gpt import GPT, GPTConfig
 from nanotrain.store import Store
 from nanotrain.tokenizer import BPETokenizer
 
+if TYPE_CHECKING:
+    from nanotrain.dataloader import Prefetcher
+    from nanotrain.metrics import MetricLogger
+    from nanotrain.trainer import TrainState, TrainStep
+
+FAILED_SAVES_LIMIT = 3  # consecutive ones that end a run
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optim-00000-of-00001.safetensors", "state.json"
 OTHER_BYTES = 1 << 20  # more than all of a checkpoint that is not the elements of tensors
 
 
-def save(run_dir, step, model_tensors, optimizer_tensors, state, owner=None):
+def save(
+    run_dir: Path,
+    step: int,
+    model_tensors: Mapping[str, Tensor],
+    optimizer_tensors: Mapping[str, Tensor],
+    state: dict,
+    owner: str | None = None,
+) -> Path:
     """Write the checkpoint of `step`: tensors by name (float32 weights, whole optimizer state) and `state`, a
     JSON-like dict. Returns its folder.
 
@@ -45,19 +64,19 @@ def save(run_dir, step, model_tensors, optimizer_tensors, state, owner=None):
     return _store(run_dir).commit(step, files, size + OTHER_BYTES, owner)
 
 
-def steps(run_dir):
+def steps(run_dir: Path) -> list[int]:
     """The steps of the checkpoints of a run, newest first, verified or not."""
     return _store(run_dir).steps()
 
 
-def read(run_dir, step):
+def read(run_dir: Path, step: int) -> dict[str, bytes]:
     """{file name: bytes} of the checkpoint of `step`, every byte verified. Raises CheckpointError that says what is
     wrong.
     """
     return _store(run_dir).read(step)
 
 
-def newest(run_dir):
+def newest(run_dir: Path) -> tuple[int | None, dict[str, bytes] | None, list[str]]:
     """(step, files, complaints): the newest checkpoint that verifies, and why newer ones were rejected; (None, None,
     []) if there is none.
 
@@ -66,21 +85,29 @@ def newest(run_dir):
     return _store(run_dir).newest()
 
 
-def clean(run_dir, keep_last, keep_every, best_step, resumed_step, owner=None, verified=None):
+def clean(
+    run_dir: Path,
+    keep_last: int,
+    keep_every: int,
+    best_step: int,
+    resumed_step: int | None,
+    owner: str | None = None,
+    verified: dict | None = None,
+) -> None:
     """Remove temporary folders and old checkpoints by the rules of `Store.clean`. `verified` is a dict for the caller
     to hand in again, so that no checkpoint is hashed at every save.
     """
     _store(run_dir).clean(keep_last, keep_every, best_step, resumed_step, owner, verified)
 
 
-def claim(run_dir):
+def claim(run_dir: Path) -> str:
     """Make this process the one that may write checkpoints of a run, until another claims it; returns the `owner` to
     save with.
     """
     return _store(run_dir).claim()
 
 
-def unpack(files):
+def unpack(files: dict[str, bytes]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
     """(model tensors, optimizer tensors, state) of the verified files of a checkpoint.
 
     Raises CheckpointError if another program wrote them and they are not what they should be.
@@ -88,7 +115,7 @@ def unpack(files):
     return _tensors(files[MODEL]), _tensors(files[OPTIMIZER]), _state(files)
 
 
-def check_choice(best, step):
+def check_choice(best: bool, step: int) -> None:
     """Raise UserError if --best and --step contradict each other, or the step is negative."""
     if step < 0:
         raise UserError(f"--step={step}: at least 0")
@@ -96,7 +123,7 @@ def check_choice(best, step):
         raise UserError(f"--best and --step={step}: two checkpoints; give one of them")
 
 
-def find_run(name=""):
+def find_run(name: str = "") -> Path:
     """The folder of the run `name`, or of the run that was saved last; `wandb:ENTITY/PROJECT/NAME:ALIAS` is an artifact
     of one, which is fetched. Raises CheckpointError if there is none.
     """
@@ -111,7 +138,9 @@ def find_run(name=""):
     return max(saved, key=lambda folder: (folder / "checkpoints").stat().st_mtime)
 
 
-def load_model(run_dir, device="cpu", best=False, step=0):
+def load_model(
+    run_dir: str | Path, device: str | torch.device = "cpu", best: bool = False, step: int = 0
+) -> tuple[GPT, BPETokenizer, dict]:
     """(model, tokenizer, meta) of the newest checkpoint of a run that verifies, of the one with the best validation
     bits per byte, or of the one after `step` steps: float32 weights on `device`, in evaluation mode.
 
@@ -122,25 +151,25 @@ def load_model(run_dir, device="cpu", best=False, step=0):
     files = _chosen(run_dir, step) if step else _newest_or_best(run_dir, best)
     tensors, _, meta = unpack(files)
     try:
-        config, tokenizer_sha256 = GPTConfig(**meta["model_config"]), meta["tokenizer_sha256"]
+        model_config, tokenizer_sha256 = GPTConfig(**meta["model_config"]), meta["tokenizer_sha256"]
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"a checkpoint of {run_dir} lacks what a model needs: {error}") from None
     tokenizer = BPETokenizer.load(run_dir)
     if tokenizer.sha256() != tokenizer_sha256:
         raise DataError(f"{run_dir / 'tokenizer.json'} is not the tokenizer this run was trained with")
-    model = build_model(config, torch.device(device))
+    model = build_model(model_config, torch.device(device))
     load_weights(model, tensors)
     return model.eval(), tokenizer, meta
 
 
-def build_model(config, device):
+def build_model(model_config: GPTConfig, device: str | torch.device) -> GPT:
     """A GPT on `device` whose memory is not set yet: `init_weights` or `load_weights` comes next."""
     with torch.device("meta"):
-        model = GPT(config)
+        model = GPT(model_config)
     return model.to_empty(device=device)
 
 
-def load_weights(model, tensors):
+def load_weights(model: GPT, tensors: Mapping[str, Tensor]) -> None:
     """Fill a model from {name: tensor}. Raises CheckpointError that lists what is missing, extra, misshapen or of
     another dtype.
     """
@@ -153,6 +182,226 @@ def load_weights(model, tensors):
         raise CheckpointError(f"the checkpoint's weights are not those of this model: {', '.join(wrong[:5])}")
     model.init_buffers()
     model.load_state_dict(tensors)
+
+
+@dataclass
+class Restored:
+    """A checkpoint that a run goes on from."""
+
+    state: dict
+    model_tensors: dict[str, Tensor]
+    optimizer_tensors: dict[str, Tensor]
+
+    @property
+    def step(self) -> int:
+        """Finished optimizer steps."""
+        return self.state["step"]
+
+    def load_tensors(self, model: GPT, optimizers: Iterable[optim.ShardedOptimizer]) -> None:
+        """Load weights and optimizer state, and let go of the tensors: a run must not hold two copies of them."""
+        load_weights(model, self.model_tensors)
+        optim.load_state_tensors(optimizers, self.optimizer_tensors)
+        self.model_tensors = self.optimizer_tensors = {}
+
+
+class CheckpointManager:
+    """The checkpoints of one run: which to go on from, when to save, what to save, which to keep. A few that cannot be
+    written do not end the run.
+    """
+
+    def __init__(self, run_dir: Path, dist: DistContext, save_every: int = 0, keep_last: int = 2, keep_every: int = 0):
+        """save_every, keep_every: steps; 0: never."""
+        self.run_dir, self.dist = run_dir, dist
+        self.save_every, self.keep_last, self.keep_every = save_every, keep_last, keep_every
+        self.resumed_step = None
+        self.verified = {}  # checkpoints that were read back and hashed
+        self.failures = 0  # consecutive
+        self.saved = 0, -1  # step and evals_step of the newest one
+
+    def restore(self, resume: bool) -> Restored | None:
+        """The newest checkpoint that verifies, on every rank; None for a new run. Raises UserError if there is a
+        checkpoint and `resume` is False.
+        """
+        verified = {}
+
+        def find():
+            if resume:
+                step, verified["files"], complaints = newest(self.run_dir)
+                return step, complaints
+            if there := steps(self.run_dir):
+                raise UserError(
+                    f"run {self.run_dir.name!r} is already at step {there[0]}: go on with --resume, or choose another "
+                    "--run-name"
+                )
+            return None, []
+
+        step, complaints = self.dist.on_rank0(find)
+        for complaint in complaints:
+            self.dist.print0(f"not used: {complaint}")
+        if step is None:
+            return None
+        model_tensors, optimizer_tensors, state = self.dist.on_all_ranks(
+            lambda: unpack(verified.pop("files", None) or read(self.run_dir, step))
+        )
+        self.dist.print0(f"resume     {self.run_dir.name} at step {step}")
+        self.resumed_step = step
+        return Restored(state, model_tensors, optimizer_tensors)
+
+    def claim(self, tokenizer: BPETokenizer) -> None:
+        """Make this process the one that writes to the run's folder, and put the tokenizer there."""
+        self.owner = self.dist.on_rank0(lambda: claim(self.run_dir))
+        self.dist.on_rank0(lambda: tokenizer.save(self.run_dir))
+
+    def begin(
+        self, state: "TrainState", identity: dict, metrics: "MetricLogger", beat: Callable[[float], None]
+    ) -> None:
+        """Get ready to save. `identity` goes into every checkpoint; `beat` is the watchdog's."""
+        self.identity, self.metrics, self.beat = identity, metrics, beat
+        self.saved_best = state.best_bpb, state.best_step
+        if self.resumed_step is not None:
+            self.saved = state.step, state.evals_step
+
+    def due(self, state: "TrainState", is_final: bool) -> bool:
+        """Whether to save after this step: on schedule, at the end, if it is the best, and if evaluations that a stop
+        had left out were made up. Never twice for the same state, and not before the first step.
+        """
+        saved_step, saved_evals_step = self.saved
+        if state.step == saved_step:
+            return state.step > 0 and state.evals_step != saved_evals_step
+        scheduled = self.save_every > 0 and state.step % self.save_every == 0
+        return scheduled or is_final or state.best_step == state.step
+
+    def save(self, state: "TrainState", train_step: "TrainStep", batches: "Prefetcher", is_final: bool = False) -> None:
+        """Save on all ranks at once. Raises NonFiniteError or ReplicaError and saves nothing if the weights are not
+        what they should be, and CheckpointError if it cannot be written and is the final one, or one too many in a row.
+        """
+        self.beat(guard.SLOW_SECONDS)
+        guard.check_replicas(self.dist, train_step.parameters, state.step)
+        if not all(parameter.isfinite().all() for parameter in train_step.parameters):
+            raise NonFiniteError(
+                f"step {state.step}: the weights are not finite and were not saved; the last checkpoint is intact. "
+                f"{guard.lower_rates(self.identity['recipe']['matrix_lr'])}"
+            )
+        seconds = state.seconds + hardware.seconds_since_start()
+        found = {
+            "step": state.step,
+            "val_bpb": state.val_bpb if state.evaluated_step == state.step else None,
+            "train_state": {**asdict(state), "seconds": seconds},
+            "loader": batches.state(self.dist),
+            **train_step.state(),
+            **self.identity,
+        }
+        hardware.give_back_freed_memory()  # a file is put together in memory
+        weights, moments = train_step.model.state_dict(), optim.state_tensors(train_step.optimizers, self.dist)
+        failure, is_there = self.dist.on_rank0(lambda: self._write(state, weights, moments, found))
+        self.failures = self.failures + 1 if failure else 0
+        if failure and (is_final or self.failures == FAILED_SAVES_LIMIT):
+            which = "the last checkpoint" if is_final else f"{self.failures} checkpoints in a row"
+            raise CheckpointError(f"{which} could not be written: {failure}: {self.run_dir}. Older ones are intact")
+        if is_there:
+            self.saved_best = state.best_bpb, state.best_step
+        state.best_bpb, state.best_step = self.saved_best  # one that can be loaded
+        self.saved = state.step, state.evals_step
+        outcome = f"could not be written ({failure}); training goes on" if failure else "saved"
+        self.metrics.event(f"step {state.step}: {'the ' if failure else ''}checkpoint {outcome}")
+
+    def save_before_error(self, state: "TrainState", train_step: "TrainStep", batches: "Prefetcher") -> None:
+        """Save the finished steps after an error of the data, then raise it on all ranks."""
+        if self.due(state, is_final=True):
+            self.save(state, train_step, batches)
+        self.dist.on_all_ranks(batches.raise_error)
+
+    def _write(self, state, weights, moments, found):
+        """(why it could not be written, as on a full disk, or None; whether a checkpoint of this step is there)."""
+        try:
+            save(self.run_dir, state.step, weights, moments, found, self.owner)
+        except OSError as error:
+            return error.strerror or str(error), state.step in steps(self.run_dir)
+        with contextlib.suppress(OSError):  # it is saved; what could not be removed goes another time
+            clean(
+                self.run_dir,
+                self.keep_last,
+                self.keep_every,
+                state.best_step,
+                self.resumed_step,
+                self.owner,
+                self.verified,
+            )
+        return None, True
+
+
+def check_same(
+    state: dict,
+    tokenizer: BPETokenizer,
+    data: dict,
+    settings: dict,
+    identity: Iterable[str],
+    trajectory: Iterable[str],
+    allowed: str,
+) -> set[str]:
+    """The names of the settings that differ from those in a checkpoint's `state`. Raises an error with a readable
+    difference if tokenizer or data differ, or settings that may not.
+
+    settings: {name: value}. identity: names of those that cannot change within a run; trajectory: of those that can if
+    `allowed`, names separated by commas, has them. All others may change.
+    """
+    if state["tokenizer_sha256"] != tokenizer.sha256():
+        raise DataError(
+            "the tokenizer is not the one this run was trained with: give --tokenizer-dir (the run's folder has "
+            "a copy), or start another run with --run-name"
+        )
+    if state["data"] != data:
+        raise DataError(
+            "the data are not those this run was trained with: give their folder with --data-dir, or start another run "
+            "with --run-name"
+        )
+    was = state["settings"]
+    changed = {name for name in settings if name in was and was[name] != settings[name]}
+    may = {name.strip().replace("-", "_").upper() for name in allowed.split(",")}
+    lines = []
+    for name in (*identity, *trajectory):
+        if name in changed and (name in identity or name not in may):
+            what = f"{config.flag_of(name)} was {was[name]}, is {settings[name]}"
+            allow = f"allow it with --allow-change={name.lower()}"
+            lines.append(f"{what}: {'it cannot change within a run' if name in identity else allow}")
+    if lines:
+        raise UserError("this run was started with other settings:\n  " + "\n  ".join(lines))
+    return changed
+
+
+def warn_of_difference(dist: DistContext, was: dict, now: dict) -> None:
+    """Say in one line what differs from the machine on which the checkpoint was written."""
+    names = ("packages", "cuda", "device_name", "threads", "world_size", "dtype", "deterministic")
+    different = [f"{name} was {was.get(name)}, is {now[name]}" for name in names if was.get(name) != now[name]]
+    if different:
+        what = "the same sequences, but not to the same bits"
+        dist.print0(f"warning    the run goes on with {what}: {'; '.join(different)}")
+
+
+def load_first_weights(
+    dist: DistContext, source: str, model_config: GPTConfig, tokenizer: BPETokenizer
+) -> dict[str, Tensor]:
+    """{name: tensor} of the newest checkpoint of the run `source`, for a new run to begin with. Raises CheckpointError,
+    DataError or UserError if there is none, or if it has another tokenizer or another shape.
+    """
+    run_dir = dist.on_rank0(lambda: find_run(source))
+
+    def load():
+        step, files, _ = newest(run_dir)
+        if step is None:
+            raise CheckpointError(f"--init-from={source}: no checkpoint in {run_dir}")
+        tensors, _, state = unpack(files)
+        if state["tokenizer_sha256"] != tokenizer.sha256():
+            raise DataError(f"--init-from={source} has another tokenizer: give its own, --tokenizer-dir={run_dir}")
+        own = model_config.to_dict()
+        other = {name: value for name, value in state["model_config"].items() if own[name] != value}
+        if other:
+            shape = ", ".join(f"{name} {value}" for name, value in other.items())
+            raise UserError(f"--init-from={source} has another shape: {shape}; use the settings it was trained with")
+        dist.print0(f"weights    of {source} at step {step}")
+        return tensors
+
+    return dist.on_all_ranks(load)
 
 
 def _chosen(run_dir, step):
@@ -177,7 +426,7 @@ def _best(run_dir, step, files):
     knows.
     """
     try:
-        best_step = _state(files)["run"]["best_step"]
+        best_step = _state(files)["train_state"]["best_step"]
     except (KeyError, TypeError):
         best_step = None
     if type(best_step) is not int or best_step < 0:

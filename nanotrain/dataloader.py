@@ -8,7 +8,7 @@ taken from stream n mod S, which then advances by T tokens: the last target of a
 next one from the same stream.
 
 Rank r of W trains on the sequences n with n mod W = r; nothing else depends on W. The state between two batches is n
-and three integers per stream. In checkpoints they are called "row" and "lanes".
+and three integers per stream.
 
     N sequences in a batch   T tokens in a sequence   S streams   W ranks
 """
@@ -28,7 +28,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanotrain.dataset import Shard, read_texts, row_groups
+from nanotrain import paths
+from nanotrain.dataset import Shard, Shards, fingerprint, open_shards, read_texts, row_groups
+from nanotrain.dist import DistContext
 from nanotrain.errors import DataError
 from nanotrain.tokenizer import BPETokenizer
 
@@ -36,6 +38,46 @@ from nanotrain.tokenizer import BPETokenizer
 MAX_PIECE_CHARS = 100_000
 PREFETCH_SEQUENCES = 16  # tokenized at a time in each stream
 CHARS_PER_TOKEN = 3  # estimate of how much text to tokenize; a bad one costs time but never changes a sequence
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """What a run trains on."""
+
+    tokenizer: BPETokenizer
+    shards: Shards
+    fingerprint: dict  # name, size and SHA-256 of every shard
+
+    @classmethod
+    def open(cls, data_dir: str, tokenizer_dir: str, dist: DistContext) -> "TrainData":
+        """Open the folders, "" for the default ones, on every rank. Raises DataError on all ranks if one of them, on
+        another machine, has other files than rank 0.
+        """
+        tokenizer = BPETokenizer.load(paths.tokenizer_dir(tokenizer_dir))
+        shards = dist.on_all_ranks(lambda: open_shards(paths.data_dir(data_dir)))
+        check_nodes(dist, tokenizer, shards)
+        return cls(tokenizer, shards, dist.on_rank0(lambda: fingerprint(shards)))
+
+    def estimated_tokens(self) -> float:
+        """About how many tokens the train shards hold, from the length of the first texts."""
+        texts = next(row_groups([shard.path for shard in self.shards.train]))[:50]
+        num_tokens = sum(map(len, self.tokenizer.encode_batch(texts)))
+        num_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
+        return sum(shard.text_bytes for shard in self.shards.train) / (num_bytes / num_tokens if num_tokens else 1)
+
+
+def check_nodes(dist: DistContext, tokenizer: BPETokenizer, shards: Shards) -> None:
+    """Raise DataError on all ranks if one, on another machine, has another tokenizer or other shards than rank 0."""
+    opened = [[shard.name, shard.text_bytes, shard.group_rows] for shard in (*shards.train, shards.validation)]
+    here = {"tokenizer": tokenizer.sha256(), f"shards in {shards.folder}": opened}
+    there = list(dist.broadcast_object(list(here.values())))
+
+    def check():
+        for (name, found), expected in zip(here.items(), there, strict=True):
+            if found != expected:
+                raise DataError(f"rank {dist.rank} has not the {name} that rank 0 has: every node needs the same files")
+
+    dist.on_all_ranks(check)
 
 
 @dataclass(frozen=True)
@@ -220,7 +262,7 @@ class SequenceReader:
             raise DataError("the train shards hold no rows")
         self.tokenizer, self.seq_len, self.num_streams = tokenizer, seq_len, num_streams
         self.rank, self.world_size = rank, world_size
-        self.next_sequence = state["row"] if state else 0
+        self.next_sequence = state["next_sequence"] if state else 0
         order = SliceSequence(slices, seed)
         self.num_slices = len(slices)
         self._prefetch_tokens = PREFETCH_SEQUENCES * seq_len
@@ -229,7 +271,7 @@ class SequenceReader:
         shared = math.gcd(world_size, num_streams)
         self._counts_documents = rank < shared  # the lowest rank that reads these streams
         self.streams = {
-            number: Stream(order, number, num_streams, tuple(state["lanes"][str(number)]) if state else None)
+            number: Stream(order, number, num_streams, tuple(state["streams"][str(number)]) if state else None)
             for number in range(rank % shared, num_streams, shared)
         }
 
@@ -292,11 +334,11 @@ class SequenceReader:
         streams.
         """
         positions = {str(number): list(stream.state()) for number, stream in self.streams.items()}
-        return {"row": self.next_sequence, "lanes": positions}
+        return {"next_sequence": self.next_sequence, "streams": positions}
 
     def epoch(self, state: dict) -> int:
         """The number of complete epochs at `state`, in the stream that is furthest ahead."""
-        return max(position for position, _, _ in state["lanes"].values()) // self.num_slices
+        return max(position for position, _, _ in state["streams"].values()) // self.num_slices
 
     @property
     def skipped_documents(self) -> int:
@@ -382,7 +424,11 @@ class Prefetcher:
 
     def __init__(self, loader: DataLoader):
         self.loader, self.error = loader, None
-        self.next = next(loader)
+        self.next = self._first = next(loader)
+
+    def begin_step(self) -> None:
+        """The next batch is the first one of an optimizer step, to which `rewind` returns."""
+        self._first = self.next
 
     def take(self) -> Batch:
         """The batch to train on now."""
@@ -392,6 +438,21 @@ class Prefetcher:
         except DataError as error:
             self.error = error
         return now
+
+    def rewind(self) -> None:
+        """Let `state` be that at the beginning of this step, which does not count."""
+        self.next = self._first
+
+    def state(self, dist: DistContext) -> dict:
+        """The loader's state before the next batch, with the streams of all ranks. A collective operation."""
+        streams = {}
+        for part in dist.all_gather_objects(self.next.state["streams"]):
+            streams |= part
+        return {**self.next.state, "streams": streams}
+
+    def epoch(self, batch: Batch) -> int:
+        """The number of complete epochs before `batch`."""
+        return self.loader.reader.epoch(batch.state)
 
     def raise_error(self) -> None:
         """Raise the error of this rank, if there was one."""

@@ -576,4 +576,4 @@ def verify_command():
 
 
 if __name__ == "__main__":
-    errors.run(lambda: config.override(globals(), short={"-n": "TRAIN_SHARDS"}), main)
+    errors.run(lambda: config.override(__name__, short={"-n": "TRAIN_SHARDS"}), main)

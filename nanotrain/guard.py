@@ -9,15 +9,19 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterable, Sequence
 
 import torch
 
+from nanotrain.dist import DistContext
 from nanotrain.errors import HANG_EXIT_CODE, ReplicaError
 
 NON_FINITE_IN_A_ROW = 3  # steps that end a run
 NON_FINITE_NEARBY, NEARBY_STEPS = 10, 1000  # so many within so many steps end it too
 LOSS_WINDOW = 128  # accepted losses that a new one is compared with
 SPIKE_DEVIATIONS = 6.0  # standard deviations above their mean
+SLOW_SECONDS = 1800.0  # without progress after which a rank counts as hung, outside of steps
+CHECK_REPLICAS_EVERY = 500  # steps
 
 
 class StopRequest:
@@ -87,7 +91,7 @@ class Watchdog:
         self.close()
 
 
-def too_many_skipped(skipped, step):
+def too_many_skipped(skipped: Sequence[int], step: int) -> bool:
     """Whether a run should end: `skipped` are the steps, in order, whose update was left out, the last of them
     `step`.
     """
@@ -95,7 +99,12 @@ def too_many_skipped(skipped, step):
     return in_a_row or sum(other > step - NEARBY_STEPS for other in skipped) >= NON_FINITE_NEARBY
 
 
-def deviations(losses, loss):
+def lower_rates(matrix_lr: float) -> str:
+    """What to try after numbers that were not finite."""
+    return f"Lower the rates (--matrix-lr={matrix_lr / 2:g})"
+
+
+def deviations(losses: Sequence[float], loss: float) -> float:
     """How many standard deviations `loss` lies above the mean of the accepted `losses`; 0 while there are few."""
     if len(losses) < LOSS_WINDOW // 4:
         return 0.0
@@ -105,7 +114,7 @@ def deviations(losses, loss):
 
 
 @torch.no_grad()
-def checksum(tensors):
+def checksum(tensors: Iterable[torch.Tensor]) -> int:
     """A 64-bit sum over the bits of float32 tensors, in order: equal tensors give equal sums, and any single change
     another one.
     """
@@ -116,7 +125,7 @@ def checksum(tensors):
     return total
 
 
-def check_replicas(dist, tensors, step):
+def check_replicas(dist: DistContext, tensors: Sequence[torch.Tensor], step: int) -> None:
     """Raise ReplicaError on all ranks, naming those that differ from rank 0, if their `tensors` are not equal to the
     bit.
     """
@@ -129,3 +138,9 @@ def check_replicas(dist, tensors, step):
             f"step {step}: the weights of rank {', '.join(map(str, other))} are not those of rank 0: a device computes "
             "wrongly, or gradients were not shared. Nothing was saved; --resume goes on from the last checkpoint"
         )
+
+
+def check_replicas_sometimes(dist: DistContext, tensors: Sequence[torch.Tensor], step: int) -> None:
+    """`check_replicas` every CHECK_REPLICAS_EVERY steps."""
+    if step % CHECK_REPLICAS_EVERY == 0:
+        check_replicas(dist, tensors, step)

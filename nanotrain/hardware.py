@@ -323,4 +323,4 @@ def main():
 
 
 if __name__ == "__main__":
-    errors.run(lambda: config.override(globals()), main)
+    errors.run(lambda: config.override(__name__), main)

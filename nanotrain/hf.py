@@ -231,7 +231,7 @@ def model_card(name, model, meta, evaluation):
         validation=meta["data"]["validation"],
         shards="\n".join(f"    {sha256}  {shard}" for shard, sha256 in named),
         more=f"\n    and {len(shards) - len(named)} more" if len(shards) > len(named) else "",
-        tokens=meta["loader"]["row"] * config.max_seq_len,
+        tokens=meta["loader"]["next_sequence"] * config.max_seq_len,
         step=meta["step"],
         commit=environment.get("commit") or "not known",
         machine=environment.get("device_name", "not known"),

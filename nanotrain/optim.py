@@ -425,3 +425,13 @@ def communication_bytes(optimizers: Sequence[ShardedOptimizer], dist: DistContex
         "parameters": dense_bytes * others // dist.world_size,
         "state": sum(4 * tensor.numel() for tensor in states),
     }
+
+
+def describe_communication(optimizers: Sequence[ShardedOptimizer], dist: DistContext, table_rows: int) -> str:
+    """The printed line about what the ranks send each other and hold; `table_rows` as for `communication_bytes`."""
+    num_bytes = communication_bytes(optimizers, dist, table_rows)
+    sent = sum(size for name, size in num_bytes.items() if name != "state")
+    return (
+        f"sharing    a rank sends at most {sent / 1e6:,.1f} MB a step"
+        f" and holds {num_bytes['state'] / 1e6:,.1f} MB of optimizer state"
+    )

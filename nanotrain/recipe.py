@@ -6,7 +6,7 @@ No torch, no environment, no files, so a plan can be tested and printed before a
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from nanotrain.errors import UserError
@@ -25,7 +25,7 @@ REFERENCE_WIDTH = 768  # at which the embedding and head learning rates are give
 # (dev/ladder.md) and nanochat's published optimum. Between them it is an assumption.
 OPTIMUM_FLOPS, OPTIMUM_WEIGHTS = 7.2e13, 3.0e6
 OPTIMUM_EXPONENT = math.log(129e6 / OPTIMUM_WEIGHTS) / math.log(1e18 / OPTIMUM_FLOPS)
-WIDTH_PER_LAYER, LEAST_WIDTH, MOST_LAYERS = 64, 256, 26
+WIDTH_PER_LAYER, LEAST_WIDTH, MOST_LAYERS, DEFAULT_DEPTH = 64, 256, 26, 4
 # (up to this width, tokens); only the first entry of each was measured by us
 VOCABULARIES = ((256, 4096), (512, 8192), (640, 16384), (math.inf, 32768))
 SEQUENCE_LENGTHS = ((384, 256), (512, 512), (640, 1024), (math.inf, 2048))
@@ -39,6 +39,11 @@ MOMENTUM_START, MOMENTUM_PEAK, MOMENTUM_END = 0.85, 0.95, 0.90
 MOMENTUM_WARMUP = 0.30  # fraction of the run
 BATCH_RAMP = ((0.10, 0.25), (0.22, 0.5))  # (until this progress, this fraction of the batch)
 BATCH_PARTS = 4  # the fractions are whole multiples of 1 / BATCH_PARTS
+
+RECIPE_SETTINGS = (
+    "MATRIX_LR", "EMBEDDING_LR", "UNEMBEDDING_LR", "SCALAR_LR", "WEIGHT_DECAY", "GRAD_CLIP", "SCHEDULE", "WARMUP_RATIO",
+    "WARMDOWN_RATIO", "FINAL_LR_FRAC", "BATCH_RAMP",
+)  # fmt: skip
 
 
 # ---- model shape ----
@@ -83,6 +88,21 @@ def model_width(depth: int, aspect_ratio: int, head_dim: int) -> tuple[int, int]
     return heads * head_dim, heads
 
 
+def resolve_depth(
+    depth: int, horizon: "Horizon", head_dim: int, aspect_ratio: int, flops_per_second: float
+) -> tuple[int, str]:
+    """(depth, why) of a new run: as given, or if that is 0 the best one for the horizon."""
+    if depth:
+        return depth, "as asked"
+    if not (horizon.target_minutes or horizon.target_flops):
+        return DEFAULT_DEPTH, "the default"
+    flops = horizon.target_flops or training_flops(horizon.target_minutes, flops_per_second)
+    reason = f"{flops:.1e} FLOPs"
+    if horizon.target_minutes:
+        reason += f": {horizon.target_minutes:.3g} minutes at {flops_per_second / 1e9:,.0f} GFLOP/s"
+    return choose_depth(flops, head_dim, aspect_ratio), reason
+
+
 def width_factor(width: int) -> float:
     """Scale of the embedding and head learning rates relative to REFERENCE_WIDTH: 1 / sqrt(width), as in nanochat."""
     return (width / REFERENCE_WIDTH) ** -0.5
@@ -119,13 +139,13 @@ def split_batch(
         growing = f" x {parts} parts of a growing batch" if parts > 1 else ""
         raise UserError(
             f"--total-batch-size={total_batch_size} is no multiple of {unit} tokens "
-            f"({world_size} ranks x rows of {seq_len}{growing}): three that work are {works}"
+            f"({world_size} ranks x sequences of {seq_len}{growing}): three that work are {works}"
         )
     if max_device_batch_size < 1:
-        raise UserError(f"--device-batch-size={max_device_batch_size}: at least 1 row")
-    part_rows = total_batch_size // unit
-    rows = next(rows for rows in range(min(max_device_batch_size, part_rows), 0, -1) if part_rows % rows == 0)
-    return rows, parts * part_rows // rows
+        raise UserError(f"--device-batch-size={max_device_batch_size}: at least 1 sequence")
+    share = total_batch_size // unit
+    fitting = next(size for size in range(min(max_device_batch_size, share), 0, -1) if share % size == 0)
+    return fitting, parts * share // fitting
 
 
 # ---- memory ----
@@ -195,6 +215,81 @@ def process_growth(memory: Memory) -> int:
     return round(LOADED_BYTES + state + HEAP * (memory.peak - state))
 
 
+# ---- optimization ----
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """The schedules at one optimizer step."""
+
+    progress: float  # in (0, 1)
+    micro_steps: int
+    lr_factor: float  # of every learning rate's peak
+    momentum: float
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The numbers that optimization follows, all of them resolved. A checkpoint holds them, and a resumed run takes
+    them from there, whatever newer code would choose.
+    """
+
+    matrix_lr: float  # peak learning rates; embedding and head are scaled to the width already
+    embedding_lr: float
+    unembedding_lr: float
+    scalar_lr: float
+    weight_decay: float  # of the matrices, at the start
+    grad_clip: float  # largest norm; 0: off
+    schedule: str
+    warmup_ratio: float
+    warmdown_ratio: float
+    final_lr_frac: float
+    batch_ramp: bool
+    momentum_start: float = MOMENTUM_START
+    momentum_peak: float = MOMENTUM_PEAK
+    momentum_end: float = MOMENTUM_END
+    momentum_warmup: float = MOMENTUM_WARMUP
+
+    @classmethod
+    def from_settings(cls, settings: dict, width: int) -> "Recipe":
+        """The recipe of a new run: `settings` {NAME: value} of scripts.base_train, at the model's `width`."""
+        chosen = {name.lower(): settings[name] for name in RECIPE_SETTINGS}
+        factor = width_factor(width)
+        chosen["embedding_lr"] *= factor
+        chosen["unembedding_lr"] *= factor
+        return cls(**chosen)
+
+    def resumed(self, saved: dict, changed: set[str]) -> "Recipe":
+        """The recipe `saved` in a checkpoint, with this one's numbers for the settings that were `changed`."""
+        return replace(self, **{name: value for name, value in saved.items() if name.upper() not in changed})
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """{"matrix", "embedding", "unembedding", "scalar": peak}."""
+        return {name: getattr(self, f"{name}_lr") for name in ("matrix", "embedding", "unembedding", "scalar")}
+
+    @property
+    def batch_parts(self) -> int:
+        """The number of equal parts that a step's sequences must divide into."""
+        return BATCH_PARTS if self.batch_ramp else 1
+
+    @property
+    def mean_batch_share(self) -> float:
+        """Mean fraction of the full batch over a whole run."""
+        return mean_batch_share() if self.batch_ramp else 1.0
+
+    def at(self, progress: float, grad_accum_steps: int) -> StepSettings:
+        """The settings of the step at `progress`; `grad_accum_steps` micro-steps make up the full batch."""
+        share = batch_share(progress) if self.batch_ramp else 1.0
+        micro_steps = round(grad_accum_steps * share)
+        factor = SCHEDULES[self.schedule](progress, self.warmup_ratio, self.warmdown_ratio, self.final_lr_frac)
+        factor *= math.sqrt(micro_steps / grad_accum_steps)  # the gradients of smaller batches are noisier
+        peaks = (self.momentum_start, self.momentum_peak, self.momentum_end)
+        beta = momentum(progress, self.warmdown_ratio, peaks, self.momentum_warmup)
+        return StepSettings(progress, micro_steps, factor, beta, weight_decay(progress, self.weight_decay))
+
+
 # ---- the plan ----
 
 
@@ -206,6 +301,21 @@ class Horizon:
     target_flops: float = 0.0
     target_minutes: float = 0.0
     param_data_ratio: float = 10.0  # training tokens per weight in matrices and head
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether the time of steps, measured later, decides how many there are."""
+        return self.target_minutes > 0
+
+    def progress_after(self, step: int, seconds: float, tokens: int, plan: "Plan", batch_ramp: bool) -> float:
+        """The progress of a run that has this horizon and `plan` after `step` steps, `seconds` and `tokens`."""
+        if self.num_iterations:
+            return min(step / self.num_iterations, 1.0)
+        if self.is_timed:  # at least one step is left
+            share = min(seconds / (60 * self.target_minutes), step / (step + 1))
+        else:
+            share = min(tokens / plan.tokens, 1.0)
+        return progress_at_tokens(share) if batch_ramp else share
 
 
 @dataclass(frozen=True)
@@ -234,13 +344,13 @@ def make_plan(
     world_size: int,
     flops_per_second: float,
     policy: ActivationPolicy,
-    mean_batch_share: float = 1.0,
     batch_parts: int = 1,
+    mean_batch_share: float = 1.0,
 ) -> Plan:
     """The Plan of a run. Raises UserError for a batch size that does not divide.
 
-    total_batch_size: tokens, 0 to derive it from the horizon. flops_per_second: of all ranks together.
-    mean_batch_share, batch_parts: 1, or what `mean_batch_share()` and BATCH_PARTS say for a growing batch.
+    total_batch_size: tokens, 0 to derive it from the horizon. flops_per_second: of all ranks together. batch_parts,
+    mean_batch_share: those of the Recipe.
     """
     seq_len = model_config.max_seq_len
     weights = parameters["matrix"] + parameters["unembedding"]
@@ -263,6 +373,70 @@ def make_plan(
     memory = estimate_memory(parameters, model_config, *split, world_size, policy)
     seconds = flops / flops_per_second
     return Plan(parameters, flops_per_token, total_batch_size, *split, num_steps, tokens, flops, seconds, memory)
+
+
+def describe_batch(
+    plan: Plan,
+    model_config: "GPTConfig",
+    world_size: int,
+    max_device_batch_size: int,
+    grad_checkpoint: bool,
+    free_bytes: int,
+    process_bytes: int | None,
+) -> list[str]:
+    """The printed lines about the batch and its memory, with a warning if that exceeds `free_bytes` of a rank.
+
+    process_bytes: what a CPU process has taken already; None on other devices.
+    """
+    memory, size, gib = plan.memory, plan.device_batch_size, 2**30
+    lowered = f" (lowered from {max_device_batch_size})" if size < max_device_batch_size else ""
+    names = ("weights", "gradients", "optimizer", "activations", "logits", "update")
+    parts = [f"{name} {getattr(memory, name) / gib:.2f}" for name in names]
+    lines = [
+        f"batch      {plan.total_batch_size:,} tokens = {size} sequences{lowered} of {model_config.max_seq_len}"
+        f" x {plan.grad_accum_steps} micro-steps x {world_size} ranks",
+        f"memory     about {memory.peak / gib:.2f} GiB a rank: {', '.join(parts[:3])},",
+        f"           and {' with '.join(parts[3:5])} or, later, {parts[5]}",
+    ]
+    needed = memory.peak
+    if process_bytes is not None:
+        needed = process_growth(memory)
+        total = (process_bytes + needed) / gib
+        lines.append(f"process    about {total:.1f} GiB at most, {process_bytes / gib:.1f} of them taken already")
+    if needed > free_bytes:
+        peak_in_passes = memory.update <= memory.activations + memory.logits
+        smaller = f"--device-batch-size={max(size // 2, 1)} (now {size})"
+        if not peak_in_passes or size == 1:
+            smaller = f"--depth={model_config.num_layers // 2 or 1} (now {model_config.num_layers})"
+        lower = "lower" if grad_checkpoint or not peak_in_passes else "give --grad-checkpoint, or lower"
+        free = f"{free_bytes / gib:.1f} GiB that are free for a rank"
+        lines.append(f"warning    more than the {free}: {lower} {smaller}")
+    return lines
+
+
+def describe_model(plan: Plan, model_config: "GPTConfig", reason: str) -> list[str]:
+    """The printed lines about the model; `reason`: why it has this depth."""
+    counts = plan.parameters
+    tables = sum(count for role, count in counts.items() if "embedding" in role and role != "unembedding")
+    return [
+        f"model      depth {model_config.num_layers} ({reason}), width {model_config.model_dim}",
+        f"weights    {counts['matrix']:,} in matrices, {counts['unembedding']:,} in the head, {tables:,} in tables",
+    ]
+
+
+def describe_horizon(
+    plan: Plan, horizon: Horizon, num_steps: int, tokens: float, text_tokens: float, folder: object
+) -> list[str]:
+    """The printed lines about the length of a run of `num_steps` and `tokens`, on about `text_tokens` in `folder`."""
+    minutes = horizon.target_minutes or plan.seconds / 60
+    lines = [
+        f"horizon    {'about ' if horizon.is_timed else ''}{num_steps:,} steps, {tokens / 1e6:,.1f} M tokens,"
+        f" {tokens * plan.flops_per_token:.1e} FLOPs, about {minutes:.1f} minutes",
+        f"data       about {text_tokens / 1e6:,.1f} M tokens in {folder}: {tokens / text_tokens:.1f} epochs",
+    ]
+    if tokens > 2 * text_tokens:  # a small model with tables begins to memorize then (dev/LOG.md)
+        lines.append("warning    more than 2 epochs: more text would help more than more steps")
+    return lines
 
 
 # ---- schedules, as functions of progress in (0, 1) ----
@@ -308,14 +482,22 @@ def schedule_name(name: str) -> str:
     return "wsd" if name == "trapezoid" else name
 
 
-def momentum(progress: float, warmdown: float) -> float:
-    """Muon's momentum: linear warmup, constant, and a slight linear decrease over the learning rate's warmdown."""
-    if progress < MOMENTUM_WARMUP:
-        return MOMENTUM_START + (MOMENTUM_PEAK - MOMENTUM_START) * progress / MOMENTUM_WARMUP
-    begin = max(1 - warmdown, MOMENTUM_WARMUP)
+def momentum(
+    progress: float,
+    warmdown: float,
+    values: tuple[float, float, float] = (MOMENTUM_START, MOMENTUM_PEAK, MOMENTUM_END),
+    warmup: float = MOMENTUM_WARMUP,
+) -> float:
+    """Muon's momentum, `values` at start, peak and end: linear warmup, constant, and a slight linear decrease over the
+    learning rate's warmdown.
+    """
+    start, peak, end = values
+    if progress < warmup:
+        return start + (peak - start) * progress / warmup
+    begin = max(1 - warmdown, warmup)
     if progress > begin:
-        return MOMENTUM_PEAK + (MOMENTUM_END - MOMENTUM_PEAK) * (progress - begin) / (1 - begin)
-    return MOMENTUM_PEAK
+        return peak + (end - peak) * (progress - begin) / (1 - begin)
+    return peak
 
 
 def weight_decay(progress: float, peak: float) -> float:

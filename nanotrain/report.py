@@ -551,4 +551,4 @@ def main(names):
 
 if __name__ == "__main__":
     arguments = []
-    errors.run(lambda: arguments.extend(config.override(globals(), positional=True)), lambda: main(arguments))
+    errors.run(lambda: arguments.extend(config.override(__name__, positional=True)), lambda: main(arguments))

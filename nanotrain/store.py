@@ -28,7 +28,7 @@ from pathlib import Path
 
 from nanotrain.errors import CheckpointError, SupersededError
 
-FORMAT = 1
+FORMAT = 2  # of what is in the files too: state.json and the names of tensors
 MANIFEST, OWNER = "manifest.json", "owner.json"
 SET_NAME = re.compile(r"(?P<old>\.old-)?(?P<name>step_(?P<step>[0-9]{8}))(?(old)-[0-9a-f]{32})")
 BLOCK_BYTES = 16 << 20  # of one write
@@ -269,6 +269,11 @@ class Store:
         manifest = json.loads(self.disk.read(folder / MANIFEST))
         if manifest.pop("sha256") != _hash_of(manifest):
             raise CheckpointError(f"{folder}: {MANIFEST} does not match its own hash")
+        if type(manifest["format"]) is int and manifest["format"] != FORMAT:
+            raise CheckpointError(
+                f"{folder} has format {manifest['format']}, and this version of nanotrain reads format {FORMAT}: use "
+                "the version that wrote it, or train anew with another --run-name"
+            )
         # no name comes from the manifest: it must list those that are expected, and no other
         if manifest["format"] != FORMAT or manifest["step"] != step or set(manifest["files"]) != self.names:
             raise CheckpointError(f"{folder}: {MANIFEST} is not of format {FORMAT} and step {step}")

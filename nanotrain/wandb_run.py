@@ -13,6 +13,7 @@ import re
 import string
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from nanotrain import dataset, paths
@@ -52,6 +53,19 @@ def name_of(run_id):
     return run_id.rpartition("-")[0] or run_id
 
 
+def begin(
+    run_dir: Path, mode: str, run_id: str | None, record: dict, say: Callable[[str], None], **described: str
+) -> "WandbRun":
+    """Start a run in wandb, or go on with the one of `run_id`, and log what it is made from. record: what config.json
+    holds. described: project, tags and notes, for `options`. say: takes a line for people.
+    """
+    data_name = Path(record["data_dir"]).name
+    run_id = run_id or new_id(f"d{record['model_config']['num_layers']}-{data_name}")
+    run = WandbRun(run_dir, mode, run_id, options(record=record, **described), say)
+    run.sources(run_dir, record, data_name)
+    return run
+
+
 class WandbRun:
     """A run in wandb. Every method returns at once, but `close`."""
 
@@ -72,7 +86,7 @@ class WandbRun:
         self._later(lambda wandb, run: run.log({"step": step, **chosen}))
 
     def evaluation(self, step, parts):
-        """Log the parts of an evaluation (see `Tracker.evaluation`) as tables and a histogram."""
+        """Log the parts of an evaluation (see `MetricLogger.evaluation`) as tables and a histogram."""
 
         def log(wandb, run):
             found = {}

@@ -35,9 +35,7 @@ REPORT = True  # write the run's report anew
 
 
 def main():
-    for name, least in (("DEVICE_BATCH_SIZE", 1), ("EVAL_DOCUMENT_BYTES", 0), ("CORE_MAX_PER_TASK", 0)):
-        if globals()[name] < least:
-            raise UserError(f"{config.flag_of(name)}={globals()[name]}: at least {least}")
+    config.check_numbers(config.snapshot(__name__), at_least_one=("DEVICE_BATCH_SIZE",))
     checkpoint.check_choice(BEST, STEP)
     dist = init_distributed(DEVICE, DTYPE)
     run_dir = dist.on_rank0(lambda: checkpoint.find_run(RUN_NAME))
@@ -50,7 +48,7 @@ def main():
         raise UserError(f"--eval-tokens={EVAL_TOKENS}: {least}")
     core_dir, validation = paths.core_dir(), shards.validation.path
     bundle = CORE and core_bundle.obtain(CORE_BUNDLE, core_dir, validation, dist, CORE_MAX_PER_TASK, dist.print0)
-    result = {"step": meta["step"], "tokens": meta["loader"]["row"] * model.config.max_seq_len}
+    result = {"step": meta["step"], "tokens": meta["loader"]["next_sequence"] * model.config.max_seq_len}
     result |= text_bits_per_byte(dist, model, tokenizer, shards)
     if bundle:
         result["core"] = core(dist, model, tokenizer, bundle)
@@ -112,4 +110,4 @@ def continuations(model, tokenizer):
 
 
 if __name__ == "__main__":
-    errors.run(lambda: config.override(globals()), main)
+    errors.run(lambda: config.override(__name__), main)

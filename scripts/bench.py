@@ -78,7 +78,7 @@ SHAPES = ((16, 256), (32, 2048))  # of the loader's batches
 DEPTHS = (2, 4, 6, 8, 10, 12)
 DEEP = 8  # layers of the second model of the table generation
 STEPS_A_REPETITION = 3  # of the table step, whose medians must agree to a few percent
-LANES = 48
+NUM_STREAMS = 48
 ENDING_SECONDS = 5  # that a process has to end when it is not asked any more
 SECONDS = 0.3  # a shorter measurement is made of several calls
 RATES = {"matrix": 0.02, "embedding": 0.2, "unembedding": 0.004, "scalar": 0.04}  # any that keep the weights finite
@@ -104,7 +104,7 @@ def main(names=()):
     check_settings(names, tables)
     dist = init_distributed(DEVICE, DTYPE, deterministic=False)
     environment = hardware.environment(dist.device, dist.dtype, dist.world_size)
-    found = {"environment": environment, "settings": config.settings(globals()), "tables": {}}
+    found = {"environment": environment, "settings": config.settings(__name__), "tables": {}}
     print(f"{environment['device_name']}, {environment['threads']} threads, {environment['dtype']}, ", end="")
     print(f"torch {environment['packages']['torch']}, commit {environment['commit']}")
     for name in names or tables:
@@ -119,9 +119,8 @@ def check_settings(names, tables):
     if unknown:
         raise UserError(f"no table {unknown[0]!r}: there are {', '.join(tables)}")
     config.choice("COMPILE", COMPILE, ("auto", "on", "off"))
-    for name in ("REPETITIONS", "LOADER_TOKENS", "DEVICE_BATCH_SIZE", "MAX_SEQ_LEN", "VOCAB_SIZE"):
-        if globals()[name] < 1:
-            raise UserError(f"{config.flag_of(name)}={globals()[name]}: at least 1")
+    positive = ("REPETITIONS", "LOADER_TOKENS", "DEVICE_BATCH_SIZE", "MAX_SEQ_LEN", "VOCAB_SIZE")
+    config.check_numbers(config.snapshot(__name__), at_least_one=positive)
     recipe.model_width(DEPTH, ASPECT_RATIO, HEAD_DIM)
     if {"loader", "step"} & set(names or tables):  # now, and not after the minutes that the others take
         BPETokenizer.load(paths.tokenizer_dir(TOKENIZER_DIR))
@@ -685,7 +684,7 @@ def loader_table():
     """
     tokenizer = BPETokenizer.load(paths.tokenizer_dir(TOKENIZER_DIR))
     shards = dataset.open_shards(paths.data_dir(DATA_DIR))
-    slices = dataloader.slices_of(shards.train, LANES)
+    slices = dataloader.slices_of(shards.train, NUM_STREAMS)
     texts = some_texts(shards)
     rows = []
     for threads in (1, 2):
@@ -732,7 +731,7 @@ def tokenizer_speed(tokenizer, texts):
 
 def loader_speed(slices, tokenizer, batch_size, seq_len, threads):
     """Tokens per second into (B, T + 1) buffers of a reader that starts anew, its first batch not counted."""
-    reader = dataloader.SequenceReader(slices, tokenizer, seq_len, LANES, seed=1337, threads=threads)
+    reader = dataloader.SequenceReader(slices, tokenizer, seq_len, NUM_STREAMS, seed=1337, threads=threads)
     sequences = np.empty((batch_size, seq_len + 1), dtype=np.int64)
     reader.fill(sequences)
     batches = max(LOADER_TOKENS // sequences[:, 1:].size, 1)
@@ -753,10 +752,10 @@ def step_table():
     dist = init_distributed(DEVICE, DTYPE, deterministic=False)
     hardware.silence_profiler()  # its lines would break the progress bar
     tokenizer = BPETokenizer.load(paths.tokenizer_dir(TOKENIZER_DIR))
-    slices = dataloader.slices_of(dataset.open_shards(paths.data_dir(DATA_DIR)).train, LANES)
+    slices = dataloader.slices_of(dataset.open_shards(paths.data_dir(DATA_DIR)).train, NUM_STREAMS)
     hardware.use_tokenizer_threads(False)  # the reader has threads of its own
     threads = hardware.cores_of_a_rank()
-    reader = dataloader.SequenceReader(slices, tokenizer, MAX_SEQ_LEN, LANES, seed=1337, threads=threads)
+    reader = dataloader.SequenceReader(slices, tokenizer, MAX_SEQ_LEN, NUM_STREAMS, seed=1337, threads=threads)
     work = training(vocab_size=tokenizer.vocab_size)
     if work.compile_mode != "off":
         import torch._inductor.config  # not at the top: it takes seconds
@@ -838,4 +837,4 @@ def markdown(rows):
 
 if __name__ == "__main__":
     arguments = []
-    errors.run(lambda: arguments.extend(config.override(globals(), positional=True)), lambda: main(arguments))
+    errors.run(lambda: arguments.extend(config.override(__name__, positional=True)), lambda: main(arguments))

@@ -62,4 +62,4 @@ def evaluation_of(run_dir, step):
 
 
 if __name__ == "__main__":
-    errors.run(lambda: config.override(globals()), main)
+    errors.run(lambda: config.override(__name__), main)

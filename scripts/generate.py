@@ -47,15 +47,11 @@ def main(prompts=()):
 
 
 def check_settings():
-    for name in ("TEMPERATURE", "TOP_K", "MAX_NEW_TOKENS", "SEED"):
-        if globals()[name] < 0:
-            raise UserError(f"{config.flag_of(name)}={globals()[name]}: must not be negative")
+    config.check_numbers(config.snapshot(__name__), at_least_one=("NUM_SAMPLES",))
     if SEED >= 2**63:
         raise UserError(f"--seed={SEED}: must be below 2^63")
     if not 0 < TOP_P <= 1:
         raise UserError(f"--top-p={TOP_P}: a probability above 0 and up to 1, which draws from all")
-    if NUM_SAMPLES < 1:
-        raise UserError(f"--num-samples={NUM_SAMPLES}: at least 1")
 
 
 def converse(model, tokenizer):
@@ -129,4 +125,4 @@ def samples(steps):
 
 if __name__ == "__main__":
     arguments = []
-    errors.run(lambda: arguments.extend(config.override(globals(), positional=True)), lambda: main(arguments))
+    errors.run(lambda: arguments.extend(config.override(__name__, positional=True)), lambda: main(arguments))

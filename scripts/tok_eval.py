@@ -55,4 +55,4 @@ def beginning(shard_paths):
 
 
 if __name__ == "__main__":
-    errors.run(lambda: config.override(globals()), main)
+    errors.run(lambda: config.override(__name__), main)

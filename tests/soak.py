@@ -268,4 +268,4 @@ def say(text):
 
 
 if __name__ == "__main__":
-    errors.run(lambda: config.override(globals()), main)
+    errors.run(lambda: config.override(__name__), main)

@@ -1,4 +1,4 @@
-"""What a run tells: the progress bar, the record in its folder, and wandb if asked for. Only rank 0 says anything.
+"""The metrics of a run: progress bar, record in the run's folder, and wandb if asked for. Only rank 0 writes.
 
 metrics.jsonl                     numbers: one JSON object a line, `step` counting finished optimizer steps
 evaluation/step_00001000.json     what an evaluation found beside them: samples, tasks, the best and worst text
@@ -9,23 +9,38 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
+
+from nanotrain import guard
+
+if TYPE_CHECKING:
+    from nanotrain.trainer import StepResult, TrainState
+    from nanotrain.wandb_run import WandbRun
 
 # Seconds between lines where there is no terminal: the first, then a share of the time so far, up to the last. So the
 # log of a minute can be followed and the log of a day is not a book.
 PLAIN_SECONDS, PLAIN_SHARE, MOST_PLAIN_SECONDS = 5.0, 0.02, 60.0
 
 
-class Tracker:
-    """The voice of one run. Use as a context manager: every way out closes the bar, the file and wandb."""
+class MetricLogger:
+    """The metrics of one run. Use as a context manager: every way out closes the bar, the file and wandb."""
 
-    def __init__(self, run_dir, num_steps, first_step=0, enabled=True):
-        """first_step: the step resumed from; what was recorded of later ones goes. enabled: False on all ranks but
-        0.
+    def __init__(
+        self,
+        run_dir: Path,
+        num_steps: int,
+        first_step: int = 0,
+        enabled: bool = True,
+        peak_tokens_per_second: float | None = None,
+    ):
+        """first_step: the step resumed from; rows of later ones are removed. enabled: False on all ranks but 0.
+        peak_tokens_per_second: at the peak FLOP/s of all devices, for train/mfu; None if that is not known.
         """
-        self.enabled, self.num_steps = enabled, num_steps
+        self.enabled, self.num_steps, self._peak_tokens_per_second = enabled, num_steps, peak_tokens_per_second
         self._wandb, self._wandb_every = None, 1
         self._last_line, self._write_failed, self._evaluation = 0.0, False, {}
         if not enabled:
@@ -44,21 +59,50 @@ class Tracker:
             bar_format="{n_fmt}/{total_fmt} {bar} {remaining} left{postfix}",
         )
 
-    def use_wandb(self, run, every=1):
-        """Log to a WandbRun too: evaluations, and every so many steps (and at the last) the numbers of a step."""
+    def use_wandb(self, run: "WandbRun", every: int = 1) -> None:
+        """Log to a WandbRun too: every evaluation, and the metrics of every `every`-th step and of the last."""
         self._wandb, self._wandb_every = run, every
 
-    def set_num_steps(self, num_steps):
-        """The horizon, once it is known or corrected."""
+    def set_num_steps(self, num_steps: int, step_seconds: float | None = None) -> None:
+        """Set the number of steps, once it is known, or corrected by the time of steps."""
         self.num_steps = num_steps
         if self.enabled:
             self.bar.total = num_steps
             self.bar.refresh()
+        if step_seconds:
+            self.event(f"{1000 * step_seconds:.0f} ms a step: {num_steps} steps end in time")
 
-    def step(self, step, metrics, seconds_left):
-        """Record a finished step; `metrics` must hold train/loss, train/lr and train/tok_per_sec. seconds_left: of
-        training, for the line.
+    def log_step(
+        self, state: "TrainState", result: "StepResult", deviations: float, lr: float, seconds_left: float
+    ) -> None:
+        """Record a step that `state` counts already. deviations: what `TrainState.advance` gave. lr: that of the
+        matrices. seconds_left: of training.
         """
+        tokens_per_second = result.tokens / result.seconds
+        metrics = {
+            "train/loss": result.loss,
+            "train/lr": lr,
+            "train/grad_norm": result.grad_norm,
+            "train/tok_per_sec": tokens_per_second,
+            "train/epoch": result.epoch,
+            "train/loss_deviations": deviations,
+            "train/seconds": result.seconds,
+            "train/loader_seconds": result.loader_seconds,
+            "train/optimizer_seconds": result.optimizer_seconds,
+            "system/skipped_steps": state.skipped_steps,
+            "system/peak_memory_bytes": result.peak_memory_bytes,
+            "data_hash": f"{result.data_hash:016x}",
+            "train/mfu": tokens_per_second / self._peak_tokens_per_second if self._peak_tokens_per_second else None,
+        }
+        if result.skipped:
+            values = f"loss {result.loss}, gradient norm {result.grad_norm}"
+            self.event(f"step {state.step}: {values}: the update was skipped")
+        self.step(state.step, {name: value for name, value in metrics.items() if value is not None}, seconds_left)
+        if deviations > guard.SPIKE_DEVIATIONS:
+            self.event(f"step {state.step}: loss {result.loss:.4f} is {deviations:.1f} deviations above the last")
+
+    def step(self, step: int, metrics: dict, seconds_left: float) -> None:
+        """Record the metrics of a finished step; train/loss, train/lr and train/tok_per_sec must be among them."""
         if not self.enabled:
             return
         row = self._write(step, metrics)
@@ -79,7 +123,7 @@ class Tracker:
     def _plain_seconds(self):
         return min(max(PLAIN_SECONDS, PLAIN_SHARE * (time.monotonic() - self._begin)), MOST_PLAIN_SECONDS)
 
-    def record(self, step, metrics):
+    def record(self, step: int, metrics: dict) -> None:
         """Write a row of metrics; NaN and infinity, which JSON does not have, become null."""
         if self.enabled:
             row = self._write(step, metrics)
@@ -96,8 +140,8 @@ class Tracker:
             self._file.flush()
         return row
 
-    def evaluation(self, step, **parts):
-        """Record what an evaluation found beside its numbers: JSON-like values, added to those of this step so far.
+    def evaluation(self, step: int, **parts: object) -> None:
+        """Record the results of an evaluation beside its metrics: JSON-like values, added to those of this step so far.
 
         val_bpb: a number, or None if it was not finite. samples: [{prompt, text}], the text what the model wrote. core:
         see `core_eval.summary`. documents and token_bits: see `loss_eval.TokenLossStats`.
@@ -116,6 +160,12 @@ class Tracker:
         if self._wandb:
             self._wandb.evaluation(step, parts)
 
+    def log_checkpoint(self, state: "TrainState") -> None:
+        """Give wandb the best checkpoint, or without evaluations the last."""
+        if self.enabled and self._wandb:
+            step = state.best_step if state.best_step >= 0 else state.step
+            self._wandb.checkpoint(self._run_dir, step, state.best_bpb)
+
     @contextlib.contextmanager
     def _a_full_disk_ends_nothing(self, what):
         try:
@@ -125,22 +175,22 @@ class Tracker:
                 self.event(f"{what} could not be written ({error.strerror}); training goes on")
             self._write_failed = True
 
-    def event(self, text):
-        """Say something that happened, with the time of day."""
+    def event(self, text: str) -> None:
+        """Print something that happened, with the time of day."""
         if self.enabled:
             tqdm.write(f"{time.strftime('%H:%M:%S')} {text}")
             sys.stdout.flush()
 
     @contextlib.contextmanager
-    def progress(self, description, total):
-        """A nested bar that vanishes; yields the function to call with the number of items done."""
+    def progress(self, description: str, total: int) -> Iterator[Callable[[int], object] | None]:
+        """A nested bar that vanishes; yields the function to call with the number of items done, None without one."""
         if not (self.enabled and self.is_terminal):
             yield None
             return
         with tqdm(total=total, desc=description, leave=False, dynamic_ncols=True) as bar:
             yield bar.update
 
-    def close(self, failed=False):
+    def close(self, failed: bool = False) -> None:
         """Close the bar, the file, and wandb; failed: the run ends with an error."""
         if not self.enabled:
             return

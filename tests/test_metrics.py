@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from nanotrain.tracker import Tracker
 
 from nanotrain import tracker as tracker_module
-from nanotrain.tracker import Tracker
 
 METRICS = {"train/loss": 2.5, "train/lr": 0.01, "train/tok_per_sec": 1234.5}
 

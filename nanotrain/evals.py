@@ -1,0 +1,135 @@
+"""The evaluations during a run: bits per byte, tasks and samples, when they are due, and early stopping."""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nanotrain import core_eval, guard, loss_eval, warmup
+from nanotrain.core_bundle import Bundle
+from nanotrain.dist import DistContext
+from nanotrain.engine import samples
+from nanotrain.gpt import GPT
+from nanotrain.metrics import MetricLogger
+from nanotrain.tokenizer import BPETokenizer
+from nanotrain.trainer import TrainState
+
+SAMPLE_TOKENS = 48  # of a continuation
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """When to evaluate, in steps (the last one always counts; 0: never), and when to stop early."""
+
+    eval_every: int  # bits per byte on validation sequences
+    core_every: int  # tasks
+    sample_every: int
+    batch_size: int  # sequences per forward pass
+    patience: int  # consecutive evaluations without a better one that end the run; 0: off
+    min_delta: float  # bits per byte by which an evaluation must be better to count
+
+
+class Evals:
+    """The evaluations of one run. Their results go into its TrainState and its metrics."""
+
+    def __init__(
+        self,
+        settings: EvalSettings,
+        model: GPT,
+        tokenizer: BPETokenizer,
+        sequences: np.ndarray | None,
+        bundle: Bundle | None,
+        dist: DistContext,
+        metrics: MetricLogger,
+        beat: Callable[[float], None],
+    ):
+        """sequences: (N, T + 1) validation sequences, or None; bundle: tasks, or None. beat: the watchdog's."""
+        self.settings, self.model, self.tokenizer = settings, model, tokenizer
+        self.sequences, self.bundle = sequences, bundle
+        self.dist, self.metrics, self.beat = dist, metrics, beat
+
+    def run(self, state: TrainState) -> None:
+        """Run what is due after this step, once: also what a stop had left out. A run whose patience ends is finished
+        at this step.
+        """
+        if state.evals_step == state.step:
+            return
+        self.beat(guard.SLOW_SECONDS)
+        settings = self.settings
+        # Eager: it would be compiled anew for every new number of sequences or tokens.
+        with warmup.memory_limit(settings.batch_size, self.model), torch.compiler.set_stance("force_eager"):
+            if self._due(settings.eval_every, state):
+                self.bits_per_byte(state)
+                self._end_early(state)
+            if self.bundle and self._due(settings.core_every, state):  # at step 0 to find out whether it works
+                self.core(state)
+            if self._due(settings.sample_every, state) and state.step and self.dist.is_rank0:
+                self.sample(state)
+        state.evals_step = state.step
+
+    def _due(self, every, state):
+        return every > 0 and (state.is_finished or state.step % every == 0)
+
+    def bits_per_byte(self, state: TrainState) -> None:
+        """Measure bits per byte on the validation sequences."""
+        begin, stats = time.monotonic(), loss_eval.TokenLossStats(self.tokenizer)
+        token_bytes = self.tokenizer.token_bytes()
+        with self._progress("evaluation", len(self.sequences)) as done:
+            val_bpb = loss_eval.bits_per_byte(
+                self.model, self.sequences, token_bytes, self.dist, self.settings.batch_size, done, stats.add
+            )
+        state.val_bpb = val_bpb if math.isfinite(val_bpb) else None  # a checkpoint holds no NaN
+        state.evaluated_step = state.step
+        self.metrics.record(state.step, {"val/bpb": val_bpb})
+        self.metrics.evaluation(state.step, val_bpb=state.val_bpb, **stats.result(self.dist))
+        if state.step and state.val_bpb is not None and (state.best_bpb is None or val_bpb < state.best_bpb):
+            state.best_bpb, state.best_step = val_bpb, state.step  # of those that are saved: step 0 is not
+        if state.val_bpb is not None and (state.goal_bpb is None or val_bpb < state.goal_bpb):
+            state.goal_bpb, state.stale_evaluations = val_bpb - self.settings.min_delta, 0
+        else:
+            state.stale_evaluations += 1
+        best = ", the best so far" if state.best_step == state.step else ""
+        self.metrics.event(f"step {state.step}: val bpb {val_bpb:.4f}{best}")
+        state.evaluation_seconds = time.monotonic() - begin
+
+    def _end_early(self, state):
+        if not state.is_finished and 0 < self.settings.patience <= state.stale_evaluations and state.step:
+            count = state.stale_evaluations
+            self.metrics.event(f"step {state.step}: {count} evaluations without a better one: the end")
+            state.num_steps, state.horizon_fixed = state.step, True
+            self.metrics.set_num_steps(state.num_steps)
+
+    def core(self, state: TrainState) -> None:
+        """Score the tasks of the bundle."""
+        begin, tasks = time.monotonic(), self.bundle.tasks
+        with self._progress("tasks", sum(len(task.items) for task in tasks)) as done:
+            scores = core_eval.evaluate(self.model, self.tokenizer, tasks, self.dist, self.settings.batch_size, done)
+        centered = {f"core/{score.label}": score.centered for score in scores}
+        self.metrics.record(state.step, {"core/core_metric": core_eval.core_metric(scores)[0], **centered})
+        self.metrics.evaluation(state.step, core=core_eval.summary(self.bundle, scores))
+        self.metrics.event(f"step {state.step}: {core_eval.headline(self.bundle, scores)}")
+        state.core_seconds = time.monotonic() - begin
+
+    def sample(self, state: TrainState) -> None:
+        """Continue a few prompts."""
+        found = []
+        for prompt, text in samples(self.model, self.tokenizer, SAMPLE_TOKENS):
+            found.append({"prompt": prompt, "text": text})
+            self.metrics.event(f"sample: {prompt}{text}")
+        self.metrics.evaluation(state.step, samples=found)
+
+    @contextlib.contextmanager
+    def _progress(self, what, count) -> Iterator[Callable[[int], None]]:
+        """Yields the function to call with the number of things done here, of `count` on all ranks."""
+        with self.metrics.progress(what, -(-count // self.dist.world_size)) as bar:
+
+            def done(number):
+                self.beat(guard.SLOW_SECONDS)
+                if bar:
+                    bar(number)
+
+            yield done

@@ -1,0 +1,285 @@
+"""A run of training: its state, its optimizer step, and the time it has."""
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from nanotrain import guard, hardware, optim
+from nanotrain.dataloader import Prefetcher
+from nanotrain.dist import DistContext
+from nanotrain.errors import NonFiniteError
+from nanotrain.gpt import GPT
+from nanotrain.optim import ShardedOptimizer
+from nanotrain.recipe import Horizon, Plan, StepSettings, progress_at_step
+
+REFIT_PROGRESS = (
+    0.25  # of a timed run, where its number of steps is corrected once: the learning rate is constant there
+)
+STEP_PER_PASSES = 1.25  # until steps have been timed: seconds of a step, in forward and backward passes
+SLOWER_LATER, LAST_SAVE_SECONDS = 1.1, 1.0  # what a timed run allows for its last evaluations and its last save
+STEP_SECONDS, SLOW_STEP_FACTOR = 120.0, 20.0  # a step may take the longer of this and so many median steps
+
+
+@dataclass
+class TrainState:
+    """What changes during a run. A checkpoint keeps all of it."""
+
+    num_steps: int = 0
+    horizon_fixed: bool = False  # False until a timed run has corrected num_steps
+    step: int = 0  # finished optimizer steps
+    corrected_step: int = 0  # where num_steps was last corrected
+    corrected_progress: float = 0.0  # progress there, in [0, 1]
+    seconds: float = 0.0  # spent by earlier processes
+    skipped_steps: int = 0
+    skipped_recently: list[int] = field(default_factory=list)
+    recent_losses: list[float] = field(default_factory=list)  # of steps with an update
+    val_bpb: float | None = None  # of the last evaluation
+    evaluated_step: int = -1  # step of that evaluation
+    evals_step: int = -1  # last step after which everything due was evaluated: loss, tasks, samples
+    evaluation_seconds: float = 0.0
+    core_seconds: float = 0.0
+    best_bpb: float | None = None
+    best_step: int = -1
+    goal_bpb: float | None = None  # what the next evaluation must beat, for early stopping
+    stale_evaluations: int = 0  # consecutive ones that did not
+    wandb_id: str | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last step is done."""
+        return self.step >= self.num_steps
+
+    def progress(self, step: int) -> float:
+        """Progress in (0, 1) at a step of this run."""
+        return progress_at_step(step, self.num_steps, self.corrected_step, self.corrected_progress)
+
+    @property
+    def last_loss(self) -> float:
+        """Loss of the last step that had an update, in nats per token."""
+        return self.recent_losses[-1] if self.recent_losses else math.nan
+
+    def set_horizon(self, horizon: Horizon, plan: Plan, tokens: int, batch_ramp: bool) -> None:
+        """Begin with a horizon, or change to it after `tokens`: what is left of its plan is what is left to do."""
+        progress = horizon.progress_after(self.step, self.seconds, tokens, plan, batch_ramp)
+        steps_left = round((1 - progress) * plan.num_steps)
+        self.correct(self.step + (max(steps_left, 1) if horizon.is_timed else steps_left), progress)
+        self.horizon_fixed = not horizon.is_timed
+
+    def correct(self, num_steps: int, progress: float) -> None:
+        """Set the number of steps, and spread the remaining progress over the remaining steps."""
+        self.num_steps, self.corrected_step, self.corrected_progress = num_steps, self.step, progress
+
+    def advance(self, result: "StepResult") -> float:
+        """Count a finished step. Returns by how many standard deviations its loss is above the recent ones, NaN if its
+        update was skipped.
+        """
+        self.step += 1
+        if not result.skipped:
+            deviations = guard.deviations(self.recent_losses, result.loss)
+            self.recent_losses = [*self.recent_losses, result.loss][-guard.LOSS_WINDOW :]
+            return deviations
+        self.skipped_steps += 1
+        if not result.scale_overflow:  # float16 begins with a few of them, until the scale is found
+            self.skipped_recently = [*self.skipped_recently, self.step][-guard.NON_FINITE_NEARBY :]
+        return math.nan
+
+    def check_updates(self, result: "StepResult", matrix_lr: float) -> None:
+        """Raise NonFiniteError after a step without an update, if there were too many of them."""
+        if result.skipped and not result.scale_overflow and guard.too_many_skipped(self.skipped_recently, self.step):
+            raise NonFiniteError(
+                f"step {self.step}: {result.skipped}; updates were left out at steps "
+                f"{', '.join(map(str, self.skipped_recently))}. The last checkpoint is intact. "
+                f"{guard.lower_rates(matrix_lr)} or use --dtype=float32"
+            )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What happened in an optimizer step. Everything but times and memory is the same on all ranks."""
+
+    loss: float  # nats per token, mean over micro-steps and ranks
+    grad_norm: float
+    data_hash: int  # sum of the sequence hashes mod 2^64
+    tokens: int
+    epoch: int
+    stop_requested: bool  # on any rank
+    data_failed: bool = False  # on any rank; there was no update and the step does not count
+    skipped: str = ""  # why there was no update
+    scale_overflow: bool = False  # of float16, at a scale that can still be lowered
+    seconds: float = 0.0
+    loader_seconds: float = 0.0
+    optimizer_seconds: float | None = None  # None where the device only queues the work
+    peak_memory_bytes: int = 0
+
+
+class TrainStep:
+    """One optimizer step over all ranks: micro-steps, one reduction of the status, and the update."""
+
+    def __init__(
+        self,
+        model: GPT,
+        optimizers: Sequence[ShardedOptimizer],
+        dist: DistContext,
+        plan: Plan,
+        grad_clip: float = 0.0,
+        saved: dict | None = None,
+    ):
+        """grad_clip: largest gradient norm; 0: off. saved: the `state` that a resumed run goes on from."""
+        self.model, self.optimizers, self.dist, self.grad_clip = model, optimizers, dist, grad_clip
+        self.tokens_per_micro_step = plan.total_batch_size // plan.grad_accum_steps
+        self.parameters = list(model.parameters())
+        self.scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
+        self.trained = model
+        if dist.world_size > 1:
+            ignored = list(model.parameters_by_role().get("bigram_embedding", {}))  # its sparse gradient: optim
+            ignored += [name for name, _ in model.named_buffers()]  # constants that every rank has computed
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+            self.trained = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        if saved:
+            optimizers[1].updates = saved["updates"]
+            if saved["scaler"] and self.scaler.is_enabled():
+                self.scaler.load_state_dict(saved["scaler"])
+
+    def state(self) -> dict:
+        """What a resume needs beside weights and optimizer tensors, JSON-like."""
+        return {"updates": self.optimizers[1].updates, "scaler": self.scaler.state_dict()}
+
+    def __call__(self, batches: Prefetcher, settings: StepSettings, stop_requested: bool) -> StepResult:
+        """Take the next batches and update the weights, unless loss or gradients are not finite on any rank."""
+        begin = time.monotonic()
+        optim.set_schedule(self.optimizers, settings.lr_factor, settings.momentum, settings.weight_decay)
+        loss, data_hash, epoch, loader_seconds = self._backward(batches, settings.micro_steps)
+        gradients = optim.collect_gradients(self.parameters, self.dist)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)  # after the reduction, so that every rank sees the same overflow
+        norm = torch.nn.utils.get_total_norm(gradients)
+
+        # What all ranks must know: one reduction, one read. float64 adds the 32-bit halves of the hashes exactly.
+        halves = [data_hash % 2**32, (data_hash >> 32) % 2**32]
+        status = self.dist.all_reduce_sum([loss, norm, stop_requested, batches.error is not None, *halves])
+        mean_loss, grad_norm = (total / self.dist.world_size for total in status[:2])
+        found = {
+            "loss": mean_loss,
+            "grad_norm": grad_norm,
+            "data_hash": (int(status[4]) + (int(status[5]) << 32)) % 2**64,
+            "tokens": self.tokens_per_micro_step * settings.micro_steps,
+            "epoch": epoch,
+            "stop_requested": status[2] > 0,
+        }
+        if status[3]:
+            batches.rewind()
+            return StepResult(**found, data_failed=True)
+
+        update_begin = time.perf_counter()
+        if math.isfinite(mean_loss) and math.isfinite(grad_norm):
+            if self.grad_clip:
+                torch._foreach_mul_(gradients, (self.grad_clip / (norm + 1e-6)).clamp(max=1.0))
+            optim.step(self.optimizers)  # not through the scaler, which would check again what the norm has shown
+        else:
+            found["skipped"] = self._why_skipped(loss)
+            found["scale_overflow"] = self.scaler.is_enabled() and self.scaler.get_scale() > 1
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        self._clear_gradients()
+        # A GPU still works on the update, which counts in the next step: waiting for it would leave the GPU idle.
+        return StepResult(
+            **found,
+            seconds=time.monotonic() - begin,
+            loader_seconds=loader_seconds,
+            optimizer_seconds=time.perf_counter() - update_begin if self.dist.device.type == "cpu" else None,
+            peak_memory_bytes=hardware.peak_memory_bytes(self.dist.device),
+        )
+
+    def _backward(self, batches, micro_steps):
+        """(mean loss () on the device, data hash, epoch, seconds waited for data) of this rank's micro-steps."""
+        loss_sum, data_hash, waited = torch.zeros((), device=self.dist.device), 0, 0.0
+        batches.begin_step()
+        for micro_step in range(micro_steps):
+            asked = time.perf_counter()
+            batch = batches.take()
+            waited += time.perf_counter() - asked
+            data_hash += batch.sequence_hash
+            # Before the forward pass, where DDP decides whether this backward pass will average over the ranks.
+            self.trained.require_backward_grad_sync = micro_step == micro_steps - 1
+            with self.dist.autocast():
+                loss = self.trained(batch.inputs, batch.targets) / micro_steps
+            self.scaler.scale(loss).backward()
+            loss_sum += loss.detach()
+        return loss_sum, data_hash, batches.epoch(batch), waited
+
+    def _why_skipped(self, loss):
+        losses = self.dist.all_gather_objects(loss.item())
+        named = self.model.named_parameters()
+        bad = next((name for name, p in named if p.grad is not None and not p.grad.sum().isfinite()), "none")
+        return f"loss {', '.join(map(str, losses))} on the ranks, first parameter with a bad gradient: {bad}"
+
+    def _clear_gradients(self):
+        for parameter in self.parameters:
+            if self.dist.world_size == 1 or parameter.grad.is_sparse:
+                parameter.grad = None
+            else:
+                parameter.grad.zero_()  # a view of DDP's bucket, which must stay
+
+
+class TimeBudget:
+    """Times of steps, and from them the number of steps of a run that has a number of minutes."""
+
+    def __init__(self, minutes: float, eval_every: int, core_every: int, evaluations_after: float, pass_seconds: float):
+        """minutes: from process start to the last save; 0: not timed. eval_every, core_every: steps; 0: never.
+        evaluations_after: for which time must be left after the run. pass_seconds: forward and backward passes of a
+        step, measured before the first one.
+        """
+        self.minutes, self.evaluations_after = minutes, evaluations_after
+        self.eval_every, self.core_every = eval_every, core_every
+        self.first_step_seconds = STEP_PER_PASSES * pass_seconds
+        self.step_seconds: list[float] = []
+
+    def add(self, result: StepResult, full_batch_tokens: int) -> None:
+        """Note the time of a step; of smaller batches only the first counts, in proportion."""
+        if result.tokens == full_batch_tokens or not self.step_seconds:
+            self.step_seconds.append(result.seconds * full_batch_tokens / result.tokens)
+
+    @property
+    def typical_seconds(self) -> float:
+        """Median seconds of the last 200 steps with a full batch; infinite before the first."""
+        return statistics.median(self.step_seconds[-200:]) if self.step_seconds else math.inf
+
+    @property
+    def step_limit_seconds(self) -> float:
+        """Seconds after which a step counts as hung."""
+        return min(max(STEP_SECONDS, SLOW_STEP_FACTOR * self.typical_seconds), guard.SLOW_SECONDS)
+
+    def seconds_left(self, state: TrainState) -> float:
+        """Seconds of training until the last step."""
+        return self.typical_seconds * (state.num_steps - state.step)
+
+    def steps_in_time(self, state: TrainState, step_seconds: float) -> int:
+        """The number of steps with which the run ends in time, evaluations and last save included."""
+        after = (SLOWER_LATER + self.evaluations_after) * state.evaluation_seconds
+        after += SLOWER_LATER * state.core_seconds + LAST_SAVE_SECONDS
+        left = self.minutes * 60 - state.seconds - hardware.seconds_since_start() - after
+        each = step_seconds + (state.evaluation_seconds / self.eval_every if self.eval_every else 0)
+        each += state.core_seconds / self.core_every if self.core_every else 0
+        return state.step + max(round(left / each), 1)
+
+    def estimate(self, state: TrainState, dist: DistContext) -> bool:
+        """Before the first step, once an evaluation has been timed: estimate num_steps. Returns whether it changed."""
+        due = not state.horizon_fixed and state.step == state.corrected_step and not self.step_seconds
+        if due:
+            state.num_steps = dist.broadcast_object(self.steps_in_time(state, self.first_step_seconds))
+        return due
+
+    def refit(self, state: TrainState, dist: DistContext) -> bool:
+        """After a quarter of the steps: correct num_steps, for good. Returns whether it changed."""
+        begun, planned = state.step - state.corrected_step, state.num_steps - state.corrected_step
+        due = not state.horizon_fixed and begun >= REFIT_PROGRESS * planned
+        if due:
+            progress = state.progress(state.step)
+            state.correct(dist.broadcast_object(self.steps_in_time(state, self.typical_seconds)), progress)
+            state.horizon_fixed = True
+        return due

@@ -1,0 +1,119 @@
+"""Between building a model and its first step: the largest batch that fits, compilation, and the time of a pass."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import torch
+
+from nanotrain import errors, hardware
+from nanotrain.dist import DistContext
+from nanotrain.errors import MemoryLimitError, UserError
+from nanotrain.gpt import GPT
+
+# Minutes of a timed run below which eager code makes more steps: compiling takes 8 to 33 s on a CPU, and in float32,
+# where the products take most of the time, it saves little of a step (dev/LOG.md).
+COMPILE_MINUTES = {torch.float32: 5.0, torch.bfloat16: 0.6, torch.float16: 0.6}
+
+
+def compile_pays(mode: str, dtype: torch.dtype, target_minutes: float) -> bool:
+    """Whether to compile, as far as the settings decide it: the same at every resume, because eager code gives other
+    bits. mode: auto, on or off. target_minutes: 0 for a run that is not timed.
+    """
+    return mode == "on" or (mode == "auto" and not 0 < target_minutes < COMPILE_MINUTES[dtype])
+
+
+def largest_batch_that_fits(dist: DistContext, model: GPT, most: int) -> int:
+    """The first of `most` sequences, half of it, and so on, whose forward and backward pass fits on every rank beside
+    weights and optimizer state. No weight changes. Raises MemoryLimitError if not even one does.
+    """
+
+    def attempt(batch_size):
+        # Eager, which takes no less memory than compiled code, and no minute of compilation for each size.
+        with torch.compiler.set_stance("force_eager"):
+            try:
+                for _ in range(2):  # the second with the gradients there, as micro-steps have them
+                    one_pass(dist, model, batch_size, keep_gradients=True)
+            finally:
+                model.zero_grad()
+
+    batch_size = dist.largest_that_fits(most, attempt)
+    if not batch_size:
+        raise MemoryLimitError(f"out of memory with a single sequence: {less_memory(0, model)}")
+    hardware.forget_peak_memory(dist.device)  # of the trials
+    return batch_size
+
+
+def one_pass(dist: DistContext, model: GPT, batch_size: int, keep_gradients: bool = False) -> float:
+    """Seconds of a forward and backward pass over so many sequences. No weight changes."""
+    tokens = torch.zeros(batch_size, model.config.max_seq_len, dtype=torch.int64, device=dist.device)
+    begin = time.monotonic()
+    with dist.autocast():
+        loss = model(tokens, tokens)
+    loss.backward()
+    if not keep_gradients:
+        model.zero_grad()
+    hardware.synchronize(dist.device)
+    return time.monotonic() - begin
+
+
+def compile_and_warm_up(dist: DistContext, model: GPT, batch_size: int, mode: str, target_minutes: float) -> float:
+    """Compile the model if that pays (see `compile_pays`), and return the seconds of a pass afterwards. Where compiling
+    fails on one rank, all stay eager; with mode "on" that is a UserError.
+    """
+    pays = compile_pays(mode, dist.dtype, target_minutes)
+    if mode == "auto" and not pays:
+        minutes = COMPILE_MINUTES[dist.dtype]
+        dist.print0(f"compile    off: it repays its time in {minutes:g} minutes or more (--compile=on all the same)")
+    with memory_limit(batch_size, model):
+        return _compile_and_time(dist, model, batch_size, pays, mode)
+
+
+def _compile_and_time(dist, model, batch_size, pays, mode):
+    failure = _compile(dist, model, batch_size) if pays else None
+    failure = next((reason for reason in dist.all_gather_objects(failure) if reason), None)
+    if failure and mode == "on":
+        raise UserError(f"--compile=on: it does not work here ({failure}): give --compile=auto or --compile=off")
+    if failure:
+        torch.compiler.set_stance("force_eager")
+        model.zero_grad()
+        dist.print0(f"compile    off, because it does not work here ({failure})")
+    one_pass(dist, model, batch_size)
+    return min(one_pass(dist, model, batch_size) for _ in range(2))
+
+
+def _compile(dist, model, batch_size):
+    """Compile in a first pass. Returns why that failed, or None."""
+    for attempt in range(2):
+        hardware.trust_cpu_flags(attempt == 0)
+        model.compile_parts()
+        try:
+            dist.print0(f"compile    ready in {one_pass(dist, model, batch_size):.0f} s")
+            return None
+        except Exception as error:
+            if hardware.is_out_of_memory(error):
+                raise
+            # Once more: torch's parallel compilers sometimes read a precompiled header that is only half written.
+            torch.compiler.reset()
+            model.zero_grad()
+            failure = f"{type(error).__name__}: {errors.first_line(error)[:100]}"
+    return failure
+
+
+@contextlib.contextmanager
+def memory_limit(batch_size: int, model: GPT) -> Iterator[None]:
+    """Where memory runs out in passes over so many sequences: MemoryLimitError, with what to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not hardware.is_out_of_memory(error):
+            raise
+        raise MemoryLimitError(f"out of memory: {less_memory(batch_size, model)}") from None
+
+
+def less_memory(batch_size: int, model: GPT) -> str:
+    """What to try where memory ran out with so many sequences a pass; 0: their number does not matter."""
+    smaller = "a smaller --max-seq-len"
+    if batch_size > 1:
+        smaller = f"--device-batch-size={batch_size // 2} (now {batch_size})"
+    return f"try {smaller}, {'' if model.recompute_blocks else '--grad-checkpoint, '}or a smaller --depth"
