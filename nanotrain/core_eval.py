@@ -119,9 +119,8 @@ def _common_prefix(sequences):
 def evaluate(model, tokenizer, tasks, dist, batch_size, progress=None):
     """[Score] of the tasks, the same on every rank.
 
-    model: has `hidden`, `head.weight` and `config.max_seq_len`. The items are dealt to the ranks by index and batched
-    by length, as many tokens per forward pass as `batch_size` sequences of full length have. `progress` is called with
-    the number of items done.
+    The items are dealt to the ranks by index and batched by length, as many tokens per forward pass as `batch_size`
+    sequences of full length have. `progress` is called with the number of items done.
     """
     right = [_num_right(model, tokenizer, task, dist, batch_size, progress) for task in tasks]
     return [
@@ -186,9 +185,9 @@ def _batch_scores(model, batch, greedy, dist):
         hidden = model.hidden(inputs.to(dist.device))
     hidden = hidden[scored.to(dist.device)].float()
     if greedy:
-        values = loss.greedy_tokens(hidden, model.head.weight) == targets
+        values = loss.greedy_tokens(hidden, model.lm_head.weight) == targets
     else:
-        values = loss.token_losses(hidden, model.head.weight, targets)
+        values = loss.token_losses(hidden, model.lm_head.weight, targets)
     return [some.mean().item() for some in values.cpu().double().split([len(ids) - start for ids, start in batch])]
 
 

@@ -166,7 +166,7 @@ def generate_batch(model, prompts, max_new_tokens, temperature=0.8, top_k=50, to
     `KVCache.bytes` for the longest text there can be, at most max_seq_len tokens.
     """
     assert all(prompts), "a prompt has at least one token, BOS"
-    max_seq_len, device = model.config.max_seq_len, model.head.weight.device
+    max_seq_len, device = model.config.max_seq_len, model.lm_head.weight.device
     texts = [list(prompt) for prompt in prompts]
     draws = [random.Random(seed + n) for n in range(len(texts))]
     rows = list(range(len(texts)))  # the prompts' numbers, in the order of the cache's rows

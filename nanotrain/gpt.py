@@ -109,10 +109,10 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.plain = config.plain
         kv_dim = config.num_kv_heads * config.head_dim
-        self.query = nn.Linear(config.model_dim, config.model_dim, bias=False)
-        self.key = nn.Linear(config.model_dim, kv_dim, bias=False)
-        self.value = nn.Linear(config.model_dim, kv_dim, bias=False)
-        self.output = nn.Linear(config.model_dim, config.model_dim, bias=False)
+        self.q_proj = nn.Linear(config.model_dim, config.model_dim, bias=False)
+        self.k_proj = nn.Linear(config.model_dim, kv_dim, bias=False)
+        self.v_proj = nn.Linear(config.model_dim, kv_dim, bias=False)
+        self.o_proj = nn.Linear(config.model_dim, config.model_dim, bias=False)
         if has_value_embedding:
             self.value_gate = nn.Linear(min(GATE_CHANNELS, config.model_dim), config.num_kv_heads, bias=False)
 
@@ -121,9 +121,9 @@ class Attention(nn.Module):
         layer; None: x begins its rows.
         """
         B, T, C = x.shape
-        q = self.query(x).view(B, T, self.num_heads, self.head_dim)
-        k = self.key(x).view(B, T, self.num_kv_heads, self.head_dim)
-        v = self.value(x).view(B, T, self.num_kv_heads, self.head_dim)
+        q = self.q_proj(x).view(B, T, self.num_heads, self.head_dim)
+        k = self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim)
+        v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim)
         if value_embedding is not None:
             gate = 2 * torch.sigmoid(self.value_gate(x[..., :GATE_CHANNELS]))  # (B, T, K)
             v = v + gate.unsqueeze(-1) * value_embedding.view(B, T, self.num_kv_heads, self.head_dim)
@@ -140,7 +140,7 @@ class Attention(nn.Module):
             scale=(1.0 if self.plain else ATTENTION_GAIN) / math.sqrt(self.head_dim),
             enable_gqa=self.num_kv_heads != self.num_heads,
         )  # (B, H, T, D)
-        return self.output(y.transpose(1, 2).reshape(B, T, C))
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
 class Block(nn.Module):
@@ -149,8 +149,8 @@ class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.attention = Attention(config, config.has_value_embedding(layer))
-        self.expand = nn.Linear(config.model_dim, 4 * config.model_dim, bias=False)
-        self.contract = nn.Linear(4 * config.model_dim, config.model_dim, bias=False)
+        self.up_proj = nn.Linear(config.model_dim, 4 * config.model_dim, bias=False)
+        self.down_proj = nn.Linear(4 * config.model_dim, config.model_dim, bias=False)
         self.plain = config.plain
         if not self.plain:
             self.residual_scale = nn.Parameter(torch.empty(()))
@@ -161,7 +161,7 @@ class Block(nn.Module):
         if not self.plain:
             x = self.residual_scale.to(x.dtype) * x + self.x0_scale.to(x.dtype) * x0
         x = x + self.attention(norm(x), value_embedding, cos, sin, cached)
-        return x + self.contract(F.relu(self.expand(norm(x))).square())
+        return x + self.down_proj(F.relu(self.up_proj(norm(x))).square())
 
 
 class GPT(nn.Module):
@@ -189,7 +189,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         if not config.plain:
             self.backout_scale = nn.Parameter(torch.empty(()))
-        self.head = nn.Linear(C, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(C, config.vocab_size, bias=False)
         self.register_buffer("cos", torch.empty(config.max_seq_len, 1, config.head_dim // 2), persistent=False)
         self.register_buffer("sin", torch.empty(config.max_seq_len, 1, config.head_dim // 2), persistent=False)
         self.loss_kernel = loss.softmax_gradient
@@ -212,16 +212,16 @@ class GPT(nn.Module):
         normal(self.embedding.weight, 0.8)
         if self.config.bigram_rows:
             self.bigram_embedding.weight.zero_()
-        normal(self.head.weight, 0.001)
+        normal(self.lm_head.weight, 0.001)
         for table in self.value_embeddings.values():
             uniform(table.weight, std)
         for layer, block in enumerate(self.blocks):
             attention = block.attention
-            for matrix in (attention.query, attention.key, attention.value):
+            for matrix in (attention.q_proj, attention.k_proj, attention.v_proj):
                 uniform(matrix.weight, std)
-            uniform(block.expand.weight, 0.4 * std)
-            attention.output.weight.zero_()  # each layer begins as the identity
-            block.contract.weight.zero_()
+            uniform(block.up_proj.weight, 0.4 * std)
+            attention.o_proj.weight.zero_()  # each layer begins as the identity
+            block.down_proj.weight.zero_()
             if hasattr(attention, "value_gate"):
                 attention.value_gate.weight.copy_(
                     torch.empty(attention.value_gate.weight.shape).uniform_(0, 0.02, generator=generator)
@@ -289,19 +289,21 @@ class GPT(nn.Module):
 
     def forward(self, inputs, targets):
         """inputs, targets (B, T) int64 -> () float32, the mean loss in nats per token."""
-        return loss.mean_loss(self.hidden(inputs).flatten(0, 1), self.head.weight, targets.flatten(), self.loss_kernel)
+        return loss.mean_loss(
+            self.hidden(inputs).flatten(0, 1), self.lm_head.weight, targets.flatten(), self.loss_kernel
+        )
 
     @torch.no_grad()
     def token_losses(self, inputs, targets):
         """inputs, targets (B, T) int64 -> (B, T) float32, the loss of each token in nats."""
         hidden = self.hidden(inputs).flatten(0, 1)
-        return loss.token_losses(hidden, self.head.weight, targets.flatten()).view_as(targets)
+        return loss.token_losses(hidden, self.lm_head.weight, targets.flatten()).view_as(targets)
 
     @torch.no_grad()
     def logits(self, tokens, cached=None):
         """(B, T) int64 -> (B, T, V) float32, computed in float32 without autocast. cached: as for `hidden`."""
         with torch.autocast(tokens.device.type, enabled=False):
-            return loss.softcap(F.linear(self.hidden(tokens, cached), self.head.weight))
+            return loss.softcap(F.linear(self.hidden(tokens, cached), self.lm_head.weight))
 
     def parameters_by_role(self):
         """{role: {name: parameter}}, each parameter in one role: matrix, embedding, value_embedding,
@@ -319,7 +321,7 @@ def _role(name):
         ("value_embeddings", "value_embedding"),
         ("bigram_embedding", "bigram_embedding"),
         ("embedding", "embedding"),
-        ("head", "unembedding"),
+        ("lm_head", "unembedding"),
         ("value_gate", "gate"),
         ("residual_scale", "residual"),
         ("_scale", "x0"),

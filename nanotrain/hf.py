@@ -35,13 +35,12 @@ CHECKED_TEXTS = (
     "",
 )
 
-STOCK_NAMES = {
-    "attention.query": "self_attn.q_proj",
-    "attention.key": "self_attn.k_proj",
-    "attention.value": "self_attn.v_proj",
-    "attention.output": "self_attn.o_proj",
-    "expand": "mlp.fc1",
-    "contract": "mlp.fc2",
+STOCK_NAMES = {  # of the modules that NanoChatForCausalLM calls otherwise
+    "embedding": "model.embed_tokens",
+    "blocks": "model.layers",
+    "attention": "self_attn",
+    "up_proj": "mlp.fc1",
+    "down_proj": "mlp.fc2",
 }
 
 
@@ -135,17 +134,12 @@ def _shape(config):
 
 def stock_name(name):
     """What NanoChatForCausalLM calls a tensor of a plain GPT."""
-    if name == "head.weight":
-        return "lm_head.weight"
-    if name == "embedding.weight":
-        return "model.embed_tokens.weight"
-    _, layer, part = name.removesuffix(".weight").split(".", 2)
-    return f"model.layers.{layer}.{STOCK_NAMES[part]}.weight"
+    return ".".join(STOCK_NAMES.get(part, part) for part in name.split("."))
 
 
 def own_name(name):
     """What NanotrainForCausalLM calls a tensor of a GPT."""
-    return "lm_head.weight" if name == "head.weight" else f"model.{name}"
+    return name if name == "lm_head.weight" else f"model.{name}"
 
 
 def write_tokenizer(tokenizer, folder, max_length):

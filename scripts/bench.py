@@ -267,7 +267,7 @@ def cached(model, prompts):
 
 def uncached(model, prompts):
     """The same as one would write it first: for each token a forward pass over the whole text."""
-    tokens = torch.tensor(prompts, device=model.head.weight.device)
+    tokens = torch.tensor(prompts, device=model.lm_head.weight.device)
     draws, steps = [random.Random(n) for n in range(len(prompts))], []
     for _ in range(model.config.max_seq_len):
         steps.append(engine.pick(model.logits(tokens)[:, -1], 0.8, 50, 1.0, draws))

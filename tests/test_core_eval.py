@@ -33,7 +33,7 @@ class ToyModel:
 
     def __init__(self, logits, vocab_size, max_seq_len=1000):
         self.hidden, self.config = logits, SimpleNamespace(max_seq_len=max_seq_len)
-        self.head = SimpleNamespace(weight=torch.eye(vocab_size))
+        self.lm_head = SimpleNamespace(weight=torch.eye(vocab_size))
 
 
 def knowing(texts, tokenizer):

@@ -74,14 +74,14 @@ def rotary(x):
 def causal_attention(x, table_row, weights, config):
     """(T, C) -> (T, C), one query and one head at a time. table_row (T, K * D) or None."""
     T, H, K, D = len(x), config.num_heads, config.num_kv_heads, config.head_dim
-    q = rms_norm(rotary((x @ weights["query.weight"].T).reshape(T, H, D)))
-    k = (x @ weights["key.weight"].T).reshape(T, K, D)
+    q = rms_norm(rotary((x @ weights["q_proj.weight"].T).reshape(T, H, D)))
+    k = (x @ weights["k_proj.weight"].T).reshape(T, K, D)
     before = np.concatenate((np.zeros((1, K, D)), k[:-1]))
     slow = [channel for channel in range(D) if channel % (D // 2) >= D // 4]
     if not config.plain:
         k[..., slow] = before[..., slow]
     k = rms_norm(rotary(k))
-    v = (x @ weights["value.weight"].T).reshape(T, K, D)
+    v = (x @ weights["v_proj.weight"].T).reshape(T, K, D)
     if table_row is not None:
         gate = 2 / (1 + np.exp(-x[:, :16] @ weights["value_gate.weight"].T))
         v = v + gate[..., None] * table_row.reshape(T, K, D)
@@ -91,7 +91,7 @@ def causal_attention(x, table_row, weights, config):
             kv_head = head // (H // K)
             scores = np.exp((1 if config.plain else 1.44) / math.sqrt(D) * k[: t + 1, kv_head] @ q[t, head])
             y[t, head] = scores / scores.sum() @ v[: t + 1, kv_head]
-    return y.reshape(T, H * D) @ weights["output.weight"].T
+    return y.reshape(T, H * D) @ weights["o_proj.weight"].T
 
 
 def reference(model, row):
@@ -113,9 +113,9 @@ def reference(model, row):
         if not config.plain:
             x = w[block + "residual_scale"] * x + w[block + "x0_scale"] * x0
         x = x + causal_attention(rms_norm(x), None if table is None else table[row], attention, config)
-        x = x + np.maximum(rms_norm(x) @ w[block + "expand.weight"].T, 0) ** 2 @ w[block + "contract.weight"].T
+        x = x + np.maximum(rms_norm(x) @ w[block + "up_proj.weight"].T, 0) ** 2 @ w[block + "down_proj.weight"].T
     hidden = rms_norm(x if config.plain else x - w["backout_scale"] * middle)
-    return hidden, 15 * np.tanh(hidden @ w["head.weight"].T / 15)
+    return hidden, 15 * np.tanh(hidden @ w["lm_head.weight"].T / 15)
 
 
 @shapes
@@ -193,7 +193,7 @@ def test_the_seed_decides_the_weights_and_nothing_else_does():
     second, other = fresh_model(config, seed=7).state_dict(), fresh_model(config, seed=8).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["embedding.weight"], other["embedding.weight"])
-    assert not torch.equal(first["blocks.4.expand.weight"], other["blocks.4.expand.weight"])
+    assert not torch.equal(first["blocks.4.up_proj.weight"], other["blocks.4.up_proj.weight"])
 
 
 def test_layers_begin_as_the_identity():
@@ -386,7 +386,7 @@ def test_roles_hold_each_parameter_once():
     blocks = [f"blocks.{layer}." for layer in range(5)]
     expected = {
         "embedding": {"embedding.weight"},
-        "unembedding": {"head.weight"},
+        "unembedding": {"lm_head.weight"},
         "value_embedding": {f"value_embeddings.{layer}.weight" for layer in (0, 2, 4)},
         "gate": {f"blocks.{layer}.attention.value_gate.weight" for layer in (0, 2, 4)},
         "residual": {block + "residual_scale" for block in blocks},
@@ -395,12 +395,12 @@ def test_roles_hold_each_parameter_once():
             f"{block}{name}.weight"
             for block in blocks
             for name in (
-                "attention.query",
-                "attention.key",
-                "attention.value",
-                "attention.output",
-                "expand",
-                "contract",
+                "attention.q_proj",
+                "attention.k_proj",
+                "attention.v_proj",
+                "attention.o_proj",
+                "up_proj",
+                "down_proj",
             )
         },
     }

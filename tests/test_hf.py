@@ -89,7 +89,7 @@ def assert_the_same(model, converted, tokenizer):
 
     # In bfloat16 it is as far from float32 as the model itself is as it is evaluated.
     with torch.autocast("cpu", torch.bfloat16):
-        ours = softcap((model.hidden(tokens) @ model.head.weight.t()).float())
+        ours = softcap((model.hidden(tokens) @ model.lm_head.weight.t()).float())
     exact, theirs = model.logits(tokens), copy.deepcopy(converted).to(torch.bfloat16)(tokens).logits.float()
     assert (theirs - exact).square().mean() < 2 * (ours - exact).square().mean()
 
@@ -105,10 +105,10 @@ def test_the_likeliest_tokens_are_the_same_in_bfloat16(shape, tokenizer, tmp_pat
     """Of a model that has a favourite after each token, as after training: rounding decides among equals."""
     model = random_model(GPTConfig(tokenizer.vocab_size, 96, 3, 4, 2, 64, **shape))
     with torch.no_grad():
-        model.head.weight.copy_(model.embedding.weight.roll(1, 0))
+        model.lm_head.weight.copy_(model.embedding.weight.roll(1, 0))
         for block in model.blocks:
-            block.attention.output.weight.mul_(0.4)
-            block.contract.weight.mul_(0.4)
+            block.attention.o_proj.weight.mul_(0.4)
+            block.down_proj.weight.mul_(0.4)
         if model.config.bigram_rows:
             model.bigram_embedding.weight.mul_(0.4)
     tokens = random_tokens(model.config, rows=12)
@@ -124,7 +124,7 @@ def test_the_likeliest_tokens_are_the_same_in_bfloat16(shape, tokenizer, tmp_pat
 
     assert agreement() >= 0.99
     with torch.no_grad():  # a quarter of one layer is noticed
-        model.blocks[1].expand.weight[::4].zero_()
+        model.blocks[1].up_proj.weight[::4].zero_()
     assert agreement() < 0.99
 
 

@@ -88,10 +88,10 @@ class NanotrainAttention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         kv_dim = config.num_key_value_heads * config.head_dim
-        self.query = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
-        self.key = nn.Linear(config.hidden_size, kv_dim, bias=False)
-        self.value = nn.Linear(config.hidden_size, kv_dim, bias=False)
-        self.output = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
         if layer in config.value_embedding_layers:
             channels = min(config.gate_channels, config.hidden_size)
             self.value_gate = nn.Linear(channels, config.num_key_value_heads, bias=False)
@@ -102,7 +102,7 @@ class NanotrainAttention(nn.Module):
         """
         B, T, _ = x.shape
         D, eps = self.config.head_dim, self.config.rms_norm_eps
-        q, k, v = self.query(x).view(B, T, -1, D), self.key(x).view(B, T, -1, D), self.value(x).view(B, T, -1, D)
+        q, k, v = self.q_proj(x).view(B, T, -1, D), self.k_proj(x).view(B, T, -1, D), self.v_proj(x).view(B, T, -1, D)
         if value_embedding is not None:
             gate = 2 * torch.sigmoid(self.value_gate(x[..., : self.config.gate_channels]))  # (B, T, K)
             v = v + gate.unsqueeze(-1) * value_embedding.view(B, T, -1, D)
@@ -123,7 +123,7 @@ class NanotrainAttention(nn.Module):
             scale=self.config.attention_gain / math.sqrt(D),
             enable_gqa=k.size(1) != q.size(1),
         )
-        return self.output(y.transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class NanotrainBlock(GradientCheckpointingLayer):
@@ -133,8 +133,8 @@ class NanotrainBlock(GradientCheckpointingLayer):
         super().__init__()
         self.eps = config.rms_norm_eps
         self.attention = NanotrainAttention(config, layer)
-        self.expand = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.contract = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.residual_scale = nn.Parameter(torch.ones(()))
         self.x0_scale = nn.Parameter(torch.zeros(()))
 
@@ -142,7 +142,7 @@ class NanotrainBlock(GradientCheckpointingLayer):
         """x, x0 (B, T, C) -> (B, T, C); the rest as for the attention."""
         x = self.residual_scale * x + self.x0_scale * x0
         x = x + self.attention(norm(x, self.eps), value_embedding, cos, sin, begins, mask, cache)
-        return x + self.contract(F.relu(self.expand(norm(x, self.eps))).square())
+        return x + self.down_proj(F.relu(self.up_proj(norm(x, self.eps))).square())
 
 
 class NanotrainPreTrainedModel(PreTrainedModel):
