@@ -187,7 +187,7 @@ def _batch_scores(model, batch, greedy, dist):
     if greedy:
         values = loss.greedy_tokens(hidden, model.lm_head.weight) == targets
     else:
-        values = loss.token_losses(hidden, model.lm_head.weight, targets)
+        values = loss.token_losses(hidden, model.lm_head.weight, targets, model.config.softcap)
     return [some.mean().item() for some in values.cpu().double().split([len(ids) - start for ids, start in batch])]
 
 

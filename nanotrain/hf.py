@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, processors
 
-from nanotrain import dataset, gpt, loss
+from nanotrain import dataset
 from nanotrain.errors import FileError, UserError
 from nanotrain.tokenizer import BOS, FILE_NAME
 
@@ -27,7 +27,7 @@ SHARD_SIZE = "5GB"
 # settings that are nobody else's business, or hold paths of the machine; so do those that end in _DIR
 PRIVATE = ("RUN_NAME", "INIT_FROM", "CORE_BUNDLE", "WANDB")
 LISTED_SHARDS = 20  # of the training data, in the model card
-TOLERANCE = 1e-3  # of float32 logits, which the softcap bounds to 15
+TOLERANCE = 1e-3  # of float32 logits, which the softcap bounds
 CHECKED_TEXTS = (
     "def main():\n    return 1\n",
     "  Ünïcode, 日本語, 🙂🏽\r\n\t0123",
@@ -92,9 +92,9 @@ def stock_config(config, special):
     return NanoChatConfig(
         **_shape(config),
         **special,
-        pad_token_id=None,  # a number would keep that row of the embedding from training
+        pad_token_id=None,  # a number would keep that token's embedding from training
         intermediate_size=4 * config.model_dim,
-        rope_parameters={"rope_type": "default", "rope_theta": float(gpt.ROPE_BASE)},
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
     )
 
 
@@ -109,9 +109,9 @@ def own_config(config, special):
         **special,
         value_embedding_layers=[n for n in range(config.num_layers) if config.has_value_embedding(n)],
         bigram_rows=config.bigram_rows,
-        gate_channels=gpt.GATE_CHANNELS,
-        attention_gain=gpt.ATTENTION_GAIN,
-        rope_theta=float(gpt.ROPE_BASE),
+        gate_channels=config.gate_channels,
+        attention_gain=config.attention_gain,
+        rope_theta=config.rope_base,
         auto_map={auto: f"{file}.{name}" for file, (auto, name) in zip(files, code.items(), strict=True)},
     )
 
@@ -125,8 +125,8 @@ def _shape(config):
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_seq_len,
-        "rms_norm_eps": gpt.NORM_EPS,
-        "final_logit_softcapping": loss.SOFTCAP,
+        "rms_norm_eps": config.norm_eps,
+        "final_logit_softcapping": config.softcap,
         "tie_word_embeddings": False,
         "dtype": "float32",
     }
@@ -165,7 +165,7 @@ def write_tokenizer(tokenizer, folder, max_length):
 @torch.no_grad()
 def check(model, tokenizer, folder):
     """Load the folder back as its users will; returns the largest difference of its float32 logits from the model's,
-    over rows of max_seq_len random tokens, one of them padded on the left.
+    over sequences of max_seq_len random tokens, one of them padded on the left.
 
     Raises FileError if that is above TOLERANCE, or if the tokenizers disagree.
     """
@@ -237,8 +237,8 @@ def model_card(name, model, meta, evaluation):
 def _results(meta, evaluation):
     """(what, value) of each number that is known."""
     measures = {
-        "val_bpb": "bits per byte, rows of validation text",
-        "train_bpb": "bits per byte, rows of train text",
+        "val_bpb": "bits per byte, sequences of validation text",
+        "train_bpb": "bits per byte, sequences of train text",
         "doc_bpb": "bits per byte, whole validation documents",
     }
     for key, what in measures.items():

@@ -292,9 +292,9 @@ def prepare_attention(dist, kernel, compiled, shape):
     """Forward and backward pass of one layer's attention over (B, H, T, D)."""
     function = torch.compile(KERNELS[kernel], dynamic=False) if compiled else KERNELS[kernel]
     q, k, v, gradient = (torch.randn(shape, device=dist.device).to(dist.dtype) for _ in range(4))
-    q, k = gpt.norm(q), gpt.norm(k)  # as QK-norm leaves them, which bounds the scores
+    q, k = (gpt.norm(x, gpt.GPTConfig.norm_eps) for x in (q, k))  # as QK-norm leaves them, which bounds the scores
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    scale = gpt.ATTENTION_GAIN / math.sqrt(shape[-1])
+    scale = gpt.GPTConfig.attention_gain / math.sqrt(shape[-1])
     return lambda: torch.autograd.grad(function(*inputs, scale), inputs, gradient)
 
 
@@ -335,22 +335,22 @@ def prepare_loss(dist, chunk, compiled, tokens, width, vocab_size):
     """
     hidden = torch.randn(tokens, width, device=dist.device).to(dist.dtype).requires_grad_()
     weight = (torch.randn(vocab_size, width, device=dist.device) / width).requires_grad_()
-    targets = torch.randint(vocab_size, (tokens,), device=dist.device)
+    targets, cap = torch.randint(vocab_size, (tokens,), device=dist.device), gpt.GPTConfig.softcap
     function = full_loss if chunk == "full" else loss.softmax_gradient
     function = torch.compile(function, dynamic=False) if compiled else function
 
     def run():
         if chunk == "full":
-            return torch.autograd.grad(function(hidden, weight, targets), (hidden, weight))
+            return torch.autograd.grad(function(hidden, weight, targets, cap), (hidden, weight))
         with replaced(loss, "CHUNK_ROWS", {dist.device.type: chunk}):
-            return torch.autograd.grad(loss.mean_loss(hidden, weight, targets, function), (hidden, weight))
+            return torch.autograd.grad(loss.mean_loss(hidden, weight, targets, cap, function), (hidden, weight))
 
     return run
 
 
-def full_loss(hidden, weight, targets):
+def full_loss(hidden, weight, targets, cap):
     """The loss as one would write it first: every logit in float32 at once."""
-    return F.cross_entropy(loss.softcap(F.linear(hidden, weight.to(hidden.dtype)).float()), targets)
+    return F.cross_entropy(loss.softcap(F.linear(hidden, weight.to(hidden.dtype)).float(), cap), targets)
 
 
 @contextlib.contextmanager

@@ -213,8 +213,8 @@ def test_the_loss_on_all_logits_is_the_loss():
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(9, 8, generator=generator), torch.randn(30, 8, generator=generator)
     targets = torch.arange(9)
-    expected = loss.mean_loss(hidden, weight, targets, loss.softmax_gradient)
-    torch.testing.assert_close(bench.full_loss(hidden, weight, targets), expected)
+    expected = loss.mean_loss(hidden, weight, targets, 15.0, loss.softmax_gradient)
+    torch.testing.assert_close(bench.full_loss(hidden, weight, targets, 15.0), expected)
 
 
 def test_activation_checkpointing_changes_no_gradient():

@@ -1,10 +1,11 @@
 """A nanotrain model for transformers (5.x): `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.
 
 It computes what nanotrain's own gpt.py computes, whose tests compare the two. A token of it also looks at the token
-before it (the keys' offset, the table of pairs), so its cache keeps a little more than keys and values; a token at
+before it (the keys' offset, the bigram table), so its cache keeps a little more than keys and values; a token at
 position 0 has none before it, which is how the padding on the left of a batch stays without effect.
 
-    B rows   T tokens   S tokens with those in the cache   C width   H heads   K key and value heads   D head dimension
+    B sequences   T tokens of each   S tokens with those in the cache
+    C width   H heads   K key and value heads   D head dimension
 """
 
 import math
@@ -74,7 +75,7 @@ def rotate(x, cos, sin):
 
 def shift(x, before, begins):
     """x (B, T, ...), before (B, 1, ...) or None, begins (B, T) bool -> each place has what the place before it had, or
-    zeros where a row begins.
+    zeros where a sequence begins.
     """
     first = torch.zeros_like(x[:, :1]) if before is None else before
     shifted = torch.cat((first, x[:, :-1]), dim=1)
@@ -212,7 +213,7 @@ class NanotrainModel(NanotrainPreTrainedModel):
         embedded = self.embedding(input_ids)
         if self.config.bigram_rows:
             before = None if cache is None else cache.layers[0].exchange("token", input_ids[:, -1:])
-            embedded = embedded + self.bigram_embedding(self._pairs(input_ids, before, begins))
+            embedded = embedded + self.bigram_embedding(self._bigrams(input_ids, before, begins))
         x = x0 = norm(embedded, self.config.rms_norm_eps)
         cos, sin = self._rotation(position_ids, x.dtype)
         mask = self._mask(attention_mask, seen, T, device)
@@ -224,9 +225,9 @@ class NanotrainModel(NanotrainPreTrainedModel):
         x = norm(x - self.backout_scale * middle, self.config.rms_norm_eps)
         return BaseModelOutputWithPast(last_hidden_state=x, **{CACHE: cache})
 
-    def _pairs(self, tokens, before, begins):
-        """(B, T) int64: the row of the table of pairs for each token and the one before it; the last one where a row
-        begins.
+    def _bigrams(self, tokens, before, begins):
+        """(B, T) int64: the row of the bigram table for each token and the one before it; the last one where a
+        sequence begins.
         """
         last = self.config.bigram_rows - 1
         previous = shift(tokens, before, begins)
