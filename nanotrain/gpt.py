@@ -14,10 +14,11 @@ It knows nothing of optimizers, files or environment variables. Build it without
 
 import math
 from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanotrain import loss
@@ -43,38 +44,58 @@ class GPTConfig:
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
     gate_channels: int = 16  # of a layer's input, at most: those that the gate of its value embedding sees
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assert not (self.plain and self.bigram_rows), "a plain model has no bigram table"
         if self.plain:
             object.__setattr__(self, "attention_gain", 1.0)  # frozen
 
     @property
-    def model_dim(self):
+    def model_dim(self) -> int:
         """C, the width of the residual stream."""
         return self.num_heads * self.head_dim
 
-    def has_value_embedding(self, layer):
+    def has_value_embedding(self, layer: int) -> bool:
         """Every layer of a shallow model; of a deeper one every other layer, the last included; none of a plain one."""
         return not self.plain and (self.num_layers <= 4 or (self.num_layers - 1 - layer) % 2 == 0)
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON-like dict; `GPTConfig(**d)` takes them back."""
         return asdict(self)
 
 
-def norm(x, eps):
+class CachedLayer(Protocol):
+    """What one layer's attention asks of a cache; everything is (B, T, K, D)."""
+
+    def keys_before(self, k: Tensor) -> Tensor | None:
+        """The last keys (B, 1, K, D) before these `k`, or None if these begin their sequences."""
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keep these keys and values; returns those that the new tokens attend to, and the mask."""
+
+
+class CachedTokens(Protocol):
+    """New tokens (B, T) whose keys and values go into a cache, which has what comes before them: engine.NewTokens."""
+
+    positions: Tensor  # (B or 1, T) int64, in their sequences
+    previous: Tensor  # (B, T) int64, the token before each; -1 before the first of a sequence
+
+    def of_layer(self, layer: int) -> CachedLayer:
+        """The part of one layer."""
+
+
+def norm(x: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension, without parameters (arXiv:1910.07467); the result has x's dtype."""
     return F.rms_norm(x, (x.size(-1),), eps=eps).to(x.dtype)  # CUDA's autocast would give float32
 
 
-def embedding_table(rows, width, sparse=False):
+def embedding_table(rows: int, width: int, sparse: bool = False) -> nn.Embedding:
     """An nn.Embedding (rows, width) whose weights are not set. Its constructor would draw them, and on the meta device
     a normal draw is Python code, whose import takes longer than building the model.
     """
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False, sparse=sparse)
 
 
-def rotate(x, cos, sin):
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions (arXiv:2104.09864) on (B, T, H, D): the two halves of D are turned by minus theta, with cos,
     sin (T, 1, D / 2), or (B, T, 1, D / 2) where every sequence has positions of its own.
     """
@@ -82,7 +103,7 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
-def partial_key_offset(k: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
+def partial_key_offset(k: Tensor, before: Tensor | None = None) -> Tensor:
     """Partial Key Offset (modded-nanogpt): (B, T, K, D) keys with the low-frequency half of the channels taken from the
     previous position; `before` (B, 1, K, D) supplies those of the first position, None means zeros.
 
@@ -97,7 +118,7 @@ def partial_key_offset(k: torch.Tensor, before: torch.Tensor | None = None) -> t
     return torch.cat((halves[..., : D // 4], shifted), dim=-1).view(B, T, K, D)
 
 
-def bigram_hash(tokens, previous, rows):
+def bigram_hash(tokens: Tensor, previous: Tensor, rows: int) -> Tensor:
     """tokens, previous (B, T) int64 -> (B, T) int64: the row of the bigram table for each token and the one before
     it; tokens with none before them (previous -1) share the last row.
     """
@@ -109,7 +130,7 @@ class Attention(nn.Module):
     arXiv:2410.17897).
     """
 
-    def __init__(self, config, has_value_embedding):
+    def __init__(self, config: GPTConfig, has_value_embedding: bool):
         super().__init__()
         self.config = config
         kv_dim = config.num_kv_heads * config.head_dim
@@ -120,10 +141,11 @@ class Attention(nn.Module):
         if has_value_embedding:
             self.value_gate = nn.Linear(min(config.gate_channels, config.model_dim), config.num_kv_heads, bias=False)
 
-    def forward(self, x, value_embedding, cos, sin, cached=None):
-        """x (B, T, C), value_embedding (B, T, K * D) or None -> (B, T, C). cached: what an engine.KVCache has of the
-        layer; None: x begins its
-        sequences.
+    def forward(
+        self, x: Tensor, value_embedding: Tensor | None, cos: Tensor, sin: Tensor, cached: CachedLayer | None = None
+    ) -> Tensor:
+        """x (B, T, C), value_embedding (B, T, K * D) or None -> (B, T, C). cached: what a cache has of the layer;
+        None: x begins its sequences.
         """
         (B, T, C), config = x.shape, self.config
         H, K, D = config.num_heads, config.num_kv_heads, config.head_dim
@@ -152,7 +174,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """One layer: mix in the embedding x0, attend, then the ReLU^2 MLP (arXiv:2109.08668), each on a normed input."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.config = config
         self.attention = Attention(config, config.has_value_embedding(layer))
@@ -162,7 +184,15 @@ class Block(nn.Module):
             self.residual_scale = nn.Parameter(torch.empty(()))
             self.x0_scale = nn.Parameter(torch.empty(()))
 
-    def forward(self, x, x0, value_embedding, cos, sin, cached=None):
+    def forward(
+        self,
+        x: Tensor,
+        x0: Tensor,
+        value_embedding: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        cached: CachedLayer | None = None,
+    ) -> Tensor:
         """x, x0 (B, T, C), value_embedding (B, T, K * D) or None -> (B, T, C)."""
         eps = self.config.norm_eps
         if not self.config.plain:
@@ -178,7 +208,7 @@ class GPT(nn.Module):
     attention, the bigram table, and the scalars that mix earlier states of the stream into later ones.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         C, kv_dim = config.model_dim, config.num_kv_heads * config.head_dim
@@ -203,7 +233,7 @@ class GPT(nn.Module):
         self.recompute_blocks = False
 
     @torch.no_grad()
-    def init_weights(self, seed):
+    def init_weights(self, seed: int) -> None:
         """Set every parameter and buffer. The same seed gives the same CPU weights whatever the device."""
         self.init_buffers()
         generator = torch.Generator().manual_seed(seed)
@@ -241,7 +271,7 @@ class GPT(nn.Module):
             self.backout_scale.fill_(0.2)
 
     @torch.no_grad()
-    def init_buffers(self):
+    def init_buffers(self) -> None:
         """Set the cosines and sines of the rotation, which no checkpoint holds."""
         half = self.config.head_dim // 2
         frequencies = self.config.rope_base ** (-torch.arange(half, dtype=torch.float64) / half)
@@ -249,7 +279,7 @@ class GPT(nn.Module):
         self.cos.copy_(angles.cos()[:, None])
         self.sin.copy_(angles.sin()[:, None])
 
-    def compile_parts(self):
+    def compile_parts(self) -> None:
         """Compile every block and the loss by itself: one graph of a block serves all its layers, so compiling takes
         seconds.
         """
@@ -257,17 +287,16 @@ class GPT(nn.Module):
             block.compile(dynamic=False)
         self.loss_kernel = torch.compile(loss.softmax_gradient, dynamic=False)
 
-    def checkpoint_activations(self):
+    def checkpoint_activations(self) -> None:
         """Keep of every block only what goes into it, and run it again in the backward pass: less memory, a third more
         operations, the same bits (arXiv:1604.06174).
         """
         self.recompute_blocks = True
 
-    def hidden(self, tokens, cached=None):
+    def hidden(self, tokens: Tensor, cached: CachedTokens | None = None) -> Tensor:
         """(B, T) int64 -> (B, T, C), the normed input of the head.
 
-        cached: the engine.NewTokens that say where these go in a KVCache, which has what comes before them; None: they
-        begin a sequence.
+        cached: where these go in a cache, which has what comes before them; None: they begin a sequence.
         """
         T = tokens.size(1)
         if T > self.config.max_seq_len:
@@ -296,25 +325,25 @@ class GPT(nn.Module):
             x = x - self.backout_scale.to(dtype) * middle
         return norm(x, self.config.norm_eps)
 
-    def forward(self, inputs, targets):
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """inputs, targets (B, T) int64 -> () float32, the mean loss in nats per token."""
         hidden = self.hidden(inputs).flatten(0, 1)
         return loss.mean_loss(hidden, self.lm_head.weight, targets.flatten(), self.config.softcap, self.loss_kernel)
 
     @torch.no_grad()
-    def token_losses(self, inputs, targets):
+    def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """inputs, targets (B, T) int64 -> (B, T) float32, the loss of each token in nats."""
         hidden = self.hidden(inputs).flatten(0, 1)
         losses = loss.token_losses(hidden, self.lm_head.weight, targets.flatten(), self.config.softcap)
         return losses.view_as(targets)
 
     @torch.no_grad()
-    def logits(self, tokens, cached=None):
+    def logits(self, tokens: Tensor, cached: CachedTokens | None = None) -> Tensor:
         """(B, T) int64 -> (B, T, V) float32, computed in float32 without autocast. cached: as for `hidden`."""
         with torch.autocast(tokens.device.type, enabled=False):
             return loss.softcap(F.linear(self.hidden(tokens, cached), self.lm_head.weight), self.config.softcap)
 
-    def parameters_by_role(self):
+    def parameters_by_role(self) -> dict[str, dict[str, nn.Parameter]]:
         """{role: {name: parameter}}, each parameter in one role: matrix, embedding, value_embedding,
         bigram_embedding, unembedding, residual, x0, gate.
         """
@@ -324,7 +353,7 @@ class GPT(nn.Module):
         return roles
 
 
-def _role(name):
+def _role(name: str) -> str:
     """The first of these parts that a parameter's name has decides."""
     for part, role in (
         ("value_embeddings", "value_embedding"),

@@ -12,13 +12,19 @@ transformers is imported only where it is needed; nothing else in nanotrain need
 import json
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Tokenizer, processors
 
 from nanotrain import dataset
 from nanotrain.errors import FileError, UserError
-from nanotrain.tokenizer import BOS, FILE_NAME
+from nanotrain.tokenizer import BOS, FILE_NAME, BPETokenizer
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from nanotrain.gpt import GPT, GPTConfig
 
 CODE = Path(__file__).parent / "huggingface"
 CODE_FILES = ("configuration_nanotrain.py", "modeling_nanotrain.py")
@@ -44,7 +50,7 @@ STOCK_NAMES = {  # of the modules that NanoChatForCausalLM calls otherwise
 }
 
 
-def require_transformers():
+def require_transformers() -> None:
     """Raise UserError with the command that installs transformers if it is not there."""
     try:
         import transformers  # noqa: F401
@@ -54,8 +60,8 @@ def require_transformers():
         ) from None
 
 
-def write(model, tokenizer, folder):
-    """Write a GPT and its tokenizer into the folder, which must not exist yet or be empty."""
+def write(model: "GPT", tokenizer: BPETokenizer, folder: str | Path) -> None:
+    """Write a model and its tokenizer into the folder, which must not exist yet or be empty."""
     folder = Path(folder)
     converted = convert(model, tokenizer)
     converted.save_pretrained(folder, max_shard_size=SHARD_SIZE)
@@ -67,7 +73,7 @@ def write(model, tokenizer, folder):
     write_tokenizer(tokenizer, folder, model.config.max_seq_len)
 
 
-def convert(model, tokenizer):
+def convert(model: "GPT", tokenizer: BPETokenizer) -> "PreTrainedModel":
     """A transformers model that shares the weights of a GPT."""
     from transformers import GenerationConfig, NanoChatForCausalLM
 
@@ -85,7 +91,7 @@ def convert(model, tokenizer):
     return converted.eval()
 
 
-def stock_config(config, special):
+def stock_config(config: "GPTConfig", special: dict[str, int]) -> "PretrainedConfig":
     """transformers' NanoChatConfig of a plain GPTConfig. Every field whose default is another is written out."""
     from transformers import NanoChatConfig
 
@@ -98,7 +104,7 @@ def stock_config(config, special):
     )
 
 
-def own_config(config, special):
+def own_config(config: "GPTConfig", special: dict[str, int]) -> "PretrainedConfig":
     """The NanotrainConfig of any other GPTConfig."""
     from nanotrain.huggingface.configuration_nanotrain import NanotrainConfig
 
@@ -132,17 +138,17 @@ def _shape(config):
     }
 
 
-def stock_name(name):
+def stock_name(name: str) -> str:
     """What NanoChatForCausalLM calls a tensor of a plain GPT."""
     return ".".join(STOCK_NAMES.get(part, part) for part in name.split("."))
 
 
-def own_name(name):
+def own_name(name: str) -> str:
     """What NanotrainForCausalLM calls a tensor of a GPT."""
     return name if name == "lm_head.weight" else f"model.{name}"
 
 
-def write_tokenizer(tokenizer, folder, max_length):
+def write_tokenizer(tokenizer: BPETokenizer, folder: Path, max_length: int) -> None:
     """The tokenizer of training, which here puts BOS before a text by itself."""
     inner = Tokenizer.from_str(tokenizer.to_json())
     inner.post_processor = processors.TemplateProcessing(
@@ -163,7 +169,7 @@ def write_tokenizer(tokenizer, folder, max_length):
 
 
 @torch.no_grad()
-def check(model, tokenizer, folder):
+def check(model: "GPT", tokenizer: BPETokenizer, folder: str | Path) -> float:
     """Load the folder back as its users will; returns the largest difference of its float32 logits from the model's,
     over sequences of max_seq_len random tokens, one of them padded on the left.
 
@@ -194,7 +200,7 @@ def check(model, tokenizer, folder):
     return difference
 
 
-def model_card(name, model, meta, evaluation):
+def model_card(name: str, model: "GPT", meta: dict[str, Any], evaluation: dict[str, Any]) -> str:
     """The README.md of an exported model.
 
     meta: the checkpoint's state. evaluation: what scripts.base_eval wrote of this checkpoint, or {}.

@@ -7,18 +7,23 @@ logit by `cap`, so that exp needs no subtraction of a maximum as long as `cap` i
     N rows, one a token   C width   V vocabulary
 """
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
+
+Kernel = Callable[[Tensor, float], tuple[Tensor, Tensor]]  # `softmax_gradient`, compiled or not
 
 CHUNK_ROWS = {"cpu": 512}  # by device type: so many rows' logits fit a CPU's cache
 LARGE_CHUNK_ROWS = 4096  # elsewhere only memory counts
 
 
-def softcap(logits, cap):
+def softcap(logits: Tensor, cap: float) -> Tensor:
     """Any shape -> the same: logits bounded smoothly to (-cap, cap)."""
     return cap * torch.tanh(logits / cap)
 
 
-def token_losses(hidden, weight, targets, cap):
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
     """hidden (N, C), weight (V, C), targets (N,) int64 -> (N,) float32 nats of each target. No gradient."""
     losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     weight = weight.to(hidden.dtype)
@@ -29,7 +34,7 @@ def token_losses(hidden, weight, targets, cap):
     return losses
 
 
-def greedy_tokens(hidden, weight):
+def greedy_tokens(hidden: Tensor, weight: Tensor) -> Tensor:
     """hidden (N, C), weight (V, C) -> (N,) int64, the likeliest token of each, capped or not. No gradient."""
     tokens = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
     weight = weight.to(hidden.dtype)
@@ -39,15 +44,15 @@ def greedy_tokens(hidden, weight):
     return tokens
 
 
-def mean_loss(hidden, weight, targets, cap, kernel):
+def mean_loss(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, kernel: Kernel) -> Tensor:
     """hidden (N, C), weight (V, C), targets (N,) int64 -> () float32, the mean nats per target, differentiable.
 
-    kernel: `softmax_gradient`, compiled or not. Products run in hidden's dtype, sums in float32.
+    Products run in hidden's dtype, sums in float32.
     """
     return _MeanLoss.apply(hidden, weight, targets, cap, kernel)
 
 
-def softmax_gradient(logits, cap):
+def softmax_gradient(logits: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """logits (N, V) before the cap -> (log of each row's sum of exp (N,) float32, gradient of the sum of those logs by
     the logits (N, V) in their dtype).
     """
@@ -57,7 +62,9 @@ def softmax_gradient(logits, cap):
     return totals.squeeze(1).log(), (exps * (1 / totals) * slope).to(logits.dtype)  # few divisions
 
 
-def loss_and_gradient(logits, targets, cap, kernel=softmax_gradient):
+def loss_and_gradient(
+    logits: Tensor, targets: Tensor, cap: float, kernel: Kernel = softmax_gradient
+) -> tuple[Tensor, Tensor]:
     """logits (N, V) before the cap, targets (N,) -> (sum of nats () float32, gradient of that sum by the logits (N, V)
     in their dtype).
     """
@@ -76,7 +83,7 @@ def _softcap_and_slope(logits, cap):
     return cap * tanh, 1 - tanh * tanh
 
 
-def chunk_rows(device):
+def chunk_rows(device: torch.device) -> int:
     """How many rows' logits are held at once on a device."""
     return CHUNK_ROWS.get(device.type, LARGE_CHUNK_ROWS)
 
