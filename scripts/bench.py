@@ -61,10 +61,10 @@ DEPTH = 4  # layers; the width follows
 ASPECT_RATIO = 0  # width per layer; 0: 64, and a width of at least 256
 HEAD_DIM = 128  # the width is rounded up to whole heads
 VOCAB_SIZE = 4096  # of the tables on random tokens
-BIGRAM_ROWS = 65536  # of the hashed table of token pairs; 0: no table
+BIGRAM_ROWS = 65536  # of the hashed bigram table; 0: no table
 # --- batch
-DEVICE_BATCH_SIZE = 16  # rows of one forward pass
-MAX_SEQ_LEN = 256  # tokens of a row
+DEVICE_BATCH_SIZE = 16  # sequences of one forward pass
+MAX_SEQ_LEN = 256  # tokens of a sequence
 # --- data, for the tables loader and step
 DATA_DIR = ""  # folder of shards; empty: the only data set in NANOTRAIN_DIR/data
 TOKENIZER_DIR = ""  # folder of tokenizer.json; empty: NANOTRAIN_DIR/tokenizer
@@ -210,7 +210,7 @@ def training_step(dist, training, model, optimizers, next_batch=None):
 
 
 def prepare_optimizers(dist, training):
-    """The optimizers' step with the gradients of one row, as a function that gives {part: seconds}."""
+    """The optimizers' step with the gradients of one sequence, as a function that gives {part: seconds}."""
     model, (muon, adamw, *rowwise_adam) = training.build(dist)
     tokens = torch.randint(training.vocab_size, (2, 1, training.seq_len), device=dist.device)
     with dist.autocast():
@@ -429,7 +429,7 @@ class SeenDtypes(TorchDispatchMode):
 
 
 def matmul_dtypes(dist, training):
-    """The dtypes seen in a whole step on one row; eager, because compiled code hides its products."""
+    """The dtypes seen in a whole step on one sequence; eager, because compiled code hides its products."""
     step = prepare_training(dist, replace(training, compile_mode="off", rows=1))
     with SeenDtypes() as seen:
         step()
@@ -564,7 +564,7 @@ def precision_table():
 
 def compile_table(modes=("off", "block", "whole")):
     """With the seconds of the first step in a new process: cold with an empty cache of compiled code, warm with what
-    the cold one left there. Without the table of pairs: torch compiles no whole model with its sparse gradient.
+    the cold one left there. Without the bigram table: torch compiles no whole model with its sparse gradient.
     """
     with tempfile.TemporaryDirectory() as folder:
         variants = [
@@ -637,9 +637,9 @@ def training_table(name):
 
 
 def generation_table():
-    """Texts of a whole row, with a KV cache and without, several at once, and in a deeper model too against the time of
-    their matrix-vector products alone. Speed is that in tokens against one text with a cache. All in float32, as
-    logits always are.
+    """Texts of max_seq_len tokens, with a KV cache and without, several at once, and in a deeper model too against the
+    time of their matrix-vector products alone. Speed is that in tokens against one text with a cache. All in float32,
+    as logits always are.
     """
     of_both, of_one = [("cache", 1), ("products alone", 1)], [("no cache", 1), ("cache", 4), ("cache", 16)]
     found = []
