@@ -39,11 +39,11 @@ OUT = ""  # folder for the adapter
 RANK = 16  # of the two small matrices beside each of the model's
 LEARNING_RATE = 3e-3  # of them, at its peak
 STEPS = 80  # at most
-BATCH_SIZE = 16  # rows of a step
+BATCH_SIZE = 16  # sequences of a step
 EVAL_EVERY = 10  # steps
-PATIENCE = 3  # evaluations in a row that are not better, after which it ends
+PATIENCE = 3  # evaluations after each other that are not better, after which it ends
 FOUR_BITS = False  # hold the model's own matrices in 4 bits (needs bitsandbytes)
-SEED = 1337  # of the adapter and of the order of the rows
+SEED = 1337  # of the adapter and of the order of the sequences
 # ------------
 
 
@@ -55,10 +55,10 @@ def main():
     if FOUR_BITS and not importlib.util.find_spec("bitsandbytes"):
         raise UserError("--four-bits needs bitsandbytes: pip install bitsandbytes")
     tokenizer = AutoTokenizer.from_pretrained(MODEL, trust_remote_code=True)
-    rows = rows_of(Path(TEXT).read_text(encoding="utf-8"), tokenizer)
-    held_out = max(len(rows) // 16, 1)
-    if len(rows) <= held_out:
-        raise UserError(f"--text={TEXT}: too short, {len(rows)} rows of {tokenizer.model_max_length} tokens")
+    sequences = sequences_of(Path(TEXT).read_text(encoding="utf-8"), tokenizer)
+    held_out = max(len(sequences) // 16, 1)
+    if len(sequences) <= held_out:
+        raise UserError(f"--text={TEXT}: too short, {len(sequences)} sequences of {tokenizer.model_max_length} tokens")
     model = get_peft_model(
         base_model(),
         LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"),
@@ -88,8 +88,8 @@ def main():
     trainer = Trainer(
         model,
         arguments,
-        train_dataset=rows[:-held_out],
-        eval_dataset=rows[-held_out:],
+        train_dataset=sequences[:-held_out],
+        eval_dataset=sequences[-held_out:],
         callbacks=[EarlyStoppingCallback(PATIENCE)],
     )
     begin = time.monotonic()
@@ -103,8 +103,8 @@ def main():
     print(f"{seconds:.0f} s, {memory_gib():.2f} GiB at most, {trained:,} of {all_weights:,} weights trained, in {OUT}")
 
 
-def rows_of(text, tokenizer):
-    """The tokens of a text in rows of model_max_length, the last one left out: what Trainer calls a dataset."""
+def sequences_of(text, tokenizer):
+    """The tokens of a text in sequences of model_max_length, the last one left out: what Trainer calls a dataset."""
     length = tokenizer.model_max_length
     ids = tokenizer(text, verbose=False)["input_ids"]  # BOS first
     starts = range(0, len(ids) - length + 1, length)

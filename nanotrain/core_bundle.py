@@ -16,14 +16,19 @@ import random
 import re
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 from tqdm import tqdm
 
 from nanotrain import dataset, download, files
 from nanotrain.errors import DataError, UserError, first_line
+
+if TYPE_CHECKING:
+    from nanotrain.dist import DistContext
 
 OWN = "own"  # instead of a path: the tasks of a data set's validation shard
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
@@ -68,18 +73,18 @@ class Task:
     num_shots: int
     delimiter: str
     baseline: float
-    items: tuple
+    items: tuple[dict, ...]
 
 
 @dataclass(frozen=True)
 class Bundle:
     """Tasks, and a hash of all that was read for them: scores of different hashes cannot be compared."""
 
-    tasks: tuple
+    tasks: tuple[Task, ...]
     sha256: str
 
     @property
-    def is_core(self):
+    def is_core(self) -> bool:
         """Whether these are the 22 tasks of DCLM CORE, so that their mean may be called by that name."""
         return {task.label for task in self.tasks} == CORE_LABELS
 
@@ -87,8 +92,8 @@ class Bundle:
 # ---- reading ----
 
 
-def read(path, max_per_task=0):
-    """The Bundle at `path`, a folder or a zip; with `max_per_task` only the first so many items of each task.
+def read(path: str | Path, max_per_task: int = 0) -> Bundle:
+    """The bundle at `path`, a folder or a zip; with `max_per_task` only the first so many items of each task.
 
     Items are shuffled before they are cut, as published. Raises DataError that names the file and the line.
     """
@@ -210,7 +215,7 @@ def _item(place, kind, line):
 # ---- the public bundle ----
 
 
-def fetch(folder, url=URL, clock=None):
+def fetch(folder: Path, url: str = URL, clock: download.Clock | None = None) -> Path:
     """The path of the public bundle in `folder`, fetched if it is not there, as it was when its hash was noted.
 
     Its host publishes no hash, so that of the first good download (one that reads as a bundle) is kept beside it, and
@@ -231,14 +236,16 @@ def fetch(folder, url=URL, clock=None):
     return path
 
 
-def own_folder(folder, shard):
+def own_folder(folder: Path, shard: Path) -> Path:
     """Where in `folder` the tasks of a validation shard are: found by the shard's content, whatever its data set is
     called.
     """
     return folder / f"tasks-{files.file_sha256(shard)[:16]}"
 
 
-def obtain(path, folder, shard, dist, max_per_task, say):
+def obtain(
+    path: str, folder: Path, shard: Path, dist: "DistContext", max_per_task: int, say: Callable[[str], object]
+) -> Bundle | None:
     """The Bundle at `path`, or OWN that of the validation `shard`, or without one the public bundle in `folder`, on
     every rank; where that cannot be had None, and `say` is called with the reason.
     """
@@ -256,7 +263,7 @@ def obtain(path, folder, shard, dist, max_per_task, say):
 # ---- a bundle of one's own text ----
 
 
-def make(folder, shard, num_items):
+def make(folder: str | Path, shard: Path, num_items: int) -> dict[str, int]:
     """Write a bundle of up to `num_items` items a task, made of the text of a validation `shard`, to `folder`.
 
     The same shard gives the same bytes. Returns {label: number of items}; a task for which the text has none (words

@@ -14,13 +14,20 @@ nanochat's published scores.
 import itertools
 import math
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from nanotrain import config, core_bundle, dataset, errors, loss, paths
-from nanotrain.core_bundle import LANGUAGE_MODELING, MULTIPLE_CHOICE, SCHEMA
+from nanotrain.core_bundle import LANGUAGE_MODELING, MULTIPLE_CHOICE, SCHEMA, Bundle, Task
 from nanotrain.errors import UserError
+
+if TYPE_CHECKING:
+    from nanotrain.dist import DistContext
+    from nanotrain.tokenizer import BPETokenizer
 
 # --- a bundle of tasks from your own text
 MAKE_BUNDLE = ""  # folder to write it to; own: the one that --core-bundle=own reads
@@ -43,12 +50,12 @@ class Score:
     baseline: float
 
     @property
-    def centered(self):
+    def centered(self) -> float:
         """0 for guessing, 1 for all right."""
         return (self.accuracy - self.baseline) / (1 - self.baseline)
 
     @property
-    def standard_error(self):
+    def standard_error(self) -> float:
         """Of the accuracy: how far another draw of as many items would typically lie."""
         return math.sqrt(self.accuracy * (1 - self.accuracy) / self.num_items)
 
@@ -56,14 +63,14 @@ class Score:
 # ---- prompts ----
 
 
-def shots(task, index):
+def shots(task: Task, index: int) -> list[dict]:
     """The items that stand solved before item `index`: drawn from the others, all of them if they are too few."""
     num_others = len(task.items) - 1
     drawn = random.Random(SHOT_SEED + index).sample(range(num_others), min(task.num_shots, num_others))
     return [task.items[number + (number >= index)] for number in drawn]
 
 
-def prompts(task, index):
+def prompts(task: Task, index: int) -> list[str]:
     """The texts that the model reads for item `index`: one for each choice (multiple_choice) or context (schema), or
     the text without and with its continuation (language_modeling).
     """
@@ -87,7 +94,7 @@ def _solved(kind, item):
     return item["context"].strip(), item["continuation"]
 
 
-def sequences(kind, encoded, max_len):
+def sequences(kind: str, encoded: Sequence[list[int]], max_len: int) -> list[tuple[list[int], int]]:
     """Prompts as token ids -> [(ids, start)]: what goes through the model, and where the tokens that are scored begin
     (to the end); at least one is, and none at place 0, which nothing predicts.
 
@@ -116,12 +123,18 @@ def _common_prefix(sequences):
 # ---- scores ----
 
 
-def evaluate(model, tokenizer, tasks, dist, batch_size, progress=None):
-    """[Score] of the tasks, the same on every rank.
+def evaluate(
+    model: nn.Module,
+    tokenizer: "BPETokenizer",
+    tasks: Sequence[Task],
+    dist: "DistContext",
+    batch_size: int,
+    progress: Callable[[int], object] | None = None,
+) -> list[Score]:
+    """The scores of the tasks, the same on every rank.
 
-    model: has `hidden`, `head.weight` and `config.max_seq_len`. The items are dealt to the ranks by index and batched
-    by length, as many tokens per forward pass as `batch_size` sequences of full length have. `progress` is called with
-    the number of items done.
+    The items are dealt to the ranks by index and batched by length, as many tokens per forward pass as `batch_size`
+    sequences of full length have. `progress` is called with the number of items done.
     """
     right = [_num_right(model, tokenizer, task, dist, batch_size, progress) for task in tasks]
     return [
@@ -166,8 +179,8 @@ def _scores(model, sequences, greedy, dist, batch_size):
     scores = [None] * len(sequences)
     order = sorted(range(len(sequences)), key=lambda place: len(sequences[place][0]))
     while order:
-        rows = max(batch_size * model.config.max_seq_len // len(sequences[order[-1]][0]), 1)
-        batch, order = order[-rows:], order[:-rows]  # the longest that are left
+        size = max(batch_size * model.config.max_seq_len // len(sequences[order[-1]][0]), 1)
+        batch, order = order[-size:], order[:-size]  # the longest that are left
         for place, score in zip(batch, _batch_scores(model, [sequences[p] for p in batch], greedy, dist), strict=True):
             scores[place] = score
     return scores
@@ -186,22 +199,22 @@ def _batch_scores(model, batch, greedy, dist):
         hidden = model.hidden(inputs.to(dist.device))
     hidden = hidden[scored.to(dist.device)].float()
     if greedy:
-        values = loss.greedy_tokens(hidden, model.head.weight) == targets
+        values = loss.greedy_tokens(hidden, model.lm_head.weight) == targets
     else:
-        values = loss.token_losses(hidden, model.head.weight, targets)
+        values = loss.token_losses(hidden, model.lm_head.weight, targets, model.config.softcap)
     return [some.mean().item() for some in values.cpu().double().split([len(ids) - start for ids, start in batch])]
 
 
 # ---- the result ----
 
 
-def core_metric(scores):
+def core_metric(scores: Sequence[Score]) -> tuple[float, float]:
     """(mean of the centred scores, its standard error)."""
     errors_of_centered = [score.standard_error / (1 - score.baseline) for score in scores]
     return sum(score.centered for score in scores) / len(scores), math.hypot(*errors_of_centered) / len(scores)
 
 
-def summary(bundle, scores):
+def summary(bundle: Bundle, scores: Sequence[Score]) -> dict[str, Any]:
     """The scores as a JSON-like dict, the mean under `core_metric`."""
     metric, standard_error = core_metric(scores)
     return {
@@ -218,7 +231,7 @@ def summary(bundle, scores):
     }
 
 
-def headline(bundle, scores):
+def headline(bundle: Bundle, scores: Sequence[Score]) -> str:
     """The mean in one line, with what it may be called and what it is to be compared with."""
     metric, standard_error = core_metric(scores)
     if bundle.is_core:
@@ -230,7 +243,7 @@ def headline(bundle, scores):
     return f"{name} {metric:.4f} +- {standard_error:.4f} ({baselines})"
 
 
-def table(scores):
+def table(scores: Sequence[Score]) -> str:
     """A line for each task: accuracy, its standard error, what guessing gives, the centred score, number of items."""
     lines = [f"{'task':<34}{'accuracy':>9}{'+-':>8}{'guessing':>10}{'centred':>9}{'items':>8}"]
     for score in scores:
@@ -241,7 +254,7 @@ def table(scores):
     return "\n".join(lines)
 
 
-def main():
+def main() -> None:
     if not MAKE_BUNDLE:
         raise UserError("nothing to do: --make-bundle=DIR makes a bundle of tasks (scripts.base_eval evaluates on one)")
     if ITEMS_PER_TASK < 1:

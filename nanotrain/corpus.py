@@ -51,7 +51,7 @@ GROUP_BYTES = 4 << 20  # of text in a row group, at most
 MIN_TRAIN_SHARDS, MIN_GROUPS = 4, 100  # spreads a small corpus, so that many streams find something to read
 
 
-def cut(text, max_chars=MAX_CHARS):
+def cut(text: str, max_chars: int = MAX_CHARS) -> list[str]:
     """`text` as documents of at most `max_chars`, cut at blank lines where possible, else at line ends, else anywhere.
 
     Each document is as long as what follows allows; nothing but blank lines is lost.
@@ -80,7 +80,7 @@ def _cut_lines(paragraph, max_chars):
 # ---- the embedded corpus ----
 
 
-def stdlib_documents():
+def stdlib_documents() -> tuple[list[str], list[str]]:
     """(train documents, validation documents) of the embedded corpus, shuffled; no source file is on both sides.
 
     Exact duplicates are dropped; a text that both sides have stays in train.
@@ -102,7 +102,7 @@ def stdlib_documents():
     return tuple(sorted(documents[side], key=lambda text: _order("text", text)) for side in (False, True))
 
 
-def stdlib_sources():
+def stdlib_sources() -> dict[str, str]:
     """{name: text}: each source file of the standard library without its tests, and each help topic of pydoc."""
     root = Path(sysconfig.get_path("stdlib"))
     texts = {}
@@ -128,10 +128,10 @@ def _order(kind, text):
 # ---- import ----
 
 
-def import_text(source, folder, text_column="text"):
+def import_text(source: str | Path, folder: str | Path, text_column: str = "text") -> tuple[str, int, Counter[str]]:
     """Make shuffled shards of the text in `source` (a file or a folder of them) in `folder`.
 
-    Returns (validation shard name, documents written, Counter of what was skipped by reason). Plain text is cut into
+    Returns (validation shard name, documents written, what was skipped by reason). Plain text is cut into
     documents; rows of .jsonl (.gz, .zst) and .parquet files are documents as they are.
     Raises DataError if there is nothing to read or a file is broken.
     """
@@ -382,12 +382,12 @@ def _write_shards(folder, buckets, documents, text_bytes):
 class ShardWriter:
     """Writes one shard, holding no more than one row group of about `group_bytes` of text."""
 
-    def __init__(self, path, group_bytes):
+    def __init__(self, path: Path, group_bytes: float):
         self.schema = pa.schema([("text", pa.string())])
         self.writer = pq.ParquetWriter(path, self.schema, compression="zstd")
         self.group_bytes, self.group, self.held_bytes = group_bytes, [], 0
 
-    def add(self, text, num_bytes):
+    def add(self, text: str, num_bytes: int) -> None:
         """Append one document of `num_bytes` in UTF-8."""
         self.group.append(text)
         self.held_bytes += num_bytes
@@ -399,7 +399,7 @@ class ShardWriter:
             self.writer.write_table(pa.table({"text": self.group}, self.schema), row_group_size=len(self.group))
         self.group, self.held_bytes = [], 0
 
-    def close(self):
+    def close(self) -> None:
         """Finish the file."""
         self._flush()
         self.writer.close()

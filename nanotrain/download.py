@@ -21,6 +21,7 @@ import threading
 import time
 import uuid
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
@@ -74,28 +75,37 @@ class StoppedError(Exception):
 class Clock:
     """Time and waiting, which a test replaces."""
 
-    now: object = time.monotonic
-    wall: object = time.time
-    jitter: object = random.random  # of a pause, in [0, 1)
+    now: Callable[[], float] = time.monotonic  # seconds
+    wall: Callable[[], float] = time.time  # seconds since 1970
+    jitter: Callable[[], float] = random.random  # of a pause, in [0, 1)
     stop: threading.Event = field(default_factory=threading.Event)
     gate_until: float = 0.0  # no worker starts a request before
 
-    def sleep(self, seconds):
+    def sleep(self, seconds: float) -> None:
         """Wait, unless asked to stop."""
         if self.stop.wait(seconds):
             raise StoppedError
 
-    def pause_everyone(self, seconds):
+    def pause_everyone(self, seconds: float) -> None:
         """The host asked for it: no worker goes on before."""
         self.gate_until = max(self.gate_until, self.now() + seconds)
 
-    def pass_gate(self):
+    def pass_gate(self) -> None:
         """Wait until a pause that the host asked for is over."""
         while (left := self.gate_until - self.now()) > 0:
             self.sleep(left)
 
 
-def fetch_all(items, folder, check, on_bytes=None, workers=4, token=None, clock=None, first_contact=False):
+def fetch_all(
+    items: Iterable[Item],
+    folder: str | Path,
+    check: Callable[[Path], object],
+    on_bytes: Callable[[int], object] | None = None,
+    workers: int = 4,
+    token: str | None = None,
+    clock: Clock | None = None,
+    first_contact: bool = False,
+) -> tuple[dict[str, str], dict[str, str]]:
     """Fetch the items into `folder`, several at a time.
 
     Returns ({name: SHA-256} of what was fetched, {name: reason} of what could not be had). check(path) raises DataError
@@ -239,7 +249,7 @@ def _plain_errors(item):
         raise DataError(f"{item.name}: {type(error).__name__}") from None
 
 
-def check_url(url):
+def check_url(url: str) -> None:
     """Raise UserError if `url` is not an https one (or one of this machine), or carries a password."""
     parsed = urlsplit(url)
     local = parsed.scheme == "http" and parsed.hostname in LOOPBACK
@@ -247,12 +257,12 @@ def check_url(url):
         raise UserError("the host of shards must be given as https://host/path, without a user name or password")
 
 
-def host_of(url):
+def host_of(url: str) -> str:
     """The host of a URL, which may be shown."""
     return urlsplit(url).netloc
 
 
-def json_beside(url, token, clock):
+def json_beside(url: str, token: str | None, clock: Clock) -> dict | None:
     """The JSON document at `url`, or None where the host has none. Raises DataError, soon if the host is silent."""
     item, found = Item(Path(urlsplit(url).path).name, url), []
 
@@ -267,7 +277,7 @@ def json_beside(url, token, clock):
     return found[-1] if found else None
 
 
-def size_of(item, token, clock):
+def size_of(item: Item, token: str | None, clock: Clock) -> int:
     """The size in bytes that the host announces for an item; 0 if it does not, or is not in the mood."""
     with contextlib.suppress(TransientError, DataError), _plain_errors(item):
         with contextlib.closing(_open(item.url, token, clock)) as response:
@@ -381,14 +391,14 @@ def _receive(response, part, size, clock, counted, on_bytes):
     return received, digest.hexdigest()
 
 
-def full_disk(folder, needed):
+def full_disk(folder: Path, needed: int | None) -> str:
     """What to say of a disk that has no room for `needed` bytes, where that is known."""
     free = shutil.disk_usage(folder).free
     asked = f"{needed / 1e6:.1f} MB needed, " if needed else ""
     return f"the disk is full: {asked}{free / 1e6:.1f} MB free in {folder}"
 
 
-def remove_stale_parts(folder, clock):
+def remove_stale_parts(folder: Path, clock: Clock) -> None:
     """Remove temporary files of processes that are gone: dead on this host, or untouched for an hour on another."""
     for path in folder.glob(".*.part"):
         match = PART_NAME.fullmatch(path.name)

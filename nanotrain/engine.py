@@ -1,26 +1,33 @@
 """Generation: continue texts token by token, with a cache of every layer's keys and values.
 
 The prompts of a batch may have any lengths. All but the last token of each goes through the model at once (prefill),
-then every row's newest token together, again and again (decode).
+then the newest token of every sequence together, again and again (decode).
 
 A model sees at most max_seq_len tokens. A longer text is not moved by one token at a time, for that would turn every
-key and make the cache worthless: when a row is full, it begins anew with the last half of max_seq_len and grows again
-(`context_length`). So a long text is continued from its last max_seq_len / 2 to max_seq_len tokens, and a decoded
+key and make the cache worthless: when a sequence is full, it begins anew with the last half of max_seq_len and grows
+again (`context_length`). So a long text is continued from its last max_seq_len / 2 to max_seq_len tokens, and a decoded
 token costs the same however long the text is.
 
-    B rows   T tokens of a row   K key and value heads   D head dimension   V vocabulary
+    B sequences   T tokens of a sequence   K key and value heads   D head dimension   V vocabulary
 """
 
 import random
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from nanotrain.gpt import GPT, GPTConfig
+    from nanotrain.tokenizer import BPETokenizer
 
 PROMPTS = ("import os\n", "def __init__(self", "class", "The", "If the")  # of samples
 
 
-def context_length(length, max_seq_len):
+def context_length(length: int, max_seq_len: int) -> int:
     """How many of its last tokens the model sees of a text of `length` tokens. It depends on the length alone, so that
     a text goes on in the same way wherever its prompt ended.
     """
@@ -31,28 +38,29 @@ def context_length(length, max_seq_len):
 
 
 class KVCache:
-    """The keys and values of `num_rows` texts of up to `capacity` tokens in every layer, allocated once.
+    """The keys and values of `num_sequences` sequences of up to `capacity` tokens in every layer, allocated once.
 
-    Row r holds `lengths[r]` tokens, the last of which is `last_tokens[r]`. What lies behind them is never seen.
+    Each has a row: row r holds `lengths[r]` tokens, the last of which is `last_tokens[r]`. What lies behind them is
+    never seen.
     """
 
-    def __init__(self, config, num_rows, capacity, device):
-        """config: the model's GPTConfig. float32, as the model's logits are."""
-        shape = (config.num_layers, 2, num_rows, capacity, config.num_kv_heads, config.head_dim)
+    def __init__(self, config: "GPTConfig", num_sequences: int, capacity: int, device: torch.device | str):
+        """config: the model's. float32, as the model's logits are."""
+        shape = (config.num_layers, 2, num_sequences, capacity, config.num_kv_heads, config.head_dim)
         self.memory = torch.zeros(shape, device=device)  # zeros, for a NaN would shine through any mask
-        # per layer (num_rows, 1, K, D), for gpt.partial_key_offset
-        self.last_keys = list(torch.zeros(config.num_layers, num_rows, 1, *shape[-2:], device=device))
+        # per layer (num_sequences, 1, K, D), for gpt.partial_key_offset
+        self.last_keys = list(torch.zeros(config.num_layers, num_sequences, 1, *shape[-2:], device=device))
         self.capacity = capacity
-        self.lengths, self.last_tokens = [0] * num_rows, [-1] * num_rows
+        self.lengths, self.last_tokens = [0] * num_sequences, [-1] * num_sequences
 
     @staticmethod
-    def bytes(config, num_rows, capacity):
-        """The memory of a cache: in each layer two float32 vectors of K * D for each token of each row, and one more
-        for its last token.
+    def bytes(config: "GPTConfig", num_sequences: int, capacity: int) -> int:
+        """The memory of a cache: in each layer two float32 vectors of K * D for each token of each sequence, and one
+        more for its last token.
         """
-        return 4 * config.num_layers * num_rows * (2 * capacity + 1) * config.num_kv_heads * config.head_dim
+        return 4 * config.num_layers * num_sequences * (2 * capacity + 1) * config.num_kv_heads * config.head_dim
 
-    def begin(self, rows, texts):
+    def begin(self, rows: Sequence[int], texts: Sequence[Sequence[int]]) -> tuple[Tensor, "NewTokens"]:
         """(tokens (B, T), NewTokens): `texts`, lists of ids of any lengths, become all that `rows` hold.
 
         Shorter ones are padded at their ends, where only the padding sees it.
@@ -67,8 +75,8 @@ class KVCache:
         ends = self._tensor([len(text) - 1 for text in texts])
         return tokens, NewTokens(self, positions, previous, slots.flatten(), rows, ends)
 
-    def append(self, tokens):
-        """(tokens (B, 1), NewTokens): one more token, an int, for each row."""
+    def append(self, tokens: Sequence[int]) -> tuple[Tensor, "NewTokens"]:
+        """(tokens (B, 1), NewTokens): one more token for each row."""
         seen, mask = max(self.lengths) + 1, None
         slots = self._tensor([row * self.capacity + length for row, length in enumerate(self.lengths)])
         new, positions, previous = self._tensor([tokens, self.lengths, self.last_tokens])[:, :, None]
@@ -79,7 +87,7 @@ class KVCache:
         windows = self.memory[:, :, : len(tokens), :seen].flatten(0, 1).unbind()
         return new, NewTokens(self, positions, previous, slots, windows=windows, mask=mask)
 
-    def drop(self, row):
+    def drop(self, row: int) -> None:
         """Forget a row; the last one moves into its place."""
         last = len(self.lengths) - 1
         self.memory[:, :, row, : self.lengths[last]] = self.memory[:, :, last, : self.lengths[last]]
@@ -99,17 +107,18 @@ class NewTokens:
     """Tokens on their way through the model into a cache: what the model has to know of them."""
 
     cache: KVCache
-    positions: torch.Tensor  # (B or 1, T) int64, in their rows
-    previous: torch.Tensor  # (B, T) int64, the token before each; -1 before the first of a row
-    slots: torch.Tensor  # (B * T,) int64, their places in a layer's memory
-    # Of tokens that begin their rows, and attend to each other:
-    rows: torch.Tensor | None = None  # (B,) int64, of the cache
-    ends: torch.Tensor | None = None  # (B,) int64, which of the T is the last of its row; -1: none, all is padding
-    # Of a token that comes after others, in every row:
-    windows: tuple | None = None  # (B, seen, K, D), the keys and the values of each layer in turn that they attend to
-    mask: torch.Tensor | None = None  # (B, 1, 1, seen) float32, -inf behind the end of a shorter row
+    positions: Tensor  # (B or 1, T) int64, in their sequences
+    previous: Tensor  # (B, T) int64, the token before each; -1 before the first of a sequence
+    slots: Tensor  # (B * T,) int64, their places in a layer's memory
+    # Of tokens that begin their sequences, and attend to each other:
+    rows: Tensor | None = None  # (B,) int64, of the cache
+    ends: Tensor | None = None  # (B,) int64, which of the T is the last of its sequence; -1: none, all is padding
+    # Of a token that comes after others, in every sequence:
+    # (B, seen, K, D), the keys and the values of each layer in turn that they attend to
+    windows: tuple[Tensor, ...] | None = None
+    mask: Tensor | None = None  # (B, 1, 1, seen) float32, -inf behind the end of a shorter sequence
 
-    def of_layer(self, layer):
+    def of_layer(self, layer: int) -> "NewTokensOfLayer":
         """What one layer's attention asks."""
         return NewTokensOfLayer(self, layer)
 
@@ -121,9 +130,9 @@ class NewTokensOfLayer:
     tokens: NewTokens
     layer: int
 
-    def keys_before(self, k):
-        """The last keys of the rows before these `k`, as they came out of their product, or None if these begin the
-        rows; `k` takes their place.
+    def keys_before(self, k: Tensor) -> Tensor | None:
+        """The last keys before these `k`, as they came out of their product, or None if these begin their
+        sequences; `k` takes their place.
         """
         new, last_keys = self.tokens, self.tokens.cache.last_keys
         if new.windows:
@@ -133,7 +142,7 @@ class NewTokensOfLayer:
         last_keys[self.layer][new.rows] = (ends * (new.ends >= 0)[:, None, None])[:, None]
         return None
 
-    def extend(self, k, v):
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keep these keys and values; returns those that the tokens attend to, and the mask."""
         new, (keys, values) = self.tokens, self.tokens.cache.memory[self.layer].flatten(1, 2)
         keys.index_copy_(0, new.slots, k.flatten(0, 1))
@@ -143,30 +152,48 @@ class NewTokensOfLayer:
         return *new.windows[2 * self.layer : 2 * self.layer + 2], new.mask
 
 
-def samples(model, tokenizer, num_tokens):
+def samples(model: "GPT", tokenizer: "BPETokenizer", num_tokens: int) -> Iterator[tuple[str, str]]:
     """Yield (prompt, continuation) of PROMPTS, texts of at most `num_tokens` tokens that end with their document."""
     for prompt in PROMPTS:
         tokens = generate(model, [tokenizer.bos, *tokenizer.encode(prompt)], num_tokens, stop=(tokenizer.bos,))
         yield prompt, tokenizer.decode(list(tokens))
 
 
-def generate(model, tokens, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, seed=0, stop=()):
-    """Yield the next tokens of one prompt, as ints: `generate_batch` of one."""
+def generate(
+    model: "GPT",
+    tokens: Sequence[int],
+    max_new_tokens: int,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Collection[int] = (),
+) -> Iterator[int]:
+    """Yield the next tokens of one prompt: `generate_batch` of one."""
     for (token,) in generate_batch(model, [tokens], max_new_tokens, temperature, top_k, top_p, seed, stop):
         yield token
 
 
 @torch.inference_mode()
-def generate_batch(model, prompts, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, seed=0, stop=()):
-    """Yield lists with the next token of each prompt, an int, or None for a text that has ended, until all have: after
+def generate_batch(
+    model: "GPT",
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Collection[int] = (),
+) -> Iterator[list[int | None]]:
+    """Yield lists with the next token of each prompt, or None for a text that has ended, until all have: after
     `max_new_tokens`, or with a token of `stop`, which is not part of the text.
 
-    prompts: lists of ids, BOS first. Prompt n draws with a generator of its own, seeded by seed + n, so that the others
+    prompts: ids, BOS first. Prompt n draws with a generator of its own, seeded by seed + n, so that the others
     do not matter to it and the state of training is not touched. temperature, top_k, top_p: see `pick`. The cache takes
     `KVCache.bytes` for the longest text there can be, at most max_seq_len tokens.
     """
     assert all(prompts), "a prompt has at least one token, BOS"
-    max_seq_len, device = model.config.max_seq_len, model.head.weight.device
+    max_seq_len, device = model.config.max_seq_len, model.lm_head.weight.device
     texts = [list(prompt) for prompt in prompts]
     draws = [random.Random(seed + n) for n in range(len(texts))]
     rows = list(range(len(texts)))  # the prompts' numbers, in the order of the cache's rows
@@ -175,7 +202,7 @@ def generate_batch(model, prompts, max_new_tokens, temperature=0.8, top_k=50, to
     for _ in range(max_new_tokens):
         lengths = [context_length(len(texts[n]), max_seq_len) for n in rows]
         stale = [row for row, length in enumerate(lengths) if cache.lengths[row] != length - 1]
-        if stale:  # prompts at first, and later rows that were full; a prompt of one token has nothing before it
+        if stale:  # prompts at first, and later sequences that were full; a prompt of one token has nothing before it
             tokens, new = cache.begin(stale, [texts[rows[row]][-lengths[row] : -1] for row in stale])
             with torch.autocast(device.type, enabled=False):
                 model.hidden(tokens, new)
@@ -196,8 +223,8 @@ def generate_batch(model, prompts, max_new_tokens, temperature=0.8, top_k=50, to
         yield found
 
 
-def pick(logits, temperature, top_k, top_p, draws):
-    """logits (B, V) float32 -> a token for each row, drawn with its random.Random of `draws`.
+def pick(logits: Tensor, temperature: float, top_k: int, top_p: float, draws: Sequence[random.Random]) -> list[int]:
+    """logits (B, V) float32 -> a token for each row; row n draws with draws[n].
 
     temperature: divides the logits; 0 takes the likeliest token. top_k: draw from so many of the likeliest, 0 from
     all. top_p: and of these from the fewest that have together this probability, in (0, 1] (arXiv:1904.09751).

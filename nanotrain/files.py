@@ -8,14 +8,16 @@ import re
 import shutil
 import time
 import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from nanotrain.errors import UserError
 
 STALE_SECONDS = 3600.0  # without a change, after which what a program left behind may go
 
 
-def file_sha256(path):
+def file_sha256(path: str | Path) -> str:
     """The SHA-256 of a file, in hex."""
     with open(path, "rb") as file:
         digest = hashlib.sha256()
@@ -29,35 +31,35 @@ class atomic_file:
     error.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path):
         self.path = Path(path)
         self.temporary = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.part")
 
-    def __enter__(self):
+    def __enter__(self) -> Path:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         return self.temporary
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         if kind is None:
             os.replace(self.temporary, self.path)
         else:
             self.temporary.unlink(missing_ok=True)
 
 
-def write_json(path, value):
+def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all."""
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-def check_empty(folder):
+def check_empty(folder: Path) -> None:
     """Raise UserError if there is a file at `folder`, or anything in it."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} holds files that would be lost: choose another name, or move them away")
 
 
 @contextlib.contextmanager
-def new_folder(folder, check=check_empty):
+def new_folder(folder: Path, check: Callable[[Path], object] = check_empty) -> Iterator[Path]:
     """`with new_folder(path) as temporary:` fill it; at the end it becomes `path`, or vanishes on an error.
 
     What is there already is replaced, unless check(path) raises a UserError, at once or at the end.

@@ -1,5 +1,5 @@
-"""The model: a decoder with rotary positions, QK-norm, parameter-free RMSNorm, ReLU^2, value embeddings, a hashed table
-of token pairs and an untied, softcapped head.
+"""The model: a decoder with rotary positions, QK-norm, parameter-free RMSNorm, ReLU^2, value embeddings, a hashed
+bigram table and an untied, softcapped head.
 
 It knows nothing of optimizers, files or environment variables. Build it without memory, then give it some:
 
@@ -8,28 +8,25 @@ It knows nothing of optimizers, files or environment variables. Build it without
     model.to_empty(device="cpu")
     model.init_weights(seed)
 
-    B rows   T tokens of a row   V vocabulary   C width   H query heads   K key and value heads   D head dimension
+    B sequences   T tokens of a sequence   V vocabulary   C width
+    H query heads   K key and value heads   D head dimension
 """
 
 import math
 from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanotrain import loss
 
-NORM_EPS = 1e-6
-ROPE_BASE = 10_000
-ATTENTION_GAIN = 1.44  # QK-norm bounds the scores; sharper attention than 1/sqrt(D) trains better
-GATE_CHANNELS = 16  # of the input that a value embedding's gate looks at
-
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a model; everything that its parameters' names and sizes depend on."""
+    """The shape and the constants of a model: with its weights, all that its output depends on."""
 
     vocab_size: int
     max_seq_len: int
@@ -37,47 +34,76 @@ class GPTConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    bigram_rows: int = 0  # of the hashed table of token pairs; 0: no table
+    bigram_rows: int = 0  # of the hashed bigram table; 0: no table
     plain: bool = False  # without what transformers' NanoChatForCausalLM lacks: see `GPT`
+    softcap: float = 15.0  # the bound of the logits, below 70 (see `loss`)
+    rope_base: float = 10_000.0  # of the rotary frequencies
+    # Factor of the scores, beside 1 / sqrt(D); 1.0 in every plain model. QK-norm bounds the scores, and sharper
+    # attention trains better.
+    attention_gain: float = 1.44
+    norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+    gate_channels: int = 16  # of a layer's input, at most: those that the gate of its value embedding sees
 
-    def __post_init__(self):
-        assert not (self.plain and self.bigram_rows), "a plain model has no table of pairs"
+    def __post_init__(self) -> None:
+        assert not (self.plain and self.bigram_rows), "a plain model has no bigram table"
+        if self.plain:
+            object.__setattr__(self, "attention_gain", 1.0)  # frozen
 
     @property
-    def model_dim(self):
+    def model_dim(self) -> int:
         """C, the width of the residual stream."""
         return self.num_heads * self.head_dim
 
-    def has_value_embedding(self, layer):
+    def has_value_embedding(self, layer: int) -> bool:
         """Every layer of a shallow model; of a deeper one every other layer, the last included; none of a plain one."""
         return not self.plain and (self.num_layers <= 4 or (self.num_layers - 1 - layer) % 2 == 0)
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON-like dict; `GPTConfig(**d)` takes them back."""
         return asdict(self)
 
 
-def norm(x):
+class CachedLayer(Protocol):
+    """What one layer's attention asks of a cache; everything is (B, T, K, D)."""
+
+    def keys_before(self, k: Tensor) -> Tensor | None:
+        """The last keys (B, 1, K, D) before these `k`, or None if these begin their sequences."""
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keep these keys and values; returns those that the new tokens attend to, and the mask."""
+
+
+class CachedTokens(Protocol):
+    """New tokens (B, T) whose keys and values go into a cache, which has what comes before them: engine.NewTokens."""
+
+    positions: Tensor  # (B or 1, T) int64, in their sequences
+    previous: Tensor  # (B, T) int64, the token before each; -1 before the first of a sequence
+
+    def of_layer(self, layer: int) -> CachedLayer:
+        """The part of one layer."""
+
+
+def norm(x: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension, without parameters (arXiv:1910.07467); the result has x's dtype."""
-    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS).to(x.dtype)  # CUDA's autocast would give float32
+    return F.rms_norm(x, (x.size(-1),), eps=eps).to(x.dtype)  # CUDA's autocast would give float32
 
 
-def embedding_table(rows, width, sparse=False):
+def embedding_table(rows: int, width: int, sparse: bool = False) -> nn.Embedding:
     """An nn.Embedding (rows, width) whose weights are not set. Its constructor would draw them, and on the meta device
     a normal draw is Python code, whose import takes longer than building the model.
     """
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False, sparse=sparse)
 
 
-def rotate(x, cos, sin):
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions (arXiv:2104.09864) on (B, T, H, D): the two halves of D are turned by minus theta, with cos,
-    sin (T, 1, D / 2), or (B, T, 1, D / 2) where every row has positions of its own.
+    sin (T, 1, D / 2), or (B, T, 1, D / 2) where every sequence has positions of its own.
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
-def partial_key_offset(k: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
+def partial_key_offset(k: Tensor, before: Tensor | None = None) -> Tensor:
     """Partial Key Offset (modded-nanogpt): (B, T, K, D) keys with the low-frequency half of the channels taken from the
     previous position; `before` (B, 1, K, D) supplies those of the first position, None means zeros.
 
@@ -92,8 +118,8 @@ def partial_key_offset(k: torch.Tensor, before: torch.Tensor | None = None) -> t
     return torch.cat((halves[..., : D // 4], shifted), dim=-1).view(B, T, K, D)
 
 
-def bigram_hash(tokens, previous, rows):
-    """tokens, previous (B, T) int64 -> (B, T) int64: the row of the table of pairs for each token and the one before
+def bigram_hash(tokens: Tensor, previous: Tensor, rows: int) -> Tensor:
+    """tokens, previous (B, T) int64 -> (B, T) int64: the row of the bigram table for each token and the one before
     it; tokens with none before them (previous -1) share the last row.
     """
     return torch.where(previous < 0, rows - 1, ((36313 * tokens) ^ (27191 * previous)) % (rows - 1))
@@ -104,32 +130,34 @@ class Attention(nn.Module):
     arXiv:2410.17897).
     """
 
-    def __init__(self, config, has_value_embedding):
+    def __init__(self, config: GPTConfig, has_value_embedding: bool):
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.plain = config.plain
+        self.config = config
         kv_dim = config.num_kv_heads * config.head_dim
-        self.query = nn.Linear(config.model_dim, config.model_dim, bias=False)
-        self.key = nn.Linear(config.model_dim, kv_dim, bias=False)
-        self.value = nn.Linear(config.model_dim, kv_dim, bias=False)
-        self.output = nn.Linear(config.model_dim, config.model_dim, bias=False)
+        self.q_proj = nn.Linear(config.model_dim, config.model_dim, bias=False)
+        self.k_proj = nn.Linear(config.model_dim, kv_dim, bias=False)
+        self.v_proj = nn.Linear(config.model_dim, kv_dim, bias=False)
+        self.o_proj = nn.Linear(config.model_dim, config.model_dim, bias=False)
         if has_value_embedding:
-            self.value_gate = nn.Linear(min(GATE_CHANNELS, config.model_dim), config.num_kv_heads, bias=False)
+            self.value_gate = nn.Linear(min(config.gate_channels, config.model_dim), config.num_kv_heads, bias=False)
 
-    def forward(self, x, value_embedding, cos, sin, cached=None):
-        """x (B, T, C), value_embedding (B, T, K * D) or None -> (B, T, C). cached: what an engine.KVCache has of the
-        layer; None: x begins its rows.
+    def forward(
+        self, x: Tensor, value_embedding: Tensor | None, cos: Tensor, sin: Tensor, cached: CachedLayer | None = None
+    ) -> Tensor:
+        """x (B, T, C), value_embedding (B, T, K * D) or None -> (B, T, C). cached: what a cache has of the layer;
+        None: x begins its sequences.
         """
-        B, T, C = x.shape
-        q = self.query(x).view(B, T, self.num_heads, self.head_dim)
-        k = self.key(x).view(B, T, self.num_kv_heads, self.head_dim)
-        v = self.value(x).view(B, T, self.num_kv_heads, self.head_dim)
+        (B, T, C), config = x.shape, self.config
+        H, K, D = config.num_heads, config.num_kv_heads, config.head_dim
+        q = self.q_proj(x).view(B, T, H, D)
+        k = self.k_proj(x).view(B, T, K, D)
+        v = self.v_proj(x).view(B, T, K, D)
         if value_embedding is not None:
-            gate = 2 * torch.sigmoid(self.value_gate(x[..., :GATE_CHANNELS]))  # (B, T, K)
-            v = v + gate.unsqueeze(-1) * value_embedding.view(B, T, self.num_kv_heads, self.head_dim)
-        if not self.plain:
+            gate = 2 * torch.sigmoid(self.value_gate(x[..., : config.gate_channels]))  # (B, T, K)
+            v = v + gate.unsqueeze(-1) * value_embedding.view(B, T, K, D)
+        if not config.plain:
             k = partial_key_offset(k, None if cached is None else cached.keys_before(k))
-        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
+        q, k = norm(rotate(q, cos, sin), config.norm_eps), norm(rotate(k, cos, sin), config.norm_eps)
         k, v, mask = (k, v, None) if cached is None else cached.extend(k, v)
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2),
@@ -137,47 +165,56 @@ class Attention(nn.Module):
             v.transpose(1, 2).to(q.dtype),
             attn_mask=mask,
             is_causal=T > 1,  # a single token comes after all that it attends to
-            scale=(1.0 if self.plain else ATTENTION_GAIN) / math.sqrt(self.head_dim),
-            enable_gqa=self.num_kv_heads != self.num_heads,
+            scale=config.attention_gain / math.sqrt(D),
+            enable_gqa=K != H,
         )  # (B, H, T, D)
-        return self.output(y.transpose(1, 2).reshape(B, T, C))
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
 class Block(nn.Module):
     """One layer: mix in the embedding x0, attend, then the ReLU^2 MLP (arXiv:2109.08668), each on a normed input."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
+        self.config = config
         self.attention = Attention(config, config.has_value_embedding(layer))
-        self.expand = nn.Linear(config.model_dim, 4 * config.model_dim, bias=False)
-        self.contract = nn.Linear(4 * config.model_dim, config.model_dim, bias=False)
-        self.plain = config.plain
-        if not self.plain:
+        self.up_proj = nn.Linear(config.model_dim, 4 * config.model_dim, bias=False)
+        self.down_proj = nn.Linear(4 * config.model_dim, config.model_dim, bias=False)
+        if not config.plain:
             self.residual_scale = nn.Parameter(torch.empty(()))
             self.x0_scale = nn.Parameter(torch.empty(()))
 
-    def forward(self, x, x0, value_embedding, cos, sin, cached=None):
+    def forward(
+        self,
+        x: Tensor,
+        x0: Tensor,
+        value_embedding: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        cached: CachedLayer | None = None,
+    ) -> Tensor:
         """x, x0 (B, T, C), value_embedding (B, T, K * D) or None -> (B, T, C)."""
-        if not self.plain:
+        eps = self.config.norm_eps
+        if not self.config.plain:
             x = self.residual_scale.to(x.dtype) * x + self.x0_scale.to(x.dtype) * x0
-        x = x + self.attention(norm(x), value_embedding, cos, sin, cached)
-        return x + self.contract(F.relu(self.expand(norm(x))).square())
+        x = x + self.attention(norm(x, eps), value_embedding, cos, sin, cached)
+        return x + self.down_proj(F.relu(self.up_proj(norm(x, eps))).square())
 
 
 class GPT(nn.Module):
     """Tokens in, mean loss out; `logits` for everything else.
 
     A plain one is what transformers' NanoChatForCausalLM computes: without value embeddings, offset keys, sharper
-    attention, the table of pairs, and the scalars that mix earlier states of the stream into later ones.
+    attention, the bigram table, and the scalars that mix earlier states of the stream into later ones.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         C, kv_dim = config.model_dim, config.num_kv_heads * config.head_dim
         self.embedding = embedding_table(config.vocab_size, C)
         if config.bigram_rows:
-            # a step touches few rows, so the gradient is sparse (see RowwiseAdam)
+            # a step touches few rows of it, so the gradient is sparse (see RowwiseAdam)
             self.bigram_embedding = embedding_table(config.bigram_rows, C, sparse=True)
         self.value_embeddings = nn.ModuleDict(
             {
@@ -189,14 +226,14 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         if not config.plain:
             self.backout_scale = nn.Parameter(torch.empty(()))
-        self.head = nn.Linear(C, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(C, config.vocab_size, bias=False)
         self.register_buffer("cos", torch.empty(config.max_seq_len, 1, config.head_dim // 2), persistent=False)
         self.register_buffer("sin", torch.empty(config.max_seq_len, 1, config.head_dim // 2), persistent=False)
         self.loss_kernel = loss.softmax_gradient
         self.recompute_blocks = False
 
     @torch.no_grad()
-    def init_weights(self, seed):
+    def init_weights(self, seed: int) -> None:
         """Set every parameter and buffer. The same seed gives the same CPU weights whatever the device."""
         self.init_buffers()
         generator = torch.Generator().manual_seed(seed)
@@ -212,16 +249,16 @@ class GPT(nn.Module):
         normal(self.embedding.weight, 0.8)
         if self.config.bigram_rows:
             self.bigram_embedding.weight.zero_()
-        normal(self.head.weight, 0.001)
+        normal(self.lm_head.weight, 0.001)
         for table in self.value_embeddings.values():
             uniform(table.weight, std)
         for layer, block in enumerate(self.blocks):
             attention = block.attention
-            for matrix in (attention.query, attention.key, attention.value):
+            for matrix in (attention.q_proj, attention.k_proj, attention.v_proj):
                 uniform(matrix.weight, std)
-            uniform(block.expand.weight, 0.4 * std)
-            attention.output.weight.zero_()  # each layer begins as the identity
-            block.contract.weight.zero_()
+            uniform(block.up_proj.weight, 0.4 * std)
+            attention.o_proj.weight.zero_()  # each layer begins as the identity
+            block.down_proj.weight.zero_()
             if hasattr(attention, "value_gate"):
                 attention.value_gate.weight.copy_(
                     torch.empty(attention.value_gate.weight.shape).uniform_(0, 0.02, generator=generator)
@@ -234,15 +271,15 @@ class GPT(nn.Module):
             self.backout_scale.fill_(0.2)
 
     @torch.no_grad()
-    def init_buffers(self):
+    def init_buffers(self) -> None:
         """Set the cosines and sines of the rotation, which no checkpoint holds."""
         half = self.config.head_dim // 2
-        frequencies = ROPE_BASE ** (-torch.arange(half, dtype=torch.float64) / half)
+        frequencies = self.config.rope_base ** (-torch.arange(half, dtype=torch.float64) / half)
         angles = torch.arange(self.config.max_seq_len, dtype=torch.float64)[:, None] * frequencies
         self.cos.copy_(angles.cos()[:, None])
         self.sin.copy_(angles.sin()[:, None])
 
-    def compile_parts(self):
+    def compile_parts(self) -> None:
         """Compile every block and the loss by itself: one graph of a block serves all its layers, so compiling takes
         seconds.
         """
@@ -250,17 +287,16 @@ class GPT(nn.Module):
             block.compile(dynamic=False)
         self.loss_kernel = torch.compile(loss.softmax_gradient, dynamic=False)
 
-    def checkpoint_activations(self):
+    def checkpoint_activations(self) -> None:
         """Keep of every block only what goes into it, and run it again in the backward pass: less memory, a third more
         operations, the same bits (arXiv:1604.06174).
         """
         self.recompute_blocks = True
 
-    def hidden(self, tokens, cached=None):
+    def hidden(self, tokens: Tensor, cached: CachedTokens | None = None) -> Tensor:
         """(B, T) int64 -> (B, T, C), the normed input of the head.
 
-        cached: the engine.NewTokens that say where these go in a KVCache, which has what comes before them; None: they
-        begin a row.
+        cached: where these go in a cache, which has what comes before them; None: they begin a sequence.
         """
         T = tokens.size(1)
         if T > self.config.max_seq_len:
@@ -273,7 +309,7 @@ class GPT(nn.Module):
         if self.config.bigram_rows:  # hashed n-grams, as in Over-Tokenized Transformers (arXiv:2501.16975)
             previous = F.pad(tokens[:, :-1], (1, 0), value=-1) if cached is None else cached.previous
             embedded = embedded + self.bigram_embedding(bigram_hash(tokens, previous, self.config.bigram_rows))
-        x0 = norm(embedded).to(dtype)
+        x0 = norm(embedded, self.config.norm_eps).to(dtype)
         x = x0.clone()  # torch.compile makes a second graph for a block that gets one tensor twice
         for layer, block in enumerate(self.blocks):
             if layer == len(self.blocks) // 2:
@@ -285,25 +321,29 @@ class GPT(nn.Module):
                 x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(*arguments)
-        return norm(x if self.config.plain else x - self.backout_scale.to(dtype) * middle)
+        if not self.config.plain:
+            x = x - self.backout_scale.to(dtype) * middle
+        return norm(x, self.config.norm_eps)
 
-    def forward(self, inputs, targets):
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """inputs, targets (B, T) int64 -> () float32, the mean loss in nats per token."""
-        return loss.mean_loss(self.hidden(inputs).flatten(0, 1), self.head.weight, targets.flatten(), self.loss_kernel)
+        hidden = self.hidden(inputs).flatten(0, 1)
+        return loss.mean_loss(hidden, self.lm_head.weight, targets.flatten(), self.config.softcap, self.loss_kernel)
 
     @torch.no_grad()
-    def token_losses(self, inputs, targets):
+    def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """inputs, targets (B, T) int64 -> (B, T) float32, the loss of each token in nats."""
         hidden = self.hidden(inputs).flatten(0, 1)
-        return loss.token_losses(hidden, self.head.weight, targets.flatten()).view_as(targets)
+        losses = loss.token_losses(hidden, self.lm_head.weight, targets.flatten(), self.config.softcap)
+        return losses.view_as(targets)
 
     @torch.no_grad()
-    def logits(self, tokens, cached=None):
+    def logits(self, tokens: Tensor, cached: CachedTokens | None = None) -> Tensor:
         """(B, T) int64 -> (B, T, V) float32, computed in float32 without autocast. cached: as for `hidden`."""
         with torch.autocast(tokens.device.type, enabled=False):
-            return loss.softcap(F.linear(self.hidden(tokens, cached), self.head.weight))
+            return loss.softcap(F.linear(self.hidden(tokens, cached), self.lm_head.weight), self.config.softcap)
 
-    def parameters_by_role(self):
+    def parameters_by_role(self) -> dict[str, dict[str, nn.Parameter]]:
         """{role: {name: parameter}}, each parameter in one role: matrix, embedding, value_embedding,
         bigram_embedding, unembedding, residual, x0, gate.
         """
@@ -313,13 +353,13 @@ class GPT(nn.Module):
         return roles
 
 
-def _role(name):
+def _role(name: str) -> str:
     """The first of these parts that a parameter's name has decides."""
     for part, role in (
         ("value_embeddings", "value_embedding"),
         ("bigram_embedding", "bigram_embedding"),
         ("embedding", "embedding"),
-        ("head", "unembedding"),
+        ("lm_head", "unembedding"),
         ("value_gate", "gate"),
         ("residual_scale", "residual"),
         ("_scale", "x0"),

@@ -12,13 +12,19 @@ transformers is imported only where it is needed; nothing else in nanotrain need
 import json
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Tokenizer, processors
 
-from nanotrain import dataset, gpt, loss
+from nanotrain import dataset
 from nanotrain.errors import FileError, UserError
-from nanotrain.tokenizer import BOS, FILE_NAME
+from nanotrain.tokenizer import BOS, FILE_NAME, BPETokenizer
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from nanotrain.gpt import GPT, GPTConfig
 
 CODE = Path(__file__).parent / "huggingface"
 CODE_FILES = ("configuration_nanotrain.py", "modeling_nanotrain.py")
@@ -27,7 +33,7 @@ SHARD_SIZE = "5GB"
 # settings that are nobody else's business, or hold paths of the machine; so do those that end in _DIR
 PRIVATE = ("RUN_NAME", "INIT_FROM", "CORE_BUNDLE", "WANDB")
 LISTED_SHARDS = 20  # of the training data, in the model card
-TOLERANCE = 1e-3  # of float32 logits, which the softcap bounds to 15
+TOLERANCE = 1e-3  # of float32 logits, which the softcap bounds
 CHECKED_TEXTS = (
     "def main():\n    return 1\n",
     "  Ünïcode, 日本語, 🙂🏽\r\n\t0123",
@@ -35,17 +41,16 @@ CHECKED_TEXTS = (
     "",
 )
 
-STOCK_NAMES = {
-    "attention.query": "self_attn.q_proj",
-    "attention.key": "self_attn.k_proj",
-    "attention.value": "self_attn.v_proj",
-    "attention.output": "self_attn.o_proj",
-    "expand": "mlp.fc1",
-    "contract": "mlp.fc2",
+STOCK_NAMES = {  # of the modules that NanoChatForCausalLM calls otherwise
+    "embedding": "model.embed_tokens",
+    "blocks": "model.layers",
+    "attention": "self_attn",
+    "up_proj": "mlp.fc1",
+    "down_proj": "mlp.fc2",
 }
 
 
-def require_transformers():
+def require_transformers() -> None:
     """Raise UserError with the command that installs transformers if it is not there."""
     try:
         import transformers  # noqa: F401
@@ -55,8 +60,8 @@ def require_transformers():
         ) from None
 
 
-def write(model, tokenizer, folder):
-    """Write a GPT and its tokenizer into the folder, which must not exist yet or be empty."""
+def write(model: "GPT", tokenizer: BPETokenizer, folder: str | Path) -> None:
+    """Write a model and its tokenizer into the folder, which must not exist yet or be empty."""
     folder = Path(folder)
     converted = convert(model, tokenizer)
     converted.save_pretrained(folder, max_shard_size=SHARD_SIZE)
@@ -68,7 +73,7 @@ def write(model, tokenizer, folder):
     write_tokenizer(tokenizer, folder, model.config.max_seq_len)
 
 
-def convert(model, tokenizer):
+def convert(model: "GPT", tokenizer: BPETokenizer) -> "PreTrainedModel":
     """A transformers model that shares the weights of a GPT."""
     from transformers import GenerationConfig, NanoChatForCausalLM
 
@@ -86,20 +91,20 @@ def convert(model, tokenizer):
     return converted.eval()
 
 
-def stock_config(config, special):
+def stock_config(config: "GPTConfig", special: dict[str, int]) -> "PretrainedConfig":
     """transformers' NanoChatConfig of a plain GPTConfig. Every field whose default is another is written out."""
     from transformers import NanoChatConfig
 
     return NanoChatConfig(
         **_shape(config),
         **special,
-        pad_token_id=None,  # a number would keep that row of the embedding from training
+        pad_token_id=None,  # a number would keep that token's embedding from training
         intermediate_size=4 * config.model_dim,
-        rope_parameters={"rope_type": "default", "rope_theta": float(gpt.ROPE_BASE)},
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
     )
 
 
-def own_config(config, special):
+def own_config(config: "GPTConfig", special: dict[str, int]) -> "PretrainedConfig":
     """The NanotrainConfig of any other GPTConfig."""
     from nanotrain.huggingface.configuration_nanotrain import NanotrainConfig
 
@@ -110,9 +115,9 @@ def own_config(config, special):
         **special,
         value_embedding_layers=[n for n in range(config.num_layers) if config.has_value_embedding(n)],
         bigram_rows=config.bigram_rows,
-        gate_channels=gpt.GATE_CHANNELS,
-        attention_gain=gpt.ATTENTION_GAIN,
-        rope_theta=float(gpt.ROPE_BASE),
+        gate_channels=config.gate_channels,
+        attention_gain=config.attention_gain,
+        rope_theta=config.rope_base,
         auto_map={auto: f"{file}.{name}" for file, (auto, name) in zip(files, code.items(), strict=True)},
     )
 
@@ -126,29 +131,24 @@ def _shape(config):
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_seq_len,
-        "rms_norm_eps": gpt.NORM_EPS,
-        "final_logit_softcapping": loss.SOFTCAP,
+        "rms_norm_eps": config.norm_eps,
+        "final_logit_softcapping": config.softcap,
         "tie_word_embeddings": False,
         "dtype": "float32",
     }
 
 
-def stock_name(name):
+def stock_name(name: str) -> str:
     """What NanoChatForCausalLM calls a tensor of a plain GPT."""
-    if name == "head.weight":
-        return "lm_head.weight"
-    if name == "embedding.weight":
-        return "model.embed_tokens.weight"
-    _, layer, part = name.removesuffix(".weight").split(".", 2)
-    return f"model.layers.{layer}.{STOCK_NAMES[part]}.weight"
+    return ".".join(STOCK_NAMES.get(part, part) for part in name.split("."))
 
 
-def own_name(name):
+def own_name(name: str) -> str:
     """What NanotrainForCausalLM calls a tensor of a GPT."""
-    return "lm_head.weight" if name == "head.weight" else f"model.{name}"
+    return name if name == "lm_head.weight" else f"model.{name}"
 
 
-def write_tokenizer(tokenizer, folder, max_length):
+def write_tokenizer(tokenizer: BPETokenizer, folder: Path, max_length: int) -> None:
     """The tokenizer of training, which here puts BOS before a text by itself."""
     inner = Tokenizer.from_str(tokenizer.to_json())
     inner.post_processor = processors.TemplateProcessing(
@@ -169,9 +169,9 @@ def write_tokenizer(tokenizer, folder, max_length):
 
 
 @torch.no_grad()
-def check(model, tokenizer, folder):
+def check(model: "GPT", tokenizer: BPETokenizer, folder: str | Path) -> float:
     """Load the folder back as its users will; returns the largest difference of its float32 logits from the model's,
-    over rows of max_seq_len random tokens, one of them padded on the left.
+    over sequences of max_seq_len random tokens, one of them padded on the left.
 
     Raises FileError if that is above TOLERANCE, or if the tokenizers disagree.
     """
@@ -200,7 +200,7 @@ def check(model, tokenizer, folder):
     return difference
 
 
-def model_card(name, model, meta, evaluation):
+def model_card(name: str, model: "GPT", meta: dict[str, Any], evaluation: dict[str, Any]) -> str:
     """The README.md of an exported model.
 
     meta: the checkpoint's state. evaluation: what scripts.base_eval wrote of this checkpoint, or {}.
@@ -243,8 +243,8 @@ def model_card(name, model, meta, evaluation):
 def _results(meta, evaluation):
     """(what, value) of each number that is known."""
     measures = {
-        "val_bpb": "bits per byte, rows of validation text",
-        "train_bpb": "bits per byte, rows of train text",
+        "val_bpb": "bits per byte, sequences of validation text",
+        "train_bpb": "bits per byte, sequences of train text",
         "doc_bpb": "bits per byte, whole validation documents",
     }
     for key, what in measures.items():

@@ -2,35 +2,39 @@
 
 Rows are visited in chunks small enough for a cache; the gradient of a chunk is formed in the same visit, while its
 logits are warm (the idea of Cut Your Losses, arXiv:2411.09009). The softcap (Gemma 2, arXiv:2408.00118) bounds every
-logit by SOFTCAP, so that exp needs no subtraction of a maximum.
+logit by `cap`, so that exp needs no subtraction of a maximum as long as `cap` is below 70.
 
-    N rows (tokens)   C width   V vocabulary
+    N rows, one a token   C width   V vocabulary
 """
 
-import torch
+from collections.abc import Callable
 
-SOFTCAP = 15.0
+import torch
+from torch import Tensor
+
+Kernel = Callable[[Tensor, float], tuple[Tensor, Tensor]]  # `softmax_gradient`, compiled or not
+
 CHUNK_ROWS = {"cpu": 512}  # by device type: so many rows' logits fit a CPU's cache
 LARGE_CHUNK_ROWS = 4096  # elsewhere only memory counts
 
 
-def softcap(logits):
-    """Any shape -> the same: logits bounded smoothly to (-SOFTCAP, SOFTCAP)."""
-    return SOFTCAP * torch.tanh(logits / SOFTCAP)
+def softcap(logits: Tensor, cap: float) -> Tensor:
+    """Any shape -> the same: logits bounded smoothly to (-cap, cap)."""
+    return cap * torch.tanh(logits / cap)
 
 
-def token_losses(hidden, weight, targets):
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
     """hidden (N, C), weight (V, C), targets (N,) int64 -> (N,) float32 nats of each target. No gradient."""
     losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     weight = weight.to(hidden.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         for rows in _chunks(hidden):
-            capped = softcap((hidden[rows] @ weight.t()).float())
+            capped = softcap((hidden[rows] @ weight.t()).float(), cap)
             losses[rows] = capped.exp().sum(-1).log() - capped.gather(1, targets[rows, None]).squeeze(1)
     return losses
 
 
-def greedy_tokens(hidden, weight):
+def greedy_tokens(hidden: Tensor, weight: Tensor) -> Tensor:
     """hidden (N, C), weight (V, C) -> (N,) int64, the likeliest token of each, capped or not. No gradient."""
     tokens = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
     weight = weight.to(hidden.dtype)
@@ -40,44 +44,46 @@ def greedy_tokens(hidden, weight):
     return tokens
 
 
-def mean_loss(hidden, weight, targets, kernel):
+def mean_loss(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, kernel: Kernel) -> Tensor:
     """hidden (N, C), weight (V, C), targets (N,) int64 -> () float32, the mean nats per target, differentiable.
 
-    kernel: `softmax_gradient`, compiled or not. Products run in hidden's dtype, sums in float32.
+    Products run in hidden's dtype, sums in float32.
     """
-    return _MeanLoss.apply(hidden, weight, targets, kernel)
+    return _MeanLoss.apply(hidden, weight, targets, cap, kernel)
 
 
-def softmax_gradient(logits):
+def softmax_gradient(logits: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """logits (N, V) before the cap -> (log of each row's sum of exp (N,) float32, gradient of the sum of those logs by
     the logits (N, V) in their dtype).
     """
-    capped, slope = _softcap_and_slope(logits.float())
+    capped, slope = _softcap_and_slope(logits.float(), cap)
     exps = capped.exp()
     totals = exps.sum(-1, keepdim=True)
     return totals.squeeze(1).log(), (exps * (1 / totals) * slope).to(logits.dtype)  # few divisions
 
 
-def loss_and_gradient(logits, targets, kernel=softmax_gradient):
+def loss_and_gradient(
+    logits: Tensor, targets: Tensor, cap: float, kernel: Kernel = softmax_gradient
+) -> tuple[Tensor, Tensor]:
     """logits (N, V) before the cap, targets (N,) -> (sum of nats () float32, gradient of that sum by the logits (N, V)
     in their dtype).
     """
-    log_totals, gradient = kernel(logits)
+    log_totals, gradient = kernel(logits, cap)
     # The target's column by itself: to compare every column with the target would double the time of the kernel.
     targets = targets[:, None]
-    capped, slope = _softcap_and_slope(logits.gather(1, targets).float())
+    capped, slope = _softcap_and_slope(logits.gather(1, targets).float(), cap)
     nats = log_totals[:, None] - capped
     gradient.scatter_(1, targets, (((-nats).exp() - 1) * slope).to(gradient.dtype))
     return nats.sum(), gradient
 
 
-def _softcap_and_slope(logits):
+def _softcap_and_slope(logits, cap):
     """`softcap` and its derivative, with tanh by way of exp, which compiles to a third of the time."""
-    tanh = 1 - 2 / ((logits * (2 / SOFTCAP)).exp() + 1)
-    return SOFTCAP * tanh, 1 - tanh * tanh
+    tanh = 1 - 2 / ((logits * (2 / cap)).exp() + 1)
+    return cap * tanh, 1 - tanh * tanh
 
 
-def chunk_rows(device):
+def chunk_rows(device: torch.device) -> int:
     """How many rows' logits are held at once on a device."""
     return CHUNK_ROWS.get(device.type, LARGE_CHUNK_ROWS)
 
@@ -89,7 +95,7 @@ def _chunks(hidden):
 
 class _MeanLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, kernel):
+    def forward(ctx, hidden, weight, targets, cap, kernel):
         with torch.autocast(hidden.device.type, enabled=False):
             weight_low = weight.to(hidden.dtype)
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -97,7 +103,7 @@ class _MeanLoss(torch.autograd.Function):
             grad_hidden = torch.empty_like(hidden) if wanted else None
             grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
             for rows in _chunks(hidden):
-                loss, grad_logits = loss_and_gradient(hidden[rows] @ weight_low.t(), targets[rows], kernel)
+                loss, grad_logits = loss_and_gradient(hidden[rows] @ weight_low.t(), targets[rows], cap, kernel)
                 total += loss
                 if wanted:
                     torch.mm(grad_logits, weight_low, out=grad_hidden[rows])
@@ -111,4 +117,4 @@ class _MeanLoss(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         # The sums are scaled only here: with float16 and a loss scale, 1/N alone would underflow.
         scale = grad_output / ctx.count
-        return grad_hidden * scale.to(grad_hidden.dtype), grad_weight * scale, None, None
+        return grad_hidden * scale.to(grad_hidden.dtype), grad_weight * scale, None, None, None

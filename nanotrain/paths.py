@@ -9,17 +9,17 @@ from nanotrain.errors import DataError, UserError
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
-def base_dir():
+def base_dir() -> Path:
     """The folder that holds data, tokenizer and runs: NANOTRAIN_DIR, read when used, or ~/.cache/nanotrain."""
     return Path(os.environ.get("NANOTRAIN_DIR") or Path.home() / ".cache" / "nanotrain").expanduser().absolute()
 
 
-def dataset_dir(name):
+def dataset_dir(name: str) -> Path:
     """The folder of the prepared data set `name`."""
     return base_dir() / "data" / checked_name(name, "data set name")
 
 
-def data_dir(path=""):
+def data_dir(path: str = "") -> Path:
     """The folder of shards at `path`; without one, the only data set that is prepared. Raises DataError if there is
     none or a choice.
     """
@@ -34,29 +34,29 @@ def data_dir(path=""):
     return found[0]
 
 
-def tokenizer_dir(path=""):
+def tokenizer_dir(path: str = "") -> Path:
     """The folder of the tokenizer: `path`, or the default one."""
     return Path(path).expanduser().absolute() if path else base_dir() / "tokenizer"
 
 
-def core_dir():
+def core_dir() -> Path:
     """The folder of the public CORE bundle."""
     return base_dir() / "core"
 
 
-def artifacts_dir():
+def artifacts_dir() -> Path:
     """The folder of runs that were loaded from wandb."""
     return base_dir() / "artifacts"
 
 
-def run_dir(name):
+def run_dir(name: str) -> Path:
     """The folder of the run `name`; a name with a slash is taken as a path."""
     if "/" in name or os.sep in name:
         return Path(name).expanduser().absolute()
     return base_dir() / "runs" / checked_name(name, "run name")
 
 
-def checked_name(name, what):
+def checked_name(name: str, what: str) -> str:
     """`name` itself if it is safe as one file name on every system; raises UserError if not."""
     if not NAME_PATTERN.fullmatch(name):
         raise UserError(f"{what} {name!r}: use 1 to 100 letters, digits, dots, dashes and underscores")

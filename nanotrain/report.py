@@ -10,7 +10,9 @@ says so.
 import math
 import shlex
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +21,7 @@ from nanotrain import report_page as page
 from nanotrain import report_pictures as pictures
 from nanotrain.errors import UserError
 from nanotrain.files import atomic_file
-from nanotrain.report_data import core_of, dig, evaluated_step, number, objects, read_run, spread
+from nanotrain.report_data import Run, core_of, dig, evaluated_step, number, objects, read_run, spread
 
 # --- settings
 OUT = ""  # folder for the report; empty: report/ in the folder of the first run
@@ -36,7 +38,7 @@ SHOWN_TEXTS, SHOWN_SHARDS = 10, 20
 NO_PICTURES = "Without pictures, because matplotlib is missing: pip install matplotlib brings them."
 
 
-def write(run_dirs, out=""):
+def write(run_dirs: Iterable[str | Path], out: str = "") -> tuple[Path, list[str]]:
     """Write the report of the runs in some folders into the folder `out`, or into report/ of the first run.
 
     Returns (path of report.html, lines to say with it). Raises UserError if a folder holds no run, or `out` files that
@@ -60,7 +62,7 @@ def write(run_dirs, out=""):
     return folder / "report.html", complaints
 
 
-def attempt(run_dir):
+def attempt(run_dir: str | Path) -> str:
     """`write` at the end of a run, and what to say of it. An error is said, not raised: it must not fail the run."""
     try:
         path, complaints = write([run_dir])
@@ -69,8 +71,8 @@ def attempt(run_dir):
     return "\n".join([f"report     {path}", *complaints])
 
 
-def build(runs):
-    """(Page, {name: PNG}, complaints) of some runs; complaints: lines for whoever asked for the report."""
+def build(runs: Sequence[Run]) -> tuple[page.Page, dict[str, bytes], list[str]]:
+    """(page, {name: PNG}, complaints) of some runs; complaints: lines for whoever asked for the report."""
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1:
@@ -98,8 +100,10 @@ class Drawing:
     def __init__(self):
         self.drawn, self.complaints = {}, []
 
-    def picture(self, name, alternative, caption, *parts):
-        """[Picture], or [] where it cannot be drawn."""
+    def picture(
+        self, name: str, alternative: str, caption: str, *parts: pictures.Panel | pictures.Bars
+    ) -> list[page.Picture]:
+        """One picture, or none where it cannot be drawn."""
         if self.complaints:
             return []
         try:
@@ -151,7 +155,7 @@ def _numbers(runs):
     return blocks
 
 
-def headline(run):
+def headline(run: Run) -> list[tuple[str, str, str]]:
     """(what, value, remark) of the numbers that say most about a run."""
     items = []
 
@@ -523,7 +527,7 @@ def _pinned(run, settings):
     return kept | {name: value for name, value in found.items() if value is not None}
 
 
-def command(run, settings):
+def command(run: Run, settings: dict[str, Any]) -> str:
     """The command line that trains with `settings` on the tokenizer in the run's folder, under a new name."""
     ranks = number(dig(run.config, "environment", "world_size"))
     launch = f"torchrun --standalone --nproc_per_node={ranks:.0f}" if ranks > 1 else "python"
@@ -535,14 +539,14 @@ def command(run, settings):
 # ---- the command ----
 
 
-def find(name):
+def find(name: str) -> Path:
     """The folder of the run `name`; or `name` itself, if it is a folder and no run is called so."""
     if Path(name).is_dir() and (name in (".", "..") or not (paths.base_dir() / "runs" / name).is_dir()):
         return Path(name)
     return paths.run_dir(name)
 
 
-def main(names):
+def main(names: Sequence[str]) -> None:
     if not names:
         raise UserError("which run? Give its name or its folder, as in python -m nanotrain.report d4")
     path, complaints = write(map(find, names), OUT)

@@ -2,8 +2,10 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,46 +23,46 @@ class Run:
     name: str
     folder: Path
     steps: np.ndarray  # (n,) int64, rising: the steps that were recorded
-    columns: dict  # {name of COLUMNS: (n,) float64}, NaN where nothing finite was recorded
-    val_bpb: dict = field(default_factory=dict)  # {step: bits per byte} during training
-    core_metric: dict = field(default_factory=dict)  # {step: metric} during training
+    columns: dict[str, np.ndarray]  # {name of COLUMNS: (n,) float64}, NaN where nothing finite was recorded
+    val_bpb: dict[int, float] = field(default_factory=dict)  # {step: bits per byte} during training
+    core_metric: dict[int, float] = field(default_factory=dict)  # {step: metric} during training
     config: dict = field(default_factory=dict)  # config.json
     evaluation: dict = field(default_factory=dict)  # evaluation.json
-    details: list = field(default_factory=list)  # of evaluation/step_*.json by step; only the last has its documents
-    complaints: list = field(default_factory=list)  # what could not be read
+    details: list[dict] = field(default_factory=list)  # evaluation/step_*.json by step; only the last has its documents
+    complaints: list[str] = field(default_factory=list)  # what could not be read
 
-    def part(self, *names):
+    def part(self, *names: str) -> dict:
         """config[name][name]... if that is an object, else an empty one."""
         return _object(dig(self.config, *names))
 
     @property
-    def batch_tokens(self):
+    def batch_tokens(self) -> float:
         """Tokens of a whole batch; NaN where the plan is missing."""
         return number(self.part("plan").get("total_batch_size"))
 
-    def step_seconds(self):
+    def step_seconds(self) -> np.ndarray:
         """(n,) float64: how long each step took, from the speed where it was not recorded; NaN where unknown."""
         with np.errstate(divide="ignore", invalid="ignore"):
             seconds = self.batch_tokens / self.columns["tok_per_sec"]
         seconds = np.where(np.isfinite(self.columns["seconds"]), self.columns["seconds"], seconds)
         return np.where(np.isfinite(seconds), seconds, np.nan)
 
-    def elapsed(self):
+    def elapsed(self) -> np.ndarray:
         """(n,) float64: seconds of training after each step, without evaluations and saves; NaN where unknown."""
         seconds = self.step_seconds()
         known = np.isfinite(seconds)
         return np.cumsum(np.where(known, seconds, np.median(seconds[known]) if known.any() else np.nan))
 
-    def tokens(self):
+    def tokens(self) -> np.ndarray:
         """(n,) float64: tokens after each step; a step whose seconds are missing counts as a whole batch."""
         measured = np.rint(self.columns["tok_per_sec"] * self.columns["seconds"])
         return np.cumsum(np.where(np.isfinite(measured), measured, self.batch_tokens))
 
-    def at(self, steps, reached):
+    def at(self, steps: int | Sequence[int], reached: np.ndarray) -> np.ndarray:
         """What was reached after any `steps`, from what was `reached` after each recorded one; 0 before training."""
         return np.interp(steps, np.concatenate([[0], self.steps]), np.concatenate([[0.0], reached]))
 
-    def parts_of_a_step(self):
+    def parts_of_a_step(self) -> dict[str, np.ndarray]:
         """{part: (n,) seconds}: waiting for data, the optimizer, and first the rest; {} where not recorded."""
         names = {"waiting for data": "loader_seconds", "optimizer": "optimizer_seconds"}
         parts = {part: self.columns[name] for part, name in names.items() if np.isfinite(self.columns[name]).any()}
@@ -82,7 +84,8 @@ class Task:
     items: float
 
     @property
-    def error_of_centered(self):
+    def error_of_centered(self) -> float:
+        """The standard error of the centred score; NaN where guessing is always right."""
         return self.error / (1 - self.baseline) if self.baseline < 1 else math.nan
 
 
@@ -94,11 +97,11 @@ class Core:
     name: str
     metric: float
     error: float
-    tasks: list
+    tasks: list[Task]
 
 
-def read_run(folder):
-    """The Run in `folder`. Raises UserError if it holds nothing of one."""
+def read_run(folder: str | Path) -> Run:
+    """The run in `folder`. Raises UserError if it holds nothing of one."""
     folder, complaints = Path(folder), []
     if not any((folder / name).exists() for name in ("metrics.jsonl", "config.json", "evaluation.json")):
         known = sorted(path.parent.name for path in paths.base_dir().glob("runs/*/config.json"))
@@ -171,8 +174,8 @@ def _row(line):
     return row if isinstance(step, int) and 0 <= step < 2**53 else None
 
 
-def core_of(run):
-    """The newest Core of a run, or None; that of `evaluation.json` where both are of the same step."""
+def core_of(run: Run) -> Core | None:
+    """The newest scores of a run, or None; that of `evaluation.json` where both are of the same step."""
     found = []
     for step, evaluation in [
         *((detail["step"], detail) for detail in run.details),
@@ -191,7 +194,7 @@ def _task(label, task):
     return Task(label, *(number(task.get(name)) for name in names))
 
 
-def evaluated_step(run):
+def evaluated_step(run: Run) -> int:
     """The step of `evaluation.json`."""
     step = number(run.evaluation.get("step"))
     return 0 if math.isnan(step) else int(step)
@@ -200,14 +203,14 @@ def evaluated_step(run):
 # ---- values that may be anything ----
 
 
-def number(value):
+def number(value: Any) -> float:
     """`value` as a float; NaN if it is no finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e300 < value < 1e300:
         return math.nan
     return float(value)
 
 
-def dig(value, *names):
+def dig(value: Any, *names: str) -> Any:
     """value[name][name]...; None where something is missing on the way."""
     for name in names:
         value = value.get(name) if isinstance(value, dict) else None
@@ -218,12 +221,12 @@ def _object(value):
     return value if isinstance(value, dict) else {}
 
 
-def objects(value):
+def objects(value: Any) -> list[dict]:
     """The objects in a list; none where there is no list."""
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
-def spread(items, most=SHOWN_STEPS):
+def spread(items: Sequence, most: int = SHOWN_STEPS) -> list:
     """At most `most` of `items`, evenly, the first and the last among them."""
     if len(items) <= most:
         return list(items)

@@ -51,16 +51,16 @@ class Text:
 class Numbers:
     """The numbers to see first: (what, value, remark) each."""
 
-    items: list
+    items: list[tuple[str, str, str]]
 
 
 @dataclass(frozen=True)
 class Table:
     """Rows of cells under `heads`; the first cell names its row. Rows whose numbers are in `marked` stand out."""
 
-    heads: list
-    rows: list
-    marked: frozenset = frozenset()
+    heads: list[str]
+    rows: list[list[str]]
+    marked: frozenset[int] = frozenset()
     title: str = ""
 
 
@@ -102,7 +102,7 @@ class Tokens:
     """Text in which each token has the colour of its bits: (text, bits) each."""
 
     label: str
-    tokens: list
+    tokens: list[tuple[str, float]]
 
 
 @dataclass(frozen=True)
@@ -139,14 +139,14 @@ class Page:
 
     title: str
     subtitle: str
-    sections: list
+    sections: list[Section]
 
 
 # ---- HTML ----
 
 
-def html_of(page):
-    """The page as one HTML document in a string, pictures included."""
+def html_of(page: Page) -> str:
+    """The page as one HTML document, pictures included."""
     parts = []
     links = []
     for number, section in enumerate(page.sections):
@@ -251,7 +251,7 @@ def _escape(text):
     return html.escape(printable(text), quote=True)
 
 
-def printable(text):
+def printable(text: str) -> str:
     """`text` with what is not to be printed as visible characters: control characters as their pictures, and halves of
     surrogate pairs and characters that turn the direction of writing as replacement characters.
     """
@@ -259,18 +259,18 @@ def printable(text):
     return re.sub(r"[\x7f-\x9f\ud800-\udfff\ufffe\uffff\u200e\u200f\u2028-\u202e\u2066-\u2069]", "\ufffd", text)
 
 
-def png_size(png):
+def png_size(png: bytes) -> tuple[int, int]:
     """(width, height) in pixels, from the PNG's header."""
     assert png[:8] == b"\x89PNG\r\n\x1a\n", png[:8]
     return int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
 
 
-def bit_level(bits):
+def bit_level(bits: float) -> int:
     """Which of the colours a token of so many bits has; 0 where it was not measured."""
     return sum(bits >= edge for edge in BIT_EDGES)
 
 
-def bit_level_names():
+def bit_level_names() -> list[str]:
     """The range of bits of each colour, in words."""
     between = [f"{low:g} to {high:g}" for low, high in itertools.pairwise(BIT_EDGES)]
     return [f"under {BIT_EDGES[0]:g}", *between, f"{BIT_EDGES[-1]:g} and more"]
@@ -339,7 +339,7 @@ summary { cursor: pointer; margin: 0 0 8px; }
 # ---- Markdown ----
 
 
-def markdown_of(page):
+def markdown_of(page: Page) -> str:
     """The page as Markdown; pictures are links to `<name>.png` beside it."""
     lines = [f"# {_inline(page.title)}", _inline(page.subtitle)]
     for section in page.sections:

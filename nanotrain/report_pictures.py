@@ -64,17 +64,17 @@ class Panel:
 
     title: str
     x_label: str
-    curves: list
+    curves: list[Curve]
     stacked: bool = False
     log: bool = False
 
-    def is_log(self):
+    def is_log(self) -> bool:
         """Whether the y axis is logarithmic."""
         values = np.concatenate([curve.y for curve in self.curves])
         values = values[np.isfinite(values)]
         return self.log and values.min() > 0 and values.max() > 20 * values.min()
 
-    def in_words(self):
+    def in_words(self) -> str:
         """Where each curve begins and ends, its lowest and its highest."""
         told = []
         for curve in self.curves:
@@ -92,12 +92,12 @@ class Bars:
 
     title: str
     x_label: str
-    labels: list
-    series: list
+    labels: list[str]
+    series: list[tuple[str, list[float], list[float]]]
 
 
-def curve_of(label, x, values):
-    """The Curve of (n,) values at x, as means of at most POINTS bins of equal size with their lowest and highest; NaN
+def curve_of(label: str, x: np.ndarray, values: np.ndarray) -> Curve:
+    """The curve of (n,) values at x, as means of at most POINTS bins of equal size with their lowest and highest; NaN
     is left out of a bin.
     """
     count = len(values)
@@ -112,7 +112,7 @@ def curve_of(label, x, values):
     return Curve(label, x[edges[1:] - 1], means, lowest, highest, lost[:: len(lost) // MARKS + 1])
 
 
-def png_of(*parts):
+def png_of(*parts: Panel | Bars) -> bytes:
     """Panels or Bars below each other as the bytes of a PNG. Raises ImportError without matplotlib."""
     with _quiet("matplotlib"):
         import matplotlib

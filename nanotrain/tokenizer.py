@@ -5,12 +5,17 @@ merges.
 """
 
 import hashlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from nanotrain.errors import DataError, UserError
 from nanotrain.files import atomic_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BOS = "<|bos|>"
 FILE_NAME = "tokenizer.json"
@@ -34,8 +39,8 @@ class BPETokenizer:
     characters.
     """
 
-    def __init__(self, inner, text=None):
-        """inner: a byte-level tokenizers.Tokenizer that knows BOS (else DataError). text: the file it was read from."""
+    def __init__(self, inner: Tokenizer, text: str | None = None):
+        """inner: a byte-level one that knows BOS (else DataError). text: the file it was read from."""
         self.inner, self.text = inner, text
         self.inner.encode_special_tokens = True  # the file does not keep this
         self.bos = inner.token_to_id(BOS)
@@ -44,8 +49,8 @@ class BPETokenizer:
         self.vocab_size = inner.get_vocab_size(with_added_tokens=True)
 
     @classmethod
-    def train(cls, texts, vocab_size):
-        """Train on an iterator of texts (or of lists of texts). With too little text there are fewer tokens than asked
+    def train(cls, texts: Iterable[str] | Iterable[list[str]], vocab_size: int) -> "BPETokenizer":
+        """Train on texts (or lists of texts). With too little text there are fewer tokens than asked
         for: see `vocab_size`.
         """
         if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
@@ -65,7 +70,7 @@ class BPETokenizer:
         return cls(inner)
 
     @classmethod
-    def load(cls, folder):
+    def load(cls, folder: str | Path) -> "BPETokenizer":
         """The tokenizer saved in `folder`. Raises DataError if there is none or it cannot be read."""
         path = Path(folder) / FILE_NAME
         if not path.is_file():
@@ -79,42 +84,42 @@ class BPETokenizer:
             ) from None
         return cls(inner, text)
 
-    def save(self, folder):
+    def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json` into `folder`, whole or not at all."""
         with atomic_file(Path(folder) / FILE_NAME) as temporary:  # another process may save one too
             temporary.write_text(self.to_json(), encoding="utf-8")
 
-    def to_json(self):
+    def to_json(self) -> str:
         """The text of `tokenizer.json`: of a loaded one as it was read, whatever this version of the library writes."""
         return self.text or self.inner.to_str(pretty=True)
 
-    def sha256(self):
+    def sha256(self) -> str:
         """The SHA-256 of `tokenizer.json`, in hex: two tokenizers with the same hash give the same ids."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
-    def encode(self, text):
-        """str -> list of ids, without BOS. A lone surrogate becomes U+FFFD."""
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without BOS. A lone surrogate becomes U+FFFD."""
         return self.inner.encode(_clean(text), add_special_tokens=False).ids
 
-    def encode_batch(self, texts):
-        """list of str -> list of lists of ids, without BOS, on all cores."""
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, without BOS, on all cores."""
         encodings = self.inner.encode_batch_fast([_clean(text) for text in texts], add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
-    def decode(self, ids):
-        """Iterable of ids -> str; bytes that are not UTF-8 become U+FFFD, special tokens their own names."""
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of these ids; bytes that are not UTF-8 become U+FFFD, special tokens their own names."""
         return self.inner.decode([int(token) for token in ids], skip_special_tokens=False)
 
-    def byte_strings(self):
-        """The UTF-8 bytes that each token stands for, a list of V: exact for parts of characters too, which decoded
+    def byte_strings(self) -> list[bytes]:
+        """The UTF-8 bytes that each of the V tokens stands for: exact for parts of characters too, which decoded
         text is not. b"" for special tokens.
         """
         special = self.inner.get_added_tokens_decoder()
         strings = ["" if token in special else self.inner.id_to_token(token) for token in range(self.vocab_size)]
         return [bytes(map(_BYTE_OF.__getitem__, string)) for string in strings]
 
-    def token_bytes(self):
-        """(V,) int64 tensor: the number of UTF-8 bytes each token stands for, 0 for special tokens."""
+    def token_bytes(self) -> "Tensor":
+        """(V,) int64: the number of UTF-8 bytes each token stands for, 0 for special tokens."""
         import torch  # here, so that training a tokenizer does not wait for it
 
         return torch.tensor([len(string) for string in self.byte_strings()], dtype=torch.int64)

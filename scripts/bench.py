@@ -61,10 +61,10 @@ DEPTH = 4  # layers; the width follows
 ASPECT_RATIO = 0  # width per layer; 0: 64, and a width of at least 256
 HEAD_DIM = 128  # the width is rounded up to whole heads
 VOCAB_SIZE = 4096  # of the tables on random tokens
-BIGRAM_ROWS = 65536  # of the hashed table of token pairs; 0: no table
+BIGRAM_ROWS = 65536  # of the hashed bigram table; 0: no table
 # --- batch
-DEVICE_BATCH_SIZE = 16  # rows of one forward pass
-MAX_SEQ_LEN = 256  # tokens of a row
+DEVICE_BATCH_SIZE = 16  # sequences of one forward pass
+MAX_SEQ_LEN = 256  # tokens of a sequence
 # --- data, for the tables loader and step
 DATA_DIR = ""  # folder of shards; empty: the only data set in NANOTRAIN_DIR/data
 TOKENIZER_DIR = ""  # folder of tokenizer.json; empty: NANOTRAIN_DIR/tokenizer
@@ -209,7 +209,7 @@ def training_step(dist, training, model, optimizers, next_batch=None):
 
 
 def prepare_optimizers(dist, training):
-    """The optimizers' step with the gradients of one row, as a function that gives {part: seconds}."""
+    """The optimizers' step with the gradients of one sequence, as a function that gives {part: seconds}."""
     model, (muon, adamw, *rowwise_adam) = training.build(dist)
     tokens = torch.randint(training.vocab_size, (2, 1, training.seq_len), device=dist.device)
     with dist.autocast():
@@ -266,7 +266,7 @@ def cached(model, prompts):
 
 def uncached(model, prompts):
     """The same as one would write it first: for each token a forward pass over the whole text."""
-    tokens = torch.tensor(prompts, device=model.head.weight.device)
+    tokens = torch.tensor(prompts, device=model.lm_head.weight.device)
     draws, steps = [random.Random(n) for n in range(len(prompts))], []
     for _ in range(model.config.max_seq_len):
         steps.append(engine.pick(model.logits(tokens)[:, -1], 0.8, 50, 1.0, draws))
@@ -291,9 +291,9 @@ def prepare_attention(dist, kernel, compiled, shape):
     """Forward and backward pass of one layer's attention over (B, H, T, D)."""
     function = torch.compile(KERNELS[kernel], dynamic=False) if compiled else KERNELS[kernel]
     q, k, v, gradient = (torch.randn(shape, device=dist.device).to(dist.dtype) for _ in range(4))
-    q, k = gpt.norm(q), gpt.norm(k)  # as QK-norm leaves them, which bounds the scores
+    q, k = (gpt.norm(x, gpt.GPTConfig.norm_eps) for x in (q, k))  # as QK-norm leaves them, which bounds the scores
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    scale = gpt.ATTENTION_GAIN / math.sqrt(shape[-1])
+    scale = gpt.GPTConfig.attention_gain / math.sqrt(shape[-1])
     return lambda: torch.autograd.grad(function(*inputs, scale), inputs, gradient)
 
 
@@ -334,22 +334,22 @@ def prepare_loss(dist, chunk, compiled, tokens, width, vocab_size):
     """
     hidden = torch.randn(tokens, width, device=dist.device).to(dist.dtype).requires_grad_()
     weight = (torch.randn(vocab_size, width, device=dist.device) / width).requires_grad_()
-    targets = torch.randint(vocab_size, (tokens,), device=dist.device)
+    targets, cap = torch.randint(vocab_size, (tokens,), device=dist.device), gpt.GPTConfig.softcap
     function = full_loss if chunk == "full" else loss.softmax_gradient
     function = torch.compile(function, dynamic=False) if compiled else function
 
     def run():
         if chunk == "full":
-            return torch.autograd.grad(function(hidden, weight, targets), (hidden, weight))
+            return torch.autograd.grad(function(hidden, weight, targets, cap), (hidden, weight))
         with replaced(loss, "CHUNK_ROWS", {dist.device.type: chunk}):
-            return torch.autograd.grad(loss.mean_loss(hidden, weight, targets, function), (hidden, weight))
+            return torch.autograd.grad(loss.mean_loss(hidden, weight, targets, cap, function), (hidden, weight))
 
     return run
 
 
-def full_loss(hidden, weight, targets):
+def full_loss(hidden, weight, targets, cap):
     """The loss as one would write it first: every logit in float32 at once."""
-    return F.cross_entropy(loss.softcap(F.linear(hidden, weight.to(hidden.dtype)).float()), targets)
+    return F.cross_entropy(loss.softcap(F.linear(hidden, weight.to(hidden.dtype)).float(), cap), targets)
 
 
 @contextlib.contextmanager
@@ -428,7 +428,7 @@ class SeenDtypes(TorchDispatchMode):
 
 
 def matmul_dtypes(dist, training):
-    """The dtypes seen in a whole step on one row; eager, because compiled code hides its products."""
+    """The dtypes seen in a whole step on one sequence; eager, because compiled code hides its products."""
     step = prepare_training(dist, replace(training, compile_mode="off", rows=1))
     with SeenDtypes() as seen:
         step()
@@ -563,7 +563,7 @@ def precision_table():
 
 def compile_table(modes=("off", "block", "whole")):
     """With the seconds of the first step in a new process: cold with an empty cache of compiled code, warm with what
-    the cold one left there. Without the table of pairs: torch compiles no whole model with its sparse gradient.
+    the cold one left there. Without the bigram table: torch compiles no whole model with its sparse gradient.
     """
     with tempfile.TemporaryDirectory() as folder:
         variants = [
@@ -636,9 +636,9 @@ def training_table(name):
 
 
 def generation_table():
-    """Texts of a whole row, with a KV cache and without, several at once, and in a deeper model too against the time of
-    their matrix-vector products alone. Speed is that in tokens against one text with a cache. All in float32, as
-    logits always are.
+    """Texts of max_seq_len tokens, with a KV cache and without, several at once, and in a deeper model too against the
+    time of their matrix-vector products alone. Speed is that in tokens against one text with a cache. All in float32,
+    as logits always are.
     """
     of_both, of_one = [("cache", 1), ("products alone", 1)], [("no cache", 1), ("cache", 4), ("cache", 16)]
     found = []

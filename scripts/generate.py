@@ -92,7 +92,7 @@ def answer(model, tokenizer, prompt):
 
 def check_memory(model, capacity):
     """Raise MemoryLimitError where the KV cache of all samples cannot fit into the device."""
-    device = model.head.weight.device
+    device = model.lm_head.weight.device
     size, memory = KVCache.bytes(model.config, 1, capacity), hardware.memory_bytes(device)
     if NUM_SAMPLES * size > memory:
         raise MemoryLimitError(

@@ -117,7 +117,7 @@ def make_model(config, head_std):
     model = build_model(config, "cpu")
     model.init_weights(3)
     with torch.no_grad():
-        model.head.weight.normal_(std=head_std, generator=torch.Generator().manual_seed(5))
+        model.lm_head.weight.normal_(std=head_std, generator=torch.Generator().manual_seed(5))
     return model
 
 

@@ -188,8 +188,8 @@ def test_generation_without_a_cache_gives_the_same_texts_and_needs_the_same_prod
     work = bench.training(depth=3, width=16)
     runs = {name: bench.prepare_generation(init_distributed("cpu"), work, name, texts=3) for name in bench.METHODS}
     with torch.no_grad():
-        runs["cache"].args[0].head.weight.mul_(1000)  # a fresh head says nothing
-        runs["no cache"].args[0].head.weight.mul_(1000)
+        runs["cache"].args[0].lm_head.weight.mul_(1000)  # a fresh head says nothing
+        runs["no cache"].args[0].lm_head.weight.mul_(1000)
     steps = runs["cache"]()
     assert runs["no cache"]() == steps
     assert (len(steps), len(steps[0])) == (16, 3)
@@ -213,8 +213,8 @@ def test_the_loss_on_all_logits_is_the_loss():
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(9, 8, generator=generator), torch.randn(30, 8, generator=generator)
     targets = torch.arange(9)
-    expected = loss.mean_loss(hidden, weight, targets, loss.softmax_gradient)
-    torch.testing.assert_close(bench.full_loss(hidden, weight, targets), expected)
+    expected = loss.mean_loss(hidden, weight, targets, 15.0, loss.softmax_gradient)
+    torch.testing.assert_close(bench.full_loss(hidden, weight, targets, 15.0), expected)
 
 
 def test_activation_checkpointing_changes_no_gradient():
@@ -223,7 +223,7 @@ def test_activation_checkpointing_changes_no_gradient():
     for choice in ("off", "on"):
         model, _ = bench.training(checkpointing=choice, depth=2, width=16).build(dist)
         for block in model.blocks:
-            torch.nn.init.eye_(block.contract.weight)
+            torch.nn.init.eye_(block.down_proj.weight)
         tokens = torch.arange(32).view(2, 16)
         model(tokens, tokens).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])

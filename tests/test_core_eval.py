@@ -32,8 +32,8 @@ class ToyModel:
     """logits(tokens (B, T)) -> (B, T, V) are what it is given; the hidden state of a place is its logits."""
 
     def __init__(self, logits, vocab_size, max_seq_len=1000):
-        self.hidden, self.config = logits, SimpleNamespace(max_seq_len=max_seq_len)
-        self.head = SimpleNamespace(weight=torch.eye(vocab_size))
+        self.hidden, self.config = logits, SimpleNamespace(max_seq_len=max_seq_len, softcap=15.0)
+        self.lm_head = SimpleNamespace(weight=torch.eye(vocab_size))
 
 
 def knowing(texts, tokenizer):

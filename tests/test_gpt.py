@@ -1,9 +1,10 @@
 """The model against its definition written out in NumPy, and the promises of its interface."""
 
 import itertools
+import json
 import math
 import shutil
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
@@ -23,8 +24,10 @@ SHAPES = {
     "grouped queries": GPTConfig(50, 16, 6, 4, 2, 8),
     "one key for all": GPTConfig(33, 9, 2, 3, 1, 6),
     "narrower than the gate": GPTConfig(20, 8, 2, 1, 1, 8),
-    "table of pairs": GPTConfig(37, 12, 3, 2, 2, 8, bigram_rows=17),
+    "bigram table": GPTConfig(37, 12, 3, 2, 2, 8, bigram_rows=17),
     "plain": GPTConfig(37, 12, 3, 4, 2, 8, plain=True),
+    "other constants": GPTConfig(37, 12, 3, 2, 1, 8, 17, False, 5.0, 50.0, 0.7, 0.05, 5),
+    "plain, other constants": GPTConfig(37, 12, 3, 4, 2, 8, plain=True, softcap=5.0, rope_base=50.0, norm_eps=0.05),
 }
 shapes = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
 
@@ -59,14 +62,14 @@ def random_tokens(config, rows=2, length=None, seed=0):
 # ---- the definition, in float64 ----
 
 
-def rms_norm(x):
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)
+def rms_norm(x, config):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + config.norm_eps)
 
 
-def rotary(x):
+def rotary(x, config):
     """(T, H, D): pairs of channels D / 2 apart are complex numbers, turned by minus position times frequency."""
     T, _, D = x.shape
-    frequencies = 10_000.0 ** (-2.0 * np.arange(D // 2) / D)
+    frequencies = config.rope_base ** (-2.0 * np.arange(D // 2) / D)
     turned = (x[..., : D // 2] + 1j * x[..., D // 2 :]) * np.exp(-1j * np.outer(np.arange(T), frequencies))[:, None]
     return np.concatenate((turned.real, turned.imag), -1)
 
@@ -74,24 +77,24 @@ def rotary(x):
 def causal_attention(x, table_row, weights, config):
     """(T, C) -> (T, C), one query and one head at a time. table_row (T, K * D) or None."""
     T, H, K, D = len(x), config.num_heads, config.num_kv_heads, config.head_dim
-    q = rms_norm(rotary((x @ weights["query.weight"].T).reshape(T, H, D)))
-    k = (x @ weights["key.weight"].T).reshape(T, K, D)
+    q = rms_norm(rotary((x @ weights["q_proj.weight"].T).reshape(T, H, D), config), config)
+    k = (x @ weights["k_proj.weight"].T).reshape(T, K, D)
     before = np.concatenate((np.zeros((1, K, D)), k[:-1]))
     slow = [channel for channel in range(D) if channel % (D // 2) >= D // 4]
     if not config.plain:
         k[..., slow] = before[..., slow]
-    k = rms_norm(rotary(k))
-    v = (x @ weights["value.weight"].T).reshape(T, K, D)
+    k = rms_norm(rotary(k, config), config)
+    v = (x @ weights["v_proj.weight"].T).reshape(T, K, D)
     if table_row is not None:
-        gate = 2 / (1 + np.exp(-x[:, :16] @ weights["value_gate.weight"].T))
+        gate = 2 / (1 + np.exp(-x[:, : config.gate_channels] @ weights["value_gate.weight"].T))
         v = v + gate[..., None] * table_row.reshape(T, K, D)
     y = np.empty((T, H, D))
     for t in range(T):
         for head in range(H):
             kv_head = head // (H // K)
-            scores = np.exp((1 if config.plain else 1.44) / math.sqrt(D) * k[: t + 1, kv_head] @ q[t, head])
+            scores = np.exp(config.attention_gain / math.sqrt(D) * k[: t + 1, kv_head] @ q[t, head])
             y[t, head] = scores / scores.sum() @ v[: t + 1, kv_head]
-    return y.reshape(T, H * D) @ weights["output.weight"].T
+    return y.reshape(T, H * D) @ weights["o_proj.weight"].T
 
 
 def reference(model, row):
@@ -101,9 +104,9 @@ def reference(model, row):
     embedded = w["embedding.weight"][row]
     if config.bigram_rows:
         last = config.bigram_rows - 1
-        pairs = [last, *((36313 * int(now) ^ 27191 * int(before)) % last for before, now in itertools.pairwise(row))]
-        embedded = embedded + w["bigram_embedding.weight"][pairs]
-    x = x0 = rms_norm(embedded)
+        bigrams = [last, *((36313 * int(now) ^ 27191 * int(before)) % last for before, now in itertools.pairwise(row))]
+        embedded = embedded + w["bigram_embedding.weight"][bigrams]
+    x = x0 = rms_norm(embedded, config)
     for layer in range(config.num_layers):
         if layer == config.num_layers // 2:
             middle = x
@@ -112,10 +115,13 @@ def reference(model, row):
         table = w.get(f"value_embeddings.{layer}.weight")
         if not config.plain:
             x = w[block + "residual_scale"] * x + w[block + "x0_scale"] * x0
-        x = x + causal_attention(rms_norm(x), None if table is None else table[row], attention, config)
-        x = x + np.maximum(rms_norm(x) @ w[block + "expand.weight"].T, 0) ** 2 @ w[block + "contract.weight"].T
-    hidden = rms_norm(x if config.plain else x - w["backout_scale"] * middle)
-    return hidden, 15 * np.tanh(hidden @ w["head.weight"].T / 15)
+        x = x + causal_attention(rms_norm(x, config), None if table is None else table[row], attention, config)
+        x = (
+            x
+            + np.maximum(rms_norm(x, config) @ w[block + "up_proj.weight"].T, 0) ** 2 @ w[block + "down_proj.weight"].T
+        )
+    hidden = rms_norm(x if config.plain else x - w["backout_scale"] * middle, config)
+    return hidden, config.softcap * np.tanh(hidden @ w["lm_head.weight"].T / config.softcap)
 
 
 @shapes
@@ -145,11 +151,41 @@ def test_attention_equals_a_written_out_softmax(config):
             torch.testing.assert_close(got[n], expected, rtol=0, atol=2e-5)
 
 
+CONSTANTS = {"softcap": 15.0, "rope_base": 10_000.0, "attention_gain": 1.44, "norm_eps": 1e-6}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_each_constant_is_that_of_the_config(name):
+    model, tokens = random_model(SHAPES["bigram table"]), random_tokens(SHAPES["bigram table"])
+    explicit, other = (
+        random_model(replace(model.config, **{name: value})) for value in (CONSTANTS[name], CONSTANTS[name] / 2 + 0.01)
+    )
+    assert torch.equal(explicit.logits(tokens), model.logits(tokens))
+    assert (other.logits(tokens) - model.logits(tokens)).abs().max() > 1e-2
+    assert (other(tokens, tokens) - model(tokens, tokens)).abs() > 1e-4
+    assert torch.equal(other.hidden(tokens), model.hidden(tokens)) == (name == "softcap")
+
+
+def test_a_gate_sees_the_channels_of_the_config():
+    model = random_model(SHAPES["five layers"])
+    assert model.config.gate_channels == model.blocks[0].attention.value_gate.in_features == 16
+    assert random_model(SHAPES["other constants"]).blocks[0].attention.value_gate.in_features == 5
+
+
+def test_a_plain_model_has_no_attention_gain():
+    assert SHAPES["plain"].attention_gain == 1.0
+    assert GPTConfig(37, 12, 3, 4, 2, 8, 0, True) == SHAPES["plain"]
+    with pytest.raises(FrozenInstanceError):
+        SHAPES["plain"].attention_gain = 1.44
+
+
 def test_rotation_equals_complex_multiplication():
     model = fresh_model(SHAPES["four layers"])
     x = torch.randn(16, 2, 8, generator=torch.Generator().manual_seed(0))
     turned = gpt.rotate(x[None], model.cos, model.sin)[0]
-    torch.testing.assert_close(turned, torch.from_numpy(rotary(x.double().numpy())).float(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        turned, torch.from_numpy(rotary(x.double().numpy(), model.config)).float(), rtol=0, atol=1e-6
+    )
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
     torch.testing.assert_close(turned[0], x[0])  # position 0 is not turned
 
@@ -193,7 +229,7 @@ def test_the_seed_decides_the_weights_and_nothing_else_does():
     second, other = fresh_model(config, seed=7).state_dict(), fresh_model(config, seed=8).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["embedding.weight"], other["embedding.weight"])
-    assert not torch.equal(first["blocks.4.expand.weight"], other["blocks.4.expand.weight"])
+    assert not torch.equal(first["blocks.4.up_proj.weight"], other["blocks.4.up_proj.weight"])
 
 
 def test_layers_begin_as_the_identity():
@@ -215,8 +251,8 @@ def test_value_embeddings_are_in_every_layer_or_every_other_with_the_last(num_la
     assert gates == list(layers)
 
 
-def test_a_fresh_table_of_pairs_changes_nothing():
-    config = SHAPES["table of pairs"]
+def test_a_fresh_bigram_table_changes_nothing():
+    config = SHAPES["bigram table"]
     model, tokens = fresh_model(config), random_tokens(config)
     plain = fresh_model(replace(config, bigram_rows=0))
     assert torch.equal(model.hidden(tokens), plain.hidden(tokens))
@@ -225,7 +261,7 @@ def test_a_fresh_table_of_pairs_changes_nothing():
     assert model.bigram_embedding.weight.grad.is_sparse
 
 
-def test_pairs_are_spread_over_the_table():
+def test_bigrams_are_spread_over_the_table():
     tokens = torch.stack(torch.meshgrid(torch.arange(200), torch.arange(200), indexing="ij"), -1).flatten(0, 1)
     assert (gpt.bigram_hash(tokens, torch.full_like(tokens, -1), 1001) == 1000).all()
     counts = gpt.bigram_hash(tokens[:, 1], tokens[:, 0], 1001).bincount(minlength=1000)
@@ -386,7 +422,7 @@ def test_roles_hold_each_parameter_once():
     blocks = [f"blocks.{layer}." for layer in range(5)]
     expected = {
         "embedding": {"embedding.weight"},
-        "unembedding": {"head.weight"},
+        "unembedding": {"lm_head.weight"},
         "value_embedding": {f"value_embeddings.{layer}.weight" for layer in (0, 2, 4)},
         "gate": {f"blocks.{layer}.attention.value_gate.weight" for layer in (0, 2, 4)},
         "residual": {block + "residual_scale" for block in blocks},
@@ -395,12 +431,12 @@ def test_roles_hold_each_parameter_once():
             f"{block}{name}.weight"
             for block in blocks
             for name in (
-                "attention.query",
-                "attention.key",
-                "attention.value",
-                "attention.output",
-                "expand",
-                "contract",
+                "attention.q_proj",
+                "attention.k_proj",
+                "attention.v_proj",
+                "attention.o_proj",
+                "up_proj",
+                "down_proj",
             )
         },
     }
@@ -416,10 +452,10 @@ def test_too_many_tokens_are_refused_with_both_numbers():
             use(random_tokens(config, length=17))
 
 
-def test_the_config_survives_a_dict():
-    config = SHAPES["grouped queries"]
-    assert GPTConfig(**config.to_dict()) == config
-    assert config.model_dim == 32
+@shapes
+def test_the_config_survives_a_dict(config):
+    assert GPTConfig(**json.loads(json.dumps(config.to_dict()))) == config
+    assert config.model_dim == config.num_heads * config.head_dim
 
 
 @shapes

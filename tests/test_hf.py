@@ -89,7 +89,7 @@ def assert_the_same(model, converted, tokenizer):
 
     # In bfloat16 it is as far from float32 as the model itself is as it is evaluated.
     with torch.autocast("cpu", torch.bfloat16):
-        ours = softcap((model.hidden(tokens) @ model.head.weight.t()).float())
+        ours = softcap((model.hidden(tokens) @ model.lm_head.weight.t()).float(), model.config.softcap)
     exact, theirs = model.logits(tokens), copy.deepcopy(converted).to(torch.bfloat16)(tokens).logits.float()
     assert (theirs - exact).square().mean() < 2 * (ours - exact).square().mean()
 
@@ -105,10 +105,10 @@ def test_the_likeliest_tokens_are_the_same_in_bfloat16(shape, tokenizer, tmp_pat
     """Of a model that has a favourite after each token, as after training: rounding decides among equals."""
     model = random_model(GPTConfig(tokenizer.vocab_size, 96, 3, 4, 2, 64, **shape))
     with torch.no_grad():
-        model.head.weight.copy_(model.embedding.weight.roll(1, 0))
+        model.lm_head.weight.copy_(model.embedding.weight.roll(1, 0))
         for block in model.blocks:
-            block.attention.output.weight.mul_(0.4)
-            block.contract.weight.mul_(0.4)
+            block.attention.o_proj.weight.mul_(0.4)
+            block.down_proj.weight.mul_(0.4)
         if model.config.bigram_rows:
             model.bigram_embedding.weight.mul_(0.4)
     tokens = random_tokens(model.config, rows=12)
@@ -124,7 +124,7 @@ def test_the_likeliest_tokens_are_the_same_in_bfloat16(shape, tokenizer, tmp_pat
 
     assert agreement() >= 0.99
     with torch.no_grad():  # a quarter of one layer is noticed
-        model.blocks[1].expand.weight[::4].zero_()
+        model.blocks[1].up_proj.weight[::4].zero_()
     assert agreement() < 0.99
 
 
@@ -163,22 +163,24 @@ shift, rotation, mask = modeling.shift, modeling.NanotrainModel._rotation, model
         (modeling, "shift", across_the_beginning),
         (modeling.NanotrainModel, "_rotation", positions_from_zero),
         (modeling.NanotrainModel, "_mask", padding_is_seen),
-        (hf.gpt, "ATTENTION_GAIN", 1.5),
-        (hf.gpt, "GATE_CHANNELS", 12),
-        (hf.gpt, "ROPE_BASE", 100_000),
+        (None, "attention_gain", 1.5),
+        (None, "gate_channels", 12),
+        (None, "rope_base", 100_000.0),
+        (None, "norm_eps", 1e-3),
+        (None, "softcap", 16.0),
     ],
-    ids=["recent", "before", "beginning", "positions", "padding", "gain", "gate", "base"],
+    ids=["recent", "before", "beginning", "positions", "padding", "gain", "gate", "base", "eps", "cap"],
 )
 def test_the_comparison_notices(monkeypatch, tokenizer, target, name, changed):
-    model = random_model(replace(shaped("table of pairs", tokenizer), num_kv_heads=1), seed=2)
+    model = random_model(replace(shaped("bigram table", tokenizer), num_kv_heads=1), seed=2)
     assert_the_same(copy.deepcopy(model), hf.convert(copy.deepcopy(model), tokenizer), tokenizer)
-    if target is not hf.gpt:
+    if target:
         monkeypatch.setattr(target, name, changed)
 
     def compare():
         with monkeypatch.context() as patch:
-            if target is hf.gpt:  # the folder gets a wrong number, the model keeps the right one
-                patch.setattr(target, name, changed)
+            if not target:  # the folder gets a wrong number, the model keeps the right one
+                patch.setattr(model, "config", replace(model.config, **{name: changed}))
             converted = hf.convert(model, tokenizer)
         assert_the_same(model, converted, tokenizer)
 
@@ -187,7 +189,7 @@ def test_the_comparison_notices(monkeypatch, tokenizer, target, name, changed):
 
 
 def test_beams_and_repeated_rows_keep_what_is_recent(tokenizer):
-    model = random_model(shaped("table of pairs", tokenizer), seed=2)
+    model = random_model(shaped("bigram table", tokenizer), seed=2)
     converted = hf.convert(model, tokenizer)
     batch = left_padded([[tokenizer.bos, *prompt] for prompt in PROMPTS])
     options = {"max_new_tokens": 20, "do_sample": False, "num_beams": 3, "eos_token_id": None}
@@ -198,7 +200,7 @@ def test_beams_and_repeated_rows_keep_what_is_recent(tokenizer):
 
 
 def test_a_text_in_pieces_is_the_text(tokenizer):
-    model = random_model(shaped("table of pairs", tokenizer))
+    model = random_model(shaped("bigram table", tokenizer))
     converted, tokens = hf.convert(model, tokenizer), random_tokens(model.config)
     cache, found = None, []
     for piece in tokens.split([1, 30, 1, 64], dim=1):
@@ -222,7 +224,7 @@ def test_what_cannot_be_right_is_refused(tokenizer):
 # ---- the folder ----
 
 
-@pytest.fixture(params=["table of pairs", "plain"])
+@pytest.fixture(params=["bigram table", "plain"])
 def exported(request, tokenizer, tmp_path):
     """(model, folder) of each kind of architecture."""
     model = random_model(shaped(request.param, tokenizer), seed=2)
@@ -256,13 +258,16 @@ def test_a_large_model_is_written_in_parts(tokenizer, tmp_path, monkeypatch):
 
 
 def test_the_stock_configuration_has_every_field_whose_default_is_another(tokenizer):
-    written = hf.stock_config(GPTConfig(1000, 77, 5, 6, 2, 8, plain=True), {"bos_token_id": 0, "eos_token_id": 0})
+    written = hf.stock_config(
+        GPTConfig(1000, 77, 5, 6, 2, 8, plain=True, softcap=7.0, rope_base=500.0, norm_eps=1e-5),
+        {"bos_token_id": 0, "eos_token_id": 0},
+    )
     expected = {
         "vocab_size": 1000, "hidden_size": 48, "intermediate_size": 192, "num_hidden_layers": 5,
         "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 77,
-        "rms_norm_eps": 1e-6, "final_logit_softcapping": 15.0, "pad_token_id": None, "bos_token_id": 0,
+        "rms_norm_eps": 1e-5, "final_logit_softcapping": 7.0, "pad_token_id": None, "bos_token_id": 0,
         "eos_token_id": 0, "tie_word_embeddings": False, "attention_bias": False, "hidden_act": "relu2",
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
     }  # fmt: skip
     assert {name: getattr(written, name) for name in expected} == expected
 
@@ -318,7 +323,7 @@ def test_trainer_takes_ten_steps_and_the_loss_falls(exported, tmp_path):
 
 
 def test_loss_and_gradients_are_the_models_with_checkpointing_or_without(tokenizer):
-    model = random_model(shaped("table of pairs", tokenizer, max_seq_len=24))
+    model = random_model(shaped("bigram table", tokenizer, max_seq_len=24))
     tokens = random_tokens(model.config)
     model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).backward()
     expected = {hf.own_name(name): p.grad.to_dense().clone() for name, p in model.named_parameters()}
@@ -336,10 +341,10 @@ def test_loss_and_gradients_are_the_models_with_checkpointing_or_without(tokeniz
 
 
 def test_a_fresh_one_is_finite_and_knows_nothing(tokenizer):
-    config = hf.own_config(shaped("table of pairs", tokenizer), {"bos_token_id": 0, "eos_token_id": 0})
+    config = hf.own_config(shaped("bigram table", tokenizer), {"bos_token_id": 0, "eos_token_id": 0})
     fresh = modeling.NanotrainForCausalLM(config)
     assert all(parameter.isfinite().all() for parameter in fresh.parameters())
-    tokens = random_tokens(SHAPES["table of pairs"])
+    tokens = random_tokens(SHAPES["bigram table"])
     assert fresh(tokens, labels=tokens).loss.item() == pytest.approx(math.log(config.vocab_size), abs=0.1)
 
 
@@ -349,7 +354,7 @@ def test_a_fresh_one_is_finite_and_knows_nothing(tokenizer):
 @pytest.fixture
 def run(base_dir, data_dir, tokenizer, monkeypatch, tmp_path):
     """A run named `tiny`, which export_hf is told to export to `out`."""
-    run, config = base_dir / "runs" / "tiny", shaped("table of pairs", tokenizer, max_seq_len=16)
+    run, config = base_dir / "runs" / "tiny", shaped("other constants", tokenizer, max_seq_len=16)
     model = random_model(config)
     tokenizer.save(run)
     state = {
@@ -392,6 +397,9 @@ def test_the_program_writes_a_folder_with_its_card(run, tmp_path, capsys):
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == FILES
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".out")] == []
+    written = json.loads((out / "config.json").read_text())
+    constants = ("final_logit_softcapping", "rope_theta", "attention_gain", "rms_norm_eps", "gate_channels")
+    assert [written[name] for name in constants] == [5.0, 50.0, 0.7, 0.05, 5]
     card = (out / "README.md").read_text(encoding="utf-8")
     for part in ("| 1.2000 |", "| 1.3000 |", "| 0.1250 +- 0.0100 |", "abc123", "an abacus", "DEPTH = 3", "9.9"):
         assert part in card, part

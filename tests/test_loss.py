@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanotrain import loss
 
-CHUNK, WIDTH, VOCAB = 4, 6, 11
+CHUNK, WIDTH, VOCAB, CAP = 4, 6, 11, 15.0
 ROWS = (1, 3, 4, 5, 8, 13)  # below, at, above and between whole chunks
 
 
@@ -34,16 +34,18 @@ def differentiated(function, hidden, weight):
     return value.detach(), hidden.grad, weight.grad
 
 
-def reference(hidden, weight, targets):
+def reference(hidden, weight, targets, cap=CAP):
     """What mean_loss stands for, with all logits at once and in float64."""
-    logits = 15 * torch.tanh(hidden.double() @ weight.double().T / 15)
+    logits = cap * torch.tanh(hidden.double() @ weight.double().T / cap)
     return F.cross_entropy(logits, targets)
 
 
-def assert_mean_loss_is_right(rows, factor=1.0):
+def assert_mean_loss_is_right(rows, factor=1.0, cap=CAP):
     hidden, weight, targets = draw(rows)
-    got = differentiated(lambda h, w: factor * loss.mean_loss(h, w, targets, loss.softmax_gradient), hidden, weight)
-    expected = differentiated(lambda h, w: factor * reference(h, w, targets), hidden, weight)
+    got = differentiated(
+        lambda h, w: factor * loss.mean_loss(h, w, targets, cap, loss.softmax_gradient), hidden, weight
+    )
+    expected = differentiated(lambda h, w: factor * reference(h, w, targets, cap), hidden, weight)
     for part, exact in zip(got, expected, strict=True):
         assert part.dtype == torch.float32
         torch.testing.assert_close(part, exact.float(), rtol=1e-5, atol=1e-6 * abs(factor))
@@ -59,6 +61,16 @@ def test_gradients_scale_with_what_follows_the_loss(factor):
     assert_mean_loss_is_right(5, factor)
 
 
+@pytest.mark.parametrize("cap", [2.0, 70.0])
+def test_another_cap_bounds_the_logits_of_everything(cap):
+    assert_mean_loss_is_right(13, cap=cap)
+    hidden, weight, targets = draw(13)
+    by_token = loss.token_losses(hidden, weight, targets, cap)
+    torch.testing.assert_close(by_token.mean(), reference(hidden, weight, targets, cap).float(), rtol=1e-5, atol=1e-6)
+    assert (by_token - loss.token_losses(hidden, weight, targets, CAP)).abs().max() > 0.1
+    torch.testing.assert_close(loss.softcap(torch.tensor([-1e30, 1e30]), cap), torch.tensor([-cap, cap]))
+
+
 def test_the_check_notices_a_lost_last_chunk(monkeypatch):
     chunks = loss._chunks
     monkeypatch.setattr(loss, "_chunks", lambda hidden: chunks(hidden)[:-1])
@@ -71,8 +83,8 @@ def test_token_losses_equal_cross_entropy(rows):
     hidden, weight, targets = draw(rows)
     logits = 15 * torch.tanh(hidden.double() @ weight.double().T / 15)
     expected = F.cross_entropy(logits, targets, reduction="none").float()
-    torch.testing.assert_close(loss.token_losses(hidden, weight, targets), expected, rtol=1e-5, atol=1e-6)
-    mean = loss.mean_loss(hidden, weight, targets, loss.softmax_gradient)
+    torch.testing.assert_close(loss.token_losses(hidden, weight, targets, CAP), expected, rtol=1e-5, atol=1e-6)
+    mean = loss.mean_loss(hidden, weight, targets, CAP, loss.softmax_gradient)
     torch.testing.assert_close(mean, expected.mean(), rtol=1e-5, atol=1e-6)
 
 
@@ -88,7 +100,7 @@ def test_greedy_tokens_are_the_likeliest_of_all(rows):
 def test_one_of_the_gradients_alone(wanted):
     hidden, weight, targets = draw(5)
     (hidden if wanted == "hidden" else weight).requires_grad_()
-    loss.mean_loss(hidden, weight, targets, loss.softmax_gradient).backward()
+    loss.mean_loss(hidden, weight, targets, CAP, loss.softmax_gradient).backward()
     alone = hidden.grad if wanted == "hidden" else weight.grad
     both = differentiated(lambda h, w: reference(h, w, targets), hidden.detach(), weight.detach())
     torch.testing.assert_close(alone, both[1 if wanted == "hidden" else 2].float(), rtol=1e-5, atol=1e-6)
@@ -97,7 +109,7 @@ def test_one_of_the_gradients_alone(wanted):
 def test_kernel_gives_the_sum_and_its_gradient_by_the_logits():
     _, _, targets = draw(5)
     logits = 8 * torch.randn(5, VOCAB, generator=torch.Generator().manual_seed(0))
-    total, gradient = loss.loss_and_gradient(logits, targets)
+    total, gradient = loss.loss_and_gradient(logits, targets, CAP)
     exact = logits.double().requires_grad_()
     expected = F.cross_entropy(15 * torch.tanh(exact / 15), targets, reduction="sum")
     expected.backward()
@@ -108,26 +120,26 @@ def test_kernel_gives_the_sum_and_its_gradient_by_the_logits():
 def test_softcap_bounds_without_changing_small_logits():
     x = torch.tensor([0.0, 1e-3, 15.0, -40.0, 1e30, -math.inf])
     expected = torch.tensor([0.0, 1e-3, 15 * math.tanh(1), -15 * math.tanh(40 / 15), 15.0, -15.0])
-    torch.testing.assert_close(loss.softcap(x), expected)
+    torch.testing.assert_close(loss.softcap(x, CAP), expected)
 
 
 @pytest.mark.parametrize("scale", [1e2, 1e6, 1e30])
 def test_extreme_logits_stay_finite(scale):
     hidden, weight, targets = draw(13, scale=scale)
     value, grad_hidden, grad_weight = differentiated(
-        lambda h, w: loss.mean_loss(h, w, targets, loss.softmax_gradient), hidden, weight
+        lambda h, w: loss.mean_loss(h, w, targets, CAP, loss.softmax_gradient), hidden, weight
     )
     assert 0 <= value <= 30 + math.log(VOCAB)  # the cap keeps every two logits within 30
     assert grad_hidden.isfinite().all()
     assert grad_weight.isfinite().all()
-    assert loss.token_losses(hidden, weight, targets).isfinite().all()
+    assert loss.token_losses(hidden, weight, targets, CAP).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_products_have_float32_sums(dtype):
     hidden, weight, targets = draw(400, width=8, scale=1.0, dtype=dtype)
     value, grad_hidden, grad_weight = differentiated(
-        lambda h, w: loss.mean_loss(h, w, targets, loss.softmax_gradient), hidden, weight
+        lambda h, w: loss.mean_loss(h, w, targets, CAP, loss.softmax_gradient), hidden, weight
     )
     expected = differentiated(lambda h, w: reference(h, w, targets), hidden, weight)
     assert (value.dtype, grad_hidden.dtype, grad_weight.dtype) == (torch.float32, dtype, torch.float32)
@@ -160,8 +172,8 @@ class LargestTensor(TorchDispatchMode):
 def largest_tensor(rows, width, vocab):
     hidden, weight, targets = draw(rows, width, vocab)
     with LargestTensor() as largest:
-        differentiated(lambda h, w: loss.mean_loss(h, w, targets, loss.softmax_gradient), hidden, weight)
-        loss.token_losses(hidden, weight, targets)
+        differentiated(lambda h, w: loss.mean_loss(h, w, targets, CAP, loss.softmax_gradient), hidden, weight)
+        loss.token_losses(hidden, weight, targets, CAP)
     return largest.numel
 
 

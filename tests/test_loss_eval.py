@@ -35,7 +35,7 @@ def case(tokenizer, tmp_path_factory):
     sequences[4, 7] = tokenizer.bos  # besides those between documents
     model = make_model(GPTConfig(320, 32, 2, 2, 2, 16), 0.5)
     for block in model.blocks:  # so that what comes before a token matters
-        torch.nn.init.eye_(block.attention.output.weight)
+        torch.nn.init.eye_(block.attention.o_proj.weight)
     return SimpleNamespace(
         model=model,
         sequences=sequences,
@@ -59,7 +59,7 @@ def by_definition(case):
 def test_uniform_logits_cost_the_logarithm_of_the_vocabulary(case):
     model = make_model(GPTConfig(320, 32, 2, 2, 2, 16), 0.5)
     with torch.no_grad():
-        model.head.weight.zero_()
+        model.lm_head.weight.zero_()
     targets = case.sequences[:, 1:].ravel()
     counted = [token for token in targets.tolist() if token != case.bos]
     expected = math.log2(320) * len(counted) / sum(case.token_bytes[token].item() for token in counted)

@@ -466,13 +466,13 @@ def test_build_puts_every_parameter_in_one_group_with_the_rate_of_its_role():
         "embedding.weight": (AdamW, 0.3, (0.8, 0.99), 0.0),
         "value_embeddings.2.weight": (AdamW, 0.15, (0.8, 0.99), 0.0),
         "bigram_embedding.weight": (RowwiseAdam, 0.15, None, None),
-        "head.weight": (AdamW, 0.004, (0.8, 0.98), 0.0),
+        "lm_head.weight": (AdamW, 0.004, (0.8, 0.98), 0.0),
         "blocks.1.residual_scale": (AdamW, 0.005, (0.9, 0.95), 0.0),
         "blocks.1.x0_scale": (AdamW, 0.05, (0.9, 0.95), 0.0),
         "backout_scale": (AdamW, 0.05, (0.9, 0.95), 0.0),
         "blocks.0.attention.value_gate.weight": (AdamW, 0.05, (0.9, 0.95), 0.0),
-        "blocks.2.contract.weight": (Muon, 0.02, None, 0.1),
-        "blocks.0.attention.query.weight": (Muon, 0.02, None, 0.1),
+        "blocks.2.down_proj.weight": (Muon, 0.02, None, 0.1),
+        "blocks.0.attention.q_proj.weight": (Muon, 0.02, None, 0.1),
     }
     assert {name: held[name] for name in expected} == expected
     assert {name for name in held if held[name][0] is Muon} == set(model.parameters_by_role()["matrix"])
@@ -559,12 +559,12 @@ def test_state_is_named_whole_and_in_float32():
 def test_wrong_state_is_refused_with_the_name_of_the_tensor():
     _, optimizers = trained(1)
     good = dict(optim.state_tensors(optimizers, ALONE))
-    name = "blocks.0.expand.weight/momentum"
+    name = "blocks.0.up_proj.weight/momentum"
     missing = {key: tensor for key, tensor in good.items() if key != name}
     for bad in (missing, {**missing, "other/momentum": good[name]}, {**good, "other/momentum": good[name]}):
-        with pytest.raises(ValueError, match=r"blocks\.0\.expand|other/momentum"):
+        with pytest.raises(ValueError, match=r"blocks\.0\.up_proj|other/momentum"):
             optim.load_state_tensors(optimizers, bad)
-    with pytest.raises(ValueError, match=r"blocks\.0\.expand\.weight/momentum.*\(2, 2\).*\(64, 16\)"):
+    with pytest.raises(ValueError, match=r"blocks\.0\.up_proj\.weight/momentum.*\(2, 2\).*\(64, 16\)"):
         optim.load_state_tensors(optimizers, {**good, name: torch.zeros(2, 2)})
 
 

@@ -6,9 +6,9 @@ from transformers import PretrainedConfig
 class NanotrainConfig(PretrainedConfig):
     """Fields have transformers' names where it has one.
 
-    value_embedding_layers: numbers of the layers with a value embedding. bigram_rows: of the hashed table of token
-    pairs; 0: no table. gate_channels: of a layer's input that the gate of its value embedding looks at. attention_gain:
-    of the scores, beside 1 / sqrt(head_dim).
+    value_embedding_layers: numbers of the layers with a value embedding. bigram_rows: of the hashed bigram table; 0: no
+    table. gate_channels: of a layer's input, at most: those that the gate of its value embedding sees. attention_gain:
+    factor of the scores, beside 1 / sqrt(head_dim).
     """
 
     model_type = "nanotrain"

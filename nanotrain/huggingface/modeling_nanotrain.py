@@ -1,10 +1,11 @@
 """A nanotrain model for transformers (5.x): `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.
 
 It computes what nanotrain's own gpt.py computes, whose tests compare the two. A token of it also looks at the token
-before it (the keys' offset, the table of pairs), so its cache keeps a little more than keys and values; a token at
+before it (the keys' offset, the bigram table), so its cache keeps a little more than keys and values; a token at
 position 0 has none before it, which is how the padding on the left of a batch stays without effect.
 
-    B rows   T tokens   S tokens with those in the cache   C width   H heads   K key and value heads   D head dimension
+    B sequences   T tokens of each   S tokens with those in the cache
+    C width   H heads   K key and value heads   D head dimension
 """
 
 import math
@@ -74,7 +75,7 @@ def rotate(x, cos, sin):
 
 def shift(x, before, begins):
     """x (B, T, ...), before (B, 1, ...) or None, begins (B, T) bool -> each place has what the place before it had, or
-    zeros where a row begins.
+    zeros where a sequence begins.
     """
     first = torch.zeros_like(x[:, :1]) if before is None else before
     shifted = torch.cat((first, x[:, :-1]), dim=1)
@@ -88,10 +89,10 @@ class NanotrainAttention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         kv_dim = config.num_key_value_heads * config.head_dim
-        self.query = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
-        self.key = nn.Linear(config.hidden_size, kv_dim, bias=False)
-        self.value = nn.Linear(config.hidden_size, kv_dim, bias=False)
-        self.output = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
         if layer in config.value_embedding_layers:
             channels = min(config.gate_channels, config.hidden_size)
             self.value_gate = nn.Linear(channels, config.num_key_value_heads, bias=False)
@@ -102,7 +103,7 @@ class NanotrainAttention(nn.Module):
         """
         B, T, _ = x.shape
         D, eps = self.config.head_dim, self.config.rms_norm_eps
-        q, k, v = self.query(x).view(B, T, -1, D), self.key(x).view(B, T, -1, D), self.value(x).view(B, T, -1, D)
+        q, k, v = self.q_proj(x).view(B, T, -1, D), self.k_proj(x).view(B, T, -1, D), self.v_proj(x).view(B, T, -1, D)
         if value_embedding is not None:
             gate = 2 * torch.sigmoid(self.value_gate(x[..., : self.config.gate_channels]))  # (B, T, K)
             v = v + gate.unsqueeze(-1) * value_embedding.view(B, T, -1, D)
@@ -123,7 +124,7 @@ class NanotrainAttention(nn.Module):
             scale=self.config.attention_gain / math.sqrt(D),
             enable_gqa=k.size(1) != q.size(1),
         )
-        return self.output(y.transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class NanotrainBlock(GradientCheckpointingLayer):
@@ -133,8 +134,8 @@ class NanotrainBlock(GradientCheckpointingLayer):
         super().__init__()
         self.eps = config.rms_norm_eps
         self.attention = NanotrainAttention(config, layer)
-        self.expand = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.contract = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.residual_scale = nn.Parameter(torch.ones(()))
         self.x0_scale = nn.Parameter(torch.zeros(()))
 
@@ -142,7 +143,7 @@ class NanotrainBlock(GradientCheckpointingLayer):
         """x, x0 (B, T, C) -> (B, T, C); the rest as for the attention."""
         x = self.residual_scale * x + self.x0_scale * x0
         x = x + self.attention(norm(x, self.eps), value_embedding, cos, sin, begins, mask, cache)
-        return x + self.contract(F.relu(self.expand(norm(x, self.eps))).square())
+        return x + self.down_proj(F.relu(self.up_proj(norm(x, self.eps))).square())
 
 
 class NanotrainPreTrainedModel(PreTrainedModel):
@@ -212,7 +213,7 @@ class NanotrainModel(NanotrainPreTrainedModel):
         embedded = self.embedding(input_ids)
         if self.config.bigram_rows:
             before = None if cache is None else cache.layers[0].exchange("token", input_ids[:, -1:])
-            embedded = embedded + self.bigram_embedding(self._pairs(input_ids, before, begins))
+            embedded = embedded + self.bigram_embedding(self._bigrams(input_ids, before, begins))
         x = x0 = norm(embedded, self.config.rms_norm_eps)
         cos, sin = self._rotation(position_ids, x.dtype)
         mask = self._mask(attention_mask, seen, T, device)
@@ -224,9 +225,9 @@ class NanotrainModel(NanotrainPreTrainedModel):
         x = norm(x - self.backout_scale * middle, self.config.rms_norm_eps)
         return BaseModelOutputWithPast(last_hidden_state=x, **{CACHE: cache})
 
-    def _pairs(self, tokens, before, begins):
-        """(B, T) int64: the row of the table of pairs for each token and the one before it; the last one where a row
-        begins.
+    def _bigrams(self, tokens, before, begins):
+        """(B, T) int64: the row of the bigram table for each token and the one before it; the last one where a
+        sequence begins.
         """
         last = self.config.bigram_rows - 1
         previous = shift(tokens, before, begins)
