@@ -267,8 +267,8 @@ def speed(depth: int) -> None:
     """Training steps of a model on random tokens, with the most rows that fit, eager and then compiled."""
     import torch
 
-    from nanotrain import hardware, loss, recipe
-    from scripts import base_train, bench
+    from nanotrain import hardware, loss, recipe, warmup
+    from scripts import bench
 
     dist = start()
     on_gpu, width = dist.device.type == "cuda", recipe.model_width(depth, 0, 128)[0]
@@ -276,7 +276,7 @@ def speed(depth: int) -> None:
     if SMOKE:
         training = bench.Training(depth // 10, 32, 16, 300, 4, 16, "off", bigram_rows=0)
     model, optimizers = training.build(dist)
-    rows = base_train.rows_that_fit(dist, model, training.rows)
+    rows = warmup.largest_batch_that_fits(dist, model, training.rows)
     training = replace(training, rows=rows)
     _, tokens, flops = training.work()
     parameters = {role: sum(p.numel() for p in named.values()) for role, named in model.parameters_by_role().items()}

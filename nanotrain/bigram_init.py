@@ -30,7 +30,7 @@ def initialize(model: GPT, reader: SequenceReader, num_tokens: int, seed: int) -
     generator = torch.Generator().manual_seed(seed)
     embedding, head = bigram_init(sequences, model.config.vocab_size, model.config.model_dim, generator)
     model.embedding.weight.copy_(embedding)
-    model.head.weight.copy_(head)
+    model.lm_head.weight.copy_(head)
 
 
 @contextmanager

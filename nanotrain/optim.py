@@ -1,4 +1,4 @@
-"""Muon for the matrices, RowwiseAdam for the table of token pairs, AdamW for everything else.
+"""Muon for the matrices, RowwiseAdam for the bigram table, AdamW for everything else.
 
 Optimizer state is float32, one set of tensors per parameter. `set_schedule` sets the learning rates before each step.
 

@@ -149,7 +149,7 @@ class TrainStep:
         """What a resume needs beside weights and optimizer tensors, JSON-like."""
         return {"updates": self.optimizers[1].updates, "scaler": self.scaler.state_dict()}
 
-    def __call__(self, batches: Prefetcher, settings: StepSettings, stop_requested: bool) -> StepResult:
+    def __call__(self, batches: Prefetcher, settings: StepSettings, stop: guard.StopRequest) -> StepResult:
         """Take the next batches and update the weights, unless loss or gradients are not finite on any rank."""
         begin = time.monotonic()
         optim.set_schedule(self.optimizers, settings.lr_factor, settings.momentum, settings.weight_decay)
@@ -161,7 +161,7 @@ class TrainStep:
 
         # What all ranks must know: one reduction, one read. float64 adds the 32-bit halves of the hashes exactly.
         halves = [data_hash % 2**32, (data_hash >> 32) % 2**32]
-        status = self.dist.all_reduce_sum([loss, norm, stop_requested, batches.error is not None, *halves])
+        status = self.dist.all_reduce_sum([loss, norm, stop.requested, batches.error is not None, *halves])
         mean_loss, grad_norm = (total / self.dist.world_size for total in status[:2])
         found = {
             "loss": mean_loss,

@@ -195,7 +195,7 @@ def train(cfg, dist, stop, watchdog):
                 metrics.set_num_steps(state.num_steps)
             watchdog.beat(budget.step_limit_seconds)
             settings = run.recipe.at(state.progress(state.step + 1), accumulation)
-            result = step(batches, settings, stop.requested)
+            result = step(batches, settings, stop)
             if result.data_failed:  # the finished steps are saved; this one does not count
                 checkpoints.save_before_error(state, step, batches)
             deviations = state.advance(result)

@@ -42,7 +42,7 @@ TINY_RUN = {  # settings of base_train with which a step takes milliseconds
     "BIGRAM_ROWS": 61,
     "SPECTRAL_TOKENS": 1000,
     "MAX_SEQ_LEN": 16,
-    "LANES": 4,
+    "NUM_STREAMS": 4,
     "DEVICE_BATCH_SIZE": 4,
     "TOTAL_BATCH_SIZE": 128,
     "EVAL_TOKENS": 64,

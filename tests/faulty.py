@@ -36,8 +36,8 @@ LONGEST_WAIT = 30  # seconds for torchrun to pass SIGTERM on
 
 
 def at_the_beginning(loader_state):
-    """The state of the same lanes where a run begins."""
-    return {"row": 0, "lanes": {lane: [int(lane), 0, 0] for lane in loader_state["lanes"]}}
+    """The state of the same streams where a run begins."""
+    return {"next_sequence": 0, "streams": {stream: [int(stream), 0, 0] for stream in loader_state["streams"]}}
 
 
 def main():
@@ -94,7 +94,7 @@ def main():
         time.sleep(LATE)
     end = "an error that should not be"
     try:
-        base_train.main_within_memory()
+        base_train.main()
         end = "0"
     except errors.UserError as error:
         end = f"{error.exit_code} {error}"

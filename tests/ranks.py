@@ -46,7 +46,7 @@ def main():
 
     optim.set_schedule = recording
     config.override(vars(base_train), sys.argv[4:])
-    base_train.main_within_memory()
+    base_train.main()
     record(seen)
 
 

@@ -619,12 +619,12 @@ def test_load_model_of_a_missing_run_says_how_to_train_one(tmp_path):
 def test_load_weights_names_what_is_missing_extra_misshapen_or_of_another_dtype(trained):
     _, model = trained
     good = model.state_dict()
-    missing = {name: tensor for name, tensor in good.items() if name != "head.weight"}
+    missing = {name: tensor for name, tensor in good.items() if name != "lm_head.weight"}
     for tensors, name in (
-        (missing, "head.weight"),
+        (missing, "lm_head.weight"),
         ({**good, "surprise": torch.zeros(1)}, "surprise"),
         ({**good, "backout_scale": torch.zeros(1)}, "backout_scale"),
-        ({**good, "head.weight": good["head.weight"].double()}, "head.weight"),
+        ({**good, "lm_head.weight": good["lm_head.weight"].double()}, "lm_head.weight"),
     ):
         with pytest.raises(CheckpointError, match=name):
             checkpoint.load_weights(model, tensors)

@@ -74,7 +74,7 @@ class Reference:
         for stream in range(self.num_streams):
             done = len(range(stream, sequence, self.num_streams))
             streams[str(stream)] = list(self.places[stream][done * self.seq_len]) if done else [stream, 0, 0]
-        return {"row": sequence, "lanes": streams}
+        return {"next_sequence": sequence, "streams": streams}
 
 
 def hash_by_hand(number, sequence):
@@ -107,11 +107,11 @@ class Ranks:
     def state(self):
         """One state of all, as a checkpoint merges it; ranks that read the same stream must agree."""
         states = [reader.state() for reader in self.readers]
-        merged = {"row": states[0]["row"], "lanes": {}}
+        merged = {"next_sequence": states[0]["next_sequence"], "streams": {}}
         for state in states:
-            assert state["row"] == merged["row"]
-            for stream, place in state["lanes"].items():
-                assert merged["lanes"].setdefault(stream, place) == place
+            assert state["next_sequence"] == merged["next_sequence"]
+            for stream, place in state["streams"].items():
+                assert merged["streams"].setdefault(stream, place) == place
         return merged
 
 
@@ -217,7 +217,7 @@ def test_one_cursor_off_by_one_would_be_noticed_at_every_world_size(tokenizer, t
     folder = few_row_groups(tmp_path)
     alone = Ranks(folder, tokenizer, 12, 6).steps(1, 20 * world_size)
     state = Ranks(folder, tokenizer, 12, 6).state()
-    state["lanes"]["3"][part] += 1
+    state["streams"]["3"][part] += 1
     together = Ranks(folder, tokenizer, 12, 6, world_size, state).steps(4, 5)
     assert set(np.flatnonzero((together != alone).any(axis=1)) % 6) == {3}, "and only in that stream"
 
@@ -238,7 +238,7 @@ def test_the_last_target_of_a_sequence_is_the_first_input_of_its_streams_next(to
 def test_a_rank_reads_only_the_streams_it_needs(tokenizer, small):
     for world_size, expected in ((2, [0, 2, 4]), (3, [0, 3]), (4, [0, 2, 4]), (5, [0, 1, 2, 3, 4, 5]), (6, [0])):
         reader = Ranks(small, tokenizer, 16, 6, world_size).readers[0]
-        assert [int(stream) for stream in reader.state()["lanes"]] == expected
+        assert [int(stream) for stream in reader.state()["streams"]] == expected
 
 
 def test_another_seed_gives_another_order_of_the_same_documents(tokenizer, tmp_path):
@@ -447,8 +447,8 @@ def test_p3_resuming_after_any_sequence_gives_the_rest_of_the_sequences(tokenize
         assert resumed.state() == state
         np.testing.assert_array_equal(resumed.steps(2, 5), expected.sequences[done : done + 10])
         assert resumed.state() == expected.state(done + 10)
-        offsets.update(offset > 0 for _, _, offset in state["lanes"].values())
-        epochs.update(position // len(expected.slices) for position, _, _ in state["lanes"].values())
+        offsets.update(offset > 0 for _, _, offset in state["streams"].values())
+        epochs.update(position // len(expected.slices) for position, _, _ in state["streams"].values())
     assert offsets == {True, False}, "in the middle and at the start of documents"
     assert len(epochs) >= 2, "on both sides of the edge of an epoch"
 
@@ -482,7 +482,7 @@ def test_one_cursor_off_by_one_at_either_of_two_resumes_would_be_noticed(tokeniz
         assert (sequences == expected.sequences[begin : begin + len(sequences)]).all() == (number <= shifted)
         state = ranks.state()
         if number == shifted:
-            state["lanes"]["2"][2] += 1
+            state["streams"]["2"][2] += 1
 
 
 @pytest.mark.parametrize("part", [0, 1, 2])
@@ -491,7 +491,7 @@ def test_p3_a_state_with_one_cursor_off_by_one_gives_other_sequences(tokenizer, 
     first = Ranks(small, tokenizer, 16, 3)
     first.step(9)
     state = first.state()
-    state["lanes"]["1"][part] += 1
+    state["streams"]["1"][part] += 1
     sequences = Ranks(small, tokenizer, 16, 3, state=state).step(12)[0]
     different = (sequences != expected.sequences[9:21]).any(axis=1)
     assert different.any()
@@ -504,7 +504,7 @@ def test_a_state_with_another_sequence_number_gives_other_sequences_and_hashes(t
     state = first.state()
     sequences, total = Ranks(small, tokenizer, 16, 3, state=state).step(6)
     for shift in (1, 3):  # three sequences later every stream has its turn again, but the hashes know
-        other_sequences, other = Ranks(small, tokenizer, 16, 3, state={**state, "row": 9 + shift}).step(6)
+        other_sequences, other = Ranks(small, tokenizer, 16, 3, state={**state, "next_sequence": 9 + shift}).step(6)
         assert (other_sequences == sequences).all() == (shift == 3)
         assert other != total
 
@@ -515,7 +515,7 @@ def test_the_epoch_is_the_one_of_the_stream_that_is_furthest(tokenizer, small):
     sequences = np.empty((1, 17), dtype=np.int64)
     while (epoch := reader.epoch(reader.state())) < 3:
         reader.fill(sequences)
-        furthest = max(position for position, _, _ in reader.state()["lanes"].values())
+        furthest = max(position for position, _, _ in reader.state()["streams"].values())
         assert epoch <= reader.epoch(reader.state()) == furthest // reader.num_slices
 
 
@@ -566,9 +566,9 @@ def test_the_state_of_the_prefetched_batch_would_be_wrong(tokenizer, small):
     loader = DataLoader(reader_of(small, tokenizer), 4, CPU)
     batch, following = next(loader), next(loader)
     loader.close()
-    assert batch.state["row"] == 0
-    assert following.state["row"] == 4
-    assert loader.reader.state()["row"] > 8, "the reader is ahead, so taking its state would be noticed"
+    assert batch.state["next_sequence"] == 0
+    assert following.state["next_sequence"] == 4
+    assert loader.reader.state()["next_sequence"] > 8, "the reader is ahead, so taking its state would be noticed"
 
 
 def test_a_shard_that_vanishes_is_a_data_error_of_every_later_batch(tokenizer, small):

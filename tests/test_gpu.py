@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nanotrain import dataloader, dataset, hardware, optim, tracker
+from nanotrain import dataloader, dataset, hardware, metrics, optim
 from nanotrain.dist import DistContext, init_distributed
 from nanotrain.gpt import GPTConfig
 from tests import soak
@@ -205,7 +205,7 @@ def waits_of_steps(run, monkeypatch, device, **settings):
     status; on CUDA torch itself raises an error for anything else that waits.
     """
     waited, reads, now = [], [], contextlib.ExitStack()
-    set_schedule, total, record = optim.set_schedule, DistContext.all_reduce_sum, tracker.Tracker.step
+    set_schedule, total, record = optim.set_schedule, DistContext.all_reduce_sum, metrics.MetricLogger.step
     steps = 0
 
     def beginning(*arguments):
@@ -237,7 +237,7 @@ def waits_of_steps(run, monkeypatch, device, **settings):
 
     monkeypatch.setattr(optim, "set_schedule", beginning)
     monkeypatch.setattr(DistContext, "all_reduce_sum", reading)
-    monkeypatch.setattr(tracker.Tracker, "step", ending)
+    monkeypatch.setattr(metrics.MetricLogger, "step", ending)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: waited and waited[-1].found.append(("wait", [])))
     WAITS.add("wait")
     with now:

@@ -361,7 +361,7 @@ def run(base_dir, data_dir, tokenizer, monkeypatch, tmp_path):
         "step": 4,
         "model_config": config.to_dict(),
         "tokenizer_sha256": tokenizer.sha256(),
-        "loader": {"row": 24, "lanes": {}},
+        "loader": {"next_sequence": 24, "streams": {}},
         "data_dir": str(data_dir),
         "data": dataset.fingerprint(dataset.open_shards(data_dir)),
         "settings": {

@@ -155,7 +155,7 @@ def test_bad_data_of_one_rank_stops_all_in_the_same_step(run_script, tokenizer, 
     data = bytearray(path.read_bytes())
     data[place : place + 40] = b"\xff" * 40
     path.write_bytes(data)
-    flags = ["--seed=1", "--lanes=2", "--depth=1", "--aspect-ratio=16", "--head-dim=8", "--max-seq-len=16"]
+    flags = ["--seed=1", "--num-streams=2", "--depth=1", "--aspect-ratio=16", "--head-dim=8", "--max-seq-len=16"]
     flags += ["--device-batch-size=4", "--total-batch-size=128", "--num-iterations=300", "--eval-every=0"]
     flags += [
         "--compile=off",

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from nanotrain.tracker import Tracker
 
-from nanotrain import tracker as tracker_module
+from nanotrain import metrics as metrics_module
+from nanotrain.metrics import MetricLogger
 
 METRICS = {"train/loss": 2.5, "train/lr": 0.01, "train/tok_per_sec": 1234.5}
 
@@ -20,19 +20,19 @@ def rows(run_dir):
 
 
 def run_steps(run_dir, steps, **options):
-    with Tracker(run_dir, 10, **options) as tracker:
+    with MetricLogger(run_dir, 10, **options) as logger:
         for step in steps:
-            tracker.step(step, {**METRICS, "train/loss": float(step)}, 1.0)
+            logger.step(step, {**METRICS, "train/loss": float(step)}, 1.0)
 
 
 # ---- metrics.jsonl ----
 
 
 def test_every_step_is_one_json_line_that_is_on_disk_at_once(tmp_path):
-    with Tracker(tmp_path / "new" / "run", 2) as tracker:
-        tracker.record(0, {"val/bpb": 1.5})
+    with MetricLogger(tmp_path / "new" / "run", 2) as logger:
+        logger.record(0, {"val/bpb": 1.5})
         assert rows(tmp_path / "new" / "run") == [{"step": 0, "val/bpb": 1.5}]
-        tracker.step(1, {**METRICS, "data_hash": "00ff"}, 1.0)
+        logger.step(1, {**METRICS, "data_hash": "00ff"}, 1.0)
         assert rows(tmp_path / "new" / "run")[1:] == [{"step": 1, **METRICS, "data_hash": "00ff"}]
 
 
@@ -40,8 +40,8 @@ def test_what_json_does_not_have_becomes_null(tmp_path):
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
 
-    with Tracker(tmp_path, 2) as tracker:
-        tracker.record(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1.0, "e": 0, "f": "nan"})
+    with MetricLogger(tmp_path, 2) as logger:
+        logger.record(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1.0, "e": 0, "f": "nan"})
     line = (tmp_path / "metrics.jsonl").read_text()
     expected = {"step": 1, "a": None, "b": None, "c": None, "d": 1.0, "e": 0, "f": "nan"}
     assert json.loads(line, parse_constant=refuse) == expected
@@ -61,11 +61,11 @@ def test_resuming_cuts_later_rows_and_a_half_written_line_and_goes_on_below(tmp_
 
 
 def test_all_rows_of_the_step_resumed_from_stay(tmp_path):
-    with Tracker(tmp_path, 10) as tracker:
-        tracker.record(0, {"val/bpb": 3.0})
+    with MetricLogger(tmp_path, 10) as logger:
+        logger.record(0, {"val/bpb": 3.0})
         for step in (1, 2, 3):
-            tracker.step(step, METRICS, 1.0)
-            tracker.record(step, {"val/bpb": float(step)})
+            logger.step(step, METRICS, 1.0)
+            logger.record(step, {"val/bpb": float(step)})
     run_steps(tmp_path, (), first_step=2)
     assert [(row["step"], row.get("val/bpb")) for row in rows(tmp_path)] == [
         (0, 3.0),
@@ -78,19 +78,19 @@ def test_all_rows_of_the_step_resumed_from_stay(tmp_path):
 
 def test_a_run_that_starts_over_at_step_zero_keeps_no_row_of_the_first_attempt(tmp_path):
     for _ in range(2):
-        with Tracker(tmp_path, 10) as tracker:
-            tracker.record(0, {"val/bpb": 3.0})
-            tracker.step(1, METRICS, 1.0)
+        with MetricLogger(tmp_path, 10) as logger:
+            logger.record(0, {"val/bpb": 3.0})
+            logger.step(1, METRICS, 1.0)
     assert [row["step"] for row in rows(tmp_path)] == [0, 1]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
 def test_a_full_disk_costs_rows_but_not_the_run(tmp_path, capsys):
-    with Tracker(tmp_path, 10) as tracker:
-        tracker._file.close()
-        tracker._file = open("/dev/full", "w")  # every write there fails as on a full disk
+    with MetricLogger(tmp_path, 10) as logger:
+        logger._file.close()
+        logger._file = open("/dev/full", "w")  # every write there fails as on a full disk
         for step in range(1, 4):
-            tracker.step(step, METRICS, 1.0)
+            logger.step(step, METRICS, 1.0)
     printed = capsys.readouterr().out
     assert printed.count("No space left on device") == 1
 
@@ -104,10 +104,10 @@ def evaluations(run_dir):
 
 
 def test_the_parts_of_an_evaluation_are_one_file_of_its_step(tmp_path):
-    with Tracker(tmp_path, 10) as tracker:
-        tracker.evaluation(5, val_bpb=1.5, documents={"worst": [], "best": []})
-        tracker.evaluation(5, samples=[{"prompt": "a", "text": "b 日"}])
-        tracker.evaluation(10, val_bpb=None)
+    with MetricLogger(tmp_path, 10) as logger:
+        logger.evaluation(5, val_bpb=1.5, documents={"worst": [], "best": []})
+        logger.evaluation(5, samples=[{"prompt": "a", "text": "b 日"}])
+        logger.evaluation(10, val_bpb=None)
     first = {"step": 5, "val_bpb": 1.5, "documents": {"worst": [], "best": []}}
     assert evaluations(tmp_path) == {
         "step_00000005.json": {**first, "samples": [{"prompt": "a", "text": "b 日"}]},
@@ -117,18 +117,18 @@ def test_the_parts_of_an_evaluation_are_one_file_of_its_step(tmp_path):
 
 @pytest.mark.parametrize(("resumed", "kept"), [(0, []), (4, []), (5, [5]), (9, [5]), (10, [5, 10])])
 def test_resuming_removes_the_evaluations_of_later_steps(tmp_path, resumed, kept):
-    with Tracker(tmp_path, 10) as tracker:
-        tracker.evaluation(5, val_bpb=1.5)
-        tracker.evaluation(10, val_bpb=1.2)
-    with Tracker(tmp_path, 10, first_step=resumed):
+    with MetricLogger(tmp_path, 10) as logger:
+        logger.evaluation(5, val_bpb=1.5)
+        logger.evaluation(10, val_bpb=1.2)
+    with MetricLogger(tmp_path, 10, first_step=resumed):
         assert list(evaluations(tmp_path)) == [f"step_{step:08d}.json" for step in kept]
 
 
 def test_an_evaluation_that_cannot_be_written_ends_nothing(tmp_path, capsys):
     (tmp_path / "evaluation").write_text("a file where the folder belongs")
-    with Tracker(tmp_path, 10) as tracker:
-        tracker.evaluation(5, val_bpb=1.5)
-        tracker.step(6, METRICS, 1.0)
+    with MetricLogger(tmp_path, 10) as logger:
+        logger.evaluation(5, val_bpb=1.5)
+        logger.step(6, METRICS, 1.0)
     assert "an evaluation could not be written" in capsys.readouterr().out
     assert [row["step"] for row in rows(tmp_path)] == [6]
 
@@ -137,13 +137,13 @@ def test_an_evaluation_that_cannot_be_written_ends_nothing(tmp_path, capsys):
 
 
 def test_other_ranks_write_and_print_nothing(tmp_path, capsys):
-    with Tracker(tmp_path / "run", 10, enabled=False) as tracker:
-        tracker.set_num_steps(5)
-        tracker.step(1, METRICS, 1.0)
-        tracker.record(1, {"val/bpb": 1.0})
-        tracker.evaluation(1, val_bpb=1.0)
-        tracker.event("something")
-        with tracker.progress("evaluation", 3) as update:
+    with MetricLogger(tmp_path / "run", 10, enabled=False) as logger:
+        logger.set_num_steps(5)
+        logger.step(1, METRICS, 1.0)
+        logger.record(1, {"val/bpb": 1.0})
+        logger.evaluation(1, val_bpb=1.0)
+        logger.event("something")
+        with logger.progress("evaluation", 3) as update:
             assert update is None
     assert capsys.readouterr() == ("", "")
     assert list(tmp_path.iterdir()) == []
@@ -154,10 +154,10 @@ def test_other_ranks_write_and_print_nothing(tmp_path, capsys):
 
 def test_without_a_terminal_there_are_plain_lines_some_seconds_apart_and_at_the_end(tmp_path, capsys, monkeypatch):
     clock = [1000.0]
-    monkeypatch.setattr(tracker_module.time, "monotonic", lambda: clock[0])
-    with Tracker(tmp_path, 9) as tracker:
+    monkeypatch.setattr(metrics_module.time, "monotonic", lambda: clock[0])
+    with MetricLogger(tmp_path, 9) as logger:
         for step in range(1, 10):
-            tracker.step(step, {**METRICS, "train/mfu": 0.123}, 42.4)
+            logger.step(step, {**METRICS, "train/mfu": 0.123}, 42.4)
             clock[0] += 2.0
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
@@ -177,11 +177,11 @@ class Terminal(io.StringIO):
 def plain_seconds(tmp_path, capsys, monkeypatch):
     """When the lines of three hours of steps of a second come."""
     clock = [1000.0]
-    monkeypatch.setattr(tracker_module.time, "monotonic", lambda: clock[0])
-    with Tracker(tmp_path, 3 * 3600) as tracker:
+    monkeypatch.setattr(metrics_module.time, "monotonic", lambda: clock[0])
+    with MetricLogger(tmp_path, 3 * 3600) as logger:
         for step in range(1, 3 * 3600 + 1):
             clock[0] += 1
-            tracker.step(step, METRICS, 0.0)
+            logger.step(step, METRICS, 0.0)
     return [int(line.partition("/")[0].removeprefix("step ")) for line in capsys.readouterr().out.splitlines()]
 
 
@@ -192,20 +192,20 @@ def test_lines_come_often_at_first_and_a_log_of_hours_stays_short(tmp_path, caps
     assert seconds[0] == 1
     assert max(gaps[:20]) <= 6
     assert max(gaps) <= 61
-    monkeypatch.setattr(tracker_module, "PLAIN_SHARE", 0.0)
+    monkeypatch.setattr(metrics_module, "PLAIN_SHARE", 0.0)
     assert len(plain_seconds(tmp_path, capsys, monkeypatch)) > 1000
 
 
 def test_on_a_terminal_there_is_a_bar_and_no_line_for_a_step(tmp_path, capsys, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    with Tracker(tmp_path, 9, first_step=3) as tracker:
-        assert tracker.bar.n == 3
-        tracker.step(4, METRICS, 42.0)
-        tracker.event("something happened")
-        tracker.set_num_steps(7)
-        assert (tracker.bar.n, tracker.bar.total) == (4, 7)
-        with tracker.progress("evaluation", 3) as update:
+    with MetricLogger(tmp_path, 9, first_step=3) as logger:
+        assert logger.bar.n == 3
+        logger.step(4, METRICS, 42.0)
+        logger.event("something happened")
+        logger.set_num_steps(7)
+        assert (logger.bar.n, logger.bar.total) == (4, 7)
+        with logger.progress("evaluation", 3) as update:
             update(2)
     assert "loss 2.5000" in terminal.getvalue()
     assert "/7" in terminal.getvalue()
@@ -228,12 +228,12 @@ class Told:
 
 def test_wandb_is_told_of_every_evaluation_and_of_some_steps_and_the_last(tmp_path):
     told = Told()
-    with Tracker(tmp_path, 7) as tracker:
-        tracker.use_wandb(told, every=3)
+    with MetricLogger(tmp_path, 7) as logger:
+        logger.use_wandb(told, every=3)
         for step in range(1, 8):
-            tracker.step(step, {**METRICS, "train/grad_norm": math.nan}, 1.0)
-        tracker.record(7, {"val/bpb": 1.0})
-        tracker.evaluation(7, val_bpb=1.0)
+            logger.step(step, {**METRICS, "train/grad_norm": math.nan}, 1.0)
+        logger.record(7, {"val/bpb": 1.0})
+        logger.evaluation(7, val_bpb=1.0)
     row = {**METRICS, "train/grad_norm": None}
     assert told.calls == [
         *(("log", step, row) for step in (3, 6, 7)),
@@ -249,8 +249,8 @@ def test_wandb_is_closed_on_every_way_out_and_knows_that_the_run_has_failed(tmp_
     told = Told()
 
     def run():
-        with Tracker(tmp_path, 7) as tracker:
-            tracker.use_wandb(told)
+        with MetricLogger(tmp_path, 7) as logger:
+            logger.use_wandb(told)
             raise error
 
     with pytest.raises(error):

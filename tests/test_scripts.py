@@ -75,7 +75,7 @@ def test_from_text_to_samples_as_a_user_would(run_script, base_dir, data_dir):
     num_tokens = sum(len(tokenizer.encode(text)) for text in val_texts)
     assert table["validation"].split() == [str(num_bytes), str(num_tokens), f"{num_bytes / num_tokens:.3f}"]
 
-    shape = ("--depth=1", "--aspect-ratio=16", "--head-dim=16", "--max-seq-len=16", "--lanes=4")
+    shape = ("--depth=1", "--aspect-ratio=16", "--head-dim=16", "--max-seq-len=16", "--num-streams=4")
     batch = ("--total-batch-size=128", "--device-batch-size=8", "--num-iterations=20")
     printed = succeeds("scripts.base_train", *shape, *batch, "--dtype=float32", "--compile=off", "--run-name=tiny")
     run = base_dir / "runs" / "tiny"
@@ -220,7 +220,7 @@ def trained(base_dir, data_dir, tokenizer, monkeypatch):
         "model_config": config.to_dict(),
         "tokenizer_sha256": tokenizer.sha256(),
         "total_batch_size": 64,
-        "loader": {"row": 24, "lanes": {}},
+        "loader": {"next_sequence": 24, "streams": {}},
         "data_dir": str(data_dir),
         "data": dataset.fingerprint(dataset.open_shards(data_dir)),
     }

@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
-from nanotrain import config, errors, optim
+from nanotrain import config, errors, optim, trainer
 from nanotrain.dist import DistContext
 from scripts import base_train
 
@@ -97,7 +97,7 @@ def train(folder, plan, rank):
     {"unsent": unsent, "unaveraged": unaveraged, "lost": lost, "none": lambda: None}[plan["fault"]]()
     torch.set_num_threads(1 if plan["ranks"] > 1 else 2)  # as torchrun does, and a process alone
     config.override(vars(base_train), plan["flags"])
-    base_train.main_within_memory()
+    base_train.main()
 
 
 def unsent():
@@ -109,7 +109,7 @@ def unaveraged():
     class Alone(DistributedDataParallel):
         require_backward_grad_sync = property(lambda self: False, lambda self, wanted: None)
 
-    base_train.DistributedDataParallel = Alone
+    trainer.DistributedDataParallel = Alone
 
 
 def lost():
