@@ -118,12 +118,14 @@ def parse(text: str, default: object, flag: str) -> object:
 
 
 def check_numbers(settings: SimpleNamespace, at_least_one: Iterable[str] = (), fractions: Iterable[str] = ()) -> None:
-    """Raise UserError if a number is negative, one of the settings `at_least_one` is 0, or one of the `fractions`
-    above 1.
+    """Raise UserError if a number is negative, an integer has more than 63 bits, one of the settings `at_least_one` is
+    0, or one of the `fractions` above 1.
     """
     for name, value in vars(settings).items():
         if isinstance(value, (int, float)) and value < 0:
             raise UserError(f"{flag_of(name)}={value}: must not be negative")
+        if isinstance(value, int) and value >= 2**63:
+            raise UserError(f"{flag_of(name)}={value}: must be below 2^63")
     for name in at_least_one:
         if getattr(settings, name) < 1:
             raise UserError(f"{flag_of(name)}={getattr(settings, name)}: at least 1")

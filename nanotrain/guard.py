@@ -125,11 +125,11 @@ def checksum(tensors: Iterable[torch.Tensor]) -> int:
     return total
 
 
-def check_replicas(dist: DistContext, tensors: Sequence[torch.Tensor], step: int) -> None:
+def check_replicas(dist: DistContext, tensors: Sequence[torch.Tensor], step: int, every: int = 1) -> None:
     """Raise ReplicaError on all ranks, naming those that differ from rank 0, if their `tensors` are not equal to the
-    bit.
+    bit. every: only in each so many steps.
     """
-    if dist.world_size == 1:
+    if dist.world_size == 1 or step % every:
         return
     sums = dist.all_gather_objects(checksum(tensors))
     other = [rank for rank, found in enumerate(sums) if found != sums[0]]
@@ -138,9 +138,3 @@ def check_replicas(dist: DistContext, tensors: Sequence[torch.Tensor], step: int
             f"step {step}: the weights of rank {', '.join(map(str, other))} are not those of rank 0: a device computes "
             "wrongly, or gradients were not shared. Nothing was saved; --resume goes on from the last checkpoint"
         )
-
-
-def check_replicas_sometimes(dist: DistContext, tensors: Sequence[torch.Tensor], step: int) -> None:
-    """`check_replicas` every CHECK_REPLICAS_EVERY steps."""
-    if step % CHECK_REPLICAS_EVERY == 0:
-        check_replicas(dist, tensors, step)

@@ -171,6 +171,12 @@ def peak_flops(device: torch.device) -> float | None:
     return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
 
 
+def peak_tokens_per_second(device: torch.device, world_size: int, flops_per_token: int) -> float | None:
+    """Training tokens per second at the peak FLOP/s of all devices; None if that is not known."""
+    peak = peak_flops(device)
+    return peak * world_size / flops_per_token if peak else None
+
+
 def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
     """The median FLOP/s of a (4096, 256) by (256, 1024) product in `dtype` on this machine (all sides 8 times as long
     on CUDA, where the product would be over before the wait for it), measured for about `seconds`.

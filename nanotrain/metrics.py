@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from nanotrain import guard
+from nanotrain import guard, hardware
 
 if TYPE_CHECKING:
     from nanotrain.trainer import StepResult, TrainState
@@ -160,8 +160,18 @@ class MetricLogger:
         if self._wandb:
             self._wandb.evaluation(step, parts)
 
-    def log_checkpoint(self, state: "TrainState") -> None:
-        """Give wandb the best checkpoint, or without evaluations the last."""
+    def finish(self, state: "TrainState", skipped_documents: int, peak_memory_bytes: int) -> None:
+        """Print how the run ended, and give wandb the best checkpoint, or without evaluations the last."""
+        if skipped_documents:
+            self.event(f"{skipped_documents} documents without text were left out since this start")
+        if not state.is_finished:
+            where = f"step {state.step} of {state.num_steps}"
+            self.event(f"stopped and saved at {where}: the same command with --resume goes on")
+            return
+        evaluated = state.evaluated_step == state.step and state.val_bpb is not None
+        result = f"val bpb {state.val_bpb:.4f}" if evaluated else f"loss {state.last_loss:.4f}"
+        used = f"{hardware.seconds_since_start():.0f} s, {peak_memory_bytes / 2**30:.1f} GiB"
+        self.event(f"done in {used}: {result} after {state.num_steps} steps")
         if self.enabled and self._wandb:
             step = state.best_step if state.best_step >= 0 else state.step
             self._wandb.checkpoint(self._run_dir, step, state.best_bpb)

@@ -226,16 +226,27 @@ class TrainStep:
                 parameter.grad.zero_()  # a view of DDP's bucket, which must stay
 
 
+@dataclass(frozen=True)
+class EvalSettings:
+    """When to evaluate, in steps (the last one always counts; 0: never), and when to stop early."""
+
+    eval_every: int  # bits per byte on validation sequences
+    core_every: int  # tasks
+    sample_every: int
+    batch_size: int  # sequences per forward pass
+    patience: int  # consecutive evaluations without a better one that end the run; 0: off
+    min_delta: float  # bits per byte by which an evaluation must be better to count
+
+
 class TimeBudget:
     """Times of steps, and from them the number of steps of a run that has a number of minutes."""
 
-    def __init__(self, minutes: float, eval_every: int, core_every: int, evaluations_after: float, pass_seconds: float):
-        """minutes: from process start to the last save; 0: not timed. eval_every, core_every: steps; 0: never.
-        evaluations_after: for which time must be left after the run. pass_seconds: forward and backward passes of a
-        step, measured before the first one.
+    def __init__(self, minutes: float, evals: EvalSettings, evaluations_after: float, pass_seconds: float):
+        """minutes: from process start to the last save; 0: not timed. evaluations_after: the number of evaluations for
+        which time must be left after the run. pass_seconds: of a step's forward and backward passes, measured before
+        the first step.
         """
-        self.minutes, self.evaluations_after = minutes, evaluations_after
-        self.eval_every, self.core_every = eval_every, core_every
+        self.minutes, self.evals, self.evaluations_after = minutes, evals, evaluations_after
         self.first_step_seconds = STEP_PER_PASSES * pass_seconds
         self.step_seconds: list[float] = []
 
@@ -263,8 +274,12 @@ class TimeBudget:
         after = (SLOWER_LATER + self.evaluations_after) * state.evaluation_seconds
         after += SLOWER_LATER * state.core_seconds + LAST_SAVE_SECONDS
         left = self.minutes * 60 - state.seconds - hardware.seconds_since_start() - after
-        each = step_seconds + (state.evaluation_seconds / self.eval_every if self.eval_every else 0)
-        each += state.core_seconds / self.core_every if self.core_every else 0
+        each = step_seconds
+        for seconds, every in (
+            (state.evaluation_seconds, self.evals.eval_every),
+            (state.core_seconds, self.evals.core_every),
+        ):
+            each += seconds / every if every else 0
         return state.step + max(round(left / each), 1)
 
     def estimate(self, state: TrainState, dist: DistContext) -> bool:

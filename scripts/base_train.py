@@ -32,13 +32,13 @@ from nanotrain.checkpoint import CheckpointManager
 from nanotrain.dataloader import DataLoader, Prefetcher, TrainData
 from nanotrain.dist import init_distributed, is_lost_peer
 from nanotrain.errors import MemoryLimitError, PeerError, UserError
-from nanotrain.evals import Evals, EvalSettings
+from nanotrain.evals import Evals
 from nanotrain.files import write_json
 from nanotrain.gpt import GPTConfig
 from nanotrain.loss import chunk_rows
 from nanotrain.metrics import MetricLogger
 from nanotrain.store import FORMAT
-from nanotrain.trainer import TimeBudget, TrainState, TrainStep
+from nanotrain.trainer import EvalSettings, TimeBudget, TrainState, TrainStep
 
 # --- run
 RUN_NAME = ""  # folder of the run under NANOTRAIN_DIR/runs; empty: d<depth>, or base where the plan chooses it
@@ -109,7 +109,7 @@ WANDB_LOG_EVERY = 10  # steps between those whose numbers are logged; metrics.js
 
 REMOVED = {"LANES": "give --num-streams"}
 
-# What --resume does with a setting that differs from the checkpoint's: refused, or to be allowed by name, or free.
+# A setting that differs from the checkpoint's at a resume is refused, must be allowed by name, or is in neither list.
 IDENTITY = (
     "SEED", "MAX_SEQ_LEN", "NUM_STREAMS", "DEPTH", "ASPECT_RATIO", "HEAD_DIM", "BIGRAM_ROWS", "PLAIN",
     "SPECTRAL_TOKENS", "INIT_FROM",
@@ -120,13 +120,6 @@ TRAJECTORY = (
     "WEIGHT_DECAY", "GRAD_CLIP", "SCHEDULE", "WARMUP_RATIO", "WARMDOWN_RATIO", "FINAL_LR_FRAC", "DTYPE", "COMPILE",
     "DETERMINISTIC",
 )  # fmt: skip
-FREE = (
-    "RUN_NAME", "RESUME", "ALLOW_CHANGE", "DRY_RUN", "DEVICE", "DATA_DIR", "TOKENIZER_DIR", "DEVICE_BATCH_SIZE",
-    "GRAD_CHECKPOINT", "EVAL_EVERY", "EVAL_TOKENS", "EVALUATIONS_AFTER", "CORE_METRIC_EVERY", "CORE_BUNDLE",
-    "CORE_MAX_PER_TASK", "REPORT", "SAMPLE_EVERY", "SAVE_EVERY", "KEEP_LAST", "KEEP_EVERY", "EARLY_STOP_PATIENCE",
-    "EARLY_STOP_MIN_DELTA", "WANDB", "WANDB_PROJECT", "WANDB_TAGS", "WANDB_NOTES", "WANDB_LOG_EVERY",
-)  # fmt: skip
-
 DEFAULT_BATCH = 16  # sequences of a forward pass
 SPECTRAL_RUNS = 5  # bigram init counts at most so many times the tokens of the run
 
@@ -163,9 +156,7 @@ def train(cfg, dist, stop, watchdog):
     if cfg.DRY_RUN:
         return
     if state.is_finished:
-        dist.print0(
-            f"nothing to do: the newest checkpoint of {run_dir.name} is at step {state.step} of {state.num_steps}"
-        )
+        dist.print0(f"nothing to do: {run_dir.name} has a checkpoint at step {state.step} of {state.num_steps}")
         return write_report(cfg, run_dir, dist)
 
     validation = validation_data(cfg, data, run.model_config.max_seq_len, dist)
@@ -176,9 +167,11 @@ def train(cfg, dist, stop, watchdog):
     batch_size, accumulation = run.plan.device_batch_size, run.plan.grad_accum_steps
     pass_seconds = warmup.compile_and_warm_up(dist, model, batch_size, cfg.COMPILE, cfg.TARGET_MINUTES)
     step = TrainStep(model, optimizers, dist, run.plan, run.recipe.grad_clip, restored.state if restored else None)
-    budget = time_budget(cfg, pass_seconds * accumulation)
-    metrics = open_metrics(run, run_dir, dist)
-    evals = Evals(eval_settings(cfg), model, data.tokenizer, *validation, dist, metrics, watchdog.beat)
+    when = eval_settings(cfg)
+    budget = TimeBudget(cfg.TARGET_MINUTES, when, cfg.EVALUATIONS_AFTER, pass_seconds * accumulation)
+    peak = hardware.peak_tokens_per_second(dist.device, dist.world_size, run.plan.flops_per_token)
+    metrics = dist.on_all_ranks(lambda: MetricLogger(run_dir, state.num_steps, state.step, dist.is_rank0, peak))
+    evals = Evals(when, model, data.tokenizer, *validation, dist, metrics, watchdog.beat)
     checkpoints.begin(state, run.identity, metrics, watchdog.beat)
     with warmup.memory_limit(batch_size, model), metrics, DataLoader(reader, batch_size, dist.device) as loader:
         start_wandb(cfg, run_dir, state, record, metrics, dist)
@@ -203,11 +196,12 @@ def train(cfg, dist, stop, watchdog):
             matrix_lr = run.recipe.matrix_lr * settings.lr_factor
             metrics.log_step(state, result, deviations, matrix_lr, budget.seconds_left(state))
             state.check_updates(result, run.recipe.matrix_lr)
-            guard.check_replicas_sometimes(dist, step.parameters, state.step)
+            guard.check_replicas(dist, step.parameters, state.step, guard.CHECK_REPLICAS_EVERY)
             if budget.refit(state, dist):
                 metrics.set_num_steps(state.num_steps, budget.typical_seconds)
             stopping = result.stop_requested and not state.is_finished
-        finish(state, reader, metrics, dist)
+        skipped_documents = round(dist.all_reduce_sum([reader.skipped_documents])[0])
+        metrics.finish(state, skipped_documents, hardware.peak_memory_bytes(dist.device))
     if state.is_finished:
         write_report(cfg, run_dir, dist)
 
@@ -352,8 +346,8 @@ def build(cfg, data, run, dist, restored):
     model = checkpoint.build_model(run.model_config, dist.device)
     if cfg.GRAD_CHECKPOINT:
         model.checkpoint_activations()
-    muon_dtype = torch.bfloat16 if dist.dtype == torch.bfloat16 else torch.float32
     roles, rates = model.parameters_by_role(), run.recipe.learning_rates
+    muon_dtype = torch.bfloat16 if dist.dtype == torch.bfloat16 else torch.float32
     optimizers = optim.build_optimizers(roles, rates, run.recipe.weight_decay, muon_dtype, dist)
     if dist.world_size > 1:
         dist.print0(optim.describe_communication(optimizers, dist, run.plan.total_batch_size // dist.world_size))
@@ -385,22 +379,10 @@ def build(cfg, data, run, dist, restored):
 # ---- around the loop ----
 
 
-def time_budget(cfg, pass_seconds):
-    return TimeBudget(cfg.TARGET_MINUTES, cfg.EVAL_EVERY, cfg.CORE_METRIC_EVERY, cfg.EVALUATIONS_AFTER, pass_seconds)
-
-
 def eval_settings(cfg):
     batch_size = cfg.DEVICE_BATCH_SIZE or DEFAULT_BATCH
     every = (cfg.EVAL_EVERY, cfg.CORE_METRIC_EVERY, cfg.SAMPLE_EVERY)
     return EvalSettings(*every, batch_size, cfg.EARLY_STOP_PATIENCE, cfg.EARLY_STOP_MIN_DELTA)
-
-
-def open_metrics(run, run_dir, dist):
-    peak = hardware.peak_flops(dist.device)
-    tokens_per_second = peak * dist.world_size / run.plan.flops_per_token if peak else None
-    return dist.on_all_ranks(
-        lambda: MetricLogger(run_dir, run.state.num_steps, run.state.step, dist.is_rank0, tokens_per_second)
-    )
 
 
 def start_wandb(cfg, run_dir, state, record, metrics, dist):
@@ -409,22 +391,6 @@ def start_wandb(cfg, run_dir, state, record, metrics, dist):
         wandb = wandb_run.begin(run_dir, cfg.WANDB, state.wandb_id, record, metrics.event, **described)
         state.wandb_id = wandb.id
         metrics.use_wandb(wandb, cfg.WANDB_LOG_EVERY)
-
-
-def finish(state, reader, metrics, dist):
-    """Say how the run ended."""
-    left_out = round(dist.all_reduce_sum([reader.skipped_documents])[0])
-    if left_out:
-        metrics.event(f"{left_out} documents without text were left out since this start")
-    if not state.is_finished:
-        where = f"step {state.step} of {state.num_steps}"
-        metrics.event(f"stopped and saved at {where}: the same command with --resume goes on")
-        return
-    evaluated = state.evaluated_step == state.step and state.val_bpb is not None
-    result = f"val bpb {state.val_bpb:.4f}" if evaluated else f"loss {state.last_loss:.4f}"
-    used = f"{hardware.seconds_since_start():.0f} s, {hardware.peak_memory_bytes(dist.device) / 2**30:.1f} GiB"
-    metrics.event(f"done in {used}: {result} after {state.num_steps} steps")
-    metrics.log_checkpoint(state)
 
 
 def write_report(cfg, run_dir, dist):
@@ -448,8 +414,6 @@ def check_settings(cfg):
         raise UserError("--target-param-data-ratio=0 and no other horizon: give one, as in --num-iterations=1000")
     if cfg.RUN_NAME.startswith(wandb_run.PREFIX):
         raise UserError(f"--run-name={cfg.RUN_NAME}: begin a new run with its weights, by --init-from={cfg.RUN_NAME}")
-    if cfg.SEED >= 2**63:
-        raise UserError(f"--seed={cfg.SEED}: must be below 2^63")
     if cfg.EARLY_STOP_PATIENCE and not cfg.EVAL_EVERY:
         raise UserError("--early-stop-patience needs evaluations: give --eval-every, as in --eval-every=250")
     if cfg.WARMUP_RATIO + cfg.WARMDOWN_RATIO > 1:

@@ -234,7 +234,7 @@ def differences(first, second):
         step, files, _ = checkpoint.newest(run)
         state = checkpoint.unpack(files)[2]
         for name in ("seconds", "evaluation_seconds", "core_seconds"):
-            del state["run"][name]
+            del state["train_state"][name]
         del state["environment"]["commit"]  # which may differ
         for name in ("RUN_NAME", "RESUME"):
             del state["settings"][name]

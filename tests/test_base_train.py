@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 import weakref
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -297,10 +298,12 @@ def test_scoring_counts_in_the_time_of_a_run(monkeypatch):
     monkeypatch.setattr(hardware, "seconds_since_start", lambda: 10.0)
     state = trainer.TrainState(0, horizon_fixed=False, step=5, seconds=9.0, evaluation_seconds=3.0, core_seconds=7.0)
     left = 120 - 9 - 10 - 1 - 1.1 * (3 + 7)
-    budget = trainer.TimeBudget(2.0, 10, 20, 0.0, 1.0)
+    when = trainer.EvalSettings(10, 20, 0, 16, 0, 0.0)
+    budget = trainer.TimeBudget(2.0, when, 0.0, 1.0)
     assert budget.steps_in_time(state, 0.5) == 5 + round(left / (0.5 + 3 / 10 + 7 / 20))
     state.core_seconds = 0.0
-    assert trainer.TimeBudget(2.0, 10, 0, 0.0, 1.0).steps_in_time(state, 0.5) == 5 + round((100 - 3.3) / 0.8)
+    without_tasks = trainer.TimeBudget(2.0, replace(when, core_every=0), 0.0, 1.0)
+    assert without_tasks.steps_in_time(state, 0.5) == 5 + round((100 - 3.3) / 0.8)
 
 
 def test_a_run_by_time_knows_how_long_an_evaluation_takes_from_its_first_estimate_on_and_when_resumed(
@@ -658,9 +661,7 @@ def test_a_device_batch_of_0_is_the_most_that_fits_where_it_is_tried(train, whol
 
 def test_a_row_that_does_not_fit_is_a_sentence(train, monkeypatch):
     forbid_rows(monkeypatch, 0)
-    with pytest.raises(
-        MemoryLimitError, match=r"with a single sequence: try a smaller --max-seq-len, --grad"
-    ):
+    with pytest.raises(MemoryLimitError, match=r"with a single sequence: try a smaller --max-seq-len, --grad"):
         train(DEVICE_BATCH_SIZE=0)
 
 
@@ -1016,7 +1017,7 @@ def finished(whole, base_dir):
 def test_resuming_at_the_last_step_says_that_there_is_nothing_to_do(train, finished, capsys):
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     train("finished", RESUME=True)
-    assert "nothing to do: the newest checkpoint of finished is at step 6 of 6" in capsys.readouterr().out
+    assert "nothing to do: finished has a checkpoint at step 6 of 6" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
 
@@ -1155,9 +1156,17 @@ CHANGES = {
 }
 
 
+FREE = (
+    "RUN_NAME", "RESUME", "ALLOW_CHANGE", "DRY_RUN", "DEVICE", "DATA_DIR", "TOKENIZER_DIR", "DEVICE_BATCH_SIZE",
+    "GRAD_CHECKPOINT", "EVAL_EVERY", "EVAL_TOKENS", "EVALUATIONS_AFTER", "CORE_METRIC_EVERY", "CORE_BUNDLE",
+    "CORE_MAX_PER_TASK", "REPORT", "SAMPLE_EVERY", "SAVE_EVERY", "KEEP_LAST", "KEEP_EVERY", "EARLY_STOP_PATIENCE",
+    "EARLY_STOP_MIN_DELTA", "WANDB", "WANDB_PROJECT", "WANDB_TAGS", "WANDB_NOTES", "WANDB_LOG_EVERY",
+)  # fmt: skip
+
+
 def test_every_setting_is_of_exactly_one_class():
     """TR12: a new setting needs a decision."""
-    classes = (*base_train.IDENTITY, *base_train.TRAJECTORY, *base_train.FREE)
+    classes = (*base_train.IDENTITY, *base_train.TRAJECTORY, *FREE)
     assert sorted(classes) == sorted(config.settings(vars(base_train)))
     assert set(CHANGES) <= set(base_train.TRAJECTORY)
     assert set(base_train.TRAJECTORY) - set(CHANGES) == {"TARGET_FLOPS", "TARGET_MINUTES", "TARGET_PARAM_DATA_RATIO"}
@@ -1699,7 +1708,7 @@ def test_a_run_that_gets_no_better_ends_early_like_a_finished_one(train, measure
     assert (state["train_state"]["num_steps"], state["step"]) == (ended, ended)
     assert f"after {ended} steps" in capsys.readouterr().out
     train(**settings, RESUME=True)
-    assert f"nothing to do: the newest checkpoint of r is at step {ended} of {ended}" in capsys.readouterr().out
+    assert f"nothing to do: r has a checkpoint at step {ended} of {ended}" in capsys.readouterr().out
 
 
 def test_patience_goes_on_counting_after_a_stop(train, measured, at_step):

@@ -34,7 +34,7 @@ def init(sequences, width, seed=0):
 def nats(embedding, head, sequences):
     """Mean loss of the bigram model on the bigrams of `sequences`, as computed before the layers are trained."""
     hidden = F.rms_norm(embedding, embedding.shape[1:])[sequences[:, :-1].flatten()]
-    return loss.token_losses(hidden, head, sequences[:, 1:].flatten()).mean().item()
+    return loss.token_losses(hidden, head, sequences[:, 1:].flatten(), 15.0).mean().item()
 
 
 def entropies(sequences):

@@ -89,7 +89,7 @@ def test_the_manifest_lists_every_file_with_size_and_hash_and_seals_itself(tmp_p
     assert sorted(manifest["files"]) == sorted(FILES[1:])
     seal = manifest.pop("sha256")
     assert manifest.keys() == {"format", "step", "files"}
-    assert (manifest["format"], manifest["step"]) == (1, 1000)
+    assert (manifest["format"], manifest["step"]) == (2, 1000)
     assert seal == hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
@@ -167,12 +167,20 @@ def test_a_sealed_manifest_of_another_step_format_or_list_of_files_is_refused(tm
     folder = save(tmp_path, 1)
     honest = json.loads((folder / "manifest.json").read_text())
     del honest["sha256"]
-    for change in ({"format": 2}, {"step": 2}, {"files": {}}, {"files": {**honest["files"], "../x": {}}}, {}):
+    wrong = "format 2 and step 1"
+    for change, message in (
+        ({"format": 1}, "has format 1, and this version of nanotrain reads format 2: use the version that wrote it"),
+        ({"format": "2"}, wrong),
+        ({"step": 2}, wrong),
+        ({"files": {}}, wrong),
+        ({"files": {**honest["files"], "../x": {}}}, wrong),
+        ({}, ""),
+    ):
         manifest = {**honest, **change}
         seal = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
         (folder / "manifest.json").write_text(json.dumps({**manifest, "sha256": seal}))
         if change:
-            with pytest.raises(CheckpointError, match="format 1 and step 1"):
+            with pytest.raises(CheckpointError, match=message):
                 checkpoint.read(tmp_path, 1)
     checkpoint.read(tmp_path, 1)  # the last manifest was sealed the same way and changed nothing
 
@@ -512,14 +520,14 @@ def test_load_model_takes_the_newest_that_verifies(trained):
     damage(folder / "model.safetensors", "middle bit")
     model, _, meta = checkpoint.load_model(run)
     assert meta["step"] == 8
-    assert torch.equal(model.head.weight, original.head.weight)
+    assert torch.equal(model.lm_head.weight, original.lm_head.weight)
 
 
 def save_again(trained, step, best_step, add):
     run, original = trained
     tensors = {name: tensor + add for name, tensor in original.state_dict().items()}
     state = checkpoint.unpack(checkpoint.read(run, 8))[2]
-    return checkpoint.save(run, step, tensors, {}, {**state, "step": step, "run": {"best_step": best_step}})
+    return checkpoint.save(run, step, tensors, {}, {**state, "step": step, "train_state": {"best_step": best_step}})
 
 
 def test_load_model_takes_the_best_that_the_newest_knows(trained):
@@ -528,7 +536,7 @@ def test_load_model_takes_the_best_that_the_newest_knows(trained):
         save_again(trained, newest, best, add=newest)
         model, _, meta = checkpoint.load_model(run, best=True)
         assert meta["step"] == best
-        assert torch.equal(model.head.weight, original.head.weight + (best if best > 8 else 0))
+        assert torch.equal(model.lm_head.weight, original.lm_head.weight + (best if best > 8 else 0))
         assert checkpoint.load_model(run)[2]["step"] == newest
 
 
@@ -538,7 +546,7 @@ def test_load_model_of_the_best_of_a_run_that_was_never_evaluated_says_so(traine
     with pytest.raises(CheckpointError, match="never evaluated"):
         checkpoint.load_model(trained[0], best=True)
     for run in ({}, None, []):
-        state = {**checkpoint.load_model(trained[0])[2], "run": run}
+        state = {**checkpoint.load_model(trained[0])[2], "train_state": run}
         checkpoint.save(trained[0], 9, trained[1].state_dict(), {}, state)
         with pytest.raises(CheckpointError, match="never evaluated"):
             checkpoint.load_model(trained[0], best=True)
@@ -551,7 +559,7 @@ def test_load_model_takes_any_step_that_is_there(trained):
     for step, add in ((8, 0), (9, 9), (10, 10)):
         model, _, meta = checkpoint.load_model(run, step=step)
         assert meta["step"] == step
-        assert torch.equal(model.head.weight, original.head.weight + add)
+        assert torch.equal(model.lm_head.weight, original.lm_head.weight + add)
     with pytest.raises(CheckpointError, match=r"--step=7: no such checkpoint in .*; there: 10, 9, 8"):
         checkpoint.load_model(run, step=7)
     damage(folder / "model.safetensors", "middle bit")

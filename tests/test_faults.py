@@ -253,7 +253,7 @@ def test_p8_one_ranks_nan_leaves_the_weights_of_both_ranks_and_the_checkpoints_a
     for step in checkpoint.steps(poisoned.run):
         tensors, moments, state = checkpoint.unpack(checkpoint.read(poisoned.run, step))
         assert all(tensor.isfinite().all() for tensor in [*tensors.values(), *moments.values()])
-        assert state["run"]["skipped_steps"] == sum(bad <= step for bad in BAD.values())
+        assert state["train_state"]["skipped_steps"] == sum(bad <= step for bad in BAD.values())
         same = step > 1 and weights(poisoned.run, step) == weights(poisoned.run, step - 1)
         assert same == (step in BAD.values())
 

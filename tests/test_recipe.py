@@ -149,7 +149,7 @@ def test_a_batch_in_parts_is_made_of_whole_passes():
     for rank_rows in range(1, 65):
         for most in range(1, 20):
             if rank_rows % 4:
-                with pytest.raises(UserError, match=r"1 ranks x rows of 16 x 4 parts of a growing batch"):
+                with pytest.raises(UserError, match=r"1 ranks x sequences of 16 x 4 parts of a growing batch"):
                     recipe.split_batch(16 * rank_rows, 16, most, 1, 4)
                 continue
             rows, grad_accum_steps = recipe.split_batch(16 * rank_rows, 16, most, 1, 4)

@@ -233,8 +233,8 @@ def trained(base_dir, data_dir, tokenizer, monkeypatch):
     [
         ({"EVAL_TOKENS": 15}, "--eval-tokens=15: less than one sequence"),
         ({"DEVICE_BATCH_SIZE": 0}, "--device-batch-size=0: at least 1"),
-        ({"EVAL_DOCUMENT_BYTES": -1}, "--eval-document-bytes=-1: at least 0"),
-        ({"CORE_MAX_PER_TASK": -1}, "--core-max-per-task=-1: at least 0"),
+        ({"EVAL_DOCUMENT_BYTES": -1}, "--eval-document-bytes=-1: must not be negative"),
+        ({"CORE_MAX_PER_TASK": -1}, "--core-max-per-task=-1: must not be negative"),
         ({"BEST": True, "STEP": 4}, "--best and --step=4"),
         ({"STEP": 3}, "--step=3: no such checkpoint"),
         ({"CORE_BUNDLE": "/nowhere"}, "no CORE bundle at /nowhere"),

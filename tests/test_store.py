@@ -695,7 +695,7 @@ def test_p6_no_file_is_opened_by_a_name_from_a_manifest(tmp_path, name, how):
     entry = files["model"] if how == "besides" else files.pop("model")
     seal(folder, files={**files, name: entry})
     disk = Counting()
-    with pytest.raises(CheckpointError, match="format 1 and step 1"):
+    with pytest.raises(CheckpointError, match="format 2 and step 1"):
         Store(tmp_path, NAMES, disk).read(1)
     assert disk.reads == [("step_00000001", "manifest.json")]
 

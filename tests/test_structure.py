@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
+import nanotrain
 from nanotrain import config
+from nanotrain.recipe import RECIPE_SETTINGS
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = sorted(path for path in (ROOT / "nanotrain").glob("*.py"))
@@ -65,6 +67,17 @@ def dotted(node):
 
 
 # ---- imports ----
+
+
+@pytest.mark.parametrize("name", nanotrain.MOVED)
+def test_a_module_that_moved_is_an_error_with_its_new_name(name):
+    successors = nanotrain.MOVED[name].split(" and ")
+    for successor in successors:
+        assert importlib.util.find_spec(successor)
+    with pytest.raises(ImportError, match=f"{name} is {successors[0]}"):
+        importlib.import_module(name)
+    done = subprocess.run([sys.executable, "-m", name], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, successors[0] in done.stderr) == (1, True)
 
 
 MODULES = {"pyyaml": "yaml"}  # of the packages that are called otherwise
@@ -298,7 +311,11 @@ def test_settings_are_all_constants_of_the_block_each_with_a_comment(name):
 
 @pytest.mark.parametrize("name", WITH_SETTINGS)
 def test_every_setting_is_used(name):
-    used = {node.id for node in ast.walk(TREES[name]) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    nodes = [node for node in ast.walk(TREES[name]) if isinstance(getattr(node, "ctx", None), ast.Load)]
+    used = {node.id for node in nodes if isinstance(node, ast.Name)}
+    used |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}  # of `config.snapshot`
+    if name == "scripts.base_train":
+        used |= set(RECIPE_SETTINGS)
     assert set(constants(name)) <= used
 
 

@@ -40,7 +40,7 @@ def test_every_draw_is_a_valid_run_with_the_flags_that_wandb_makes_of_it(monkeyp
         for name, value in settings.items():
             assert namespace[name.upper()] == value
             monkeypatch.setattr(base_train, name.upper(), value)
-        base_train.check_settings()
+        base_train.check_settings(config.snapshot("scripts.base_train"))
         assert settings["total_batch_size"] % 256 == 0
 
 
