@@ -4,7 +4,7 @@
         manifest.json                         format, step, size and SHA-256 of every other file, and a hash of all that
         model.safetensors                     the weights by name, and nothing else
         optim-00000-of-00001.safetensors      "parameter/state" -> whole tensors
-        state.json                            everything else: step, settings, loader, horizon, fingerprints
+        state.json                            everything else: see `CheckpointManager.save` and `RunPlan.record`
 
 How they are written and verified is in store.py; what is in them is here. There is no pickle: tensors are safetensors,
 the rest is JSON.
@@ -12,8 +12,8 @@ the rest is JSON.
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,7 @@ from nanotrain.store import Store
 from nanotrain.tokenizer import BPETokenizer
 
 if TYPE_CHECKING:
-    from nanotrain.dataloader import Prefetcher
+    from nanotrain.dataloader import Prefetcher, TrainData
     from nanotrain.metrics import MetricLogger
     from nanotrain.trainer import TrainState, TrainStep
 
@@ -191,11 +191,47 @@ class Restored:
     state: dict
     model_tensors: dict[str, Tensor]
     optimizer_tensors: dict[str, Tensor]
+    changed: set[str] = field(default_factory=set)  # settings that are other than in the checkpoint
 
-    @property
-    def step(self) -> int:
-        """Finished optimizer steps."""
-        return self.state["step"]
+    def check(
+        self, data: "TrainData", settings: dict, identity: Sequence[str], trajectory: Sequence[str], allowed: str
+    ) -> None:
+        """Find `changed`. Raises an error with a readable difference if tokenizer or data differ, or settings that may
+        not.
+
+        settings: {name: value}. identity: names of those that cannot change within a run; trajectory: of those that can
+        if `allowed`, names separated by commas, has them. All others may change.
+        """
+        was = self.state["settings"]
+        if self.state["tokenizer_sha256"] != data.tokenizer.sha256():
+            raise DataError(
+                "the tokenizer is not the one this run was trained with: give --tokenizer-dir (the run's folder has "
+                "a copy), or start another run with --run-name"
+            )
+        if self.state["data"] != data.fingerprint:
+            raise DataError(
+                "the data are not those this run was trained with: give their folder with --data-dir, or start another "
+                "run with --run-name"
+            )
+        self.changed = {name for name in settings if name in was and was[name] != settings[name]}
+        may = {name.strip().replace("-", "_").upper() for name in allowed.split(",")}
+        lines = []
+        for name in (*identity, *trajectory):
+            if name in self.changed and (name in identity or name not in may):
+                what = f"{config.flag_of(name)} was {was[name]}, is {settings[name]}"
+                allow = f"allow it with --allow-change={name.lower()}"
+                lines.append(f"{what}: {'it cannot change within a run' if name in identity else allow}")
+        if lines:
+            raise UserError("this run was started with other settings:\n  " + "\n  ".join(lines))
+
+    def warn_of_difference(self, environment: dict, dist: DistContext) -> None:
+        """Say in one line what differs from the machine on which the checkpoint was written."""
+        was = self.state["environment"]
+        names = ("packages", "cuda", "device_name", "threads", "world_size", "dtype", "deterministic")
+        different = [f"{n} was {was.get(n)}, is {environment[n]}" for n in names if was.get(n) != environment[n]]
+        if different:
+            what = "the same sequences, but not to the same bits"
+            dist.print0(f"warning    the run goes on with {what}: {'; '.join(different)}")
 
     def load_tensors(self, model: GPT, optimizers: Iterable[optim.ShardedOptimizer]) -> None:
         """Load weights and optimizer state, and let go of the tensors: a run must not hold two copies of them."""
@@ -206,7 +242,9 @@ class Restored:
 
 class CheckpointManager:
     """The checkpoints of one run: which to go on from, when to save, what to save, which to keep. A few that cannot be
-    written do not end the run.
+    written do not end the run. Call `restore`, then `claim`, then `begin`, then `save` as often as it is due.
+
+    There is no state of a random number generator: after initialization nothing is drawn.
     """
 
     def __init__(self, run_dir: Path, dist: DistContext, save_every: int = 0, keep_last: int = 2, keep_every: int = 0):
@@ -222,11 +260,11 @@ class CheckpointManager:
         """The newest checkpoint that verifies, on every rank; None for a new run. Raises UserError if there is a
         checkpoint and `resume` is False.
         """
-        verified = {}
+        files_of_rank0 = {}
 
         def find():
             if resume:
-                step, verified["files"], complaints = newest(self.run_dir)
+                step, files_of_rank0["files"], complaints = newest(self.run_dir)
                 return step, complaints
             if there := steps(self.run_dir):
                 raise UserError(
@@ -241,7 +279,7 @@ class CheckpointManager:
         if step is None:
             return None
         model_tensors, optimizer_tensors, state = self.dist.on_all_ranks(
-            lambda: unpack(verified.pop("files", None) or read(self.run_dir, step))
+            lambda: unpack(files_of_rank0.pop("files", None) or read(self.run_dir, step))
         )
         self.dist.print0(f"resume     {self.run_dir.name} at step {step}")
         self.resumed_step = step
@@ -252,11 +290,9 @@ class CheckpointManager:
         self.owner = self.dist.on_rank0(lambda: claim(self.run_dir))
         self.dist.on_rank0(lambda: tokenizer.save(self.run_dir))
 
-    def begin(
-        self, state: "TrainState", identity: dict, metrics: "MetricLogger", beat: Callable[[float], None]
-    ) -> None:
-        """Get ready to save. `identity` goes into every checkpoint; `beat` is the watchdog's."""
-        self.identity, self.metrics, self.beat = identity, metrics, beat
+    def begin(self, state: "TrainState", record: dict, metrics: "MetricLogger", beat: Callable[[float], None]) -> None:
+        """Get ready to save. `record` goes into every checkpoint; `beat` is the watchdog's."""
+        self.record, self.metrics, self.beat = record, metrics, beat
         self.saved_best = state.best_bpb, state.best_step
         if self.resumed_step is not None:
             self.saved = state.step, state.evals_step
@@ -280,7 +316,7 @@ class CheckpointManager:
         if not all(parameter.isfinite().all() for parameter in train_step.parameters):
             raise NonFiniteError(
                 f"step {state.step}: the weights are not finite and were not saved; the last checkpoint is intact. "
-                f"{guard.lower_rates(self.identity['recipe']['matrix_lr'])}"
+                f"{guard.lower_rates(self.record['recipe']['matrix_lr'])}"
             )
         seconds = state.seconds + hardware.seconds_since_start()
         found = {
@@ -289,7 +325,7 @@ class CheckpointManager:
             "train_state": {**asdict(state), "seconds": seconds},
             "loader": batches.state(self.dist),
             **train_step.state(),
-            **self.identity,
+            **self.record,
         }
         hardware.give_back_freed_memory()  # a file is put together in memory
         weights, moments = train_step.model.state_dict(), optim.state_tensors(train_step.optimizers, self.dist)
@@ -305,7 +341,7 @@ class CheckpointManager:
         outcome = f"could not be written ({failure}); training goes on" if failure else "saved"
         self.metrics.event(f"step {state.step}: {'the ' if failure else ''}checkpoint {outcome}")
 
-    def save_before_error(self, state: "TrainState", train_step: "TrainStep", batches: "Prefetcher") -> None:
+    def save_then_raise(self, state: "TrainState", train_step: "TrainStep", batches: "Prefetcher") -> None:
         """Save the finished steps after an error of the data, then raise it on all ranks."""
         if self.due(state, is_final=True):
             self.save(state, train_step, batches)
@@ -317,7 +353,7 @@ class CheckpointManager:
             save(self.run_dir, state.step, weights, moments, found, self.owner)
         except OSError as error:
             return error.strerror or str(error), state.step in steps(self.run_dir)
-        with contextlib.suppress(OSError):  # it is saved; what could not be removed goes another time
+        with contextlib.suppress(OSError):  # it is saved; what could not be removed is removed at the next save
             clean(
                 self.run_dir,
                 self.keep_last,
@@ -328,54 +364,6 @@ class CheckpointManager:
                 self.verified,
             )
         return None, True
-
-
-def check_same(
-    state: dict,
-    tokenizer: BPETokenizer,
-    data: dict,
-    settings: dict,
-    identity: Iterable[str],
-    trajectory: Iterable[str],
-    allowed: str,
-) -> set[str]:
-    """The names of the settings that differ from those in a checkpoint's `state`. Raises an error with a readable
-    difference if tokenizer or data differ, or settings that may not.
-
-    settings: {name: value}. identity: names of those that cannot change within a run; trajectory: of those that can if
-    `allowed`, names separated by commas, has them. All others may change.
-    """
-    if state["tokenizer_sha256"] != tokenizer.sha256():
-        raise DataError(
-            "the tokenizer is not the one this run was trained with: give --tokenizer-dir (the run's folder has "
-            "a copy), or start another run with --run-name"
-        )
-    if state["data"] != data:
-        raise DataError(
-            "the data are not those this run was trained with: give their folder with --data-dir, or start another run "
-            "with --run-name"
-        )
-    was = state["settings"]
-    changed = {name for name in settings if name in was and was[name] != settings[name]}
-    may = {name.strip().replace("-", "_").upper() for name in allowed.split(",")}
-    lines = []
-    for name in (*identity, *trajectory):
-        if name in changed and (name in identity or name not in may):
-            what = f"{config.flag_of(name)} was {was[name]}, is {settings[name]}"
-            allow = f"allow it with --allow-change={name.lower()}"
-            lines.append(f"{what}: {'it cannot change within a run' if name in identity else allow}")
-    if lines:
-        raise UserError("this run was started with other settings:\n  " + "\n  ".join(lines))
-    return changed
-
-
-def warn_of_difference(dist: DistContext, was: dict, now: dict) -> None:
-    """Say in one line what differs from the machine on which the checkpoint was written."""
-    names = ("packages", "cuda", "device_name", "threads", "world_size", "dtype", "deterministic")
-    different = [f"{name} was {was.get(name)}, is {now[name]}" for name in names if was.get(name) != now[name]]
-    if different:
-        what = "the same sequences, but not to the same bits"
-        dist.print0(f"warning    the run goes on with {what}: {'; '.join(different)}")
 
 
 def load_first_weights(

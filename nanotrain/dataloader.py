@@ -105,7 +105,7 @@ def slices_of(shards: Sequence[Shard], num_streams: int) -> list[Slice]:
     return slices
 
 
-class SliceSequence:
+class SliceOrder:
     """The endless order of slices: epoch after epoch, each sorted by SHA-256 of (seed, epoch, slice name)."""
 
     def __init__(self, slices: list[Slice], seed: int):
@@ -129,7 +129,7 @@ class SliceSequence:
 class Part:
     """Unused tokens of a stream, an array (n,) int32, and the location of the first one."""
 
-    position: int  # of the slice in the SliceSequence
+    position: int  # of the slice in the SliceOrder
     piece: int  # index in the slice
     offset: int  # index in the piece
     tokens: np.ndarray
@@ -142,7 +142,7 @@ class Stream:
     A piece is a document or a part of a very long one; pieces are numbered within their slice.
     """
 
-    def __init__(self, order: SliceSequence, number: int, num_streams: int, state: tuple | None = None):
+    def __init__(self, order: SliceOrder, number: int, num_streams: int, state: tuple | None = None):
         self.order, self.num_streams = order, num_streams
         self.position, self.piece, self.skip = state or (number, 0, 0)
         self.pieces = None  # texts of the slice at `position`, once read
@@ -263,7 +263,7 @@ class SequenceReader:
         self.tokenizer, self.seq_len, self.num_streams = tokenizer, seq_len, num_streams
         self.rank, self.world_size = rank, world_size
         self.next_sequence = state["next_sequence"] if state else 0
-        order = SliceSequence(slices, seed)
+        order = SliceOrder(slices, seed)
         self.num_slices = len(slices)
         self._prefetch_tokens = PREFETCH_SEQUENCES * seq_len
         self._started = {}  # the streams read so far; a dict keeps their order

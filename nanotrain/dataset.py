@@ -18,6 +18,7 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -80,7 +81,7 @@ class Shard:
 
     name: str
     path: Path
-    group_rows: tuple
+    group_rows: tuple[int, ...]
     text_bytes: int
     stamp: tuple
 
@@ -90,11 +91,11 @@ class Shards:
     """A folder of shards: the train shards in order of name, and the validation shard, which is never one of them."""
 
     folder: Path
-    train: tuple
+    train: tuple[Shard, ...]
     validation: Shard
 
 
-def open_shards(folder):
+def open_shards(folder: str | Path) -> Shards:
     """The Shards of a data folder, with every footer and schema checked.
 
     Raises DataError for a missing or empty folder, no train shard, a broken file, or one without a string column
@@ -125,7 +126,7 @@ def open_shards(folder):
     return Shards(folder, tuple(opened[name] for name in train), opened[validation])
 
 
-def open_shard(path, size=None):
+def open_shard(path: Path, size: int | None = None) -> Shard:
     """The Shard at `path`, its footer and schema checked, and its size in bytes where `size` is given.
 
     Raises DataError that says what is wrong with it.
@@ -157,7 +158,14 @@ def open_shard(path, size=None):
     return Shard(path.name, path, tuple(group.num_rows for group in groups), text_bytes, stamp)
 
 
-def read_texts(path, group, start=0, stop=None, stamp=None, kept=None):
+def read_texts(
+    path: Path,
+    group: int,
+    start: int = 0,
+    stop: int | None = None,
+    stamp: tuple | None = None,
+    kept: dict | None = None,
+) -> list[str | None]:
     """The texts of rows `start` to `stop` of a row group, None for nulls. Raises DataError that names the place.
 
     stamp: of the Shard; a file that has changed since it was opened is an error. kept: a dict in which row groups stay
@@ -193,7 +201,7 @@ def _is_utf8(value):
         return False
 
 
-def row_groups(shard_paths, start=0, step=1):
+def row_groups(shard_paths: Iterable[str | Path], start: int = 0, step: int = 1) -> Iterator[list[str]]:
     """Yield the texts of row groups start, start + step, ... of the shards, counted through in order; nulls and empty
     texts left out.
     """
@@ -205,12 +213,12 @@ def row_groups(shard_paths, start=0, step=1):
             number += 1
 
 
-def hash_of(fingerprint):
+def hash_of(fingerprint: dict) -> str:
     """One SHA-256, in hex, of all names, sizes and hashes in a `fingerprint`."""
     return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
 
 
-def fingerprint(shards):
+def fingerprint(shards: Shards) -> dict:
     """{name: {bytes, sha256}} of every shard and which is validation: what a checkpoint remembers of its data.
 
     Hashes come from the manifest where it has them (and the sizes agree), else from the files themselves.
@@ -255,7 +263,7 @@ def _our_manifest(folder):
     return manifest
 
 
-def read_manifest(folder):
+def read_manifest(folder: Path) -> dict | None:
     """The manifest of a data folder as a dict, or None where there is none. Raises DataError if it is broken, or of
     another program.
     """
@@ -277,13 +285,15 @@ def read_manifest(folder):
         raise DataError(f"{path} is broken ({first_line(error)}): prepare this data set again") from None
 
 
-def write_manifest(folder, dataset, validation, hashes=(), coming=()):
+def write_manifest(
+    folder: Path, dataset: str, validation: str, hashes: Mapping[str, str] | None = None, coming: Sequence[str] = ()
+) -> None:
     """Write the manifest of the shards in `folder`; `validation` is the name of the validation shard, there or not.
 
     hashes: {name: SHA-256} of files that are known already; the others are hashed. coming: names of shards that are
     about to be fetched: after a kill, what has these names is ours.
     """
-    shards, hashes = [], dict(hashes)
+    shards, hashes = [], dict(hashes or {})
     for path in sorted(path for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name)):
         digest = hashes.get(path.name) or file_sha256(path)
         rows = sum(open_shard(path).group_rows)
@@ -292,7 +302,7 @@ def write_manifest(folder, dataset, validation, hashes=(), coming=()):
     write_json(folder / MANIFEST, {**manifest, "coming": coming} if coming else manifest)
 
 
-def verify(folder):
+def verify(folder: Path) -> list[str]:
     """[what is wrong] of every shard of `folder` that is not as the manifest says, each with its name."""
     folder, manifest = Path(folder), read_manifest(folder)
     if manifest is None:
@@ -316,7 +326,7 @@ def verify(folder):
 # ---- preparing a data set ----
 
 
-def check_ours(folder, dataset, validation=None, whole=False):
+def check_ours(folder: Path, dataset: str, validation: str | None = None, whole: bool = False) -> None:
     """Raise UserError unless every shard in `folder` was made by us for `dataset`, the word of the manifest (of any
     version, for STDLIB): only what its manifest names may be replaced. No folder and an empty one are fine.
 
@@ -350,7 +360,7 @@ def check_ours(folder, dataset, validation=None, whole=False):
         )
 
 
-def build_stdlib(folder):
+def build_stdlib(folder: Path) -> tuple[int, int]:
     """Write the embedded corpus to `folder`: the sources of this Python's standard library and the help of pydoc.
 
     The same Python (and pyarrow) gives the same bytes. Returns (train documents, validation documents).
@@ -365,14 +375,14 @@ def build_stdlib(folder):
     return len(train), len(validation)
 
 
-def write_shard(path, texts, rows_per_group=16):
+def write_shard(path: Path, texts: Sequence[str], rows_per_group: int = 16) -> None:
     """Write `texts` as one shard, whole or not at all."""
     with atomic_file(path) as temporary:
         table = pa.table({"text": pa.array(texts, pa.string())})
         pq.write_table(table, temporary, row_group_size=rows_per_group, compression="zstd")
 
 
-def is_stdlib(folder):
+def is_stdlib(folder: Path) -> bool:
     """Whether `folder` holds the embedded corpus of this very Python, undamaged."""
     with contextlib.suppress(DataError):
         manifest = read_manifest(folder) or {}
@@ -380,7 +390,7 @@ def is_stdlib(folder):
     return False
 
 
-def import_text(source, folder, text_column="text"):
+def import_text(source: Path, folder: Path, text_column: str = "text") -> tuple:
     """Make the data set `folder`, new or empty, of the text in `source`; returns (documents, Counter of what was
     skipped).
     """
@@ -390,7 +400,7 @@ def import_text(source, folder, text_column="text"):
     return documents, skipped
 
 
-def fetch(name, source, train_shards, folder, clock=None):
+def fetch(name: str, source: Source, train_shards: int, folder: Path, clock: object = None) -> None:
     """Fetch the first `train_shards` train shards and the validation shard of a hosted data set into `folder`.
 
     Good files that are there stay, bad ones are fetched again. Raises DataError with the list of what could not be had;
@@ -517,7 +527,7 @@ def _remember(folder, hashes):
     write_json(folder / CHECKED, {**_read_checked(folder), **noted})
 
 
-def main():
+def main() -> None:
     if sum(map(bool, (DATASET, FROM, BASE_URL))) > 1:
         raise UserError("--dataset, --from and --base-url: one of them at a time")
     if VERIFY:
@@ -562,7 +572,7 @@ def _named_folder(flag):
     return paths.dataset_dir(NAME)
 
 
-def verify_command():
+def verify_command() -> None:
     """Verify one data set, or all that have a manifest."""
     name, parent = NAME or DATASET, paths.base_dir() / "data"
     folders = [paths.dataset_dir(name)] if name else sorted(path.parent for path in parent.glob(f"*/{MANIFEST}"))

@@ -9,6 +9,7 @@ import errno
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 HANG_EXIT_CODE = 8  # of a process that its watchdog ended
 
@@ -73,12 +74,12 @@ class Terminated(KeyboardInterrupt):
     """
 
 
-def first_line(error):
+def first_line(error: BaseException) -> str:
     """The first line of what any exception says, at most 160 characters; the name of its type if it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
-def run(*functions):
+def run(*functions: Callable[[], object]) -> None:
     """Call `functions` in turn and end the process the way every nanotrain program ends."""
     signal.signal(signal.SIGTERM, _interrupt)
     for stream in (sys.stdin, sys.stdout, sys.stderr):

@@ -4,6 +4,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,9 +16,21 @@ from nanotrain.engine import samples
 from nanotrain.gpt import GPT
 from nanotrain.metrics import MetricLogger
 from nanotrain.tokenizer import BPETokenizer
-from nanotrain.trainer import EvalSettings, TrainState
+from nanotrain.trainer import TrainState
 
 SAMPLE_TOKENS = 48  # of a continuation
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """When to evaluate, in steps (the last one always counts; 0: never), and when to stop early."""
+
+    eval_every: int  # bits per byte on validation sequences
+    core_every: int  # tasks
+    sample_every: int
+    batch_size: int  # sequences per forward pass
+    patience: int  # consecutive evaluations without a better one that end the run; 0: off
+    min_delta: float  # bits per byte by which an evaluation must be better to count
 
 
 class Evals:

@@ -9,7 +9,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from types import FrameType
+from typing import TextIO
 
 import torch
 
@@ -29,21 +31,21 @@ class StopRequest:
     second Ctrl-C ends the process at once.
     """
 
-    def __init__(self, speaks):
-        """speaks: whether this rank says that it heard."""
-        self.requested, self.since, self.speaks = False, 0.0, speaks
+    def __init__(self, prints: bool):
+        """prints: whether this rank confirms the request on the terminal."""
+        self.requested, self.since, self.prints = False, 0.0, prints
         for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
             if hasattr(signal, name):  # Windows has no SIGUSR1
                 signal.signal(getattr(signal, name), self.handle)
 
-    def handle(self, number, frame):
+    def handle(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
         # torchrun passes the terminal's Ctrl-C on, so that one keystroke arrives twice
         if self.requested and number == signal.SIGINT and time.monotonic() - self.since > 1:
             os._exit(130)
         if not self.requested:
             self.requested, self.since = True, time.monotonic()
-            if self.speaks:
+            if self.prints:
                 os.write(2, b"\nstopping after this step (Ctrl-C again: at once, without saving)\n")
 
 
@@ -56,7 +58,9 @@ class Watchdog:
 
     TICK_SECONDS = 0.25
 
-    def __init__(self, seconds, rank=0, file=None, leave=os._exit):
+    def __init__(
+        self, seconds: float, rank: int = 0, file: TextIO | None = None, leave: Callable[[int], object] = os._exit
+    ):
         """seconds: until the first `beat`. file: an open file with a descriptor; None: standard error."""
         self._rank, self._file, self._leave = rank, file or sys.stderr, leave
         self._closed = threading.Event()
@@ -64,7 +68,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="nanotrain-watchdog", daemon=True)
         self._thread.start()
 
-    def beat(self, seconds):
+    def beat(self, seconds: float) -> None:
         """All is well; the next beat comes within `seconds`."""
         self._limit = seconds
         self._waited = 0.0
@@ -79,7 +83,7 @@ class Watchdog:
                 faulthandler.dump_traceback(self._file, all_threads=True)
                 return self._leave(HANG_EXIT_CODE)
 
-    def close(self):
+    def close(self) -> None:
         """Stop watching."""
         self._closed.set()
         self._thread.join()

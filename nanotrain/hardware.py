@@ -208,11 +208,11 @@ def training_flops_per_second(device: torch.device, dtype: torch.dtype, seconds:
     amp = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     def layer():
-        qkv, output, expand, contract = weights
+        qkv, output, up, down = weights
         heads = F.linear(F.rms_norm(x, (width,)), qkv).view(rows, 256, 3, width // 128, 128).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).reshape(x.shape)
         y = x + F.linear(attended, output)
-        return y + F.linear(F.relu(F.linear(F.rms_norm(y, (width,)), expand)).square(), contract)
+        return y + F.linear(F.relu(F.linear(F.rms_norm(y, (width,)), up)).square(), down)
 
     times, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end or len(times) < 4:
@@ -311,7 +311,7 @@ def _commit():
     return None
 
 
-def main():
+def main() -> None:
     device = find_device()
     configure(device)
     dtype, reason = find_dtype("auto", device)

@@ -1,7 +1,7 @@
 """Softcapped cross-entropy from hidden states to loss, without ever holding all logits.
 
-Rows are visited in chunks small enough for a cache; the gradient of a chunk is formed in the same visit, while its
-logits are warm (the idea of Cut Your Losses, arXiv:2411.09009). The softcap (Gemma 2, arXiv:2408.00118) bounds every
+Rows are visited in chunks small enough for a cache. The forward pass also computes the gradient, while the logits of a
+chunk are in the cache; the backward pass only scales it (Cut Your Losses, arXiv:2411.09009). The softcap (Gemma 2, arXiv:2408.00118) bounds every
 logit by `cap`, so that exp needs no subtraction of a maximum as long as `cap` is below 70.
 
     N rows, one a token   C width   V vocabulary
@@ -53,8 +53,8 @@ def mean_loss(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, kerne
 
 
 def softmax_gradient(logits: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """logits (N, V) before the cap -> (log of each row's sum of exp (N,) float32, gradient of the sum of those logs by
-    the logits (N, V) in their dtype).
+    """logits (N, V) before the cap -> (log of each row's sum of exp (N,) float32, gradient of the sum of those logs
+    with respect to the logits (N, V), in their dtype).
     """
     capped, slope = _softcap_and_slope(logits.float(), cap)
     exps = capped.exp()
@@ -65,8 +65,8 @@ def softmax_gradient(logits: Tensor, cap: float) -> tuple[Tensor, Tensor]:
 def loss_and_gradient(
     logits: Tensor, targets: Tensor, cap: float, kernel: Kernel = softmax_gradient
 ) -> tuple[Tensor, Tensor]:
-    """logits (N, V) before the cap, targets (N,) -> (sum of nats () float32, gradient of that sum by the logits (N, V)
-    in their dtype).
+    """logits (N, V) before the cap, targets (N,) -> (sum of nats () float32, gradient of that sum with respect to
+    the logits (N, V), in their dtype).
     """
     log_totals, gradient = kernel(logits, cap)
     # The target's column by itself: to compare every column with the target would double the time of the kernel.

@@ -63,14 +63,12 @@ class MetricLogger:
         """Log to a WandbRun too: every evaluation, and the metrics of every `every`-th step and of the last."""
         self._wandb, self._wandb_every = run, every
 
-    def set_num_steps(self, num_steps: int, step_seconds: float | None = None) -> None:
-        """Set the number of steps, once it is known, or corrected by the time of steps."""
+    def set_num_steps(self, num_steps: int) -> None:
+        """Set the number of steps, once it is known or corrected."""
         self.num_steps = num_steps
         if self.enabled:
             self.bar.total = num_steps
             self.bar.refresh()
-        if step_seconds:
-            self.event(f"{1000 * step_seconds:.0f} ms a step: {num_steps} steps end in time")
 
     def log_step(
         self, state: "TrainState", result: "StepResult", deviations: float, lr: float, seconds_left: float

@@ -219,12 +219,12 @@ def process_growth(memory: Memory) -> int:
 
 
 @dataclass(frozen=True)
-class StepSettings:
+class StepSchedule:
     """The schedules at one optimizer step."""
 
-    progress: float  # in (0, 1)
     micro_steps: int
     lr_factor: float  # of every learning rate's peak
+    matrix_lr: float  # that of the matrices
     momentum: float
     weight_decay: float
 
@@ -279,7 +279,7 @@ class Recipe:
         """Mean fraction of the full batch over a whole run."""
         return mean_batch_share() if self.batch_ramp else 1.0
 
-    def at(self, progress: float, grad_accum_steps: int) -> StepSettings:
+    def at(self, progress: float, grad_accum_steps: int) -> StepSchedule:
         """The settings of the step at `progress`; `grad_accum_steps` micro-steps make up the full batch."""
         share = batch_share(progress) if self.batch_ramp else 1.0
         micro_steps = round(grad_accum_steps * share)
@@ -287,7 +287,8 @@ class Recipe:
         factor *= math.sqrt(micro_steps / grad_accum_steps)  # the gradients of smaller batches are noisier
         peaks = (self.momentum_start, self.momentum_peak, self.momentum_end)
         beta = momentum(progress, self.warmdown_ratio, peaks, self.momentum_warmup)
-        return StepSettings(progress, micro_steps, factor, beta, weight_decay(progress, self.weight_decay))
+        decay = weight_decay(progress, self.weight_decay)
+        return StepSchedule(micro_steps, factor, self.matrix_lr * factor, beta, decay)
 
 
 # ---- the plan ----

@@ -11,6 +11,7 @@ import numpy as np
 
 from nanotrain import paths
 from nanotrain.errors import UserError
+from nanotrain.store import FORMAT
 
 COLUMNS = ("loss", "lr", "grad_norm", "tok_per_sec", "mfu", "epoch", "seconds", "loader_seconds", "optimizer_seconds")
 SHOWN_STEPS = 8  # of evaluations, at most
@@ -109,6 +110,11 @@ def read_run(folder: str | Path) -> Run:
         raise UserError(f"{folder}: no run is there, neither metrics.jsonl nor config.json; {listed}")
     run = Run(folder.name, folder, *_read_metrics(folder / "metrics.jsonl", complaints), complaints=complaints)
     run.config = _read_json(folder / "config.json", complaints)
+    if run.config and run.config.get("format") != FORMAT:
+        complaints.append(
+            f"config.json has format {run.config.get('format', 1)}, not {FORMAT}: its settings are left out"
+        )
+        run.config = {}
     run.evaluation = _read_json(folder / "evaluation.json", complaints)
     last = run.steps[-1] if len(run.steps) else math.inf
     found = {int(path.stem[5:]): path for path in folder.glob("evaluation/step_*.json") if path.stem[5:].isdecimal()}

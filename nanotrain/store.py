@@ -24,7 +24,9 @@ import re
 import shutil
 import stat
 import uuid
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 from nanotrain.errors import CheckpointError, SupersededError
 
@@ -39,44 +41,44 @@ NEEDED_SPACE = 1.1  # times what is to be written
 class Disk:
     """The operations on files that a store consists of. All raise OSError, but `names` and `remove`."""
 
-    def names(self, folder):
+    def names(self, folder: Path) -> list[str]:
         """The names in a folder; none if there is no such folder."""
         return os.listdir(folder) if os.path.isdir(folder) else []
 
-    def status(self, path):
+    def status(self, path: Path) -> tuple[int, int, int]:
         """(bytes, time of the last change, inode) of a file. Raises CheckpointError if it is something else."""
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):  # reading a pipe or a device might never end
             raise CheckpointError(f"{path} is not a file")
         return found.st_size, found.st_mtime_ns, found.st_ino
 
-    def read(self, path):
+    def read(self, path: Path) -> bytes:
         return Path(path).read_bytes()
 
-    def free(self, folder):
+    def free(self, folder: Path) -> int:
         """Bytes that may still be written there."""
         return shutil.disk_usage(folder).free
 
-    def make_folders(self, path):
+    def make_folders(self, path: Path) -> None:
         """The folder and those above it, where they are not there."""
         Path(path).mkdir(parents=True, exist_ok=True)
 
-    def make_folder(self, path):
+    def make_folder(self, path: Path) -> None:
         """A new folder."""
         Path(path).mkdir()
 
-    def create(self, path):
+    def create(self, path: Path) -> BinaryIO:
         """A new file, to be used by `with`, `write` and `sync`."""
         return open(path, "xb")
 
-    def write(self, file, block):
+    def write(self, file: BinaryIO, block: memoryview) -> None:
         file.write(block)
 
-    def sync(self, file):
+    def sync(self, file: BinaryIO) -> None:
         file.flush()
         os.fsync(file.fileno())
 
-    def sync_folder(self, path):
+    def sync_folder(self, path: Path) -> None:
         """Make the names in a folder last."""
         if os.name == "nt":  # folders cannot be opened there
             return
@@ -86,11 +88,11 @@ class Disk:
         finally:
             os.close(handle)
 
-    def rename(self, path, new_path):
+    def rename(self, path: Path, new_path: Path) -> None:
         """Give a file or folder another name; a file of that name is replaced in one instant."""
         os.replace(path, new_path)
 
-    def remove(self, path):
+    def remove(self, path: Path) -> None:
         """Remove a file, or a folder with all in it; what cannot be removed stays."""
         if os.path.isdir(path) and not os.path.islink(path):
             shutil.rmtree(path, ignore_errors=True)
@@ -102,7 +104,7 @@ class Disk:
 class Store:
     """The sets of files of one run, each of the same file `names` and known by its step."""
 
-    def __init__(self, run_dir, names, disk=None):
+    def __init__(self, run_dir: str | Path, names: Iterable[str], disk: Disk | None = None):
         self.run_dir = Path(run_dir)
         self.folder = self.run_dir / "checkpoints"
         self.names = set(names)
@@ -110,22 +112,22 @@ class Store:
 
     # ---- reading ----
 
-    def steps(self):
+    def steps(self) -> list[int]:
         """The steps of the sets, newest first, verified or not."""
         return sorted(self._places(), reverse=True)
 
-    def read(self, step):
+    def read(self, step: int) -> dict[str, bytes]:
         """{file name: bytes} of the set of `step`, every byte verified. Raises CheckpointError that says what is wrong.
 
         Its cause is the OSError if the system did not let us read.
         """
         return dict(self._verified_files(step))
 
-    def verify(self, step):
+    def verify(self, step: int) -> None:
         """Read the set of `step` to the end and keep nothing. Raises CheckpointError as `read` does."""
         collections.deque(self._verified_files(step), maxlen=0)
 
-    def newest(self):
+    def newest(self) -> tuple[int | None, dict[str, bytes] | None, list[str]]:
         """(step, files, complaints): the newest set that verifies, and why newer ones were rejected; (None, None, [])
         if there is none.
 
@@ -143,7 +145,7 @@ class Store:
 
     # ---- writing ----
 
-    def commit(self, step, files, size, owner=None):
+    def commit(self, step: int, files: dict[str, Callable[[], bytes]], size: int, owner: str | None = None) -> Path:
         """Write {file name: function that gives its bytes} as the set of `step`, and return its folder.
 
         One file is in memory at a time; `size` says about how many bytes all of them will have. The set is there as a
@@ -176,7 +178,15 @@ class Store:
         self._sweep()
         return final
 
-    def clean(self, keep_last, keep_every, best_step, resumed_step, owner=None, verified=None):
+    def clean(
+        self,
+        keep_last: int,
+        keep_every: int,
+        best_step: int,
+        resumed_step: int | None,
+        owner: str | None = None,
+        verified: dict | None = None,
+    ) -> None:
         """Remove what is left of broken writes and old sets: keep the newest `keep_last`, every `keep_every`-th, the
         best, the one resumed from.
 
@@ -211,7 +221,7 @@ class Store:
 
     # ---- who may write ----
 
-    def claim(self):
+    def claim(self) -> str:
         """Make the run ours and return the id to write with: whoever had claimed it before can write no more."""
         owner = uuid.uuid4().hex
         temporary = self.run_dir / f".{OWNER}.{owner}.part"
@@ -225,7 +235,7 @@ class Store:
             raise
         return owner
 
-    def check_owner(self, owner):
+    def check_owner(self, owner: str | None) -> None:
         """Raise SupersededError unless the last `claim` of the run returned `owner`; None may always write.
 
         Raises OSError if the claim cannot be read, as when the run's folder was removed.

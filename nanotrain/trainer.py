@@ -3,6 +3,7 @@
 import math
 import statistics
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,8 +15,9 @@ from nanotrain.dataloader import Prefetcher
 from nanotrain.dist import DistContext
 from nanotrain.errors import NonFiniteError
 from nanotrain.gpt import GPT
+from nanotrain.metrics import MetricLogger
 from nanotrain.optim import ShardedOptimizer
-from nanotrain.recipe import Horizon, Plan, StepSettings, progress_at_step
+from nanotrain.recipe import Horizon, Plan, StepSchedule, progress_at_step
 
 REFIT_PROGRESS = (
     0.25  # of a timed run, where its number of steps is corrected once: the learning rate is constant there
@@ -88,7 +90,7 @@ class TrainState:
             self.skipped_recently = [*self.skipped_recently, self.step][-guard.NON_FINITE_NEARBY :]
         return math.nan
 
-    def check_updates(self, result: "StepResult", matrix_lr: float) -> None:
+    def raise_if_too_many_skipped(self, result: "StepResult", matrix_lr: float) -> None:
         """Raise NonFiniteError after a step without an update, if there were too many of them."""
         if result.skipped and not result.scale_overflow and guard.too_many_skipped(self.skipped_recently, self.step):
             raise NonFiniteError(
@@ -134,12 +136,12 @@ class TrainStep:
         self.tokens_per_micro_step = plan.total_batch_size // plan.grad_accum_steps
         self.parameters = list(model.parameters())
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
-        self.trained = model
+        self.wrapped_model = model  # in DistributedDataParallel where there are several ranks
         if dist.world_size > 1:
             ignored = list(model.parameters_by_role().get("bigram_embedding", {}))  # its sparse gradient: optim
             ignored += [name for name, _ in model.named_buffers()]  # constants that every rank has computed
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
-            self.trained = DistributedDataParallel(model, gradient_as_bucket_view=True)
+            self.wrapped_model = DistributedDataParallel(model, gradient_as_bucket_view=True)
         if saved:
             optimizers[1].updates = saved["updates"]
             if saved["scaler"] and self.scaler.is_enabled():
@@ -149,11 +151,11 @@ class TrainStep:
         """What a resume needs beside weights and optimizer tensors, JSON-like."""
         return {"updates": self.optimizers[1].updates, "scaler": self.scaler.state_dict()}
 
-    def __call__(self, batches: Prefetcher, settings: StepSettings, stop: guard.StopRequest) -> StepResult:
+    def __call__(self, batches: Prefetcher, schedule: StepSchedule, stop: guard.StopRequest) -> StepResult:
         """Take the next batches and update the weights, unless loss or gradients are not finite on any rank."""
         begin = time.monotonic()
-        optim.set_schedule(self.optimizers, settings.lr_factor, settings.momentum, settings.weight_decay)
-        loss, data_hash, epoch, loader_seconds = self._backward(batches, settings.micro_steps)
+        optim.set_schedule(self.optimizers, schedule.lr_factor, schedule.momentum, schedule.weight_decay)
+        loss, data_hash, epoch, loader_seconds = self._backward(batches, schedule.micro_steps)
         gradients = optim.collect_gradients(self.parameters, self.dist)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)  # after the reduction, so that every rank sees the same overflow
@@ -167,7 +169,7 @@ class TrainStep:
             "loss": mean_loss,
             "grad_norm": grad_norm,
             "data_hash": (int(status[4]) + (int(status[5]) << 32)) % 2**64,
-            "tokens": self.tokens_per_micro_step * settings.micro_steps,
+            "tokens": self.tokens_per_micro_step * schedule.micro_steps,
             "epoch": epoch,
             "stop_requested": status[2] > 0,
         }
@@ -205,9 +207,9 @@ class TrainStep:
             waited += time.perf_counter() - asked
             data_hash += batch.sequence_hash
             # Before the forward pass, where DDP decides whether this backward pass will average over the ranks.
-            self.trained.require_backward_grad_sync = micro_step == micro_steps - 1
+            self.wrapped_model.require_backward_grad_sync = micro_step == micro_steps - 1
             with self.dist.autocast():
-                loss = self.trained(batch.inputs, batch.targets) / micro_steps
+                loss = self.wrapped_model(batch.inputs, batch.targets) / micro_steps
             self.scaler.scale(loss).backward()
             loss_sum += loss.detach()
         return loss_sum, data_hash, batches.epoch(batch), waited
@@ -226,29 +228,27 @@ class TrainStep:
                 parameter.grad.zero_()  # a view of DDP's bucket, which must stay
 
 
-@dataclass(frozen=True)
-class EvalSettings:
-    """When to evaluate, in steps (the last one always counts; 0: never), and when to stop early."""
-
-    eval_every: int  # bits per byte on validation sequences
-    core_every: int  # tasks
-    sample_every: int
-    batch_size: int  # sequences per forward pass
-    patience: int  # consecutive evaluations without a better one that end the run; 0: off
-    min_delta: float  # bits per byte by which an evaluation must be better to count
-
-
 class TimeBudget:
     """Times of steps, and from them the number of steps of a run that has a number of minutes."""
 
-    def __init__(self, minutes: float, evals: EvalSettings, evaluations_after: float, pass_seconds: float):
-        """minutes: from process start to the last save; 0: not timed. evaluations_after: the number of evaluations for
-        which time must be left after the run. pass_seconds: of a step's forward and backward passes, measured before
-        the first step.
+    def __init__(
+        self,
+        minutes: float,
+        eval_every: int,
+        core_every: int,
+        evaluations_after: float,
+        pass_seconds: float,
+        dist: DistContext,
+        metrics: MetricLogger,
+    ):
+        """minutes: from process start to the last save; 0: not timed. eval_every, core_every: steps between
+        evaluations; 0: never. evaluations_after: the number of evaluations for which time must be left after the run.
+        pass_seconds: of a step's forward and backward passes, measured before the first step.
         """
-        self.minutes, self.evals, self.evaluations_after = minutes, evals, evaluations_after
+        self.minutes, self.evaluations_after, self.dist, self.metrics = minutes, evaluations_after, dist, metrics
+        self.eval_every, self.core_every = eval_every, core_every
         self.first_step_seconds = STEP_PER_PASSES * pass_seconds
-        self.step_seconds: list[float] = []
+        self.step_seconds: deque[float] = deque(maxlen=200)
 
     def add(self, result: StepResult, full_batch_tokens: int) -> None:
         """Note the time of a step; of smaller batches only the first counts, in proportion."""
@@ -258,7 +258,7 @@ class TimeBudget:
     @property
     def typical_seconds(self) -> float:
         """Median seconds of the last 200 steps with a full batch; infinite before the first."""
-        return statistics.median(self.step_seconds[-200:]) if self.step_seconds else math.inf
+        return statistics.median(self.step_seconds) if self.step_seconds else math.inf
 
     @property
     def step_limit_seconds(self) -> float:
@@ -276,25 +276,25 @@ class TimeBudget:
         left = self.minutes * 60 - state.seconds - hardware.seconds_since_start() - after
         each = step_seconds
         for seconds, every in (
-            (state.evaluation_seconds, self.evals.eval_every),
-            (state.core_seconds, self.evals.core_every),
+            (state.evaluation_seconds, self.eval_every),
+            (state.core_seconds, self.core_every),
         ):
             each += seconds / every if every else 0
         return state.step + max(round(left / each), 1)
 
-    def estimate(self, state: TrainState, dist: DistContext) -> bool:
-        """Before the first step, once an evaluation has been timed: estimate num_steps. Returns whether it changed."""
-        due = not state.horizon_fixed and state.step == state.corrected_step and not self.step_seconds
-        if due:
-            state.num_steps = dist.broadcast_object(self.steps_in_time(state, self.first_step_seconds))
-        return due
+    def estimate(self, state: TrainState) -> None:
+        """Before the first step of a timed run, once an evaluation has been timed: estimate num_steps."""
+        if not state.horizon_fixed and state.step == state.corrected_step and not self.step_seconds:
+            state.num_steps = self.dist.broadcast_object(self.steps_in_time(state, self.first_step_seconds))
+            self.metrics.set_num_steps(state.num_steps)
 
-    def refit(self, state: TrainState, dist: DistContext) -> bool:
-        """After a quarter of the steps: correct num_steps, for good. Returns whether it changed."""
+    def refit(self, state: TrainState) -> None:
+        """After a quarter of the steps of a timed run: correct num_steps, for good."""
         begun, planned = state.step - state.corrected_step, state.num_steps - state.corrected_step
-        due = not state.horizon_fixed and begun >= REFIT_PROGRESS * planned
-        if due:
+        if not state.horizon_fixed and begun >= REFIT_PROGRESS * planned:
             progress = state.progress(state.step)
-            state.correct(dist.broadcast_object(self.steps_in_time(state, self.typical_seconds)), progress)
+            state.correct(self.dist.broadcast_object(self.steps_in_time(state, self.typical_seconds)), progress)
             state.horizon_fixed = True
-        return due
+            self.metrics.set_num_steps(state.num_steps)
+            milliseconds = 1000 * self.typical_seconds
+            self.metrics.event(f"{milliseconds:.0f} ms a step: {state.num_steps} steps end in time")

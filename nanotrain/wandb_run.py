@@ -13,7 +13,7 @@ import re
 import string
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nanotrain import dataset, paths
@@ -29,14 +29,14 @@ GROUPS = ("train", "val", "core", "system")  # of metrics, each drawn against th
 HARDEST_TOKENS = 5  # of a text, in the table of the worst
 
 
-def new_id(name):
+def new_id(name: str) -> str:
     """A run id that begins with `name` and the time, as in d4-stdlib-20260101-1200-x7k2."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:40].strip("-")
     ending = "".join(random.SystemRandom().choices(string.ascii_lowercase + string.digits, k=4))
     return f"{name}-{time.strftime('%Y%m%d-%H%M')}-{ending}"
 
 
-def options(project, tags, notes, record):
+def options(project: str, tags: str, notes: str, record: dict) -> dict:
     """Of `wandb.init`: project, tags as in "baseline,cpu", notes, and what the run's config.json holds (`record`)."""
     described = {name: record[name] for name in ("model_config", "plan", "environment", "tokenizer_sha256")}
     settings = {name.lower(): value for name, value in record["settings"].items()}
@@ -48,7 +48,7 @@ def options(project, tags, notes, record):
     }
 
 
-def name_of(run_id):
+def name_of(run_id: str) -> str:
     """The name of the run with an id of `new_id`: without its random ending."""
     return run_id.rpartition("-")[0] or run_id
 
@@ -69,7 +69,16 @@ def begin(
 class WandbRun:
     """A run in wandb. Every method returns at once, but `close`."""
 
-    def __init__(self, run_dir, mode, run_id, options, say, start_seconds=START_SECONDS, finish_seconds=FINISH_SECONDS):
+    def __init__(
+        self,
+        run_dir: Path,
+        mode: str,
+        run_id: str,
+        options: dict,
+        say: Callable[[str], object],
+        start_seconds: float = START_SECONDS,
+        finish_seconds: float = FINISH_SECONDS,
+    ):
         """run_dir: below which wandb keeps its files. mode: online or offline. run_id: of `new_id`; a run that has it
         already goes on. options: more for `wandb.init`. say: takes a line for people.
         """
@@ -80,12 +89,12 @@ class WandbRun:
         self._thread = threading.Thread(target=self._work, args=(mode,), name="nanotrain-wandb", daemon=True)
         self._thread.start()
 
-    def log(self, step, metrics):
+    def log(self, step: int, metrics: dict) -> None:
         """Log the metrics that belong to one of GROUPS."""
         chosen = {name: value for name, value in metrics.items() if value is not None and _group(name) in GROUPS}
         self._later(lambda wandb, run: run.log({"step": step, **chosen}))
 
-    def evaluation(self, step, parts):
+    def evaluation(self, step: int, parts: dict) -> None:
         """Log the parts of an evaluation (see `MetricLogger.evaluation`) as tables and a histogram."""
 
         def log(wandb, run):
@@ -108,7 +117,7 @@ class WandbRun:
 
         self._later(log)
 
-    def sources(self, run_dir, record, data_name):
+    def sources(self, run_dir: Path, record: dict, data_name: str) -> None:
         """Log what the run is made from: its tokenizer, and the names, sizes and hashes of its data."""
         tokenizer = {"sha256": record["tokenizer_sha256"], "vocab_size": record["model_config"]["vocab_size"]}
         data = {"sha256": dataset.hash_of(record["data"]), "name": data_name}
@@ -116,14 +125,22 @@ class WandbRun:
         self.artifact(f"tokenizer-{tokenizer['sha256'][:12]}", "tokenizer", tokenizer, files)
         self.artifact(f"data-{data['sha256'][:12]}", "dataset", data, values={"data.json": record["data"]})
 
-    def checkpoint(self, run_dir, step, val_bpb):
+    def checkpoint(self, run_dir: Path, step: int, val_bpb: float | None) -> None:
         """Log a checkpoint, the best one or without val_bpb the last, as the folder of a run: `fetch` gives it back."""
         names = (f"checkpoints/step_{step:08d}", "tokenizer.json", "config.json")
         aliases = ("last" if val_bpb is None else "best", f"step-{step}")
         files = {name: run_dir / name for name in names}
         self.artifact(self.name, "model", {"step": step, "val_bpb": val_bpb}, files, aliases=aliases)
 
-    def artifact(self, name, kind, metadata, paths=None, values=None, aliases=()):
+    def artifact(
+        self,
+        name: str,
+        kind: str,
+        metadata: dict,
+        paths: dict[str, Path] | None = None,
+        values: dict[str, object] | None = None,
+        aliases: Sequence[str] = (),
+    ) -> None:
         """Log an artifact. paths: {name in it: file or folder}, which must stay as they are; values: {name in it:
         JSON-like value}.
         """
@@ -140,7 +157,7 @@ class WandbRun:
 
         self._later(log)
 
-    def close(self, failed=False):
+    def close(self, failed: bool = False) -> None:
         """Wait, for a bounded time, until wandb has taken everything, and end the run there. failed: mark it so."""
         self._exit_code = int(failed)
         self._calls.put(None)
@@ -205,7 +222,7 @@ class WandbRun:
         return None, None
 
 
-def fetch(reference, folder, api=None):
+def fetch(reference: str, folder: Path, api: object = None) -> Path:
     """Load the artifact `wandb:ENTITY/PROJECT/NAME:ALIAS` that a run has logged; returns its folder, below `folder`,
     which is that of a run. api: of wandb, for tests.
 

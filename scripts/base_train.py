@@ -8,8 +8,11 @@ Without a horizon it trains --target-param-data-ratio tokens per weight. Ctrl-C 
 """
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 from nanotrain import (
@@ -28,17 +31,17 @@ from nanotrain import (
     wandb_run,
     warmup,
 )
-from nanotrain.checkpoint import CheckpointManager
+from nanotrain.checkpoint import CheckpointManager, Restored
 from nanotrain.dataloader import DataLoader, Prefetcher, TrainData
-from nanotrain.dist import init_distributed, is_lost_peer
+from nanotrain.dist import DistContext, init_distributed, is_lost_peer
 from nanotrain.errors import MemoryLimitError, PeerError, UserError
-from nanotrain.evals import Evals
+from nanotrain.evals import Evals, EvalSettings
 from nanotrain.files import write_json
-from nanotrain.gpt import GPTConfig
-from nanotrain.loss import chunk_rows
+from nanotrain.gpt import GPT
 from nanotrain.metrics import MetricLogger
+from nanotrain.run_plan import DEFAULT_BATCH, HORIZON, RunPlan
 from nanotrain.store import FORMAT
-from nanotrain.trainer import EvalSettings, TimeBudget, TrainState, TrainStep
+from nanotrain.trainer import TimeBudget, TrainState, TrainStep
 
 # --- run
 RUN_NAME = ""  # folder of the run under NANOTRAIN_DIR/runs; empty: d<depth>, or base where the plan chooses it
@@ -114,21 +117,19 @@ IDENTITY = (
     "SEED", "MAX_SEQ_LEN", "NUM_STREAMS", "DEPTH", "ASPECT_RATIO", "HEAD_DIM", "BIGRAM_ROWS", "PLAIN",
     "SPECTRAL_TOKENS", "INIT_FROM",
 )  # fmt: skip
-HORIZON = ("NUM_ITERATIONS", "TARGET_FLOPS", "TARGET_MINUTES", "TARGET_PARAM_DATA_RATIO")
 TRAJECTORY = (
     *HORIZON, "TOTAL_BATCH_SIZE", "BATCH_RAMP", "MATRIX_LR", "EMBEDDING_LR", "UNEMBEDDING_LR", "SCALAR_LR",
     "WEIGHT_DECAY", "GRAD_CLIP", "SCHEDULE", "WARMUP_RATIO", "WARMDOWN_RATIO", "FINAL_LR_FRAC", "DTYPE", "COMPILE",
     "DETERMINISTIC",
 )  # fmt: skip
-DEFAULT_BATCH = 16  # sequences of a forward pass
 SPECTRAL_RUNS = 5  # bigram init counts at most so many times the tokens of the run
 
 
-def main():
+def main() -> None:
     """Train, with a sentence instead of a traceback where memory runs out or another rank has ended."""
     cfg = config.snapshot(__name__)
     check_settings(cfg)
-    stop = guard.StopRequest(speaks=os.environ.get("RANK", "0") == "0")
+    stop = guard.StopRequest(prints=os.environ.get("RANK", "0") == "0")
     try:
         dist = init_distributed(cfg.DEVICE, cfg.DTYPE, cfg.SEED, cfg.DETERMINISTIC)
         with guard.Watchdog(guard.SLOW_SECONDS, dist.rank) as watchdog:
@@ -144,186 +145,73 @@ def main():
         raise MemoryLimitError(f"out of memory before the first pass: try {smaller}") from None
 
 
-def train(cfg, dist, stop, watchdog):
+def train(cfg: SimpleNamespace, dist: DistContext, stop: guard.StopRequest, watchdog: guard.Watchdog) -> None:
     """One run, from its data to its last checkpoint. `stop.requested` ends it early; `watchdog` is told of progress."""
     run_dir = paths.run_dir(cfg.RUN_NAME or (f"d{cfg.DEPTH}" if cfg.DEPTH else "base"))
     data = TrainData.open(cfg.DATA_DIR, cfg.TOKENIZER_DIR, dist)
     checkpoints = CheckpointManager(run_dir, dist, cfg.SAVE_EVERY, cfg.KEEP_LAST, cfg.KEEP_EVERY)
     restored = checkpoints.restore(cfg.RESUME)  # None for a new run
-    run = plan_run(cfg, data, dist, restored)
+    if restored:
+        restored.check(data, vars(cfg), IDENTITY, TRAJECTORY, cfg.ALLOW_CHANGE)
+    run = RunPlan(cfg, data, dist, restored)
     state = run.state
-    dist.print0("\n".join([f"run        {run_dir}", *describe(cfg, data, run, dist)]))
+    dist.print0("\n".join([f"run        {run_dir}", *run.describe()]))
     if cfg.DRY_RUN:
         return
     if state.is_finished:
         dist.print0(f"nothing to do: {run_dir.name} has a checkpoint at step {state.step} of {state.num_steps}")
-        return write_report(cfg, run_dir, dist)
+        return write_report(cfg, run_dir, state, dist)
 
-    validation = validation_data(cfg, data, run.model_config.max_seq_len, dist)
+    sequences, bundle = validation_data(cfg, data, run.model_config.max_seq_len, dist)
     checkpoints.claim(data.tokenizer)
     model, optimizers, reader = build(cfg, data, run, dist, restored)
-    record = {"format": FORMAT, "plan": asdict(run.plan), **run.identity, "defaults": config.defaults(__file__)}
-    dist.on_rank0(lambda: write_json(run_dir / "config.json", record))
-    batch_size, accumulation = run.plan.device_batch_size, run.plan.grad_accum_steps
+    record = write_config(run, run_dir, dist)
+    batch_size, grad_accum_steps = run.plan.device_batch_size, run.plan.grad_accum_steps
     pass_seconds = warmup.compile_and_warm_up(dist, model, batch_size, cfg.COMPILE, cfg.TARGET_MINUTES)
-    step = TrainStep(model, optimizers, dist, run.plan, run.recipe.grad_clip, restored.state if restored else None)
-    when = eval_settings(cfg)
-    budget = TimeBudget(cfg.TARGET_MINUTES, when, cfg.EVALUATIONS_AFTER, pass_seconds * accumulation)
+    train_step = TrainStep(
+        model, optimizers, dist, run.plan, run.recipe.grad_clip, restored.state if restored else None
+    )
     peak = hardware.peak_tokens_per_second(dist.device, dist.world_size, run.plan.flops_per_token)
     metrics = dist.on_all_ranks(lambda: MetricLogger(run_dir, state.num_steps, state.step, dist.is_rank0, peak))
-    evals = Evals(when, model, data.tokenizer, *validation, dist, metrics, watchdog.beat)
-    checkpoints.begin(state, run.identity, metrics, watchdog.beat)
+    budget = time_budget(cfg, pass_seconds * grad_accum_steps, dist, metrics)
+    evals = Evals(eval_settings(cfg), model, data.tokenizer, sequences, bundle, dist, metrics, watchdog.beat)
+    checkpoints.begin(state, run.record(), metrics, watchdog.beat)
     with warmup.memory_limit(batch_size, model), metrics, DataLoader(reader, batch_size, dist.device) as loader:
         start_wandb(cfg, run_dir, state, record, metrics, dist)
-        batches, stopping = dist.on_all_ranks(lambda: Prefetcher(loader)), False
+        batches = dist.on_all_ranks(lambda: Prefetcher(loader))
+        stopping = False
         while True:
             if not stopping:
                 evals.run(state)
             is_final = stopping or state.is_finished
             if checkpoints.due(state, is_final):
-                checkpoints.save(state, step, batches, is_final)
+                checkpoints.save(state, train_step, batches, is_final)
             if is_final:
                 break
-            if budget.estimate(state, dist):
-                metrics.set_num_steps(state.num_steps)
+            budget.estimate(state)
             watchdog.beat(budget.step_limit_seconds)
-            settings = run.recipe.at(state.progress(state.step + 1), accumulation)
-            result = step(batches, settings, stop)
+            schedule = run.recipe.at(state.progress(state.step + 1), grad_accum_steps)
+            result = train_step(batches, schedule, stop)
             if result.data_failed:  # the finished steps are saved; this one does not count
-                checkpoints.save_before_error(state, step, batches)
+                checkpoints.save_then_raise(state, train_step, batches)
             deviations = state.advance(result)
             budget.add(result, run.plan.total_batch_size)
-            matrix_lr = run.recipe.matrix_lr * settings.lr_factor
-            metrics.log_step(state, result, deviations, matrix_lr, budget.seconds_left(state))
-            state.check_updates(result, run.recipe.matrix_lr)
-            guard.check_replicas(dist, step.parameters, state.step, guard.CHECK_REPLICAS_EVERY)
-            if budget.refit(state, dist):
-                metrics.set_num_steps(state.num_steps, budget.typical_seconds)
+            metrics.log_step(state, result, deviations, schedule.matrix_lr, budget.seconds_left(state))
+            state.raise_if_too_many_skipped(result, run.recipe.matrix_lr)
+            guard.check_replicas(dist, train_step.parameters, state.step, guard.CHECK_REPLICAS_EVERY)
+            budget.refit(state)
             stopping = result.stop_requested and not state.is_finished
         skipped_documents = round(dist.all_reduce_sum([reader.skipped_documents])[0])
         metrics.finish(state, skipped_documents, hardware.peak_memory_bytes(dist.device))
-    if state.is_finished:
-        write_report(cfg, run_dir, dist)
+    write_report(cfg, run_dir, state, dist)
 
 
 # ---- before the first step ----
 
 
-@dataclass
-class RunPlan:
-    """What is decided before memory is allocated."""
-
-    model_config: GPTConfig
-    depth_reason: str
-    recipe: recipe.Recipe
-    horizon: recipe.Horizon
-    plan: recipe.Plan
-    state: TrainState
-    flops_per_second: float  # of all ranks, expected in training
-    trained_tokens: int
-    identity: dict  # what every checkpoint and config.json hold of this run
-    first_weights: dict | None  # of the run that this one begins with
-
-
-def plan_run(cfg, data, dist, restored):
-    """The RunPlan; for a run that goes on, with what its checkpoint has decided."""
-    environment, changed = hardware.environment(dist.device, dist.dtype, dist.world_size), set()
-    if restored:
-        was, settings = restored.state, vars(cfg)
-        changed = checkpoint.check_same(
-            was, data.tokenizer, data.fingerprint, settings, IDENTITY, TRAJECTORY, cfg.ALLOW_CHANGE
-        )
-        checkpoint.warn_of_difference(dist, was["environment"], environment)
-    measured = dist.broadcast_object(hardware.training_flops_per_second(dist.device, dist.dtype))
-    flops_per_second = measured * recipe.EFFICIENCY * dist.world_size
-    horizon = recipe.Horizon(cfg.NUM_ITERATIONS, cfg.TARGET_FLOPS, cfg.TARGET_MINUTES, cfg.TARGET_PARAM_DATA_RATIO)
-    if restored:
-        model_config, reason = GPTConfig(**was["model_config"]), "as before"
-    else:
-        depth, reason = recipe.resolve_depth(cfg.DEPTH, horizon, cfg.HEAD_DIM, cfg.ASPECT_RATIO, flops_per_second)
-        width, heads = recipe.model_width(depth, cfg.ASPECT_RATIO, cfg.HEAD_DIM)
-        seq_len, bigram_rows = cfg.MAX_SEQ_LEN or recipe.sequence_length(width), 0 if cfg.PLAIN else cfg.BIGRAM_ROWS
-        model_config = GPTConfig(
-            data.tokenizer.vocab_size, seq_len, depth, heads, heads, cfg.HEAD_DIM, bigram_rows, cfg.PLAIN
-        )
-    if cfg.EVAL_TOKENS < model_config.max_seq_len:
-        raise UserError(f"--eval-tokens={cfg.EVAL_TOKENS}: less than one sequence of {model_config.max_seq_len} tokens")
-    optimization = recipe.Recipe.from_settings(vars(cfg), model_config.model_dim)
-    if restored:
-        optimization = optimization.resumed(was["recipe"], changed)
-    total_batch_size = cfg.TOTAL_BATCH_SIZE or (was["total_batch_size"] if restored else 0)
-    plan = plan_batch(cfg, dist, model_config, optimization, horizon, flops_per_second, total_batch_size)
-    state = TrainState(**was["train_state"]) if restored else TrainState()
-    tokens = was["loader"]["next_sequence"] * model_config.max_seq_len if restored else 0
-    if not restored or changed & {*HORIZON, "TOTAL_BATCH_SIZE", "BATCH_RAMP"}:
-        state.set_horizon(horizon, plan, tokens, optimization.batch_ramp)
-    identity = {
-        "model_config": model_config.to_dict(),
-        "recipe": asdict(optimization),
-        "total_batch_size": plan.total_batch_size,
-        "tokenizer_sha256": data.tokenizer.sha256(),
-        "data": data.fingerprint,
-        "data_dir": str(data.shards.folder),
-        "environment": environment,
-        "settings": vars(cfg),
-    }
-    weights = None
-    if cfg.INIT_FROM and not restored:
-        weights = checkpoint.load_first_weights(dist, cfg.INIT_FROM, model_config, data.tokenizer)
-    return RunPlan(
-        model_config, reason, optimization, horizon, plan, state, flops_per_second, tokens, identity, weights
-    )
-
-
-def plan_batch(cfg, dist, model_config, optimization, horizon, flops_per_second, total_batch_size, most=0):
-    """The Plan with at most `most` sequences per forward pass; 0: as many as the settings say."""
-    model = checkpoint.build_model(model_config, "meta")
-    compiled = warmup.compile_pays(cfg.COMPILE, dist.dtype, cfg.TARGET_MINUTES) and hardware.can_compile()
-    return recipe.make_plan(
-        {role: sum(p.numel() for p in named.values()) for role, named in model.parameters_by_role().items()},
-        model_config,
-        horizon,
-        total_batch_size=total_batch_size,
-        max_device_batch_size=most or cfg.DEVICE_BATCH_SIZE or DEFAULT_BATCH,
-        world_size=dist.world_size,
-        flops_per_second=flops_per_second,
-        policy=recipe.ActivationPolicy(dist.dtype.itemsize, compiled, cfg.GRAD_CHECKPOINT, chunk_rows(dist.device)),
-        batch_parts=optimization.batch_parts,
-        mean_batch_share=optimization.mean_batch_share,
-    )
-
-
-def describe(cfg, data, run, dist):
-    """The plan, as the lines that a person reads before the first step."""
-    state, steps_left, share = run.state, max(run.state.num_steps - run.state.step, 0), 1.0
-    if run.recipe.batch_ramp and steps_left:
-        share = recipe.mean_batch_share(state.progress(state.step + 0.5))
-    tokens = run.trained_tokens + steps_left * run.plan.total_batch_size * share
-    return [
-        f"device     {dist.world_size} x {hardware.device_name(dist.device)}",
-        f"precision  {str(dist.dtype).removeprefix('torch.')} ({dist.dtype_reason})",
-        *recipe.describe_model(run.plan, run.model_config, run.depth_reason),
-        *describe_batch(cfg, run.plan, run.model_config, dist),
-        *recipe.describe_horizon(
-            run.plan, run.horizon, state.num_steps, tokens, data.estimated_tokens(), data.shards.folder
-        ),
-        *(["fits       tried once the model is there: the most sequences"] if fit_is_tried(cfg, dist) else []),
-    ]
-
-
-def describe_batch(cfg, plan, model_config, dist):
-    """The lines about batch and memory."""
-    taken = hardware.peak_memory_bytes(dist.device) if dist.device.type == "cpu" else None
-    free, most = hardware.free_memory_bytes(dist.device), cfg.DEVICE_BATCH_SIZE
-    return recipe.describe_batch(plan, model_config, dist.world_size, most, cfg.GRAD_CHECKPOINT, free, taken)
-
-
-def fit_is_tried(cfg, dist):
-    """Whether the largest batch is found by trying: elsewhere memory that runs out ends the process."""
-    return cfg.DEVICE_BATCH_SIZE == 0 and dist.device.type == "cuda"
-
-
-def validation_data(cfg, data, seq_len, dist):
+def validation_data(
+    cfg: SimpleNamespace, data: TrainData, seq_len: int, dist: DistContext
+) -> tuple[np.ndarray | None, core_bundle.Bundle | None]:
     """(validation sequences, task bundle), each None if it is not asked for."""
     path, sequences, bundle = data.shards.validation.path, None, None
     if cfg.EVAL_EVERY:
@@ -335,7 +223,9 @@ def validation_data(cfg, data, seq_len, dist):
     return sequences, bundle
 
 
-def build(cfg, data, run, dist, restored):
+def build(
+    cfg: SimpleNamespace, data: TrainData, run: RunPlan, dist: DistContext, restored: Restored | None
+) -> tuple[GPT, list[optim.ShardedOptimizer], dataloader.SequenceReader]:
     """(model with its weights, optimizers, reader of the sequences to come). Where the batch size is found by trying,
     run.plan changes.
     """
@@ -360,17 +250,18 @@ def build(cfg, data, run, dist, restored):
         model.init_weights(cfg.SEED)
         if cfg.SPECTRAL_TOKENS and data.tokenizer.vocab_size <= bigram_init.LARGEST_VOCABULARY:
             num_tokens = min(cfg.SPECTRAL_TOKENS, SPECTRAL_RUNS * run.plan.tokens)
-            first = lambda: dataloader.SequenceReader(*stream, threads=threads)  # noqa: E731
             # On rank 0 only: DistributedDataParallel broadcasts the result.
-            dist.on_rank0(lambda: bigram_init.initialize(model, first(), num_tokens, cfg.SEED))
+            dist.on_rank0(
+                lambda: bigram_init.initialize(
+                    model, dataloader.SequenceReader(*stream, threads=threads), num_tokens, cfg.SEED
+                )
+            )
             hardware.give_back_freed_memory()  # the bigram counts
-    if fit_is_tried(cfg, dist):
+    if run.tries_batch_sizes:
         most = run.plan.device_batch_size * run.plan.grad_accum_steps // run.recipe.batch_parts
         fitting = warmup.largest_batch_that_fits(dist, model, most)
-        total, speed = run.plan.total_batch_size, run.flops_per_second
-        run.plan = plan_batch(cfg, dist, run.model_config, run.recipe, run.horizon, speed, total, fitting)
-        lines = describe_batch(cfg, run.plan, run.model_config, dist)
-        dist.print0("\n".join([f"fits       {fitting} sequences", *lines]))
+        run.set_batch(fitting)
+        dist.print0("\n".join([f"fits       {fitting} sequences", *run.describe_batch()]))
     loader_state = restored.state["loader"] if restored else None
     reader = dataloader.SequenceReader(*stream, dist.rank, dist.world_size, loader_state, threads)
     return model, optimizers, reader
@@ -379,13 +270,27 @@ def build(cfg, data, run, dist, restored):
 # ---- around the loop ----
 
 
-def eval_settings(cfg):
+def write_config(run: RunPlan, run_dir: Path, dist: DistContext) -> dict:
+    """Write config.json, and return what it holds."""
+    record = {"format": FORMAT, "plan": asdict(run.plan), **run.record(), "defaults": config.defaults(__file__)}
+    dist.on_rank0(lambda: write_json(run_dir / "config.json", record))
+    return record
+
+
+def time_budget(cfg: SimpleNamespace, pass_seconds: float, dist: DistContext, metrics: MetricLogger) -> TimeBudget:
+    every = (cfg.EVAL_EVERY, cfg.CORE_METRIC_EVERY)
+    return TimeBudget(cfg.TARGET_MINUTES, *every, cfg.EVALUATIONS_AFTER, pass_seconds, dist, metrics)
+
+
+def eval_settings(cfg: SimpleNamespace) -> EvalSettings:
     batch_size = cfg.DEVICE_BATCH_SIZE or DEFAULT_BATCH
     every = (cfg.EVAL_EVERY, cfg.CORE_METRIC_EVERY, cfg.SAMPLE_EVERY)
     return EvalSettings(*every, batch_size, cfg.EARLY_STOP_PATIENCE, cfg.EARLY_STOP_MIN_DELTA)
 
 
-def start_wandb(cfg, run_dir, state, record, metrics, dist):
+def start_wandb(
+    cfg: SimpleNamespace, run_dir: Path, state: TrainState, record: dict, metrics: MetricLogger, dist: DistContext
+) -> None:
     if cfg.WANDB != "off" and dist.is_rank0:
         described = {"project": cfg.WANDB_PROJECT, "tags": cfg.WANDB_TAGS, "notes": cfg.WANDB_NOTES}
         wandb = wandb_run.begin(run_dir, cfg.WANDB, state.wandb_id, record, metrics.event, **described)
@@ -393,12 +298,12 @@ def start_wandb(cfg, run_dir, state, record, metrics, dist):
         metrics.use_wandb(wandb, cfg.WANDB_LOG_EVERY)
 
 
-def write_report(cfg, run_dir, dist):
-    if cfg.REPORT and dist.is_rank0:
+def write_report(cfg: SimpleNamespace, run_dir: Path, state: TrainState, dist: DistContext) -> None:
+    if cfg.REPORT and state.is_finished and dist.is_rank0:
         dist.print0(report.attempt(run_dir))
 
 
-def check_settings(cfg):
+def check_settings(cfg: SimpleNamespace) -> None:
     config.choice("COMPILE", cfg.COMPILE, ("auto", "on", "off"))
     cfg.SCHEDULE = config.choice("SCHEDULE", recipe.schedule_name(cfg.SCHEDULE), tuple(recipe.SCHEDULES))
     config.choice("WANDB", cfg.WANDB, ("off", "offline", "online"))

@@ -82,8 +82,8 @@ def main():
         return *tensors, {**state, "loader": at_the_beginning(state["loader"])}
 
     class KnownStopRequest(guard.StopRequest):
-        def __init__(self, speaks):
-            super().__init__(speaks)
+        def __init__(self, prints):
+            super().__init__(prints)
             stops.append(self)
 
     optim.set_schedule, loss.mean_loss, guard.StopRequest = beginning, poisoned, KnownStopRequest

@@ -13,7 +13,6 @@ import sys
 import time
 import traceback
 import weakref
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,6 +49,7 @@ from nanotrain import (
 from nanotrain.dist import DistContext
 from nanotrain.errors import CheckpointError, DataError, MemoryLimitError, NonFiniteError, SupersededError, UserError
 from nanotrain.gpt import GPT, Block, GPTConfig
+from nanotrain.run_plan import RunPlan
 from nanotrain.tokenizer import BPETokenizer
 from scripts import base_train
 from tests import faulty
@@ -298,11 +298,10 @@ def test_scoring_counts_in_the_time_of_a_run(monkeypatch):
     monkeypatch.setattr(hardware, "seconds_since_start", lambda: 10.0)
     state = trainer.TrainState(0, horizon_fixed=False, step=5, seconds=9.0, evaluation_seconds=3.0, core_seconds=7.0)
     left = 120 - 9 - 10 - 1 - 1.1 * (3 + 7)
-    when = trainer.EvalSettings(10, 20, 0, 16, 0, 0.0)
-    budget = trainer.TimeBudget(2.0, when, 0.0, 1.0)
+    budget = trainer.TimeBudget(2.0, 10, 20, 0.0, 1.0, ALONE, None)
     assert budget.steps_in_time(state, 0.5) == 5 + round(left / (0.5 + 3 / 10 + 7 / 20))
     state.core_seconds = 0.0
-    without_tasks = trainer.TimeBudget(2.0, replace(when, core_every=0), 0.0, 1.0)
+    without_tasks = trainer.TimeBudget(2.0, 10, 0, 0.0, 1.0, ALONE, None)
     assert without_tasks.steps_in_time(state, 0.5) == 5 + round((100 - 3.3) / 0.8)
 
 
@@ -642,7 +641,7 @@ def forbid_rows(monkeypatch, most):
         return forward(self, inputs, targets)
 
     monkeypatch.setattr(GPT, "forward", limited)
-    monkeypatch.setattr(base_train, "fit_is_tried", lambda cfg, dist: cfg.DEVICE_BATCH_SIZE == 0)
+    monkeypatch.setattr(RunPlan, "tries_batch_sizes", property(lambda self: self.cfg.DEVICE_BATCH_SIZE == 0))
     return tried
 
 
@@ -675,10 +674,12 @@ def test_a_row_that_does_not_fit_is_a_sentence(train, monkeypatch):
 )
 def test_a_plan_that_exceeds_the_memory_names_the_setting_to_lower(checkpointing, rows, advice):
     model_config = GPTConfig(100, 512, 8, 2, 2, 8)
-    cfg = SimpleNamespace(**{**config.settings("scripts.base_train"), "GRAD_CHECKPOINT": checkpointing})
     horizon = recipe.Horizon(num_iterations=1)
-    optimization = recipe.Recipe.from_settings(vars(cfg), model_config.model_dim)
-    plan = base_train.plan_batch(cfg, ALONE, model_config, optimization, horizon, 1e12, 4096, rows)
+    model = checkpoint.build_model(model_config, "meta")
+    counts = {role: sum(p.numel() for p in named.values()) for role, named in model.parameters_by_role().items()}
+    policy = recipe.ActivationPolicy(4, True, checkpointing, 512)
+    limits = {"total_batch_size": 4096, "max_device_batch_size": rows, "world_size": 1, "flops_per_second": 1e12}
+    plan = recipe.make_plan(counts, model_config, horizon, policy=policy, **limits)
     needed = recipe.process_growth(plan.memory)
     for free, warns in ((needed - 1, True), (needed, False)):
         lines = recipe.describe_batch(plan, model_config, 1, rows, checkpointing, free, 0)

@@ -33,7 +33,7 @@ def _handlers():
 @pytest.mark.usefixtures("_handlers")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_only_asks_to_stop_and_says_so_once(number, capfd):
-    stop = guard.StopRequest(speaks=True)
+    stop = guard.StopRequest(prints=True)
     assert not stop.requested
     signal.raise_signal(number)
     signal.raise_signal(number)  # at once again: torchrun passes the terminal's Ctrl-C on
@@ -45,7 +45,7 @@ def test_a_signal_only_asks_to_stop_and_says_so_once(number, capfd):
 def test_a_second_ctrl_c_ends_the_process_at_once_but_a_second_sigterm_does_not(monkeypatch):
     left = []
     monkeypatch.setattr(os, "_exit", left.append)
-    stop = guard.StopRequest(speaks=False)
+    stop = guard.StopRequest(prints=False)
     signal.raise_signal(signal.SIGINT)
     stop.since -= 2.0
     signal.raise_signal(signal.SIGTERM)

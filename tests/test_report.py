@@ -70,6 +70,7 @@ def make_run(folder, steps=4, texts=("a plain text",), **changes):
     recorded = {
         "plan": {"total_batch_size": 1000, "parameters": {"matrix": 3_000_000, "embedding": 500_000}},
         "environment": {"world_size": 1, "commit": "abc123", "packages": {"torch": "2"}, "device_name": texts[0]},
+        "format": 2,
         "model_config": {"vocab_size": 300, "num_layers": 2, "max_seq_len": 64},
         "tokenizer_sha256": "00ff",
         "data": {"validation": "v", "files": {"v": {"bytes": 10, "sha256": "aa"}}},

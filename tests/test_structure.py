@@ -315,7 +315,8 @@ def test_every_setting_is_used(name):
     used = {node.id for node in nodes if isinstance(node, ast.Name)}
     used |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}  # of `config.snapshot`
     if name == "scripts.base_train":
-        used |= set(RECIPE_SETTINGS)
+        nodes = [node for node in ast.walk(TREES["nanotrain.run_plan"]) if isinstance(node, ast.Attribute)]
+        used |= {*RECIPE_SETTINGS, *(node.attr for node in nodes)}
     assert set(constants(name)) <= used
 
 
