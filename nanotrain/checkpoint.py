@@ -12,10 +12,11 @@ the rest is JSON.
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -26,7 +27,7 @@ from torch import Tensor
 from nanotrain import config, guard, hardware, optim, paths, wandb_run
 from nanotrain.dist import DistContext
 from nanotrain.errors import CheckpointError, DataError, NonFiniteError, UserError
-from nanotrain.gpt import GPT, GPTConfig
+from nanotrain.gpt import CONSTANTS, GPT, GPTConfig
 from nanotrain.store import Store
 from nanotrain.tokenizer import BPETokenizer
 
@@ -37,6 +38,11 @@ if TYPE_CHECKING:
 
 FAILED_SAVES_LIMIT = 3  # consecutive ones that end a run
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optim-00000-of-00001.safetensors", "state.json"
+NEEDED = (  # in state.json, for a resume
+    "step", "train_state", "loader", "updates", "scaler", "model_config", "recipe", "total_batch_size",
+    "tokenizer_sha256", "data", "environment", "settings",
+)  # fmt: skip
+T = TypeVar("T")
 OTHER_BYTES = 1 << 20  # more than all of a checkpoint that is not the elements of tensors
 
 
@@ -150,10 +156,9 @@ def load_model(
     run_dir = Path(run_dir)
     files = _chosen(run_dir, step) if step else _newest_or_best(run_dir, best)
     tensors, _, meta = unpack(files)
-    try:
-        model_config, tokenizer_sha256 = GPTConfig(**meta["model_config"]), meta["tokenizer_sha256"]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"a checkpoint of {run_dir} lacks what a model needs: {error}") from None
+    if not {"model_config", "tokenizer_sha256"} <= meta.keys():
+        raise CheckpointError(f"a checkpoint of {run_dir} lacks what a model needs: model_config or tokenizer_sha256")
+    model_config, tokenizer_sha256 = parsed(GPTConfig, meta["model_config"]), meta["tokenizer_sha256"]
     tokenizer = BPETokenizer.load(run_dir)
     if tokenizer.sha256() != tokenizer_sha256:
         raise DataError(f"{run_dir / 'tokenizer.json'} is not the tokenizer this run was trained with")
@@ -182,6 +187,31 @@ def load_weights(model: GPT, tensors: Mapping[str, Tensor]) -> None:
         raise CheckpointError(f"the checkpoint's weights are not those of this model: {', '.join(wrong[:5])}")
     model.init_buffers()
     model.load_state_dict(tensors)
+
+
+def parsed(kind: type[T], saved: object) -> T:
+    """The dataclass `kind` of the fields that a checkpoint holds. Raises CheckpointError if they are not of its types,
+    not finite, or refused by it.
+    """
+    types = {found.name: found.type for found in fields(kind)}
+    try:
+        for name, value in saved.items():
+            wrong = types.get(name) in (int, float, bool, str) and type(value) is not types[name]
+            if wrong and (types[name], type(value)) != (float, int):
+                raise TypeError(f"{name} is {value!r}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} is {value}")
+        return kind(**saved)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"a checkpoint holds no valid {kind.__name__}: {error}") from None
+
+
+def checked(state: dict, step: int) -> dict:
+    """`state` itself if it has all that a resume needs and is that of `step`; raises CheckpointError if not."""
+    lacking = [name for name in NEEDED if name not in state]
+    if lacking or state["step"] != step:
+        raise CheckpointError(f"the state of step {step} is not one to go on from: {', '.join(lacking) or 'its step'}")
+    return state
 
 
 @dataclass
@@ -283,7 +313,7 @@ class CheckpointManager:
         )
         self.dist.print0(f"resume     {self.run_dir.name} at step {step}")
         self.resumed_step = step
-        return Restored(state, model_tensors, optimizer_tensors)
+        return Restored(checked(state, step), model_tensors, optimizer_tensors)
 
     def claim(self, tokenizer: BPETokenizer) -> None:
         """Make this process the one that writes to the run's folder, and put the tokenizer there."""
@@ -319,6 +349,7 @@ class CheckpointManager:
                 f"{guard.lower_rates(self.record['recipe']['matrix_lr'])}"
             )
         seconds = state.seconds + hardware.seconds_since_start()
+        state.wandb_id = self.metrics.wandb_id or state.wandb_id  # which a sweep chooses itself
         found = {
             "step": state.step,
             "val_bpb": state.val_bpb if state.evaluated_step == state.step else None,
@@ -337,7 +368,8 @@ class CheckpointManager:
         if is_there:
             self.saved_best = state.best_bpb, state.best_step
         state.best_bpb, state.best_step = self.saved_best  # one that can be loaded
-        self.saved = state.step, state.evals_step
+        if not failure:
+            self.saved = state.step, state.evals_step
         outcome = f"could not be written ({failure}); training goes on" if failure else "saved"
         self.metrics.event(f"step {state.step}: {'the ' if failure else ''}checkpoint {outcome}")
 
@@ -368,9 +400,10 @@ class CheckpointManager:
 
 def load_first_weights(
     dist: DistContext, source: str, model_config: GPTConfig, tokenizer: BPETokenizer
-) -> dict[str, Tensor]:
-    """{name: tensor} of the newest checkpoint of the run `source`, for a new run to begin with. Raises CheckpointError,
-    DataError or UserError if there is none, or if it has another tokenizer or another shape.
+) -> tuple[dict[str, Tensor], GPTConfig]:
+    """({name: tensor}, configuration) of the newest checkpoint of the run `source`, for a new run to begin with: of the
+    same shape as `model_config`, with the constants of `source`. Raises CheckpointError, DataError or UserError if
+    there is none, or if it has another tokenizer or another shape.
     """
     run_dir = dist.on_rank0(lambda: find_run(source))
 
@@ -381,13 +414,13 @@ def load_first_weights(
         tensors, _, state = unpack(files)
         if state["tokenizer_sha256"] != tokenizer.sha256():
             raise DataError(f"--init-from={source} has another tokenizer: give its own, --tokenizer-dir={run_dir}")
-        own = model_config.to_dict()
-        other = {name: value for name, value in state["model_config"].items() if own[name] != value}
+        own, found = model_config.to_dict(), parsed(GPTConfig, state["model_config"])
+        other = {name: value for name, value in found.to_dict().items() if name not in CONSTANTS and own[name] != value}
         if other:
             shape = ", ".join(f"{name} {value}" for name, value in other.items())
             raise UserError(f"--init-from={source} has another shape: {shape}; use the settings it was trained with")
         dist.print0(f"weights    of {source} at step {step}")
-        return tensors
+        return tensors, found
 
     return dist.on_all_ranks(load)
 

@@ -23,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from nanotrain import loss
 
+CONSTANTS = ("softcap", "rope_base", "attention_gain", "norm_eps", "gate_channels")  # the rest of a GPTConfig is shape
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -45,7 +47,12 @@ class GPTConfig:
     gate_channels: int = 16  # of a layer's input, at most: those that the gate of its value embedding sees
 
     def __post_init__(self) -> None:
-        assert not (self.plain and self.bigram_rows), "a plain model has no bigram table"
+        if min(self.vocab_size, self.max_seq_len, self.num_layers, self.num_heads, self.num_kv_heads) < 1:
+            raise ValueError(f"{self}: a size is not positive")
+        if not 0 < self.softcap < 70 or min(self.rope_base, self.norm_eps, self.gate_channels) <= 0:
+            raise ValueError(f"{self}: a constant is out of range")
+        if self.plain and self.bigram_rows:
+            raise ValueError(f"{self}: a plain model has no bigram table")
         if self.plain:
             object.__setattr__(self, "attention_gain", 1.0)  # frozen
 

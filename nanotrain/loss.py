@@ -1,8 +1,9 @@
 """Softcapped cross-entropy from hidden states to loss, without ever holding all logits.
 
 Rows are visited in chunks small enough for a cache. The forward pass also computes the gradient, while the logits of a
-chunk are in the cache; the backward pass only scales it (Cut Your Losses, arXiv:2411.09009). The softcap (Gemma 2, arXiv:2408.00118) bounds every
-logit by `cap`, so that exp needs no subtraction of a maximum as long as `cap` is below 70.
+chunk are in the cache; the backward pass only scales it (Cut Your Losses, arXiv:2411.09009). The softcap (Gemma 2,
+arXiv:2408.00118) bounds every logit by `cap`, so that exp needs no subtraction of a maximum as long as `cap` is below
+70.
 
     N rows, one a token   C width   V vocabulary
 """

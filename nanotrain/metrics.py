@@ -41,7 +41,7 @@ class MetricLogger:
         peak_tokens_per_second: at the peak FLOP/s of all devices, for train/mfu; None if that is not known.
         """
         self.enabled, self.num_steps, self._peak_tokens_per_second = enabled, num_steps, peak_tokens_per_second
-        self._wandb, self._wandb_every = None, 1
+        self._wandb, self._wandb_every, self._loss = None, 1, math.nan
         self._last_line, self._write_failed, self._evaluation = 0.0, False, {}
         if not enabled:
             return
@@ -63,6 +63,11 @@ class MetricLogger:
         """Log to a WandbRun too: every evaluation, and the metrics of every `every`-th step and of the last."""
         self._wandb, self._wandb_every = run, every
 
+    @property
+    def wandb_id(self) -> str | None:
+        """The run's id in wandb, None without wandb."""
+        return self._wandb.id if self._wandb else None
+
     def set_num_steps(self, num_steps: int) -> None:
         """Set the number of steps, once it is known or corrected."""
         self.num_steps = num_steps
@@ -76,7 +81,7 @@ class MetricLogger:
         """Record a step that `state` counts already. deviations: what `TrainState.advance` gave. lr: that of the
         matrices. seconds_left: of training.
         """
-        tokens_per_second = result.tokens / result.seconds
+        self._loss, tokens_per_second = result.loss, result.tokens / result.seconds
         metrics = {
             "train/loss": result.loss,
             "train/lr": lr,
@@ -167,7 +172,7 @@ class MetricLogger:
             self.event(f"stopped and saved at {where}: the same command with --resume goes on")
             return
         evaluated = state.evaluated_step == state.step and state.val_bpb is not None
-        result = f"val bpb {state.val_bpb:.4f}" if evaluated else f"loss {state.last_loss:.4f}"
+        result = f"val bpb {state.val_bpb:.4f}" if evaluated else f"loss {self._loss:.4f}"
         used = f"{hardware.seconds_since_start():.0f} s, {peak_memory_bytes / 2**30:.1f} GiB"
         self.event(f"done in {used}: {result} after {state.num_steps} steps")
         if self.enabled and self._wandb:

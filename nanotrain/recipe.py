@@ -231,8 +231,8 @@ class StepSchedule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The numbers that optimization follows, all of them resolved. A checkpoint holds them, and a resumed run takes
-    them from there, whatever newer code would choose.
+    """The numbers by which settings and width decide the optimization, and Muon's momentum, all of them resolved. A
+    checkpoint holds them, and a resumed run takes them from there, whatever newer code would choose.
     """
 
     matrix_lr: float  # peak learning rates; embedding and head are scaled to the width already
@@ -250,6 +250,12 @@ class Recipe:
     momentum_peak: float = MOMENTUM_PEAK
     momentum_end: float = MOMENTUM_END
     momentum_warmup: float = MOMENTUM_WARMUP
+
+    def __post_init__(self) -> None:
+        numbers = [value for value in vars(self).values() if type(value) is float]
+        fractions = (self.warmup_ratio, self.warmdown_ratio, self.final_lr_frac, self.momentum_warmup)
+        if self.schedule not in SCHEDULES or min(numbers) < 0 or max(fractions) > 1:
+            raise ValueError(f"{self}: a number is out of range")
 
     @classmethod
     def from_settings(cls, settings: dict, width: int) -> "Recipe":

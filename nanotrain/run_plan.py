@@ -4,7 +4,7 @@ from dataclasses import asdict
 from types import SimpleNamespace
 
 from nanotrain import checkpoint, hardware, recipe, warmup
-from nanotrain.checkpoint import Restored
+from nanotrain.checkpoint import Restored, parsed
 from nanotrain.dataloader import TrainData
 from nanotrain.dist import DistContext
 from nanotrain.errors import UserError
@@ -36,22 +36,24 @@ class RunPlan:
             cfg.NUM_ITERATIONS, cfg.TARGET_FLOPS, cfg.TARGET_MINUTES, cfg.TARGET_PARAM_DATA_RATIO
         )
         self.depth_reason = "as before"
-        self.model_config = GPTConfig(**was["model_config"]) if restored else self._choose_model()
+        self.model_config = parsed(GPTConfig, was["model_config"]) if restored else self._choose_model()
         seq_len = self.model_config.max_seq_len
         if cfg.EVAL_EVERY and cfg.EVAL_TOKENS < seq_len:
             raise UserError(f"--eval-tokens={cfg.EVAL_TOKENS}: less than one sequence of {seq_len} tokens")
         self.recipe = recipe.Recipe.from_settings(vars(cfg), self.model_config.model_dim)
         if restored:
-            self.recipe = self.recipe.resumed(was["recipe"], changed)
+            self.recipe = self.recipe.resumed(asdict(parsed(recipe.Recipe, was["recipe"])), changed)
         self.total_batch_size = cfg.TOTAL_BATCH_SIZE or was.get("total_batch_size", 0)
         self.set_batch(cfg.DEVICE_BATCH_SIZE or DEFAULT_BATCH)
-        self.state = TrainState(**was.get("train_state", {}))
+        self.state = parsed(TrainState, was.get("train_state", {}))
         self.trained_tokens = was["loader"]["next_sequence"] * seq_len if restored else 0
         if not restored or changed & {*HORIZON, "TOTAL_BATCH_SIZE", "BATCH_RAMP"}:
             self.state.set_horizon(self.horizon, self.plan, self.trained_tokens, self.recipe.batch_ramp)
         self.first_weights = None
         if cfg.INIT_FROM and not restored:
-            self.first_weights = checkpoint.load_first_weights(dist, cfg.INIT_FROM, self.model_config, data.tokenizer)
+            self.first_weights, self.model_config = checkpoint.load_first_weights(
+                dist, cfg.INIT_FROM, self.model_config, data.tokenizer
+            )
 
     def _choose_model(self):
         cfg = self.cfg

@@ -41,7 +41,8 @@ from nanotrain.gpt import GPT
 from nanotrain.metrics import MetricLogger
 from nanotrain.run_plan import DEFAULT_BATCH, HORIZON, RunPlan
 from nanotrain.store import FORMAT
-from nanotrain.trainer import TimeBudget, TrainState, TrainStep
+from nanotrain.time_budget import TimeBudget
+from nanotrain.trainer import TrainState, TrainStep
 
 # --- run
 RUN_NAME = ""  # folder of the run under NANOTRAIN_DIR/runs; empty: d<depth>, or base where the plan chooses it
@@ -155,6 +156,7 @@ def train(cfg: SimpleNamespace, dist: DistContext, stop: guard.StopRequest, watc
         restored.check(data, vars(cfg), IDENTITY, TRAJECTORY, cfg.ALLOW_CHANGE)
     run = RunPlan(cfg, data, dist, restored)
     state = run.state
+    sequences = validation_sequences(cfg, data, run.model_config.max_seq_len, dist)
     dist.print0("\n".join([f"run        {run_dir}", *run.describe()]))
     if cfg.DRY_RUN:
         return
@@ -162,7 +164,7 @@ def train(cfg: SimpleNamespace, dist: DistContext, stop: guard.StopRequest, watc
         dist.print0(f"nothing to do: {run_dir.name} has a checkpoint at step {state.step} of {state.num_steps}")
         return write_report(cfg, run_dir, state, dist)
 
-    sequences, bundle = validation_data(cfg, data, run.model_config.max_seq_len, dist)
+    bundle = task_bundle(cfg, data, dist)
     checkpoints.claim(data.tokenizer)
     model, optimizers, reader = build(cfg, data, run, dist, restored)
     record = write_config(run, run_dir, dist)
@@ -209,18 +211,20 @@ def train(cfg: SimpleNamespace, dist: DistContext, stop: guard.StopRequest, watc
 # ---- before the first step ----
 
 
-def validation_data(
-    cfg: SimpleNamespace, data: TrainData, seq_len: int, dist: DistContext
-) -> tuple[np.ndarray | None, core_bundle.Bundle | None]:
-    """(validation sequences, task bundle), each None if it is not asked for."""
-    path, sequences, bundle = data.shards.validation.path, None, None
-    if cfg.EVAL_EVERY:
-        sequences = dist.on_all_ranks(
-            lambda: dataloader.packed_sequences([path], data.tokenizer, seq_len, cfg.EVAL_TOKENS)
-        )
-    if cfg.CORE_METRIC_EVERY:
-        bundle = core_bundle.obtain(cfg.CORE_BUNDLE, paths.core_dir(), path, dist, cfg.CORE_MAX_PER_TASK, dist.print0)
-    return sequences, bundle
+def validation_sequences(cfg: SimpleNamespace, data: TrainData, seq_len: int, dist: DistContext) -> np.ndarray | None:
+    """(N, T + 1) int32 to measure bits per byte on; None without evaluations."""
+    if not cfg.EVAL_EVERY:
+        return None
+    files = [data.shards.validation.path]
+    return dist.on_all_ranks(lambda: dataloader.packed_sequences(files, data.tokenizer, seq_len, cfg.EVAL_TOKENS))
+
+
+def task_bundle(cfg: SimpleNamespace, data: TrainData, dist: DistContext) -> core_bundle.Bundle | None:
+    """The tasks; None if they are not asked for or cannot be had."""
+    if not cfg.CORE_METRIC_EVERY:
+        return None
+    shard, most = data.shards.validation.path, cfg.CORE_MAX_PER_TASK
+    return core_bundle.obtain(cfg.CORE_BUNDLE, paths.core_dir(), shard, dist, most, dist.print0)
 
 
 def build(
@@ -294,7 +298,6 @@ def start_wandb(
     if cfg.WANDB != "off" and dist.is_rank0:
         described = {"project": cfg.WANDB_PROJECT, "tags": cfg.WANDB_TAGS, "notes": cfg.WANDB_NOTES}
         wandb = wandb_run.begin(run_dir, cfg.WANDB, state.wandb_id, record, metrics.event, **described)
-        state.wandb_id = wandb.id
         metrics.use_wandb(wandb, cfg.WANDB_LOG_EVERY)
 
 

@@ -42,6 +42,7 @@ from nanotrain import (
     recipe,
     report,
     store,
+    time_budget,
     trainer,
     wandb_run,
     warmup,
@@ -298,10 +299,10 @@ def test_scoring_counts_in_the_time_of_a_run(monkeypatch):
     monkeypatch.setattr(hardware, "seconds_since_start", lambda: 10.0)
     state = trainer.TrainState(0, horizon_fixed=False, step=5, seconds=9.0, evaluation_seconds=3.0, core_seconds=7.0)
     left = 120 - 9 - 10 - 1 - 1.1 * (3 + 7)
-    budget = trainer.TimeBudget(2.0, 10, 20, 0.0, 1.0, ALONE, None)
+    budget = time_budget.TimeBudget(2.0, 10, 20, 0.0, 1.0, ALONE, None)
     assert budget.steps_in_time(state, 0.5) == 5 + round(left / (0.5 + 3 / 10 + 7 / 20))
     state.core_seconds = 0.0
-    without_tasks = trainer.TimeBudget(2.0, 10, 0, 0.0, 1.0, ALONE, None)
+    without_tasks = time_budget.TimeBudget(2.0, 10, 0, 0.0, 1.0, ALONE, None)
     assert without_tasks.steps_in_time(state, 0.5) == 5 + round((100 - 3.3) / 0.8)
 
 
@@ -315,7 +316,7 @@ def test_a_run_by_time_knows_how_long_an_evaluation_takes_from_its_first_estimat
         asked.append((state.step, state.evaluation_seconds))
         return 12 if state.step < 4 else state.step + 1
 
-    monkeypatch.setattr(trainer.TimeBudget, "steps_in_time", noted)
+    monkeypatch.setattr(time_budget.TimeBudget, "steps_in_time", noted)
     at_step(1, terminate)
     train(**settings)
     at_step()
@@ -1578,8 +1579,8 @@ def test_a_machine_that_differs_from_that_of_the_checkpoint_is_said_in_one_line(
 def test_p7_a_rank_that_hangs_is_ended_with_what_it_was_doing(train, at_step, monkeypatch, capfd):
     """TR7: here a step takes ten seconds where at most half of one is allowed."""
     left = []
-    monkeypatch.setattr(trainer, "STEP_SECONDS", 0.5)
-    monkeypatch.setattr(trainer, "SLOW_STEP_FACTOR", 0.0)
+    monkeypatch.setattr(time_budget, "STEP_SECONDS", 0.5)
+    monkeypatch.setattr(time_budget, "SLOW_STEP_FACTOR", 0.0)
     monkeypatch.setattr(guard.Watchdog.__init__, "__defaults__", (0, None, left.append))
 
     def hang():
