@@ -224,15 +224,22 @@ class Restored:
     changed: set[str] = field(default_factory=set)  # settings that are other than in the checkpoint
 
     def check(
-        self, data: "TrainData", settings: dict, identity: Sequence[str], trajectory: Sequence[str], allowed: str
+        self,
+        data: "TrainData",
+        settings: dict,
+        defaults: dict,
+        identity: Sequence[str],
+        trajectory: Sequence[str],
+        allowed: str,
     ) -> None:
         """Find `changed`. Raises an error with a readable difference if tokenizer or data differ, or settings that may
         not.
 
-        settings: {name: value}. identity: names of those that cannot change within a run; trajectory: of those that can
-        if `allowed`, names separated by commas, has them. All others may change.
+        settings: {name: value}. defaults: of those that are newer than the checkpoint. identity: names of those that
+        cannot change within a run; trajectory: of those that can if `allowed`, names separated by commas, has them. All
+        others may change.
         """
-        was = self.state["settings"]
+        was = {**defaults, **self.state["settings"]}
         if self.state["tokenizer_sha256"] != data.tokenizer.sha256():
             raise DataError(
                 "the tokenizer is not the one this run was trained with: give --tokenizer-dir (the run's folder has "
@@ -243,7 +250,7 @@ class Restored:
                 "the data are not those this run was trained with: give their folder with --data-dir, or start another "
                 "run with --run-name"
             )
-        self.changed = {name for name in settings if name in was and was[name] != settings[name]}
+        self.changed = {name for name in settings if was[name] != settings[name]}
         may = {name.strip().replace("-", "_").upper() for name in allowed.split(",")}
         lines = []
         for name in (*identity, *trajectory):
@@ -266,7 +273,10 @@ class Restored:
     def load_tensors(self, model: GPT, optimizers: Iterable[optim.ShardedOptimizer]) -> None:
         """Load weights and optimizer state, and let go of the tensors: a run must not hold two copies of them."""
         load_weights(model, self.model_tensors)
-        optim.load_state_tensors(optimizers, self.optimizer_tensors)
+        try:
+            optim.load_state_tensors(optimizers, self.optimizer_tensors)
+        except ValueError as error:
+            raise CheckpointError(f"the checkpoint's optimizer state is not that of these settings: {error}") from None
         self.model_tensors = self.optimizer_tensors = {}
 
 

@@ -33,7 +33,8 @@ Range = tuple[int, int]  # [start, end) of the elements of a flattened tensor
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
-    """An optimizer that stores the state of this rank's elements only.
+    """An optimizer that stores the state of this rank's elements only. A new kind needs groups of {"names", "params",
+    "lr"}, shard ranges, shapes of its state, and `update`.
 
     shard_ranges: {parameter: [element range of each rank]}. A rank with an empty range has no state for the parameter.
     shapes: {parameter: {state name: unsharded shape}}, the same on all ranks.
@@ -49,6 +50,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
     ):
         super().__init__(groups, defaults)
         self.dist, self.shard_ranges, self.shapes = dist, shard_ranges, shapes
+        self.updates = 0
+        for group in self.param_groups:
+            group["base_lr"] = group["lr"]  # the peak; `set_schedule` sets lr
         for parameter, state_shapes in shapes.items():
             start, end = self.own_range(parameter)
             for key, shape in state_shapes.items() if end > start else ():
@@ -69,6 +73,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             self.update(self.owned(group["params"]), group)
             waits.append(self.send(group["params"]))
+        self.updates += 1
         return waits
 
     def update(self, parameters: list[nn.Parameter], group: dict) -> None:
@@ -142,7 +147,7 @@ class Muon(ShardedOptimizer):
         # Largest first: nothing is left to overlap with sending the last stack.
         stacks = sorted(stacks.values(), key=lambda stack: -sum(parameter.numel() for _, parameter in stack))
         groups = [{"params": [p for _, p in stack], "names": [n for n, _ in stack]} for stack in stacks]
-        defaults = {"lr": lr, "base_lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         parameters = list(named_parameters.values())
         owners = partition_by_cost([orthogonalization_cost(parameter) for parameter in parameters], dist.world_size)
         ranges = {
@@ -210,15 +215,6 @@ class AdamW(ShardedOptimizer):
         shapes = {parameter: {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape} for parameter in parameters}
         defaults = {"weight_decay": 0.0, "eps": 1e-8}
         super().__init__(groups, defaults, dist, dict(zip(parameters, ranges, strict=True)), shapes)
-        self.updates = 0
-        for group in self.param_groups:
-            group["base_lr"] = group["lr"]
-
-    def start_step(self) -> list[Callable[[], None]]:
-        """Update this rank's shard; return the functions that wait for the other ranks' shards."""
-        waits = super().start_step()
-        self.updates += 1
-        return waits
 
     def update(self, parameters: list[nn.Parameter], group: dict) -> None:
         """Update this rank's shard of `parameters` with the settings of their group."""
@@ -259,8 +255,6 @@ class RowwiseAdam(ShardedOptimizer):
         ranges = {parameter: [(0, parameter.numel())] * dist.world_size for parameter in parameters}
         shapes = {p: {"exp_avg_sq": p.shape[:1], "updates": p.shape[:1]} for p in parameters}
         super().__init__(groups, {"eps": 1e-10}, dist, ranges, shapes)
-        for group in self.param_groups:
-            group["base_lr"] = group["lr"]
 
     @torch.no_grad()
     def start_step(self) -> list[Callable[[], None]]:
@@ -275,6 +269,7 @@ class RowwiseAdam(ShardedOptimizer):
                 second = torch.lerp(state["exp_avg_sq"][rows], values.square().mean(1), weight)
                 state["updates"][rows], state["exp_avg_sq"][rows] = updates, second
                 parameter.index_add_(0, rows, values * (-group["lr"] / (second.sqrt() + group["eps"]))[:, None])
+        self.updates += 1
         return []
 
 
@@ -290,6 +285,7 @@ def build_optimizers(
     roles: {role: {name: parameter}} from `GPT.parameters_by_role`. rates: learning rates of "matrix", "embedding",
     "unembedding" and "scalar"; those of the other roles are derived from these. dtype: the precision of Muon's matrix
     products. dist: the ranks to shard over; the rank number alone determines a rank's shard.
+    `recipe.estimate_memory` knows what they need in memory.
     """
     # At step 1 the gradients of the scalars are rounding errors of about 1e-6; later ones are about 1e-2. A small eps
     # would turn these errors into full updates, which would depend on the number of ranks.
@@ -355,7 +351,7 @@ def set_schedule(optimizers: Iterable[ShardedOptimizer], rate: float, momentum: 
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * rate
-            if "momentum" in group:
+            if isinstance(optimizer, Muon):
                 group["momentum"], group["weight_decay"] = momentum, weight_decay
 
 

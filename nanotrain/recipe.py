@@ -6,7 +6,7 @@ No torch, no environment, no files, so a plan can be tested and printed before a
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from nanotrain.errors import UserError
@@ -39,11 +39,6 @@ MOMENTUM_START, MOMENTUM_PEAK, MOMENTUM_END = 0.85, 0.95, 0.90
 MOMENTUM_WARMUP = 0.30  # fraction of the run
 BATCH_RAMP = ((0.10, 0.25), (0.22, 0.5))  # (until this progress, this fraction of the batch)
 BATCH_PARTS = 4  # the fractions are whole multiples of 1 / BATCH_PARTS
-
-RECIPE_SETTINGS = (
-    "MATRIX_LR", "EMBEDDING_LR", "UNEMBEDDING_LR", "SCALAR_LR", "WEIGHT_DECAY", "GRAD_CLIP", "SCHEDULE", "WARMUP_RATIO",
-    "WARMDOWN_RATIO", "FINAL_LR_FRAC", "BATCH_RAMP",
-)  # fmt: skip
 
 
 # ---- model shape ----
@@ -235,6 +230,7 @@ class Recipe:
     checkpoint holds them, and a resumed run takes them from there, whatever newer code would choose.
     """
 
+    # Settings of scripts.base_train, in lower case:
     matrix_lr: float  # peak learning rates; embedding and head are scaled to the width already
     embedding_lr: float
     unembedding_lr: float
@@ -246,6 +242,7 @@ class Recipe:
     warmdown_ratio: float
     final_lr_frac: float
     batch_ramp: bool
+    # Not settings:
     momentum_start: float = MOMENTUM_START
     momentum_peak: float = MOMENTUM_PEAK
     momentum_end: float = MOMENTUM_END
@@ -260,7 +257,7 @@ class Recipe:
     @classmethod
     def from_settings(cls, settings: dict, width: int) -> "Recipe":
         """The recipe of a new run: `settings` {NAME: value} of scripts.base_train, at the model's `width`."""
-        chosen = {name.lower(): settings[name] for name in RECIPE_SETTINGS}
+        chosen = {field.name: settings[field.name.upper()] for field in fields(cls) if field.default is MISSING}
         factor = width_factor(width)
         chosen["embedding_lr"] *= factor
         chosen["unembedding_lr"] *= factor

@@ -128,13 +128,14 @@ class TrainStep:
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
             self.wrapped_model = DistributedDataParallel(model, gradient_as_bucket_view=True)
         if saved:
-            optimizers[1].updates = saved["updates"]
+            for optimizer in optimizers:
+                optimizer.updates = saved["updates"]
             if saved["scaler"] and self.scaler.is_enabled():
                 self.scaler.load_state_dict(saved["scaler"])
 
     def state(self) -> dict:
         """What a resume needs beside weights and optimizer tensors, JSON-like."""
-        return {"updates": self.optimizers[1].updates, "scaler": self.scaler.state_dict()}
+        return {"updates": self.optimizers[0].updates, "scaler": self.scaler.state_dict()}
 
     def __call__(self, batches: Prefetcher, schedule: StepSchedule, stop: guard.StopRequest) -> StepResult:
         """Take the next batches and update the weights, unless loss or gradients are not finite on any rank."""

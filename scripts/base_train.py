@@ -114,6 +114,7 @@ WANDB_LOG_EVERY = 10  # steps between those whose numbers are logged; metrics.js
 REMOVED = {"LANES": "give --num-streams"}
 
 # A setting that differs from the checkpoint's at a resume is refused, must be allowed by name, or is in neither list.
+# One of the optimization is also a field of recipe.Recipe.
 IDENTITY = (
     "SEED", "MAX_SEQ_LEN", "NUM_STREAMS", "DEPTH", "ASPECT_RATIO", "HEAD_DIM", "BIGRAM_ROWS", "PLAIN",
     "SPECTRAL_TOKENS", "INIT_FROM",
@@ -153,7 +154,7 @@ def train(cfg: SimpleNamespace, dist: DistContext, stop: guard.StopRequest, watc
     checkpoints = CheckpointManager(run_dir, dist, cfg.SAVE_EVERY, cfg.KEEP_LAST, cfg.KEEP_EVERY)
     restored = checkpoints.restore(cfg.RESUME)  # None for a new run
     if restored:
-        restored.check(data, vars(cfg), IDENTITY, TRAJECTORY, cfg.ALLOW_CHANGE)
+        restored.check(data, vars(cfg), config.defaults(__file__), IDENTITY, TRAJECTORY, cfg.ALLOW_CHANGE)
     run = RunPlan(cfg, data, dist, restored)
     state = run.state
     sequences = validation_sequences(cfg, data, run.model_config.max_seq_len, dist)

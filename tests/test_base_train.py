@@ -1119,18 +1119,21 @@ def test_a_run_that_has_a_checkpoint_is_refused_without_resume(train, whole, fin
     assert same_run(whole, finished)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("SEED", 1),
-        ("MAX_SEQ_LEN", 32),
-        ("NUM_STREAMS", 8),
-        ("DEPTH", 2),
-        ("ASPECT_RATIO", 9),
-        ("HEAD_DIM", 8),
-        ("INIT_FROM", "other"),
-    ],
-)
+REFUSED = {
+    "SEED": 1,
+    "MAX_SEQ_LEN": 32,
+    "NUM_STREAMS": 8,
+    "DEPTH": 2,
+    "ASPECT_RATIO": 9,
+    "HEAD_DIM": 8,
+    "BIGRAM_ROWS": 60,
+    "PLAIN": True,
+    "SPECTRAL_TOKENS": 99,
+    "INIT_FROM": "other",
+}
+
+
+@pytest.mark.parametrize(("name", "value"), REFUSED.items())
 @pytest.mark.usefixtures("stopped")
 def test_what_a_run_is_cannot_change_even_if_asked_for(train, name, value):
     flag = "--" + name.lower().replace("_", "-")
@@ -1169,8 +1172,10 @@ FREE = (
 def test_every_setting_is_of_exactly_one_class():
     """TR12: a new setting needs a decision."""
     classes = (*base_train.IDENTITY, *base_train.TRAJECTORY, *FREE)
-    assert sorted(classes) == sorted(config.settings(vars(base_train)))
+    assert sorted(classes) == sorted(config.settings(vars(base_train))), "IDENTITY, TRAJECTORY, or FREE here"
     assert set(CHANGES) <= set(base_train.TRAJECTORY)
+    assert set(REFUSED) == set(base_train.IDENTITY)
+    # each change has its test below
     assert set(base_train.TRAJECTORY) - set(CHANGES) == {"TARGET_FLOPS", "TARGET_MINUTES", "TARGET_PARAM_DATA_RATIO"}
 
 

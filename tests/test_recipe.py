@@ -379,11 +379,8 @@ def test_no_step_has_a_rate_of_zero_or_above_its_peak(shape, ratios):
 def test_no_jump_is_larger_than_the_steepest_slope_allows(shape, ratios):
     warmup, warmdown, final = ratios
     up = 1 / warmup if warmup else 0
-    if shape == "cosine":
-        down = (1 - final) * math.pi / 2 / (1 - warmup) if warmup < 1 else 0
-    else:
-        length = warmdown if shape == "wsd" else 1 - warmup
-        down = (1 - final) / length if length else 0
+    length = {"wsd": warmdown, "linear": 1 - warmup, "cosine": 2 / math.pi * (1 - warmup)}[shape]
+    down = (1 - final) / length if length else 0
     for num_steps in LENGTHS:
         limit = max(up, down) / num_steps + 1e-12
         assert all(abs(after - before) <= limit for before, after in pairwise(factors(shape, num_steps, ratios)))

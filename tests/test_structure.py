@@ -16,7 +16,7 @@ from torch.distributed.run import get_args_parser
 
 import nanotrain
 from nanotrain import config
-from nanotrain.recipe import RECIPE_SETTINGS
+from nanotrain.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = sorted(path for path in (ROOT / "nanotrain").glob("*.py"))
@@ -316,8 +316,9 @@ def test_every_setting_is_used(name):
     used |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}  # of `config.snapshot`
     if name == "scripts.base_train":
         nodes = [node for node in ast.walk(TREES["nanotrain.run_plan"]) if isinstance(node, ast.Attribute)]
-        used |= {*RECIPE_SETTINGS, *(node.attr for node in nodes)}
-    assert set(constants(name)) <= used
+        used |= {name.upper() for name in Recipe.__dataclass_fields__} | {node.attr for node in nodes}
+    unused = sorted(set(constants(name)) - used)
+    assert not unused, f"nobody reads {unused}: use cfg.NAME, or make it a field of recipe.Recipe"
 
 
 def torchrun_options():
