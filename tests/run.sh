@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole test suite, on a fresh machine: makes the environment, checks the style, runs pytest. Arguments go to pytest.
+# The test suite, on a fresh machine: makes the environment, checks the style, runs pytest. Arguments go to pytest:
+# `-m slow` runs the slow part, which is left out by default.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . dev/environment.sh

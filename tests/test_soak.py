@@ -7,6 +7,8 @@ import pytest
 from nanotrain import checkpoint
 from tests import soak
 
+pytestmark = pytest.mark.slow
+
 NUM_ITERATIONS = 90
 
 
