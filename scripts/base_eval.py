@@ -7,14 +7,17 @@ The result also goes into `evaluation.json` in the run's folder, and into the ru
 """
 
 import contextlib
+from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
 from nanotrain import checkpoint, config, core_bundle, core_eval, dataloader, dataset, errors, loss_eval, paths, report
-from nanotrain.dist import init_distributed
+from nanotrain.dist import DistContext, init_distributed
 from nanotrain.engine import samples
 from nanotrain.errors import UserError
 from nanotrain.files import write_json
+from nanotrain.gpt import GPT
+from nanotrain.tokenizer import BPETokenizer
 
 # --- settings
 RUN_NAME = ""  # folder under NANOTRAIN_DIR/runs; empty: the run that was saved last
@@ -34,7 +37,7 @@ REPORT = True  # write the run's report anew
 # ------------
 
 
-def main():
+def main() -> None:
     config.check_numbers(config.snapshot(__name__), at_least_one=("DEVICE_BATCH_SIZE",))
     checkpoint.check_choice(BEST, STEP)
     dist = init_distributed(DEVICE, DTYPE)
@@ -60,7 +63,9 @@ def main():
     dist.close()
 
 
-def text_bits_per_byte(dist, model, tokenizer, shards):
+def text_bits_per_byte(
+    dist: DistContext, model: GPT, tokenizer: BPETokenizer, shards: dataset.Shards
+) -> dict[str, float]:
     """{train_bpb, val_bpb, doc_bpb} of packed train and validation text and of whole validation documents."""
     seq_len, token_bytes, found = model.config.max_seq_len, tokenizer.token_bytes(), {}
     for split, part in (("train", shards.train), ("val", (shards.validation,))):
@@ -83,7 +88,7 @@ def text_bits_per_byte(dist, model, tokenizer, shards):
     return found
 
 
-def core(dist, model, tokenizer, bundle):
+def core(dist: DistContext, model: GPT, tokenizer: BPETokenizer, bundle: core_bundle.Bundle) -> dict:
     """The scores on the tasks of a bundle, as `core_eval.summary` has them."""
     with progress(dist, "tasks", sum(len(task.items) for task in bundle.tasks)) as done:
         scores = core_eval.evaluate(model, tokenizer, bundle.tasks, dist, DEVICE_BATCH_SIZE, done)
@@ -93,14 +98,14 @@ def core(dist, model, tokenizer, bundle):
 
 
 @contextlib.contextmanager
-def progress(dist, description, count):
+def progress(dist: DistContext, description: str, count: int) -> Iterator[Callable[[int], object]]:
     """A bar that vanishes; yields the function to call with the number of things, `count` on all ranks, done here."""
     hidden = None if dist.is_rank0 else True  # None: shown on a terminal
     with tqdm(total=-(-count // dist.world_size), desc=description, leave=False, disable=hidden) as bar:
         yield bar.update
 
 
-def continuations(model, tokenizer):
+def continuations(model: GPT, tokenizer: BPETokenizer) -> list[str]:
     """[prompt and continuation] for a few prompts, printed as they come."""
     found = []
     for prompt, text in samples(model, tokenizer, SAMPLE_TOKENS):

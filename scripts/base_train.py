@@ -1,10 +1,10 @@
 """Pretrain a base model.
 
-    python -m scripts.base_train --depth=4 --target-minutes=5          one process
-    torchrun --standalone --nproc_per_node=8 -m scripts.base_train     eight GPUs
+    python -m scripts.base_train --depth=4 --target-minutes=5        one process
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_train   eight GPUs
 
-Without a horizon it trains --target-param-data-ratio tokens per weight. Ctrl-C saves and stops; the same command with
---resume goes on.
+Without a horizon it trains --target-param-data-ratio tokens per weight. Ctrl-C
+saves and stops; the same command with --resume goes on.
 """
 
 import os

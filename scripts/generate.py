@@ -9,11 +9,14 @@ Several samples are made together, which takes little longer than one; they are 
 import codecs
 import sys
 from collections import deque
+from collections.abc import Iterator, Sequence
 
 from nanotrain import checkpoint, config, errors, hardware
 from nanotrain.dist import init_distributed
 from nanotrain.engine import KVCache, generate_batch
 from nanotrain.errors import MemoryLimitError, UserError
+from nanotrain.gpt import GPT
+from nanotrain.tokenizer import BPETokenizer
 
 # --- settings
 RUN_NAME = ""  # folder under NANOTRAIN_DIR/runs; empty: the run that was saved last
@@ -28,7 +31,7 @@ SEED = 1337  # of the first sample's draws; the others count on from it
 # ------------
 
 
-def main(prompts=()):
+def main(prompts: Sequence[str] = ()) -> None:
     check_settings()
     dist = init_distributed(DEVICE, seed=SEED)
     run_dir = checkpoint.find_run(RUN_NAME)
@@ -46,7 +49,7 @@ def main(prompts=()):
         raise
 
 
-def check_settings():
+def check_settings() -> None:
     config.check_numbers(config.snapshot(__name__), at_least_one=("NUM_SAMPLES",))
     if SEED >= 2**63:
         raise UserError(f"--seed={SEED}: must be below 2^63")
@@ -54,7 +57,7 @@ def check_settings():
         raise UserError(f"--top-p={TOP_P}: a probability above 0 and up to 1, which draws from all")
 
 
-def converse(model, tokenizer):
+def converse(model: GPT, tokenizer: BPETokenizer) -> None:
     """Answer every line of standard input. In a terminal, Ctrl-C ends a text or a line, and not the program."""
     in_terminal = sys.stdin.isatty()
     if in_terminal:
@@ -73,7 +76,7 @@ def converse(model, tokenizer):
             print()
 
 
-def answer(model, tokenizer, prompt):
+def answer(model: GPT, tokenizer: BPETokenizer, prompt: str) -> None:
     """Print the prompt and its continuations: every character as soon as its last byte is there."""
     ids, strings = [tokenizer.bos, *tokenizer.encode(prompt)], tokenizer.byte_strings()
     check_memory(model, min(len(ids) + MAX_NEW_TOKENS, model.config.max_seq_len))
@@ -90,7 +93,7 @@ def answer(model, tokenizer, prompt):
         print(decoder.decode(b"", final=True))
 
 
-def check_memory(model, capacity):
+def check_memory(model: GPT, capacity: int) -> None:
     """Raise MemoryLimitError where the KV cache of all samples cannot fit into the device."""
     device = model.lm_head.weight.device
     size, memory = KVCache.bytes(model.config, 1, capacity), hardware.memory_bytes(device)
@@ -101,7 +104,7 @@ def check_memory(model, capacity):
         )
 
 
-def samples(steps):
+def samples(steps: Iterator[list[int | None]]) -> Iterator[Iterator[int]]:
     """An iterator over the tokens of each sample, to be read in turn, from the lists of `generate_batch`: while one is
     read, those behind it wait.
     """

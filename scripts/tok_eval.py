@@ -3,6 +3,9 @@
 python -m scripts.tok_eval --data-dir=D
 """
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from nanotrain import config, dataset, errors, paths
 from nanotrain.tokenizer import BPETokenizer
 
@@ -26,7 +29,7 @@ KINDS = {
 }
 
 
-def main():
+def main() -> None:
     tokenizer = BPETokenizer.load(paths.tokenizer_dir(TOKENIZER_DIR))
     shards = dataset.open_shards(paths.data_dir(DATA_DIR))
     kinds = {
@@ -42,7 +45,7 @@ def main():
     print(f"{'bytes alone':<12}{'':>22}{1:>13.3f}")
 
 
-def beginning(shard_paths):
+def beginning(shard_paths: Sequence[Path]) -> list[str]:
     """The first texts of the shards, about MAX_CHARS characters of them."""
     texts, chars = [], 0
     for group in dataset.row_groups(shard_paths):

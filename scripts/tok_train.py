@@ -4,6 +4,7 @@ python -m scripts.tok_train --data-dir=D --vocab-size=4096
 """
 
 import time
+from collections.abc import Iterator
 
 from tqdm import tqdm
 
@@ -22,7 +23,7 @@ HEAD_DIM = 128  # of the model, which the plan of its width needs
 # ------------
 
 
-def main():
+def main() -> None:
     begin = time.monotonic()
     shards = dataset.open_shards(paths.data_dir(DATA_DIR))
     folder = paths.tokenizer_dir(TOKENIZER_DIR)
@@ -36,7 +37,7 @@ def main():
     print(f"{folder}: {tokenizer.vocab_size} tokens in {time.monotonic() - begin:.1f} s")
 
 
-def planned_vocab_size():
+def planned_vocab_size() -> int:
     """The vocabulary that suits the model which this machine can train in TARGET_MINUTES."""
     if TARGET_MINUTES <= 0:
         raise UserError("--vocab-size=0 leaves the choice to the plan, which needs --target-minutes")
@@ -53,7 +54,7 @@ def planned_vocab_size():
     return recipe.vocabulary(width)
 
 
-def texts(shards):
+def texts(shards: dataset.Shards) -> Iterator[list[str]]:
     """The texts to train on, row group by row group, cut and counted as the settings say."""
     total = min(sum(shard.text_bytes for shard in shards.train), MAX_CHARS)
     chars = 0
