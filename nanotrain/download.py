@@ -16,6 +16,7 @@ import socket
 import tempfile
 import threading
 import time
+from collections import ChainMap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
@@ -139,10 +140,8 @@ def size_of(item: Item, token: str | None) -> int:
 
 def _expected(item, response):
     """(size, SHA-256) of the body, None if unknown: the item's, or what Hugging Face says where it redirects."""
-    told = {}
-    for hop in (response, *response.history[::-1]):  # so that the first host has the last word
-        told |= {name: hop.headers[name] for name in ("X-Linked-Size", "X-Linked-Etag") if name in hop.headers}
-    size, etag = told.get("X-Linked-Size", ""), told.get("X-Linked-Etag", "").strip('"')
+    headers = ChainMap(*(hop.headers for hop in (*response.history, response)))  # the first host has the last word
+    size, etag = headers.get("X-Linked-Size", ""), headers.get("X-Linked-Etag", "").strip('"')
     size, sha256 = int(size) if size.isdecimal() else None, etag if SHA256.fullmatch(etag) else None
     return size if item.size is None else item.size, item.sha256 or sha256
 
@@ -216,10 +215,10 @@ class _Download:
 
     def attempt(self, item, part):
         """Write one item to `part` and check it; returns its SHA-256."""
-        received, digest, begin = 0, hashlib.sha256(), time.monotonic()
+        received, digest = 0, hashlib.sha256()
         try:
             with self.get(item) as response, open(part, "wb") as file:
-                size, sha256 = _expected(item, response)
+                (size, sha256), begin = _expected(item, response), time.monotonic()
                 while block := response.raw.read1(1 << 18):  # what is there: a slow host may never fill a block
                     self.check_stop()
                     file.write(block)

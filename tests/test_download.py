@@ -175,11 +175,11 @@ FAULTS = {  # of a body: (the answer, a word of the reason, whether only size an
     "cut": (lambda body: reply(body[:2000], length=len(body)), "connection broke", False),
     "cut chunk": (lambda body: chunked(body, body[:2000]), "connection broke", False),
     "no last chunk": (lambda body: chunked(body, body + b"\r\n"), "connection broke", False),
-    "cut, no length": (lambda body: reply(body[:2000], length=False), "2000", False),
+    "cut, no length": (lambda body: reply(body[:2000], length=False), "readable", False),
     "too long": (lambda body: reply(body + b"x"), "of", True),
     "empty": (lambda body: reply(), "0 of", False),
     "a page": (lambda body: reply(b"<html>", Content_Type="text/html; charset=utf-8"), "a web page", False),
-    "JSON": (lambda body: reply(b'{"error": 1}'), "12", False),
+    "JSON": (lambda body: reply(b'{"error": 1}'), "readable", False),
     "a flipped bit": (lambda body: reply(flipped(body)), "SHA-256", True),
     "slow": (drip, "slower than", False),
 }
@@ -187,7 +187,8 @@ FAULTS = {  # of a body: (the answer, a word of the reason, whether only size an
 
 @pytest.mark.parametrize(("answer", "reason", "known"), FAULTS.values(), ids=FAULTS)
 def test_after_a_fault_the_file_is_whole_or_named(host, files, folder, monkeypatch, answer, reason, known):
-    monkeypatch.setattr(download, "SLOW_SECONDS", 0.1)
+    if answer is drip:
+        monkeypatch.setattr(download, "SLOW_SECONDS", 0.1)
     body, counts = files[ONE], []
     items = [item(host, ONE, body if known else None), item(host, TWO)]
     host.script[PREFIX + ONE] = [answer(body), answer(body), reply(body)]
