@@ -215,7 +215,7 @@ def _item(place, kind, line):
 # ---- the public bundle ----
 
 
-def fetch(folder: Path, url: str = URL, clock: download.Clock | None = None) -> Path:
+def fetch(folder: Path, url: str = URL) -> Path:
     """The path of the public bundle in `folder`, fetched if it is not there, as it was when its hash was noted.
 
     Its host publishes no hash, so that of the first good download (one that reads as a bundle) is kept beside it, and
@@ -228,7 +228,7 @@ def fetch(folder: Path, url: str = URL, clock: download.Clock | None = None) -> 
             return path
     with tqdm(None, "CORE bundle", unit="B", unit_scale=True, leave=False, disable=None) as bar:
         item = download.Item(ZIP_NAME, url)
-        done, failed = download.fetch_all([item], folder, read, bar.update, clock=clock, first_contact=True)
+        done, failed = download.fetch_all([item], folder, read, bar.update, first_contact=True)
     if failed:
         raise DataError(failed[ZIP_NAME])
     with files.atomic_file(noted) as temporary:

@@ -400,7 +400,7 @@ def import_text(source: Path, folder: Path, text_column: str = "text") -> tuple:
     return documents, skipped
 
 
-def fetch(name: str, source: Source, train_shards: int, folder: Path, clock: object = None) -> None:
+def fetch(name: str, source: Source, train_shards: int, folder: Path) -> None:
     """Fetch the first `train_shards` train shards and the validation shard of a hosted data set into `folder`.
 
     Good files that are there stay, bad ones are fetched again. Raises DataError with the list of what could not be had;
@@ -413,12 +413,11 @@ def fetch(name: str, source: Source, train_shards: int, folder: Path, clock: obj
     base = source.url if "://" in source.url else f"{endpoint}/{source.url}"
     download.check_url(base)
     token = os.environ.get("HF_TOKEN", "").strip() if download.host_of(base) == download.host_of(endpoint) else None
-    clock = clock or download.Clock()
     check_ours(folder, name)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         try:
-            remote = download.json_beside(f"{base}/{MANIFEST}", token, clock)
+            remote = download.json_beside(f"{base}/{MANIFEST}", token)
         except DataError as error:
             raise DataError(f"{error}. Without it: --dataset=stdlib (DATASET=stdlib bash speedrun.sh)") from None
         entries = {} if remote is None else {entry["name"]: entry for entry in _checked_entries(remote)}
@@ -436,7 +435,7 @@ def fetch(name: str, source: Source, train_shards: int, folder: Path, clock: obj
         ]
         known = sum(item.size or source.shard_megabytes * 1e6 for item in items)
         if items and not known:
-            known = len(items) * download.size_of(items[0], token, clock)
+            known = len(items) * download.size_of(items[0], token)
         print(f"{name} (licence: {source.licence}): {len(items)} of {len(names)} shards to fetch from ", end="")
         print(f"{download.host_of(base)}, about {known / 1e9:.2f} GB, into {folder}", flush=True)
         if known > shutil.disk_usage(folder).free:
@@ -446,7 +445,7 @@ def fetch(name: str, source: Source, train_shards: int, folder: Path, clock: obj
         with tqdm(
             None, "download", int(known), unit="B", unit_scale=True, disable=not items, mininterval=seconds
         ) as bar:
-            fetched, failed = download.fetch_all(items, folder, open_shard, bar.update, DOWNLOAD_WORKERS, token, clock)
+            fetched, failed = download.fetch_all(items, folder, open_shard, bar.update, DOWNLOAD_WORKERS, token)
         good |= fetched
         if good:
             write_manifest(folder, name, validation, {**own, **good})
