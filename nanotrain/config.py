@@ -150,4 +150,5 @@ def _namespace(script):
 
 def _documented(path):
     """[(heading, NAME, value, comment)] of the lines of settings in a script; headings have only the first."""
-    return LINE.findall(BLOCK.search(Path(path).read_text(encoding="utf-8"))[0])
+    blocks = BLOCK.findall(Path(path).read_text(encoding="utf-8"))
+    return LINE.findall(blocks[0]) if blocks else []  # a program may have no settings

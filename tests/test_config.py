@@ -97,6 +97,8 @@ def test_settings_are_those_between_heading_and_end_and_defaults_those_of_the_so
     assert config.defaults(script["__file__"]) == source
     (tmp_path / "other.py").write_text("# --- a\nA = 2 * 3  # six\nB = -1.5  # minus\n# -------\nC = 1\n")
     assert config.defaults(tmp_path / "other.py") == {"B": -1.5}
+    (tmp_path / "without.py").write_text("C = 1\n")
+    assert config.settings({"__file__": tmp_path / "without.py"}) == {}
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
