@@ -53,13 +53,13 @@ class MetricLogger:
             _cut_back(self._run_dir, first_step)
             self._file = open(self._run_dir / "metrics.jsonl", "a", encoding="utf-8")
 
-    def start_wandb(self, mode: str, described: dict, record: dict, run_id: str | None, every: int) -> None:
+    def start_wandb(self, mode: str, labels: dict, record: dict, run_id: str | None, every: int) -> None:
         """Log to wandb too: every evaluation, and the metrics of every `every`-th step and of the last. mode: offline,
         online, or off for not at all. The rest is that of `WandbRun`.
         """
         if self.enabled and mode != "off":
             self._wandb_every = every
-            self._wandb = WandbRun(self._run_dir, mode, described, record, run_id, self.event)
+            self._wandb = WandbRun(self._run_dir, mode, labels, record, run_id, self.event)
 
     @property
     def wandb_id(self) -> str | None:
@@ -152,8 +152,8 @@ class MetricLogger:
             step, kind = (state.best_step, "best") if state.best_step >= 0 else (state.step, "last")
             names = (f"checkpoints/step_{step:08d}", "tokenizer.json", "config.json")
             files = {name: self._run_dir / name for name in names}  # the folder of a run, for `fetch_artifact`
-            described = {"step": step, "val_bpb": state.best_bpb}
-            self._wandb.artifact(self._wandb.name, "model", described, files, (kind, f"step-{step}"))
+            metadata = {"step": step, "val_bpb": state.best_bpb}
+            self._wandb.artifact(self._wandb.name, "model", metadata, files, (kind, f"step-{step}"))
 
     @contextlib.contextmanager
     def _a_full_disk_ends_nothing(self, what):
@@ -207,10 +207,10 @@ class WandbRun:
     """
 
     def __init__(
-        self, run_dir: Path, mode: str, described: dict, record: dict, run_id: str | None, say: Callable[[str], object]
+        self, run_dir: Path, mode: str, labels: dict, record: dict, run_id: str | None, say: Callable[[str], object]
     ):
         """Start a run in `mode` online or offline, with wandb's files below `run_dir`, or go on with the one of
-        `run_id`, and log what it is made from. described: project, tags as in "baseline,cpu", and notes. record: what
+        `run_id`, and log what it is made from. labels: project, tags as in "baseline,cpu", and notes. record: what
         config.json holds. say: takes a line for people.
         """
         shape, data_name = record["model_config"], Path(record["data_dir"]).name
@@ -220,13 +220,13 @@ class WandbRun:
         tokenizer = {"sha256": record["tokenizer_sha256"], "vocab_size": shape["vocab_size"]}
         data = {"sha256": dataset.hash_of(record["data"]), "name": data_name}
         settings = {name.lower(): value for name, value in record["settings"].items()}
-        kept = {name: record[name] for name in ("model_config", "plan", "environment", "tokenizer_sha256")}
+        described = {name: record[name] for name in ("model_config", "plan", "environment", "tokenizer_sha256")}
         self._options = {
-            **described,
+            **labels,
             "name": self.name,
-            "tags": [tag.strip() for tag in described["tags"].split(",") if tag.strip()],
-            "notes": described["notes"] or None,
-            "config": {**settings, **kept, "data_sha256": data["sha256"]},
+            "tags": [tag.strip() for tag in labels["tags"].split(",") if tag.strip()],
+            "notes": labels["notes"] or None,
+            "config": {**settings, **described, "data_sha256": data["sha256"]},
             "dir": str(run_dir),
             "resume": "allow",
         }
@@ -368,7 +368,7 @@ def _ready(mode):
 
     wandb.setup(settings=wandb.Settings(silent=True, mode=mode))  # wandb's own telemetry obeys only this
     if mode == "online" and not wandb.login(prompt=False, verify=False):
-        raise UserError("wandb knows no key here: `wandb login`, or set WANDB_API_KEY")
+        raise UserError("no key is known here: `wandb login`, or set WANDB_API_KEY")
     return wandb
 
 

@@ -179,8 +179,8 @@ def train(cfg: SimpleNamespace, dist: DistContext, stop: guard.StopRequest, watc
     evals = Evals(eval_settings(cfg), model, data.tokenizer, sequences, bundle, dist, metrics, watchdog.beat)
     checkpoints.begin(state, run.record(), metrics, watchdog.beat)
     with warmup.memory_limit(batch_size, model), metrics, DataLoader(reader, batch_size, dist.device) as loader:
-        described = {"project": cfg.WANDB_PROJECT, "tags": cfg.WANDB_TAGS, "notes": cfg.WANDB_NOTES}
-        metrics.start_wandb(cfg.WANDB, described, record, state.wandb_id, cfg.WANDB_LOG_EVERY)
+        labels = {"project": cfg.WANDB_PROJECT, "tags": cfg.WANDB_TAGS, "notes": cfg.WANDB_NOTES}
+        metrics.start_wandb(cfg.WANDB, labels, record, state.wandb_id, cfg.WANDB_LOG_EVERY)
         batches = dist.on_all_ranks(lambda: Prefetcher(loader))
         stopping = False
         while True:

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -25,7 +26,7 @@ from nanotrain.metrics import MetricLogger, WandbRun
 from nanotrain.trainer import StepResult, TrainState
 
 RESULT = StepResult(2.5, 1.5, 255, 6172, 0, stop_requested=False, seconds=5.0, peak_memory_bytes=7)
-DESCRIBED = {"project": "nanotrain", "tags": "a, b", "notes": ""}
+LABELS = {"project": "nanotrain", "tags": "a, b", "notes": ""}
 RECORD = {
     "settings": {"DEPTH": 4},
     "model_config": {"vocab_size": 320, "num_layers": 4},
@@ -44,7 +45,10 @@ PARTS = {
 
 
 def rows(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    text = (run_dir / "metrics.jsonl").read_text()
+    assert "NaN" not in text, "which is not JSON"
+    assert "Infinity" not in text
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def log_steps(logger, steps, result=RESULT):
@@ -58,21 +62,13 @@ def log_steps(logger, steps, result=RESULT):
 def test_every_step_is_one_json_line_that_is_on_disk_at_once(tmp_path):
     run_dir = tmp_path / "new" / "run"
     with MetricLogger(run_dir, 2, peak_speed=12344.0) as logger:
-        logger.record(0, {"val/bpb": 1.5})
-        assert rows(run_dir) == [{"step": 0, "val/bpb": 1.5}]
+        logger.record(0, {"val/bpb": 1.5, "infinite": -math.inf, "text": "nan"})
+        assert rows(run_dir) == [{"step": 0, "val/bpb": 1.5, "infinite": None, "text": "nan"}]
         log_steps(logger, [1], replace(RESULT, grad_norm=math.nan))
         row = rows(run_dir)[1]
     assert (row["step"], row["train/loss"], row["train/grad_norm"], row["train/lr"]) == (1, 2.5, None, 0.01)
     assert (row["train/tok_per_sec"], row["train/mfu"], row["data_hash"]) == (1234.4, 0.1, "00000000000000ff")
     assert "train/optimizer_seconds" not in row  # where it is not known
-
-
-def test_what_json_does_not_have_becomes_null(tmp_path):
-    with MetricLogger(tmp_path, 2) as logger:
-        logger.record(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.1, "e": 0, "f": "nan"})
-    assert '"step": 1, "a": null, "b": null, "c": null, "d": 0.1, "e": 0, "f": "nan"' in (
-        (tmp_path / "metrics.jsonl").read_text()
-    )
 
 
 @pytest.mark.parametrize("ending", ["", '{"step": 3, "train/lo', '{"step": 3', "\0\0\0\0", "\n\n"])
@@ -147,7 +143,7 @@ def test_an_evaluation_that_cannot_be_written_ends_nothing(tmp_path, capsys):
 def test_other_ranks_write_and_print_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     with MetricLogger(tmp_path / "run", 10, enabled=False) as logger:
-        logger.start_wandb("offline", DESCRIBED, RECORD, None, 1)
+        logger.start_wandb("offline", LABELS, RECORD, None, 1)
         logger.set_num_steps(5)
         log_steps(logger, [1, 5], replace(RESULT, skipped="loss nan"))
         logger.record(1, {"val/bpb": 1.0})
@@ -228,7 +224,7 @@ def talk(run_dir, mode="offline", run_id="d4-mine-20260101-1200-x7k2", calls=lam
     """Start a run, let `calls` use it, and close it; returns (the run, what it said)."""
     said = []
     (run_dir / "tokenizer.json").write_text("{}")
-    run = WandbRun(run_dir, mode, DESCRIBED, RECORD, run_id, said.append)
+    run = WandbRun(run_dir, mode, LABELS, RECORD, run_id, said.append)
     calls(run)
     run.close(failed)
     assert not run._thread.is_alive()
@@ -245,7 +241,7 @@ def test_wandb_is_told_of_every_evaluation_and_of_some_steps_and_the_last(tmp_pa
     wandb = fake()
     (tmp_path / "tokenizer.json").write_text("{}")
     with MetricLogger(tmp_path, 7) as logger:
-        logger.start_wandb("offline", DESCRIBED, RECORD, None, 3)
+        logger.start_wandb("offline", LABELS, RECORD, None, 3)
         log_steps(logger, range(1, 8))
         logger.record(7, {"val/bpb": 1.0})
         logger.evaluation(7, samples=PARTS["samples"])
@@ -260,7 +256,7 @@ def test_wandb_is_ended_on_every_way_out_and_knows_that_the_run_has_failed(tmp_p
 
     def run():
         with MetricLogger(tmp_path, 7) as logger:
-            logger.start_wandb("offline", DESCRIBED, RECORD, None, 1)
+            logger.start_wandb("offline", LABELS, RECORD, None, 1)
             raise error
 
     with pytest.raises(error):
@@ -270,14 +266,12 @@ def test_wandb_is_ended_on_every_way_out_and_knows_that_the_run_has_failed(tmp_p
 
 def test_a_new_id_begins_with_depth_data_and_time_and_a_sweep_may_choose_another(tmp_path, fake):
     wandb = fake()
-    run, _ = talk(tmp_path, run_id=None)
-    assert run.name.startswith("d4-my-texts-xxx")
-    assert time.strptime(run.name[-14:], "-%Y%m%d-%H%M")
-    assert run.id.rpartition("-")[0] == run.name
-    assert talk(tmp_path, run_id=None)[0].id != run.id
+    ids = {talk(tmp_path, run_id=None)[0].id for _ in range(3)}
+    assert len(ids) == 3
+    assert all(re.fullmatch(r"d4-my-texts-x+-\d{8}-\d{4}-[a-z0-9]{4}", run_id) for run_id in ids)
     wandb.init = lambda **options: setattr(wandb, "id", "chosen") or wandb
     with MetricLogger(tmp_path, 7) as logger:
-        logger.start_wandb("offline", DESCRIBED, RECORD, "abc123", 1)
+        logger.start_wandb("offline", LABELS, RECORD, "abc123", 1)
         assert logger._wandb.name == "abc123"
     assert logger.wandb_id == "chosen"
 
@@ -318,12 +312,8 @@ def test_numbers_tables_a_histogram_and_what_the_run_is_made_from_are_logged(tmp
     }
     assert samples["val/samples"][2] == [[3, "The", " end"], [6, "If", " so"]]
     tokenizer, data = [artifact for artifact, _ in wandb.of("log_artifact")]
-    assert (tokenizer.name, tokenizer.kind, tokenizer.files) == (
-        "tokenizer-abababababab",
-        "tokenizer",
-        {"tokenizer.json": b"{}"},
-    )
-    assert (data.kind, json.loads(data.files["data.json"])) == ("dataset", RECORD["data"])
+    assert (tokenizer.name, tokenizer.files) == ("tokenizer-abababababab", {"tokenizer.json": b"{}"})
+    assert json.loads(data.files["data.json"]) == RECORD["data"]
 
 
 # ---- it is never in the way ----
@@ -368,9 +358,8 @@ def test_what_wandb_does_not_take_is_left_out_and_after_the_third_it_is_left_alo
     assert wandb.done[-1] == ("finish", 0)
 
 
-@pytest.mark.parametrize("source", ["import a_module_that_is_missing", "raise RuntimeError('broken')"])
-def test_wandb_that_cannot_be_imported_is_a_line(tmp_path, monkeypatch, source):
-    (tmp_path / "wandb.py").write_text(source)
+def test_wandb_that_cannot_be_imported_is_a_line(tmp_path, monkeypatch):
+    (tmp_path / "wandb.py").write_text("raise RuntimeError('broken')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     (line,) = talk(tmp_path, calls=use)[1]
@@ -384,7 +373,7 @@ def test_training_does_not_wait_for_wandb_and_its_end_not_for_ever(tmp_path, fak
     goes_on, said = threading.Event(), []
     setattr(fake(), place, lambda *arguments, **named: goes_on.wait(10) and None)
     begin = time.monotonic()
-    run = WandbRun(tmp_path, "offline", DESCRIBED, RECORD, None, said.append)
+    run = WandbRun(tmp_path, "offline", LABELS, RECORD, None, said.append)
     use(run)
     run.close()
     assert time.monotonic() - begin < 3
@@ -398,7 +387,7 @@ import json, os, signal, sys, threading, time
 from pathlib import Path
 from nanotrain import metrics
 
-run_dir, mode, described, record, stops = Path(sys.argv[1]), sys.argv[2], *map(json.loads, sys.argv[3:])
+run_dir, mode, labels, record, stops = Path(sys.argv[1]), sys.argv[2], *map(json.loads, sys.argv[3:])
 metrics.START_SECONDS, metrics.FINISH_SECONDS = 2.0, 1.0
 started = threading.Event()
 
@@ -407,7 +396,7 @@ def say(line):
     if "offline; wandb sync" in line:
         started.set()
 
-run = metrics.WandbRun(run_dir, mode, described, record, "a-b", say)
+run = metrics.WandbRun(run_dir, mode, labels, record, "a-b", say)
 assert started.wait(60)
 service = sys.modules["wandb"].sdk.wandb_setup._singleton._connection._proc._process
 if stops:
@@ -428,7 +417,7 @@ assert (service.poll() is not None) == stops
 def talk_to_wandb(tmp_path, mode, stops, **environment):
     """What a process says that logs to the real wandb, which finds no network; it must end."""
     (tmp_path / "tokenizer.json").write_text("{}")
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path), mode, *map(json.dumps, (DESCRIBED, RECORD, stops))]
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path), mode, *map(json.dumps, (LABELS, RECORD, stops))]
     place = {"HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_ERROR_REPORTING": "false"}
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **place, **environment}
     done = subprocess.run(command, env=environment, stdin=subprocess.PIPE, capture_output=True, text=True, timeout=90)
