@@ -113,7 +113,7 @@ class MetricLogger:
         """Write a row of metrics; NaN and infinity, which JSON does not have, become null."""
         if self.enabled:
             row = json.loads(json.dumps({"step": step, **metrics}), parse_constant=lambda constant: None)
-            with self._a_full_disk_ends_nothing("metrics.jsonl"):
+            with self._tolerate_full_disk("metrics.jsonl"):
                 self._file.write(json.dumps(row) + "\n")
                 self._file.flush()
             if self._wandb and to_wandb:
@@ -131,7 +131,7 @@ class MetricLogger:
             self._evaluation = {"step": step}
         self._evaluation |= parts
         path = self._run_dir / "evaluation" / f"step_{step:08d}.json"
-        with self._a_full_disk_ends_nothing("an evaluation"), atomic_file(path) as temporary:
+        with self._tolerate_full_disk("an evaluation"), atomic_file(path) as temporary:
             temporary.write_text(json.dumps(self._evaluation, allow_nan=False) + "\n", encoding="utf-8")
         if self._wandb:
             self._wandb.evaluation(step, parts)
@@ -156,7 +156,7 @@ class MetricLogger:
             self._wandb.artifact(self._wandb.name, "model", metadata, files, (kind, f"step-{step}"))
 
     @contextlib.contextmanager
-    def _a_full_disk_ends_nothing(self, what):
+    def _tolerate_full_disk(self, what):
         try:
             yield
         except OSError as error:
@@ -202,8 +202,8 @@ def _cut_back(run_dir, step):
 
 
 class WandbRun:
-    """A run in wandb. A call of wandb blocks for as long as its service reads nothing, so one thread makes them all, in
-    order, from a queue, and an exception becomes a line in the log. Every method returns at once, but `close`.
+    """A run in wandb. A call into wandb blocks while wandb's service does not read, so one thread makes all calls, in
+    order, from a queue; an exception becomes a line in the log. Every method returns at once, except `close`.
     """
 
     def __init__(
@@ -325,7 +325,7 @@ class WandbRun:
 
     def _start(self, mode):
         wandb = _ready(mode)
-        # console: what wandb copies of the output would go through it before it is printed
+        # console off: or all output would pass through wandb before it is printed
         settings = wandb.Settings(silent=True, console="off", init_timeout=START_SECONDS, finish_timeout=FINISH_SECONDS)
         with contextlib.suppress(Exception):  # not in every version
             settings.x_transaction_log_flush_interval = 1.0  # seconds; a kill costs what was not flushed
@@ -363,7 +363,7 @@ def fetch_artifact(reference: str, folder: Path) -> Path:
 
 
 def _ready(mode):
-    """The module wandb, ready for a mode; for online it must know a key, for which it never asks."""
+    """The module wandb, ready for a mode. Online needs a key, for which nobody is asked."""
     import wandb  # slow to import, and off by default
 
     wandb.setup(settings=wandb.Settings(silent=True, mode=mode))  # wandb's own telemetry obeys only this
