@@ -24,16 +24,16 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
-from nanotrain import config, guard, hardware, optim, paths, wandb_run
+from nanotrain import config, guard, hardware, optim, paths
 from nanotrain.dist import DistContext
 from nanotrain.errors import CheckpointError, DataError, NonFiniteError, UserError
 from nanotrain.gpt import CONSTANTS, GPT, GPTConfig
+from nanotrain.metrics import WANDB_PREFIX, MetricLogger, fetch_artifact
 from nanotrain.store import Store
 from nanotrain.tokenizer import BPETokenizer
 
 if TYPE_CHECKING:
     from nanotrain.dataloader import Prefetcher, TrainData
-    from nanotrain.metrics import MetricLogger
     from nanotrain.trainer import TrainState, TrainStep
 
 FAILED_SAVES_LIMIT = 3  # consecutive ones that end a run
@@ -133,8 +133,8 @@ def find_run(name: str = "") -> Path:
     """The folder of the run `name`, or of the run that was saved last; `wandb:ENTITY/PROJECT/NAME:ALIAS` is an artifact
     of one, which is fetched. Raises CheckpointError if there is none.
     """
-    if name.startswith(wandb_run.PREFIX):
-        return wandb_run.fetch(name, paths.artifacts_dir())
+    if name.startswith(WANDB_PREFIX):
+        return fetch_artifact(name, paths.artifacts_dir())
     if name:
         return paths.run_dir(name)
     runs = paths.base_dir() / "runs"
@@ -330,7 +330,7 @@ class CheckpointManager:
         self.owner = self.dist.on_rank0(lambda: claim(self.run_dir))
         self.dist.on_rank0(lambda: tokenizer.save(self.run_dir))
 
-    def begin(self, state: "TrainState", record: dict, metrics: "MetricLogger", beat: Callable[[float], None]) -> None:
+    def begin(self, state: "TrainState", record: dict, metrics: MetricLogger, beat: Callable[[float], None]) -> None:
         """Get ready to save. `record` goes into every checkpoint; `beat` is the watchdog's."""
         self.record, self.metrics, self.beat = record, metrics, beat
         self.saved_best = state.best_bpb, state.best_step

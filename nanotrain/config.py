@@ -18,22 +18,21 @@ import math
 import re
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
 from nanotrain.errors import UserError
 
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-SETTING_LINE = re.compile(r"([A-Z][A-Z0-9_]*) = [^#]*?(?:#\s*(.*))?")
-HEADING_LINE = re.compile(r"# --- (.*)")
-END_LINE = re.compile(r"# -{6,}")
+BLOCK = re.compile(r"^# --- .*?(?=^# -{6,}$)", re.MULTILINE | re.DOTALL)
+LINE = re.compile(r"^(?:# --- (.*)|([A-Z][A-Z0-9_]*) = ([^#\n]*?) *(?:# *(.*))?)$", re.MULTILINE)
 
 
 def settings(script: str | dict) -> dict:
     """The settings of a script, {NAME: value}, in the order of its source."""
     namespace = _namespace(script)
-    return {name: namespace[name] for name, _ in _documented(namespace) if name}
+    return {name: namespace[name] for _, name, _, _ in _documented(namespace["__file__"]) if name}
 
 
 def snapshot(script: str | dict) -> SimpleNamespace:
@@ -43,19 +42,15 @@ def snapshot(script: str | dict) -> SimpleNamespace:
 
 def defaults(path: str | Path) -> dict:
     """The settings in the source of a script, {NAME: value}, without a command line; only those that are literals."""
-    names, found = {name for name, _ in _documented({"__file__": path}) if name}, {}
-    for node in ast.parse(Path(path).read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in names:
-            with contextlib.suppress(ValueError):
-                found[node.targets[0].id] = ast.literal_eval(node.value)
+    found = {}
+    for _, name, value, _ in _documented(path):
+        with contextlib.suppress(ValueError, SyntaxError):  # SyntaxError: a heading has no value
+            found[name] = ast.literal_eval(value)
     return found
 
 
 def override(
-    script: str | dict,
-    argv: Sequence[str] | None = None,
-    positional: bool = False,
-    short: Mapping[str, str] | None = None,
+    script: str | dict, argv: list[str] | None = None, positional: bool = False, short: dict[str, str] | None = None
 ) -> list[str]:
     """Apply each `--name=value` of `argv` (the process's own by default) to the constant NAME of the script, in place.
 
@@ -63,28 +58,21 @@ def override(
     {"-n": "TRAIN_SHARDS"}. Returns the other arguments if `positional`; else one of them is an error. `--help` prints
     the settings and exits. Raises UserError for an unknown name (with the nearest one) or a value of the wrong type.
     """
-    namespace = _namespace(script)
-    known, others, short = settings(namespace), [], dict(short or {})
-    arguments = iter(sys.argv[1:] if argv is None else argv)
+    namespace, short, others = _namespace(script), short or {}, []
+    known, arguments = settings(namespace), iter(sys.argv[1:] if argv is None else argv)
     for argument in arguments:
+        flag, equals, text = argument.partition("=")
+        name = short.get(flag) or flag[2:].replace("-", "_").upper()
         if argument == "--":  # torchrun's users write `-m scripts.base_train -- --depth=24`
             continue
         if argument in ("-h", "--help"):
             print(help_text(namespace, short), flush=True)
             sys.exit(0)
-        if argument in short:
-            value = next(arguments, None)
-            if value is None:
-                raise UserError(f"{argument} needs a value, as in {argument} 8")
-            namespace[short[argument]] = parse(value, known[short[argument]], argument)
-            continue
-        if not argument.startswith("--"):
+        if flag not in short and not flag.startswith("--"):
             if not positional:
                 raise UserError(f"{argument!r}: settings are written --name=value (--help lists them)")
             others.append(argument)
             continue
-        flag, equals, text = argument.partition("=")
-        name = flag[2:].replace("-", "_").upper()
         if name in namespace.get("REMOVED", ()):
             raise UserError(f"{flag} is gone: {namespace['REMOVED'][name]}")
         if name not in known:
@@ -92,29 +80,23 @@ def override(
             hint = f"; did you mean {flag_of(close[0])}?" if close else ""
             raise UserError(f"{flag}: no such setting{hint} (--help lists them)")
         if not equals:
-            if not isinstance(known[name], bool):
-                raise UserError(f"{flag} needs a value, as in {flag}={known[name]}")
-            text = "true"
-        namespace[name] = parse(text, known[name], flag)
+            text = next(arguments, None) if flag in short else "true" if isinstance(known[name], bool) else None
+        if text is None:
+            raise UserError(f"{flag} needs a value, as in {flag}={known[name]}")
+        namespace[name] = _parsed(text, known[name], flag)
     return others
 
 
-def parse(text: str, default: object, flag: str) -> object:
-    """`text` as a value of the type of `default`; raises UserError that names `flag`."""
+def _parsed(text, default, flag):
+    kind = type(default)
     try:
-        if isinstance(default, bool):
-            return BOOLEANS[text.lower()]
-        if isinstance(default, int):
-            return int(text)
-        if isinstance(default, float):
-            value = float(text)
-            if not math.isfinite(value):
-                raise ValueError(text)
-            return value
-        return text
+        value = BOOLEANS[text.lower()] if kind is bool else kind(text)
+        if kind is float and not math.isfinite(value):
+            raise ValueError
     except (ValueError, KeyError):
-        kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(default)]
-        raise UserError(f"{flag}={text}: expected {kind}, as in {flag}={default}") from None
+        expected = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        raise UserError(f"{flag}={text}: expected {expected}, as in {flag}={default}") from None
+    return value
 
 
 def check_numbers(settings: SimpleNamespace, at_least_one: Iterable[str] = (), fractions: Iterable[str] = ()) -> None:
@@ -122,16 +104,16 @@ def check_numbers(settings: SimpleNamespace, at_least_one: Iterable[str] = (), f
     0, or one of the `fractions` above 1.
     """
     for name, value in vars(settings).items():
-        if isinstance(value, (int, float)) and value < 0:
-            raise UserError(f"{flag_of(name)}={value}: must not be negative")
-        if isinstance(value, int) and value >= 2**63:
-            raise UserError(f"{flag_of(name)}={value}: must be below 2^63")
-    for name in at_least_one:
-        if getattr(settings, name) < 1:
-            raise UserError(f"{flag_of(name)}={getattr(settings, name)}: at least 1")
-    for name in fractions:
-        if getattr(settings, name) > 1:
-            raise UserError(f"{flag_of(name)}={getattr(settings, name)}: a fraction, at most 1")
+        if isinstance(value, str):
+            continue
+        for is_wrong, rule in (
+            (value < 0, "must not be negative"),
+            (isinstance(value, int) and value >= 2**63, "must be below 2^63"),
+            (name in at_least_one and value < 1, "at least 1"),
+            (name in fractions and value > 1, "a fraction, at most 1"),
+        ):
+            if is_wrong:
+                raise UserError(f"{flag_of(name)}={value}: {rule}")
 
 
 def choice(name: str, value: str, allowed: Iterable[str]) -> str:
@@ -146,22 +128,19 @@ def flag_of(name: str) -> str:
     return "--" + name.lower().replace("_", "-")
 
 
-def help_text(script: str | dict, short: Mapping[str, str] | None = None) -> str:
+def help_text(script: str | dict, short: dict[str, str] | None = None) -> str:
     """What `--help` prints: the script's docstring, then each setting with its default and its comment."""
-    namespace = _namespace(script)
-    letters = {name: letter for letter, name in dict(short or {}).items()}
+    namespace, letters = _namespace(script), {name: f"{letter} N, " for letter, name in (short or {}).items()}
     lines = [(namespace.get("__doc__") or "").strip(), ""]
-    for name, comment in _documented(namespace):
-        if not name:
-            lines += ["", f"{comment}:"]
+    for heading, name, _, comment in _documented(namespace["__file__"]):
+        if heading:
+            lines += ["", f"{heading}:"]
             continue
-        letter = f"{letters[name]} N, " if name in letters else ""
-        left = f"  {letter}{flag_of(name)}={namespace[name]}"
-        wrapped = textwrap.wrap(comment, 46) or [""]
+        left = f"  {letters.get(name, '')}{flag_of(name)}={namespace[name]}"
         if len(left) > 32:
             lines.append(left)
             left = ""
-        lines += [f"{left:<33}{wrapped[0]}".rstrip(), *(" " * 33 + line for line in wrapped[1:])]
+        lines.append(textwrap.fill(comment, 79, initial_indent=f"{left:<33}", subsequent_indent=" " * 33) or left)
     return "\n".join(lines)
 
 
@@ -169,17 +148,7 @@ def _namespace(script):
     return vars(sys.modules[script]) if isinstance(script, str) else script
 
 
-def _documented(namespace):
-    """(NAME, comment) of every setting in the script's source, and ("", heading) for each section line in between."""
-    found, inside = [], False
-    for line in Path(namespace["__file__"]).read_text(encoding="utf-8").splitlines():
-        heading = HEADING_LINE.fullmatch(line)
-        setting = SETTING_LINE.fullmatch(line)
-        if heading:
-            found.append(("", heading[1]))
-            inside = True
-        elif inside and END_LINE.fullmatch(line):
-            break
-        elif inside and setting:
-            found.append((setting[1], setting[2] or ""))
-    return found
+def _documented(path):
+    """[(heading, NAME, value, comment)] of the lines of settings in a script; headings have only the first."""
+    blocks = BLOCK.findall(Path(path).read_text(encoding="utf-8"))
+    return LINE.findall(blocks[0]) if blocks else []  # a program may have no settings

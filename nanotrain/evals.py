@@ -129,7 +129,6 @@ class Evals:
 
             def done(number):
                 self.beat(guard.SLOW_SECONDS)
-                if bar:
-                    bar(number)
+                bar.update(number)
 
             yield done

@@ -28,7 +28,6 @@ from nanotrain import (
     paths,
     recipe,
     report,
-    wandb_run,
     warmup,
 )
 from nanotrain.checkpoint import CheckpointManager, Restored
@@ -38,7 +37,7 @@ from nanotrain.errors import MemoryLimitError, PeerError, UserError
 from nanotrain.evals import Evals, EvalSettings
 from nanotrain.files import write_json
 from nanotrain.gpt import GPT
-from nanotrain.metrics import MetricLogger
+from nanotrain.metrics import WANDB_PREFIX, MetricLogger
 from nanotrain.run_plan import DEFAULT_BATCH, HORIZON, RunPlan
 from nanotrain.store import FORMAT
 from nanotrain.time_budget import TimeBudget
@@ -180,7 +179,8 @@ def train(cfg: SimpleNamespace, dist: DistContext, stop: guard.StopRequest, watc
     evals = Evals(eval_settings(cfg), model, data.tokenizer, sequences, bundle, dist, metrics, watchdog.beat)
     checkpoints.begin(state, run.record(), metrics, watchdog.beat)
     with warmup.memory_limit(batch_size, model), metrics, DataLoader(reader, batch_size, dist.device) as loader:
-        start_wandb(cfg, run_dir, state, record, metrics, dist)
+        labels = {"project": cfg.WANDB_PROJECT, "tags": cfg.WANDB_TAGS, "notes": cfg.WANDB_NOTES}
+        metrics.start_wandb(cfg.WANDB, labels, record, state.wandb_id, cfg.WANDB_LOG_EVERY)
         batches = dist.on_all_ranks(lambda: Prefetcher(loader))
         stopping = False
         while True:
@@ -293,15 +293,6 @@ def eval_settings(cfg: SimpleNamespace) -> EvalSettings:
     return EvalSettings(*every, batch_size, cfg.EARLY_STOP_PATIENCE, cfg.EARLY_STOP_MIN_DELTA)
 
 
-def start_wandb(
-    cfg: SimpleNamespace, run_dir: Path, state: TrainState, record: dict, metrics: MetricLogger, dist: DistContext
-) -> None:
-    if cfg.WANDB != "off" and dist.is_rank0:
-        described = {"project": cfg.WANDB_PROJECT, "tags": cfg.WANDB_TAGS, "notes": cfg.WANDB_NOTES}
-        wandb = wandb_run.begin(run_dir, cfg.WANDB, state.wandb_id, record, metrics.event, **described)
-        metrics.use_wandb(wandb, cfg.WANDB_LOG_EVERY)
-
-
 def write_report(cfg: SimpleNamespace, run_dir: Path, state: TrainState, dist: DistContext) -> None:
     if cfg.REPORT and state.is_finished and dist.is_rank0:
         dist.print0(report.attempt(run_dir))
@@ -321,7 +312,7 @@ def check_settings(cfg: SimpleNamespace) -> None:
         raise UserError(f"{' '.join(horizons)}: two horizons at once; give one of them")
     if not horizons and not cfg.TARGET_PARAM_DATA_RATIO:
         raise UserError("--target-param-data-ratio=0 and no other horizon: give one, as in --num-iterations=1000")
-    if cfg.RUN_NAME.startswith(wandb_run.PREFIX):
+    if cfg.RUN_NAME.startswith(WANDB_PREFIX):
         raise UserError(f"--run-name={cfg.RUN_NAME}: begin a new run with its weights, by --init-from={cfg.RUN_NAME}")
     if cfg.EARLY_STOP_PATIENCE and not cfg.EVAL_EVERY:
         raise UserError("--early-stop-patience needs evaluations: give --eval-every, as in --eval-every=250")

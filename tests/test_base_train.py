@@ -44,7 +44,6 @@ from nanotrain import (
     store,
     time_budget,
     trainer,
-    wandb_run,
     warmup,
 )
 from nanotrain.dist import DistContext
@@ -1641,7 +1640,6 @@ def test_a_run_in_wandb_goes_on_there_and_its_best_checkpoint_is_loaded_again(tr
     assert artifact.metadata == {"step": 6, "val_bpb": saved(run)[2]["val_bpb"]}
     assert aliases == ["best", "step-6"]
 
-    monkeypatch.setattr(wandb_run, "_api", lambda: artifact.api)
     name = f"wandb:me/nanotrain/{first[1]['name']}:best"
     model, _, _ = checkpoint.load_model(checkpoint.find_run(name))
     assert equal(dict(model.named_parameters()), saved(run)[0])
@@ -1657,7 +1655,7 @@ def test_a_run_in_wandb_goes_on_there_and_its_best_checkpoint_is_loaded_again(tr
 def test_a_wandb_that_raises_on_every_call_changes_nothing(train, whole, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb(("everything",)))
     run = train(WANDB="online", WANDB_LOG_EVERY=1)
-    assert capsys.readouterr().out.count("wandb offline does not work: ConnectionError: no setup") == 1
+    assert capsys.readouterr().out.count("wandb: ConnectionError: no setup") == 2  # online and offline
     ours, theirs = saved(run), saved(whole)
     for state in (ours[2], theirs[2]):
         del state["train_state"]["wandb_id"], state["settings"]["WANDB"], state["settings"]["WANDB_LOG_EVERY"]
@@ -1665,12 +1663,6 @@ def test_a_wandb_that_raises_on_every_call_changes_nothing(train, whole, monkeyp
     assert equal(ours[1], theirs[1])
     assert ours[2] == theirs[2]
     assert timeless(run) == timeless(whole)
-    # without the thread between them the same wandb ends the run
-    monkeypatch.setattr(
-        wandb_run.WandbRun, "_later", lambda self, call: call(sys.modules["wandb"], sys.modules["wandb"])
-    )
-    with pytest.raises(ConnectionError):
-        train("direct", WANDB="online", WANDB_LOG_EVERY=1)
 
 
 def test_what_another_run_must_have_to_begin_with_its_weights(train, whole, base_dir):

@@ -205,7 +205,7 @@ def waits_of_steps(run, monkeypatch, device, **settings):
     status; on CUDA torch itself raises an error for anything else that waits.
     """
     waited, reads, now = [], [], contextlib.ExitStack()
-    set_schedule, total, record = optim.set_schedule, DistContext.all_reduce_sum, metrics.MetricLogger.step
+    set_schedule, total, record = optim.set_schedule, DistContext.all_reduce_sum, metrics.MetricLogger.log_step
     steps = 0
 
     def beginning(*arguments):
@@ -237,7 +237,7 @@ def waits_of_steps(run, monkeypatch, device, **settings):
 
     monkeypatch.setattr(optim, "set_schedule", beginning)
     monkeypatch.setattr(DistContext, "all_reduce_sum", reading)
-    monkeypatch.setattr(metrics.MetricLogger, "step", ending)
+    monkeypatch.setattr(metrics.MetricLogger, "log_step", ending)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: waited and waited[-1].found.append(("wait", [])))
     WAITS.add("wait")
     with now:
