@@ -54,11 +54,14 @@ def bytes_of(tokenizer, token):
     return bytes(map(alphabet().get, tokenizer.inner.id_to_token(token)))
 
 
-@pytest.mark.parametrize("text", ODD_TEXTS)
-def test_text_survives_the_round_trip(tokenizer, loaded, text):
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert loaded.encode(text) == tokenizer.encode(text)
-    assert loaded.decode(loaded.encode(text)) == text
+@pytest.mark.parametrize("text", [*ODD_TEXTS, *make_texts(5, seed=3)])
+def test_text_survives_the_round_trip_and_token_bytes_sum_to_its_length(tokenizer, loaded, text):
+    ids = tokenizer.encode(text)
+    assert loaded.encode(text) == ids
+    assert tokenizer.bos not in ids
+    for tried in (tokenizer, loaded):
+        assert tried.decode(ids) == text
+        assert tried.token_bytes()[ids].sum().item() == len(text.encode())
 
 
 def test_a_batch_gives_what_its_texts_give_alone(tokenizer):
@@ -73,13 +76,10 @@ def test_merges_were_learned(tokenizer):
 
 
 @pytest.mark.parametrize("text", ["<|bos|>", "before<|bos|>after", " <|bos|> <|bos|>"])
-def test_the_literal_name_of_bos_is_text_and_stays_so_after_load(tokenizer, loaded, text):
-    for tried in (tokenizer, loaded):
-        assert tried.bos not in tried.encode(text)
-        assert tried.bos not in tried.encode_batch([text])[0]
-        assert tried.decode(tried.encode(text)) == text
+def test_the_literal_name_of_bos_is_text(tokenizer, text):
     plain = tokenizers.Tokenizer.from_str(tokenizer.to_json())
-    assert tokenizer.bos in plain.encode(text).ids, "without the switch it is the token: this test can fail"
+    assert tokenizer.bos in plain.encode(text).ids, "without the switch it is the token"
+    assert tokenizer.bos not in tokenizer.encode(text) + tokenizer.encode_batch([text])[0]
 
 
 def test_encode_gives_no_bos_and_decode_shows_it(tokenizer):
@@ -87,13 +87,6 @@ def test_encode_gives_no_bos_and_decode_shows_it(tokenizer):
     assert tokenizer.bos == 0
     assert 0 not in ids
     assert tokenizer.decode([0, *ids, 0]) == "<|bos|>river<|bos|>"
-
-
-@pytest.mark.parametrize("text", [*ODD_TEXTS, *make_texts(5, seed=3)])
-def test_token_bytes_sum_to_the_utf8_length(tokenizer, loaded, text):
-    for tried in (tokenizer, loaded):
-        sizes = tried.token_bytes()
-        assert sizes[tried.encode(text)].sum().item() == len(text.encode())
 
 
 def test_token_bytes_are_those_of_the_alphabet_and_bos_has_none(tokenizer):
@@ -106,16 +99,6 @@ def test_token_bytes_are_those_of_the_alphabet_and_bos_has_none(tokenizer):
     assert tokenizer.byte_strings() == [b"", *(bytes_of(tokenizer, token) for token in range(1, len(sizes)))]
     singles = {bytes_of(tokenizer, token) for token in range(1, tokenizer.vocab_size) if sizes[token] == 1}
     assert singles == {bytes([byte]) for byte in range(256)}
-
-
-def test_token_bytes_are_exact_for_parts_of_characters(tokenizer):
-    text = "漢🦑"  # not in the training text, so that their bytes are tokens of their own
-    ids = tokenizer.encode(text)
-    sizes = tokenizer.token_bytes()
-    assert b"".join(bytes_of(tokenizer, token) for token in ids) == text.encode()
-    assert sizes[ids].tolist() == [len(bytes_of(tokenizer, token)) for token in ids]
-    by_decoding = sum(len(tokenizer.decode([token]).encode()) for token in ids)
-    assert by_decoding != len(text.encode()), "decoded text would count wrongly here: this test can fail"
 
 
 def test_bytes_that_are_no_utf8_decode_to_replacement_characters(tokenizer):
@@ -183,55 +166,31 @@ def test_the_hash_is_that_of_the_saved_file(tokenizer, loaded, tmp_path):
 
 @pytest.mark.parametrize("size", [-1, 0, 256, 2**70])
 def test_a_vocabulary_without_room_for_the_bytes_is_refused(size):
-    with pytest.raises(UserError, match=f"--vocab-size={size}: must be 257") as caught:
+    with pytest.raises(UserError, match=f"--vocab-size={size}: must be 257"):
         BPETokenizer.train(["text"], size)
-    assert caught.value.exit_code == 2
-
-
-def test_the_smallest_vocabulary_is_bos_and_the_bytes():
-    tokenizer = BPETokenizer.train(["text text text"], 257)
-    assert tokenizer.vocab_size == 257
-    assert tokenizer.decode(tokenizer.encode("日 text")) == "日 text"
-    assert len(tokenizer.encode("日 text")) == len("日 text".encode())
 
 
 @pytest.mark.parametrize(("texts", "size"), [([], 257), (["ab"], 258), (["abab abab"], 260)])
-def test_too_little_text_gives_fewer_tokens(texts, size):
+def test_too_little_text_gives_fewer_tokens_but_always_the_bytes(texts, size):
     tokenizer = BPETokenizer.train(texts, 1000)
     assert tokenizer.vocab_size == len(tokenizer.token_bytes()) == size
+    assert tokenizer.decode(tokenizer.encode("日 text")) == "日 text"
 
 
-def nothing(path):
-    path.unlink()
+HARMS = {
+    "no tokenizer at": lambda path: path.unlink(),
+    "cannot be read": lambda path: path.write_bytes(path.read_bytes()[:1000]),
+    "cannot be read .*": lambda path: path.write_bytes(b"\xff\xfe\x00"),
+    r"has no <\|bos\|> token": lambda path: tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(path)),
+}
 
 
-def without_bos(path):
-    tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(path))
-
-
-@pytest.mark.parametrize(
-    ("harm", "says"),
-    [
-        (nothing, "no tokenizer at"),
-        (lambda path: path.write_bytes(b""), "cannot be read"),
-        (lambda path: path.write_bytes(path.read_bytes()[:1000]), "cannot be read"),
-        (lambda path: path.write_text('{"a": 1}'), "cannot be read"),
-        (lambda path: path.write_bytes(b"\xff\xfe\x00"), "cannot be read"),
-        (without_bos, r"has no <\|bos\|> token"),
-    ],
-)
-def test_a_tokenizer_that_cannot_be_loaded_is_a_data_error_with_the_command(tokenizer, tmp_path, harm, says):
+@pytest.mark.parametrize("says", HARMS)
+def test_a_tokenizer_that_cannot_be_loaded_is_a_data_error_with_the_command(tokenizer, tmp_path, says):
     tokenizer.save(tmp_path)
-    harm(tmp_path / "tokenizer.json")
-    with pytest.raises(DataError, match=says) as caught:
+    HARMS[says](tmp_path / "tokenizer.json")
+    with pytest.raises(DataError, match=f"{says}.*python -m scripts.tok_train"):
         BPETokenizer.load(tmp_path)
-    assert caught.value.exit_code == 6
-    assert "python -m scripts.tok_train" in str(caught.value)
-
-
-def test_a_missing_folder_is_a_data_error(tmp_path):
-    with pytest.raises(DataError, match="no tokenizer at"):
-        BPETokenizer.load(tmp_path / "nowhere")
 
 
 def test_save_replaces_the_file_and_leaves_nothing_else(tokenizer, tmp_path):
