@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from conftest import TINY_RUN, make_shards, make_texts
 
 from nanotrain import checkpoint, config, corpus, dataloader, dataset
@@ -67,6 +68,7 @@ def test_row_groups_and_files_without_rows_change_nothing(tokenizer, tmp_path):
     assert rows[0] == rows[1]
 
 
+@pytest.mark.slow
 def test_bad_data_of_one_rank_stops_all_in_the_same_step(run_script, tokenizer, base_dir, tmp_path):
     """With two streams rank 1 reads the slices at odd positions, rank 0 the others."""
     tokenizer.save(base_dir / "tokenizer")

@@ -177,18 +177,18 @@ def test_too_little_text_gives_fewer_tokens_but_always_the_bytes(texts, size):
     assert tokenizer.decode(tokenizer.encode("日 text")) == "日 text"
 
 
-HARMS = {
-    "no tokenizer at": lambda path: path.unlink(),
-    "cannot be read": lambda path: path.write_bytes(path.read_bytes()[:1000]),
-    "cannot be read .*": lambda path: path.write_bytes(b"\xff\xfe\x00"),
-    r"has no <\|bos\|> token": lambda path: tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(path)),
-}
-
-
-@pytest.mark.parametrize("says", HARMS)
-def test_a_tokenizer_that_cannot_be_loaded_is_a_data_error_with_the_command(tokenizer, tmp_path, says):
+@pytest.mark.parametrize(
+    ("says", "harm"),
+    [
+        ("no tokenizer at", lambda path: path.unlink()),
+        ("cannot be read", lambda path: path.write_bytes(path.read_bytes()[:1000])),
+        ("cannot be read", lambda path: path.write_bytes(b"\xff\xfe\x00")),
+        (r"has no <\|bos\|> token", lambda path: tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(path))),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_loaded_is_a_data_error_with_the_command(tokenizer, tmp_path, says, harm):
     tokenizer.save(tmp_path)
-    HARMS[says](tmp_path / "tokenizer.json")
+    harm(tmp_path / "tokenizer.json")
     with pytest.raises(DataError, match=f"{says}.*python -m scripts.tok_train"):
         BPETokenizer.load(tmp_path)
 
