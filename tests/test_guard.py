@@ -109,7 +109,6 @@ def test_who_beats_in_time_or_is_closed_is_left_alone_and_each_beat_sets_the_nex
 SUSPENDED = """
 import sys, time
 from nanotrain import guard
-from nanotrain.dist import DistContext
 guard.Watchdog.TICK_SECONDS = 0.05
 with guard.Watchdog(float(sys.argv[1])) as watchdog:
     print("ready", flush=True)
