@@ -22,7 +22,8 @@ from nanotrain.recipe import Recipe
 PATHS = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for folder in ("nanotrain", "scripts")
-    for path in sorted((ROOT / folder).glob("*.py"))
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if not path.stem.endswith("_nanotrain")
 }
 SOURCES = {name: path.read_text(encoding="utf-8") for name, path in PATHS.items()}
 TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
@@ -69,7 +70,7 @@ def test_the_library_has_no_import_cycle():
         graph = {name: needed for name, needed in graph.items() if name not in leaves}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "nanotrain" / "huggingface").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "nanotrain").rglob("*_nanotrain.py")), ids=lambda path: path.name)
 def test_the_files_of_an_exported_folder_need_nothing_of_nanotrain(path):
     beside = {"configuration_nanotrain"}
     tops = {name.partition(".")[0] for name in imported(ast.parse(path.read_text(encoding="utf-8")))}
