@@ -215,7 +215,7 @@ def waits_of_steps(run, monkeypatch, device, **settings):
     monkeypatch.setattr(optim, "set_schedule", beginning)
     monkeypatch.setattr(DistContext, "all_reduce_sum", reading)
     monkeypatch.setattr(metrics.MetricLogger, "step", ending)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: waited and waited[-1].found.append(("wait", set())))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: waited and waited[-1].found.append(("wait", [])))
     WAITS.add("wait")
     with now:
         run(DEVICE=device, BIGRAM_ROWS=0, EVAL_EVERY=0, GRAD_CLIP=1.0, NUM_ITERATIONS=4, **settings)

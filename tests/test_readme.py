@@ -14,7 +14,7 @@ FOREIGN = {"--help", "--kills", "--version", "--shutdown-timeout"}  # the last i
 
 def settings():
     """The flags of all modules and scripts that have settings."""
-    paths = [path for folder in ("nanotrain", "scripts", "dev") for path in (ROOT / folder).glob("*.py")]
+    paths = [path for folder in ("nanotrain", "scripts", "dev") for path in (ROOT / folder).rglob("*.py")]
     nodes = [node for path in paths for node in ast.parse(path.read_text(encoding="utf-8")).body]
     names = [ast.unparse(node.targets[0]) for node in nodes if isinstance(node, ast.Assign)]
     return {config.flag_of(name) for name in names if name.isupper()}
