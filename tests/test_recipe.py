@@ -137,7 +137,7 @@ def test_a_batch_without_tokens_or_rows_is_refused(total, most, says):
 
 @pytest.mark.parametrize(
     ("training_tokens", "expected"),
-    [(1e3, 4096), (3e6, 4096), (1.4e9, 2**19), (1e13, 2**20)],
+    [(1e3, 4096), (3e6, 4096), (1e8, 2**16), (1.4e9, 2**19), (1e13, 2**20)],
 )
 def test_batch_goes_through_the_recipes_that_it_was_fitted_to(training_tokens, expected):
     assert recipe.batch_tokens(training_tokens, 256, 1) == expected
