@@ -5,6 +5,7 @@ What a linter can see is in pyproject.toml: no pickle, no relative imports, noth
 
 import ast
 import importlib
+import itertools
 import json
 import os
 import re
@@ -68,6 +69,15 @@ def test_the_library_has_no_import_cycle():
         leaves = {name for name, needed in graph.items() if not needed & graph.keys()}
         assert leaves, f"each of these needs another: {sorted(graph)}"
         graph = {name: needed for name, needed in graph.items() if name not in leaves}
+
+
+def test_everything_imported_is_declared():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    packages = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    declared = {re.match(r"[\w-]+", package)[0].replace("pyyaml", "yaml") for package in packages}
+    tops = {module.partition(".")[0] for tree in TREES.values() for module in imported(tree)}
+    assert sorted(tops - declared - sys.stdlib_module_names - {"nanotrain"}) == []
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "nanotrain").rglob("*_nanotrain.py")), ids=lambda path: path.name)
