@@ -3,47 +3,34 @@
 import gc
 import json
 import os
-import re
-import socket
 import subprocess
 import sys
 import time
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 from nanotrain import hardware
 from nanotrain.dist import _messages, init_distributed
-from nanotrain.errors import CheckpointError, DataError, UserError
+from nanotrain.errors import DataError, UserError
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("own_process_state")
-
-
-@pytest.fixture
-def _cuda(monkeypatch):
-    """Two CUDA devices, as far as choosing one goes."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch, "manual_seed", lambda seed: None)
 
 
 # ---- start ----
 
 
-def test_one_process_needs_no_environment():
+def test_one_process_needs_no_environment(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "")  # counts as unset
     dist = init_distributed(device="cpu", dtype="float32", seed=3)
     assert (dist.rank, dist.local_rank, dist.world_size, dist.is_rank0) == (0, 0, 1, True)
     assert (dist.device, dist.dtype, dist.dtype_reason) == (torch.device("cpu"), torch.float32, "as asked")
-    assert not torch.distributed.is_initialized()
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.utils.deterministic.fill_uninitialized_memory
     assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(3)))
-    dist.close()
 
 
 @pytest.mark.parametrize(
@@ -51,53 +38,48 @@ def test_one_process_needs_no_environment():
     [
         ({"device": "gpu"}, "--device=gpu: must be one of auto, cuda, mps, cpu"),
         ({"dtype": "bf16"}, "--dtype=bf16: must be one of auto, bfloat16, float16, float32"),
-        ({"device": "cuda"}, "--device=cuda: torch finds no CUDA device"),
-        ({"device": "mps"}, "--device=mps: torch finds no Metal device"),
+        ({"device": "cuda"}, "--device=cuda"),
+        ({"device": "mps"}, "--device=mps"),
     ],
 )
 def test_a_device_or_dtype_that_cannot_be_is_refused(options, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+    with pytest.raises(UserError, match=message):
         init_distributed(**options)
 
 
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        (
-            {"WORLD_SIZE": "2"},
-            "WORLD_SIZE=2 without RANK and MASTER_ADDR and MASTER_PORT:",
-        ),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK and MASTER_ADDR and MASTER_PORT"),
         ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost"}, "WORLD_SIZE=2 without MASTER_PORT"),
-        ({"WORLD_SIZE": "two"}, "RANK=0 LOCAL_RANK=0 WORLD_SIZE=two: no place"),
-        ({"WORLD_SIZE": "0"}, "RANK=0 LOCAL_RANK=0 WORLD_SIZE=0: no place"),
-        ({"RANK": "1"}, "RANK=1 LOCAL_RANK=0 WORLD_SIZE=1: no place"),
-        ({"RANK": "-1"}, "RANK=-1 LOCAL_RANK=0 WORLD_SIZE=1: no place"),
-        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 LOCAL_RANK=0 WORLD_SIZE=2: no place"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
+        ({"RANK": "1"}, "RANK=1"),
+        ({"RANK": "-1"}, "RANK=-1"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2"),
     ],
 )
 def test_a_place_that_cannot_be_is_refused_with_its_values(place, message, monkeypatch):
     for name, value in place.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=f"^{re.escape(message)}.* start the ranks with torchrun"):
+    with pytest.raises(UserError, match=f"{message}.* start the ranks with torchrun"):
         init_distributed(device="cpu")
     assert not torch.distributed.is_initialized()
 
 
-def test_empty_variables_count_as_unset(monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.setenv(name, "")
-    assert init_distributed(device="cpu").world_size == 1
-
-
-@pytest.mark.usefixtures("_cuda")
 def test_a_local_rank_beyond_the_devices_is_refused_with_the_number_that_works(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: None)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert init_distributed(device="cuda").device == torch.device("cuda", 1)
     monkeypatch.setenv("LOCAL_RANK", "2")
     for device in ("auto", "cuda"):
-        with pytest.raises(UserError, match=r"local rank 2, but there are 2 CUDA devices.*--nproc_per_node=2"):
+        with pytest.raises(UserError, match=r"local rank 2.*--nproc_per_node=2"):
             init_distributed(device=device)
 
 
@@ -109,14 +91,13 @@ def test_metal_runs_one_process_and_torchrun_on_a_mac_means_the_cpu(monkeypatch)
     monkeypatch.setenv("RANK", "0")
     assert init_distributed().device == torch.device("cpu")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"--device=mps runs one process, not 2: use --device=cpu"):
+    with pytest.raises(UserError, match="--device=cpu"):
         init_distributed(device="mps")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_autocast_makes_products_of_the_chosen_dtype(dtype):
-    dist = init_distributed(device="cpu", dtype=dtype)
-    x = torch.ones(2, 2)
+    dist, x = init_distributed(device="cpu", dtype=dtype), torch.ones(2, 2)
     with dist.autocast():
         assert (x @ x).dtype == dist.dtype == hardware.DTYPES[dtype]
     assert (x @ x).dtype == torch.float32
@@ -131,51 +112,30 @@ def fail(error):
 
 def test_one_rank_is_a_world_of_its_own():
     dist = init_distributed(device="cpu", dtype="float32")
-    big = 2**32 - 1
-    assert dist.all_reduce_sum([1, 2.5, True, big, torch.tensor(3.0), torch.tensor(7)]) == [
-        1.0,
-        2.5,
-        1.0,
-        float(big),
-        3.0,
-        7.0,
-    ]
+    values = [1, 2.5, True, 2**32 - 1, torch.tensor(3.0), torch.tensor(7)]
+    assert dist.all_reduce_sum(values) == [1.0, 2.5, 1.0, 2.0**32 - 1, 3.0, 7.0]
     value = {"a": [1, None, "x"]}
-    assert dist.broadcast_object(value) == value
-    assert dist.all_gather_objects(value) == [value]
+    assert (dist.broadcast_object(value), dist.all_gather_objects(value)) == (value, [value])
     assert dist.on_rank0(lambda: 5) == dist.on_all_ranks(lambda: 5) == 5
-    hardware.synchronize(dist.device)
-
-
-@pytest.mark.parametrize("error", [UserError("a"), DataError("b"), CheckpointError("c")])
-def test_an_error_keeps_its_kind_and_message(error):
-    dist = init_distributed(device="cpu", dtype="float32")
-    for shared in (dist.on_rank0, dist.on_all_ranks):
-        with pytest.raises(UserError, match=f"^{error}$") as raised:
-            shared(lambda: fail(error))
-        assert type(raised.value) is type(error)
-
-
-def test_what_only_a_programmer_can_break_is_not_hidden():
-    dist = init_distributed(device="cpu", dtype="float32")
-    for shared in (dist.on_rank0, dist.on_all_ranks):
+    for shared in (dist.on_rank0, dist.on_all_ranks):  # what only a programmer can break is not hidden
         with pytest.raises(ZeroDivisionError):
             shared(lambda: 1 / 0)
 
 
+def kinds_of(kind):
+    return [kind, *(deeper for below in kind.__subclasses__() for deeper in kinds_of(below))]
+
+
 def test_every_kind_of_error_can_be_shared():
     """A kind that only one module knows is told to the other ranks as the one of `errors` that it is a case of."""
-    dist = init_distributed(device="cpu", dtype="float32")
-
-    def kinds(kind):
-        return [kind, *(deeper for below in kind.__subclasses__() for deeper in kinds(below))]
-
-    assert DataError in kinds(UserError)
-    for kind in (kind for kind in kinds(UserError) if kind.__module__.startswith("nanotrain.")):  # not those of tests
-        with pytest.raises(UserError, match=r"^message$") as raised:
-            dist.on_all_ranks(lambda kind=kind: fail(kind("message")))
-        assert raised.value.exit_code == kind.exit_code
-        assert issubclass(kind, type(raised.value))
+    dist, kinds = init_distributed(device="cpu", dtype="float32"), kinds_of(UserError)
+    assert DataError in kinds
+    for kind in (kind for kind in kinds if kind.__module__.startswith("nanotrain.")):  # not those of tests
+        for shared in (dist.on_rank0, dist.on_all_ranks):
+            with pytest.raises(UserError, match=r"^message$") as raised:
+                shared(lambda kind=kind: fail(kind("message")))
+            assert raised.value.exit_code == kind.exit_code
+            assert issubclass(kind, type(raised.value))
 
 
 RANK_PROGRAM = """
@@ -184,7 +144,7 @@ begin = time.monotonic()
 import json, sys
 import torch
 from nanotrain import hardware
-from nanotrain.dist import DistContext, init_distributed
+from nanotrain.dist import init_distributed
 from nanotrain.errors import DataError, CheckpointError, UserError
 
 dist = init_distributed(device="cpu", dtype="float32", seed=3)
@@ -203,78 +163,62 @@ ran = []
 found["sum"] = dist.all_reduce_sum([dist.rank + 1, 0.25, dist.rank == 1, torch.tensor(2.0 * dist.rank), 2**32 - 1])
 found["broadcast"] = dist.broadcast_object({"from": dist.rank})
 found["gather"] = dist.all_gather_objects({"rank": dist.rank})
-found["on main"] = told(dist.on_rank0, lambda: ran.append("main") or dist.rank)
-found["on main, failing"] = told(dist.on_rank0, lambda: fail(CheckpointError("none here")))
+found["main"] = told(dist.on_rank0, lambda: ran.append("main") or dist.rank)
 found["ran"] = ran
-found["together"] = told(dist.on_all_ranks, lambda: dist.rank)
-found["together, one failing"] = told(dist.on_all_ranks, lambda: dist.rank or fail(DataError("rank 0 fails")))
-found["together, other failing"] = told(dist.on_all_ranks, lambda: fail(DataError("rank 1 fails")) if dist.rank else 0)
-found["together, both failing"] = told(dist.on_all_ranks, lambda: fail(DataError(f"rank {dist.rank}")))
+found["all"] = told(dist.on_all_ranks, lambda: dist.rank)
+found["errors"] = [
+    told(dist.on_rank0, lambda: fail(CheckpointError("none here"))),
+    told(dist.on_all_ranks, lambda: dist.rank or fail(DataError("rank 0 fails"))),
+    told(dist.on_all_ranks, lambda: fail(DataError("rank 1 fails")) if dist.rank else 0),
+    told(dist.on_all_ranks, lambda: fail(DataError(f"rank {dist.rank}"))),
+]
 
 def trial(number):
     tried.append(number)
     if number > (12, 3)[dist.rank]:  # the ranks have unequal memory
         raise torch.OutOfMemoryError("no memory")
 
-for name, place in (("fits", dist), ("fits alone", DistContext(0, 0, 1, dist.device, dist.dtype, ""))):
-    tried = []
-    found[name] = [place.largest_that_fits(40, trial), tried]
+tried = []
+found["fits"] = [dist.largest_that_fits(40, trial), tried]
 found["afterwards"] = dist.all_gather_objects(dist.rank)
 dist.close()
 found["seconds"] = [time.monotonic() - begin, hardware.seconds_since_start()]
-with open(sys.argv[1], "w") as file:
+with open(f"{sys.argv[1]}/{dist.rank}.json", "w") as file:
     json.dump(found, file)
 """
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    """What each of two ranks found, and the seconds between its start and its end as seen from here."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    begin, processes = time.monotonic(), []
+@pytest.mark.slow
+def test_two_ranks_agree_also_on_errors_and_on_what_fits_all(tmp_path):
+    (tmp_path / "program.py").write_text(RANK_PROGRAM)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment, begin = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, time.monotonic()
+    done = subprocess.run(
+        [*command, tmp_path / "program.py", tmp_path], env=environment, capture_output=True, text=True, timeout=100
+    )
+    lifetime = time.monotonic() - begin
+    assert done.returncode == 0, done.stderr
     for rank in (0, 1):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {**os.environ, **{name: str(value) for name, value in place.items()}, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", RANK_PROGRAM, str(folder / f"{rank}.json")]
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
-    try:
-        for process in processes:
-            _, complaints = process.communicate(timeout=60)
-            assert process.returncode == 0, complaints
-    finally:
-        for process in processes:
-            process.kill()
-    seconds = time.monotonic() - begin
-    return [json.loads((folder / f"{rank}.json").read_text()) | {"lifetime": seconds} for rank in (0, 1)]
-
-
-def test_two_ranks_agree(two_ranks):
-    assert [found["place"] for found in two_ranks] == [[0, 2, True], [1, 2, False]]
-    for found in two_ranks:
-        assert found["sum"] == [3.0, 0.5, 1.0, 2.0, 2.0**33 - 2]
-        assert found["broadcast"] == {"from": 0}
-        assert found["gather"] == [{"rank": 0}, {"rank": 1}]
-        assert found["on main"] == ["result", 0]
-        assert found["afterwards"] == [0, 1]
-    assert [found["ran"] for found in two_ranks] == [["main"], []]
-    assert [found["together"] for found in two_ranks] == [["result", 0], ["result", 1]]
-
-
-def test_an_error_on_one_rank_is_raised_on_both(two_ranks):
-    for found in two_ranks:
-        assert found["on main, failing"] == ["CheckpointError", "none here"]
-        assert found["together, one failing"] == ["DataError", "rank 0 fails"]
-        assert found["together, other failing"] == ["DataError", "rank 1 fails"]
-        assert found["together, both failing"] == ["DataError", "rank 0"]
-
-
-def test_ranks_of_unequal_memory_find_one_number_that_fits_all(two_ranks):
-    assert [found["fits"] for found in two_ranks] == [[2, [40, 20, 10, 5, 2]]] * 2
-    alone = [found["fits alone"] for found in two_ranks]  # the twin: without asking the others they differ
-    assert alone == [[10, [40, 20, 10]], [2, [40, 20, 10, 5, 2]]]
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        inside, measured = found.pop("seconds")  # with the imports, and nothing from before the process
+        assert inside - 0.02 <= measured <= lifetime + 0.02
+        assert found == {
+            "place": [rank, 2, rank == 0],
+            "sum": [3.0, 0.5, 1.0, 2.0, 2.0**33 - 2],
+            "broadcast": {"from": 0},
+            "gather": [{"rank": 0}, {"rank": 1}],
+            "main": ["result", 0],
+            "ran": [] if rank else ["main"],
+            "all": ["result", rank],
+            "errors": [
+                ["CheckpointError", "none here"],
+                ["DataError", "rank 0 fails"],
+                ["DataError", "rank 1 fails"],
+                ["DataError", "rank 0"],
+            ],
+            "fits": [2, [40, 20, 10, 5, 2]],
+            "afterwards": [0, 1],
+        }
 
 
 class Held:
@@ -284,16 +228,12 @@ class Held:
         self.itself = self
 
 
-@pytest.mark.parametrize("collected", [True, False], ids=["as it is", "twin"])
-def test_what_did_not_fit_is_freed_before_the_next_trial(monkeypatch, collected):
+def test_what_did_not_fit_is_freed_before_the_next_trial():
     dist, seen = init_distributed(device="cpu"), []
-    if not collected:
-        monkeypatch.setattr(gc, "collect", lambda: 0)
 
     def trial(number):
-        still_there = [reference() for reference in seen if reference() is not None]
-        if still_there:
-            raise AssertionError(still_there)
+        if any(reference() is not None for reference in seen):
+            raise AssertionError("still there")
         held = Held()
         seen.append(weakref.ref(held))
         if number > 6:
@@ -301,31 +241,18 @@ def test_what_did_not_fit_is_freed_before_the_next_trial(monkeypatch, collected)
 
     gc.disable()  # it would otherwise come when it likes
     try:
-        if collected:
-            assert dist.largest_that_fits(24, trial) == 6
-            assert len(seen) == 3
-        else:
-            with pytest.raises(AssertionError):
-                dist.largest_that_fits(24, trial)
+        assert dist.largest_that_fits(24, trial) == 6
     finally:
         gc.enable()
+    assert len(seen) == 3
 
 
 def test_where_nothing_fits_the_number_is_0_and_other_errors_are_not_taken_for_memory():
-    def fail(error):
-        raise error
-
     dist = init_distributed(device="cpu")
     assert dist.largest_that_fits(5, lambda number: fail(MemoryError())) == 0
     assert dist.largest_that_fits(5, lambda number: None) == 5
     with pytest.raises(RuntimeError, match="shapes"):
         dist.largest_that_fits(5, lambda number: fail(RuntimeError("shapes differ")))
-
-
-def test_seconds_since_start_count_imports_and_nothing_before_the_process(two_ranks):
-    for found in two_ranks:
-        inside, measured = found["seconds"]
-        assert inside - 0.02 <= measured <= found["lifetime"] + 0.02
 
 
 def test_small_tensors_travel_together_in_order_and_large_ones_alone(monkeypatch):

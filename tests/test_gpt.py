@@ -3,8 +3,8 @@
 import itertools
 import json
 import math
-import shutil
-from dataclasses import FrozenInstanceError, replace
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanotrain import gpt, recipe
 from nanotrain.gpt import GPT, GPTConfig
+from nanotrain.hardware import can_compile
 
 SHAPES = {
     "one layer": GPTConfig(37, 12, 1, 2, 2, 8),
@@ -116,10 +117,8 @@ def reference(model, row):
         if not config.plain:
             x = w[block + "residual_scale"] * x + w[block + "x0_scale"] * x0
         x = x + causal_attention(rms_norm(x, config), None if table is None else table[row], attention, config)
-        x = (
-            x
-            + np.maximum(rms_norm(x, config) @ w[block + "up_proj.weight"].T, 0) ** 2 @ w[block + "down_proj.weight"].T
-        )
+        hidden = np.maximum(rms_norm(x, config) @ w[block + "up_proj.weight"].T, 0) ** 2
+        x = x + hidden @ w[block + "down_proj.weight"].T
     hidden = rms_norm(x if config.plain else x - w["backout_scale"] * middle, config)
     return hidden, config.softcap * np.tanh(hidden @ w["lm_head.weight"].T / config.softcap)
 
@@ -133,71 +132,11 @@ def test_model_equals_its_definition(config):
     torch.testing.assert_close(model.logits(tokens), logits, rtol=0, atol=5e-5)
 
 
-@shapes
-def test_attention_equals_a_written_out_softmax(config):
-    model = random_model(config)
-    attention, T = model.blocks[-1].attention, config.max_seq_len
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn(2, T, config.model_dim, generator=generator)
-    rows = torch.randn(2, T, config.num_kv_heads * config.head_dim, generator=generator)
-    weights = {name: parameter.detach().double().numpy() for name, parameter in attention.named_parameters()}
-    with torch.no_grad():
-        without = attention(x, None, model.cos, model.sin)
-        with_values = without if config.plain else attention(x, rows, model.cos, model.sin)
-    for n in range(2):
-        plain, values = x[n].double().numpy(), rows[n].double().numpy()
-        for got, value_rows in ((with_values, None if config.plain else values), (without, None)):
-            expected = torch.from_numpy(causal_attention(plain, value_rows, weights, config)).float()
-            torch.testing.assert_close(got[n], expected, rtol=0, atol=2e-5)
-
-
-CONSTANTS = {"softcap": 15.0, "rope_base": 10_000.0, "attention_gain": 1.44, "norm_eps": 1e-6}
-
-
-@pytest.mark.parametrize("name", CONSTANTS)
-def test_each_constant_is_that_of_the_config(name):
-    model, tokens = random_model(SHAPES["bigram table"]), random_tokens(SHAPES["bigram table"])
-    explicit, other = (
-        random_model(replace(model.config, **{name: value})) for value in (CONSTANTS[name], CONSTANTS[name] / 2 + 0.01)
-    )
-    assert torch.equal(explicit.logits(tokens), model.logits(tokens))
-    assert (other.logits(tokens) - model.logits(tokens)).abs().max() > 1e-2
-    assert (other(tokens, tokens) - model(tokens, tokens)).abs() > 1e-4
-    assert torch.equal(other.hidden(tokens), model.hidden(tokens)) == (name == "softcap")
-
-
-def test_a_gate_sees_the_channels_of_the_config():
-    model = random_model(SHAPES["five layers"])
-    assert model.config.gate_channels == model.blocks[0].attention.value_gate.in_features == 16
-    assert random_model(SHAPES["other constants"]).blocks[0].attention.value_gate.in_features == 5
-
-
-def test_a_plain_model_has_no_attention_gain():
+def test_a_plain_model_has_no_attention_gain_no_bigrams_and_few_roles():
     assert SHAPES["plain"].attention_gain == 1.0
-    assert GPTConfig(37, 12, 3, 4, 2, 8, 0, True) == SHAPES["plain"]
-    with pytest.raises(FrozenInstanceError):
-        SHAPES["plain"].attention_gain = 1.44
-
-
-def test_rotation_equals_complex_multiplication():
-    model = fresh_model(SHAPES["four layers"])
-    x = torch.randn(16, 2, 8, generator=torch.Generator().manual_seed(0))
-    turned = gpt.rotate(x[None], model.cos, model.sin)[0]
-    torch.testing.assert_close(
-        turned, torch.from_numpy(rotary(x.double().numpy(), model.config)).float(), rtol=0, atol=1e-6
-    )
-    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
-    torch.testing.assert_close(turned[0], x[0])  # position 0 is not turned
-
-
-def test_rotated_products_depend_on_the_distance_alone():
-    model = fresh_model(GPTConfig(20, 64, 1, 1, 1, 16))
-    q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0)).expand(2, 1, 64, 1, 16).unbind()
-    products = gpt.rotate(q, model.cos, model.sin)[0, :, 0] @ gpt.rotate(k, model.cos, model.sin)[0, :, 0].T
-    for distance in (0, 1, 7, 40):
-        diagonal = products.diagonal(distance)
-        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=0, atol=1e-5)
-    assert products[0].std() > 0.1
+    assert fresh_model(SHAPES["plain"]).parameters_by_role().keys() == {"matrix", "embedding", "unembedding"}
+    with pytest.raises(ValueError):
+        replace(SHAPES["plain"], bigram_rows=5)
 
 
 # ---- weights ----
@@ -208,13 +147,13 @@ def test_init_weights_overwrites_every_parameter_and_buffer(config):
     with torch.device("meta"):
         model = GPT(config)
     model.to_empty(device="cpu")
-    everything = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    everything = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
     with torch.no_grad():
         for tensor in everything.values():
             tensor.fill_(math.nan)
     model.init_weights(seed=5)
     again = fresh_model(config, seed=5)
-    expected = {**dict(again.named_parameters()), **dict(again.named_buffers())}
+    expected = dict(itertools.chain(again.named_parameters(), again.named_buffers()))
     assert everything.keys() == expected.keys()
     for name, tensor in everything.items():
         assert tensor.isfinite().all(), name
@@ -233,11 +172,9 @@ def test_the_seed_decides_the_weights_and_nothing_else_does():
 
 
 def test_layers_begin_as_the_identity():
-    model = fresh_model(SHAPES["five layers"])
-    x, x0 = torch.randn(2, 1, 16, 24, generator=torch.Generator().manual_seed(0)).unbind()
-    for block in model.blocks:
-        mixed = block.residual_scale * x + block.x0_scale * x0
-        assert torch.equal(block(x, x0, None, model.cos, model.sin), mixed)
+    model, tokens = fresh_model(SHAPES["plain"]), random_tokens(SHAPES["plain"])
+    embedded = model.embedding(tokens)
+    torch.testing.assert_close(model.hidden(tokens), F.rms_norm(embedded, embedded.shape[-1:]), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -273,9 +210,9 @@ def test_bigrams_are_spread_over_the_table():
 # ---- causality ----
 
 
-def assert_causal(model, seed=0):
-    """Changing the tokens from t on leaves the logits before t, and changes some after."""
-    tokens = random_tokens(model.config, rows=2, seed=seed)
+def assert_causal(model, shorter=True):
+    """Changing the tokens from t on, or leaving them out, leaves the logits before t; the former changes some after."""
+    tokens = random_tokens(model.config, rows=2)
     logits = model.logits(tokens)
     for t in sorted({1, 2, tokens.size(1) // 2, tokens.size(1) - 1}):
         changed = tokens.clone()
@@ -283,8 +220,8 @@ def assert_causal(model, seed=0):
         other = model.logits(changed)
         torch.testing.assert_close(other[:, :t], logits[:, :t], rtol=0, atol=1e-6)
         assert (other[:, t:] - logits[:, t:]).abs().amax() > 1e-3
-        shorter = model.logits(tokens[:, :t])
-        torch.testing.assert_close(shorter, logits[:, :t], rtol=0, atol=1e-5)
+        if shorter:
+            torch.testing.assert_close(model.logits(tokens[:, :t]), logits[:, :t], rtol=0, atol=1e-5)
 
 
 @shapes
@@ -292,7 +229,8 @@ def test_logits_do_not_depend_on_later_tokens(config):
     assert_causal(random_model(config))
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no compiler")
+@pytest.mark.slow
+@pytest.mark.skipif(not can_compile(), reason="no compiler")
 def test_compiled_logits_do_not_depend_on_later_tokens_either(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch.compiler.reset()
@@ -300,25 +238,18 @@ def test_compiled_logits_do_not_depend_on_later_tokens_either(monkeypatch, tmp_p
     model, tokens = random_model(config), random_tokens(config)
     eager = model.logits(tokens)
     model.compile_parts()
-    logits = model.logits(tokens)
-    torch.testing.assert_close(logits, eager, rtol=0, atol=1e-4)
-    for t in (1, 4, 8):
-        changed = tokens.clone()
-        changed[:, t:] = (changed[:, t:] + 1) % config.vocab_size
-        other = model.logits(changed)
-        torch.testing.assert_close(other[:, :t], logits[:, :t], rtol=0, atol=1e-6)
-        assert (other[:, t:] - logits[:, t:]).abs().amax() > 1e-3
+    torch.testing.assert_close(model.logits(tokens), eager, rtol=0, atol=1e-4)
+    assert_causal(model, shorter=False)  # every length would be compiled anew
     torch.compiler.reset()
 
 
-@shapes
-def test_the_causality_check_notices_a_look_ahead(config, monkeypatch):
+def test_the_causality_check_notices_a_look_ahead(monkeypatch):
     attend = F.scaled_dot_product_attention
     monkeypatch.setattr(
         gpt.F, "scaled_dot_product_attention", lambda *args, **options: attend(*args, **{**options, "is_causal": False})
     )
     with pytest.raises(AssertionError):
-        assert_causal(random_model(config))
+        assert_causal(random_model(SHAPES["five layers"]))
 
 
 # ---- precision ----
@@ -371,18 +302,14 @@ def test_logits_are_float32_even_inside_autocast():
 @shapes
 def test_bfloat16_comes_close_to_float32(config):
     model, tokens = random_model(config), random_tokens(config, rows=4)
-    targets = tokens.roll(-1, 1)
     losses, gradients = [], []
     for enabled in (False, True):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            loss = model(tokens, targets)
-            by_token = model.token_losses(tokens, targets)
-        loss.backward()
-        assert loss.dtype == by_token.dtype == torch.float32
-        torch.testing.assert_close(by_token.mean(), loss.detach(), rtol=1e-3 if enabled else 1e-6, atol=0)
-        losses.append(loss.detach())
+            losses.append(model(tokens, tokens.roll(-1, 1)))
+        losses[-1].backward()
         gradients.append(torch.cat([parameter.grad.to_dense().flatten() for parameter in model.parameters()]))
+    assert losses[1].dtype == torch.float32
     torch.testing.assert_close(losses[1], losses[0], rtol=0.02, atol=0)
     assert F.cosine_similarity(*gradients, dim=0) > 0.98
     assert not torch.equal(*gradients)
@@ -407,40 +334,23 @@ def test_loss_is_the_mean_cross_entropy_of_the_logits(config):
     torch.testing.assert_close(model(tokens, targets).detach(), expected.mean(), rtol=0, atol=1e-5)
 
 
-def test_a_plain_model_has_matrices_an_embedding_and_a_head():
-    assert fresh_model(SHAPES["plain"]).parameters_by_role().keys() == {"matrix", "embedding", "unembedding"}
-    with pytest.raises(ValueError):
-        replace(SHAPES["plain"], bigram_rows=5)
-
-
 def test_roles_hold_each_parameter_once():
     model = fresh_model(SHAPES["five layers"])
-    roles = model.parameters_by_role()
-    listed = [(name, parameter) for named in roles.values() for name, parameter in named.items()]
-    assert sorted(name for name, _ in listed) == sorted(name for name, _ in model.named_parameters())
-    assert all(parameter is dict(model.named_parameters())[name] for name, parameter in listed)
-    blocks = [f"blocks.{layer}." for layer in range(5)]
-    expected = {
-        "embedding": {"embedding.weight"},
-        "unembedding": {"lm_head.weight"},
-        "value_embedding": {f"value_embeddings.{layer}.weight" for layer in (0, 2, 4)},
-        "gate": {f"blocks.{layer}.attention.value_gate.weight" for layer in (0, 2, 4)},
-        "residual": {block + "residual_scale" for block in blocks},
-        "x0": {"backout_scale", *(block + "x0_scale" for block in blocks)},
-        "matrix": {
-            f"{block}{name}.weight"
-            for block in blocks
-            for name in (
-                "attention.q_proj",
-                "attention.k_proj",
-                "attention.v_proj",
-                "attention.o_proj",
-                "up_proj",
-                "down_proj",
-            )
-        },
+    found = {name: role for role, named in model.parameters_by_role().items() for name in named}
+    assert found.keys() == dict(model.named_parameters()).keys()
+    assert sum(map(len, model.parameters_by_role().values())) == len(found)
+    kinds = {re.sub(r"\.\d+\.", ".N.", name): role for name, role in found.items()}
+    matrices = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "up_proj", "down_proj")
+    assert kinds == {
+        "embedding.weight": "embedding",
+        "lm_head.weight": "unembedding",
+        "value_embeddings.N.weight": "value_embedding",
+        "blocks.N.attention.value_gate.weight": "gate",
+        "blocks.N.residual_scale": "residual",
+        "blocks.N.x0_scale": "x0",
+        "backout_scale": "x0",
+        **{f"blocks.N.{name}.weight": "matrix" for name in matrices},
     }
-    assert {role: set(named) for role, named in roles.items()} == expected
 
 
 def test_too_many_tokens_are_refused_with_both_numbers():

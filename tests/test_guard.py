@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,17 +21,18 @@ from nanotrain.errors import ReplicaError
 # ---- a request to stop ----
 
 
-@pytest.fixture
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+@pytest.fixture(autouse=True)
 def _handlers():
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.usefixtures("_handlers")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_only_asks_to_stop_and_says_so_once(number, capfd):
     stop = guard.StopRequest(prints=True)
     assert not stop.requested
@@ -41,7 +42,6 @@ def test_a_signal_only_asks_to_stop_and_says_so_once(number, capfd):
     assert capfd.readouterr().err.count("stopping after this step") == 1
 
 
-@pytest.mark.usefixtures("_handlers")
 def test_a_second_ctrl_c_ends_the_process_at_once_but_a_second_sigterm_does_not(monkeypatch):
     left = []
     monkeypatch.setattr(os, "_exit", left.append)
@@ -68,46 +68,42 @@ def hang_where_the_log_will_say_so(release):
     release.wait(30)
 
 
-def test_p7_a_process_that_hangs_is_ended_with_the_stacks_of_all_its_threads(tmp_path, monkeypatch):
+@pytest.fixture
+def watch(tmp_path, monkeypatch):
+    """A function that makes a watchdog, what it has left the process with, and the file that it writes to."""
     monkeypatch.setattr(guard.Watchdog, "TICK_SECONDS", 0.02)
-    release, left = threading.Event(), []
-    worker = threading.Thread(target=hang_where_the_log_will_say_so, args=(release,), name="worker")
+    left = []
+    with open(tmp_path / "log", "w", encoding="utf-8") as log:
+        yield lambda seconds: guard.Watchdog(seconds, 3, log, left.append), left, tmp_path / "log"
+
+
+def test_p7_a_process_that_hangs_is_ended_with_the_stacks_of_all_its_threads(watch):
+    watchdog_of, left, log = watch
+    release = threading.Event()
+    worker = threading.Thread(target=hang_where_the_log_will_say_so, args=(release,))
     worker.start()
-    with open(tmp_path / "log", "w+", encoding="utf-8") as log:
-        with guard.Watchdog(0.1, rank=3, file=log, leave=left.append):
-            assert wait_for(lambda: left)
-        release.set()
-        worker.join()
-        log.seek(0)
-        text = log.read()
+    with watchdog_of(0.1):
+        assert wait_for(lambda: left)
+    release.set()
+    worker.join()
+    text = log.read_text()
     assert left == [8]
     assert text.startswith("[rank 3] error: no progress for 0 s")
     assert "hang_where_the_log_will_say_so" in text
     assert "wait_for" in text, "the main thread too"
 
 
-def test_who_beats_in_time_is_left_alone_and_each_beat_sets_the_next_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(guard.Watchdog, "TICK_SECONDS", 0.02)
-    left = []
-    with open(tmp_path / "log", "w", encoding="utf-8") as log, guard.Watchdog(0.5, 0, log, left.append) as watchdog:
+def test_who_beats_in_time_or_is_closed_is_left_alone_and_each_beat_sets_the_next_limit(watch):
+    watchdog_of, left, _ = watch
+    watchdog_of(0.05).close()
+    with watchdog_of(0.5) as watchdog:
         for _ in range(20):
             time.sleep(0.05)
             watchdog.beat(0.5)
         assert left == []
         watchdog.beat(0.1)
         assert wait_for(lambda: left)
-        watchdog.beat(60)
     assert left == [8]
-    assert not watchdog._thread.is_alive()
-
-
-def test_a_closed_watchdog_ends_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(guard.Watchdog, "TICK_SECONDS", 0.01)
-    left = []
-    with open(tmp_path / "log", "w", encoding="utf-8") as log:
-        guard.Watchdog(0.05, 0, log, left.append).close()
-        time.sleep(0.2)
-    assert left == []
 
 
 SUSPENDED = """
@@ -120,6 +116,7 @@ with guard.Watchdog(float(sys.argv[1])) as watchdog:
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_was_suspended_goes_on_and_one_that_was_not_is_ended():
     command = [sys.executable, "-c", SUSPENDED, "1.0"]
     with subprocess.Popen([*command, "0.3"], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
@@ -137,22 +134,20 @@ def test_a_process_that_was_suspended_goes_on_and_one_that_was_not_is_ended():
 
 
 @pytest.mark.parametrize(
-    ("skipped", "step", "ends"),
+    ("skipped", "ends"),
     [
-        ([5], 5, False),
-        ([4, 5], 5, False),
-        ([3, 4, 5], 5, True),
-        ([1, 2, 5], 5, False),
-        ([1, 3, 5], 5, False),
-        ([2, 3, 4, 90], 90, False),
-        (list(range(100, 1000, 100)), 900, False),  # nine
-        (list(range(90, 991, 100)), 990, True),  # ten within 1,000
-        ([*list(range(90, 891, 100)), 1090], 1090, False),  # the first of ten is just too old
-        ([*list(range(90, 891, 100)), 1089], 1089, True),
+        ([4, 5], False),
+        ([3, 4, 5], True),
+        ([1, 3, 5], False),
+        ([2, 3, 4, 90], False),
+        ([*range(100, 1000, 100)], False),  # nine
+        ([*range(90, 991, 100)], True),  # ten within 1,000
+        ([*range(90, 891, 100), 1090], False),  # the first of ten is just too old
+        ([*range(90, 891, 100), 1089], True),
     ],
 )
-def test_several_in_a_row_or_many_within_a_thousand_steps_end_a_run(skipped, step, ends):
-    assert guard.too_many_skipped(skipped, step) is ends
+def test_several_in_a_row_or_many_within_a_thousand_steps_end_a_run(skipped, ends):
+    assert guard.too_many_skipped(skipped, skipped[-1]) is ends
 
 
 def test_a_spike_is_measured_against_the_accepted_losses_in_their_standard_deviations():
@@ -161,7 +156,6 @@ def test_a_spike_is_measured_against_the_accepted_losses_in_their_standard_devia
     for loss in (3.05, 4.0, 2.0):
         expected = (loss - statistics.mean(losses)) / statistics.pstdev(losses)
         assert guard.deviations(losses, loss) == pytest.approx(expected)
-    assert guard.deviations(losses, 4.0) > guard.SPIKE_DEVIATIONS > guard.deviations(losses, 3.1)
     assert guard.deviations(losses[:31], 100.0) == 0.0, "too few to say anything"
     assert math.isfinite(guard.deviations([2.0] * 64, 3.0))
 
@@ -169,20 +163,14 @@ def test_a_spike_is_measured_against_the_accepted_losses_in_their_standard_devia
 # ---- ranks that drift apart ----
 
 
-@dataclass
-class FakeDistContext:
-    """The part of a DistContext that the check uses, with the other ranks' sums given."""
-
-    world_size: int
-    others: tuple = ()
-
-    def all_gather_objects(self, value):
-        return [value, *self.others]
+def among(*sums):
+    """The part of a DistContext that the check uses: this rank, and others with these checksums."""
+    return SimpleNamespace(world_size=1 + len(sums), all_gather_objects=lambda value: [value, *sums])
 
 
 def some_tensors():
-    torch.manual_seed(0)
-    return [torch.randn(5, 7), torch.randn(()), torch.zeros(3), torch.randn(4, 2).t()]
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(size, generator=generator) for size in ((5, 7), (), (3,))] + [torch.zeros(4, 2).t()]
 
 
 def test_the_checksum_notices_every_single_changed_bit_and_an_exchange_of_tensors():
@@ -202,7 +190,7 @@ def test_the_checksum_notices_every_single_changed_bit_and_an_exchange_of_tensor
 def test_ranks_that_hold_other_weights_are_named_on_all():
     tensors = some_tensors()
     same = guard.checksum(tensors)
-    guard.check_replicas(FakeDistContext(1), tensors, 7)
-    guard.check_replicas(FakeDistContext(3, (same, same)), tensors, 7)
+    guard.check_replicas(among(), tensors, 7)
+    guard.check_replicas(among(same, same), tensors, 7)
     with pytest.raises(ReplicaError, match=r"step 7: the weights of rank 1, 3 are not those of rank 0"):
-        guard.check_replicas(FakeDistContext(4, (same + 1, same, same - 1)), tensors, 7)
+        guard.check_replicas(among(same + 1, same, same - 1), tensors, 7)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 from nanotrain import hardware
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("own_process_state")
 
 
@@ -27,80 +27,62 @@ def fail(error):
 @pytest.mark.parametrize(
     ("capabilities", "dtype", "reason"),
     [
-        ({}, torch.float32, "this CPU has neither AVX512_BF16 nor AMX"),
-        ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, torch.float32, "neither"),
-        ({"avx512_bf16": True}, torch.bfloat16, "this CPU has AVX512_BF16"),
-        ({"avx512_bf16": True, "amx_bf16": True}, torch.bfloat16, "this CPU has AMX_BF16"),
-        ({"amx_tile": True, "amx_bf16": False}, torch.float32, "neither"),
+        ({}, torch.float32, "neither"),
+        ({"avx512_f": True, "amx_tile": True, "avx512_bf16": False, "amx_bf16": False}, torch.float32, "neither"),
+        ({"avx512_bf16": True}, torch.bfloat16, "AVX512_BF16"),
+        ({"avx512_bf16": True, "amx_bf16": True}, torch.bfloat16, "AMX_BF16"),
     ],
 )
 def test_precision_of_a_cpu(capabilities, dtype, reason, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     found, why = hardware.find_dtype("auto", torch.device("cpu"))
-    assert found == dtype
-    assert reason in why
+    assert (found, reason in why) == (dtype, True)
     assert hardware.find_dtype("float16", torch.device("cpu"))[0] == torch.float16  # what is asked for counts
 
 
 @pytest.mark.parametrize(
     ("capability", "dtype"),
-    [
-        ((9, 0), torch.bfloat16),
-        ((8, 0), torch.bfloat16),
-        ((12, 0), torch.bfloat16),
-        ((7, 5), torch.float16),
-        ((7, 0), torch.float16),
-        ((6, 1), torch.float32),
-    ],
+    [((8, 0), torch.bfloat16), ((12, 0), torch.bfloat16), ((7, 5), torch.float16), ((6, 1), torch.float32)],
 )
 def test_precision_of_a_gpu(capability, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     device = hardware.find_device()
-    found, why = hardware.find_dtype("auto", device)
-    assert (device, found) == (torch.device("cuda", 0), dtype)
-    assert "CUDA capability {}.{}".format(*capability) in why
+    assert device == torch.device("cuda", 0)
+    assert hardware.find_dtype("auto", device)[0] == dtype
     assert hardware.find_dtype("float32", device)[0] == torch.float32
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA GH200 480GB", 989e12),
-        ("NVIDIA GB200", 2.5e15),
-        ("NVIDIA B200", 2.25e15),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA GeForce RTX 3090", 71e12),
-        ("Tesla T4", None),
-        ("NVIDIA A10", None),
-    ],
-)
-def test_published_peaks_by_device_name(name, expected, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert hardware.peak_flops(torch.device("cuda", 0)) == expected
+PEAKS = {
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA GH200 480GB": 989e12,
+    "NVIDIA GB200": 2.5e15,
+    "NVIDIA B200": 2.25e15,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A10": None,
+}
+
+
+def test_published_peaks_by_device_name(monkeypatch):
+    for name, expected in PEAKS.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert hardware.peak_flops(torch.device("cuda", 0)) == expected
     assert hardware.peak_flops(torch.device("cpu")) is None
 
 
 # ---- memory ----
 
 
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (torch.OutOfMemoryError("x"), True),
-        (MemoryError(), True),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), True),
-        (RuntimeError("CUDA error: out of memory"), True),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), True),
-        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
-    ],
-)
-def test_what_counts_as_memory_that_has_run_out(error, expected):
-    assert hardware.is_out_of_memory(error) is expected
+def test_what_counts_as_memory_that_has_run_out():
+    texts = (
+        "can't allocate memory: you tried",
+        "CUDA error: out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED when",
+    )
+    assert all(map(hardware.is_out_of_memory, [torch.OutOfMemoryError("x"), MemoryError(), *map(RuntimeError, texts)]))
+    assert not hardware.is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
 def test_ranks_of_one_machine_share_its_free_memory(monkeypatch):
@@ -125,19 +107,17 @@ blocks = [torch.ones(2**18) for _ in range(200)]  # of 1 MiB
 last = blocks.pop()
 del blocks
 kept = resident_mib() - before
-{call}
+hardware.give_back_freed_memory()
 print(kept, resident_mib() - before)
 """
 
 
 @pytest.mark.skipif("glibc" not in platform.libc_ver()[0], reason="only glibc can be told to keep freed memory")
-@pytest.mark.parametrize("call", ["hardware.give_back_freed_memory()", ""])
-def test_freed_memory_is_kept_until_it_is_given_back(call):
-    command = [sys.executable, "-c", HEAP.format(call=call)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    kept, left = map(int, result.stdout.split())
+def test_freed_memory_is_kept_until_it_is_given_back():
+    done = subprocess.run([sys.executable, "-c", HEAP], cwd=ROOT, capture_output=True, text=True, check=True)
+    kept, left = map(int, done.stdout.split())
     assert 190 < kept < 220
-    assert left < 20 if call else left == kept
+    assert left < 20
 
 
 def test_where_there_is_no_glibc_nothing_happens(monkeypatch):
@@ -149,36 +129,26 @@ def test_where_there_is_no_glibc_nothing_happens(monkeypatch):
 # ---- clock, hardware, command ----
 
 
-def test_seconds_since_start_run_as_a_clock_does():
-    readings = []
-    for _ in range(2):
-        readings.append((time.monotonic(), hardware.seconds_since_start(), time.monotonic()))
-        while time.monotonic() < readings[-1][2] + 0.03:
-            pass
-    (before, first, after), (later, second, last) = readings
-    assert later - after - 1e-4 <= second - first <= last - before + 1e-4
-
-
 def test_seconds_since_start_are_right_where_proc_uptime_is_the_containers(monkeypatch):
     before, read_text = hardware.seconds_since_start(), Path.read_text
     monkeypatch.setattr(
         Path, "read_text", lambda path, **options: "5.0 1.0" if path.name == "uptime" else read_text(path, **options)
     )
-    assert hardware.seconds_since_start() == pytest.approx(before, abs=1)
+    time.sleep(0.05)
+    assert before + 0.04 <= hardware.seconds_since_start() < before + 5
 
 
 @pytest.mark.parametrize(
     ("elapsed", "seconds"), [("00:07", 7), ("   02:03", 123), ("01:02:03", 3723), ("2-01:00:05", 176_405)]
 )
-def test_seconds_since_start_without_proc_are_those_of_ps(elapsed, seconds, monkeypatch, tmp_path):
-    answer = subprocess.CompletedProcess([], 0, stdout=elapsed + "\n")
+def test_seconds_since_start_without_proc_are_those_of_ps_and_without_ps_those_of_work(
+    elapsed, seconds, monkeypatch, tmp_path
+):
     monkeypatch.setattr(hardware, "Path", lambda path: tmp_path / "no such file")
-    monkeypatch.setattr(subprocess, "run", lambda command, **options: answer if command[0] == "ps" else None)
+    monkeypatch.setattr(
+        subprocess, "run", lambda *command, **options: subprocess.CompletedProcess([], 0, elapsed + "\n")
+    )
     assert hardware.seconds_since_start() == seconds
-
-
-def test_seconds_since_start_without_proc_and_ps_are_those_of_work(monkeypatch, tmp_path):
-    monkeypatch.setattr(hardware, "Path", lambda path: tmp_path / "no such file")
     monkeypatch.setattr(subprocess, "run", lambda command, **options: fail(FileNotFoundError(2, "no ps")))
     assert hardware.seconds_since_start() == pytest.approx(time.process_time(), abs=0.1)
 
@@ -197,6 +167,7 @@ def test_the_machine_describes_itself():
     assert hardware.device_name(device)
 
 
+@pytest.mark.slow
 def test_the_command_says_what_this_machine_is(run_script):
     done = run_script("nanotrain.hardware")
     assert (done.returncode, done.stderr) == (0, "")
@@ -205,7 +176,6 @@ def test_the_command_says_what_this_machine_is(run_script):
     assert torch.__version__ in lines["python"]
     assert int(lines["GPUs"]) == torch.cuda.device_count()
     assert re.fullmatch(r"(bfloat16|float16|float32) \(.+\)", lines["precision"])
-    assert float(lines["memory"].split()[0]) > 0.1
     rates = re.findall(r"matmul +([\d,]+) GFLOP/s in (\w+)", done.stdout)
     assert [dtype for _, dtype in rates] == ["float32", "bfloat16"]
     assert all(int(rate.replace(",", "")) > 0 for rate, _ in rates)

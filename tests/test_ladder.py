@@ -1,22 +1,17 @@
 """The ladder's law and its comparison of two series, on runs whose law is known."""
 
-import importlib.util
 import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 from conftest import ROOT
 
+from dev import ladder
 from nanotrain.errors import UserError
-
-spec = importlib.util.spec_from_file_location("ladder", ROOT / "dev" / "ladder.py")
-ladder = sys.modules["ladder"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(ladder)
 
 
 def write_run(folder, steps, bpb, depth=2):
@@ -44,44 +39,32 @@ def test_the_law_is_the_one_the_runs_follow_and_the_gain_is_the_compute_saved(ba
     a, b = ladder.fit(series["old"])
     assert (a, b) == (pytest.approx(9), pytest.approx(0.07))
     assert ladder.saved_compute((a, b), series["new"]) == pytest.approx([1.25] * 3)
-    assert ladder.saved_compute((a, b), series["old"]) == pytest.approx([1.0] * 3)
     text = ladder.table(series)
     assert "old: bpb = 9 * FLOPs^-0.0700" in text
-    assert "old would need 1.25, 1.25, 1.25 times the operations of new for the same loss" in text
-    assert len([line for line in text.splitlines() if line.startswith("| ladder-")]) == 6
+    assert "1.25, 1.25, 1.25" in text
+    assert text.count("| ladder-") == 6
 
 
-def test_a_series_is_not_taken_for_another_whose_name_it_begins_with(base_dir):
+def test_a_series_is_not_taken_for_another_and_runs_that_others_beat_do_not_bend_the_law(base_dir):
     write_series(base_dir, "base")
     write_series(base_dir, "base-lr2", factor=1.25)
+    write_run(base_dir / "runs" / "ladder-base-9", 500, 5.0, depth=4)
     series = ladder.series_of(["base", "base-lr2"])
-    assert [len(points) for points in series.values()] == [3, 3]
+    assert [len(points) for points in series.values()] == [4, 3]
     assert ladder.saved_compute(ladder.fit(series["base"]), series["base-lr2"]) == pytest.approx([1.25] * 3)
-
-
-def test_runs_that_others_beat_do_not_bend_the_law(base_dir):
-    write_series(base_dir, "old")
-    write_run(base_dir / "runs" / "ladder-old-9", 500, 5.0, depth=4)
-    points = ladder.series_of(["old"])["old"]
-    assert len(points) == 4
-    assert ladder.fit(points)[1] == pytest.approx(0.07)
+    folders = sorted(str(folder) for folder in (base_dir / "runs").glob("ladder-base-lr2-*"))
+    assert ladder.series_of(folders)["runs"] == series["base-lr2"]
 
 
 def test_what_is_missing_is_a_sentence(base_dir):
-    with pytest.raises(UserError, match=r"no run of a series 'other': train it with bash dev/ladder.sh other"):
+    with pytest.raises(UserError, match=r"no run of a series 'other'.* bash dev/ladder.sh other"):
         ladder.series_of(["other"])
     write_series(base_dir, "old", steps=(100,))
-    with pytest.raises(UserError, match="two runs of different size"):
+    with pytest.raises(UserError, match="two runs"):
         ladder.table(ladder.series_of(["old"]))
     (base_dir / "runs" / "ladder-old-0" / "evaluation.json").unlink()
     with pytest.raises(UserError, match=r"evaluation.json is missing: .*base_eval --run-name="):
         ladder.series_of(["old"])
-
-
-def test_folders_of_runs_are_one_series(base_dir):
-    write_series(base_dir, "old")
-    folders = sorted(str(folder) for folder in (base_dir / "runs").iterdir())
-    assert [point.steps for point in ladder.series_of(folders)["runs"]] == [100, 400, 1600]
 
 
 # ---- the script ----
@@ -104,20 +87,17 @@ def tree(tmp_path):
     shutil.copy(ROOT / "dev" / "ladder.sh", tmp_path / "dev")
     (tmp_path / "python").write_text(PYTHON)
     (tmp_path / "python").chmod(0o755)
+    (tmp_path / "calls").touch()
     return tmp_path
 
 
 def begin_series(tree):
-    command = ["bash", "dev/ladder.sh", "new"]
-    environment = {**os.environ, "PYTHON": "./python"}
-    return subprocess.Popen(
-        command, cwd=tree, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+    options = {"cwd": tree, "env": {**os.environ, "PYTHON": "./python"}, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen(["bash", "dev/ladder.sh", "new"], **options, start_new_session=True)
 
 
 def calls(tree):
-    path = tree / "calls"
-    return path.read_text().splitlines() if path.exists() else []
+    return (tree / "calls").read_text().splitlines()
 
 
 def test_a_series_is_three_runs_each_evaluated(tree):

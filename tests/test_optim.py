@@ -46,25 +46,19 @@ def small_model(seed=0):
     return model
 
 
+def build(model, dist=ALONE, weight_decay=0.1):
+    return optim.build_optimizers(model.parameters_by_role(), RATES, weight_decay, torch.float32, dist)
+
+
 # ---- AdamW ----
 
 
 @pytest.mark.parametrize(("betas", "weight_decay", "eps"), [((0.8, 0.99), 0.0, 1e-10), ((0.9, 0.95), 0.3, 1e-6)])
 def test_adamw_equals_the_one_of_torch(betas, weight_decay, eps):
-    shapes = ((7, 5), (3,), ())
+    shapes, options = ((7, 5), (3,), ()), {"lr": 0.05, "betas": betas, "weight_decay": weight_decay, "eps": eps}
     ours, theirs = parameters(shapes), parameters(shapes)
-    group = {
-        "names": list(ours),
-        "params": list(ours.values()),
-        "lr": 0.05,
-        "betas": betas,
-        "weight_decay": weight_decay,
-        "eps": eps,
-    }
-    optimizer = AdamW([group], ALONE)
-    other = torch.optim.AdamW(
-        theirs.values(), lr=0.05, betas=betas, weight_decay=weight_decay, eps=eps, foreach=False, fused=False
-    )
+    optimizer = AdamW([{"names": list(ours), "params": list(ours.values()), **options}], ALONE)
+    other = torch.optim.AdamW(theirs.values(), **options, foreach=False, fused=False)
     for number in range(1, 21):
         step([optimizer], ours, number)
         step([other], theirs, number)
@@ -179,29 +173,6 @@ def test_muon_equals_the_one_of_torch_with_its_coefficients_and_precision(monkey
             torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-4)
 
 
-def test_cautious_decay_acts_only_where_it_agrees_with_the_update():
-    weight = torch.nn.Parameter(torch.tensor([[1.0, -1.0], [1.0, 1.0]]))
-    with_decay = {"w": weight}
-    without = {"w": torch.nn.Parameter(weight.detach().clone())}
-    gradient = torch.tensor([[3.0, 2.0], [-2.0, 3.0]])  # its polar factor has these signs
-    for named, decay in ((with_decay, 0.5), (without, 0.0)):
-        named["w"].grad = gradient.clone()
-        Muon(named, 0.1, ALONE, weight_decay=decay).step()
-    # the update is subtracted: it agrees with a decay of entries that have its sign
-    expected = torch.tensor([[-0.05, 0.0], [0.0, -0.05]])
-    torch.testing.assert_close((with_decay["w"] - without["w"]).detach(), expected, rtol=0, atol=1e-6)
-
-
-def test_a_stack_changes_nothing_for_its_members():
-    together = parameters()
-    step([Muon(together, 0.1, ALONE)], together, 1)
-    for number, name in enumerate(together):
-        alone = {name: parameters()[name]}
-        alone[name].grad = draw(*alone[name].shape, seed=1000 + number)
-        Muon(alone, 0.1, ALONE).step()
-        torch.testing.assert_close(alone[name], together[name], rtol=0, atol=1e-5)
-
-
 # ---- RowwiseAdam ----
 
 ROWS, COLUMNS = 9, 4
@@ -217,56 +188,23 @@ def sparse_gradient(seed):
     return sparse, sparse.to_dense()
 
 
-def row_adam_steps(steps, optimizer_of):
-    """(table after so many steps of the optimizer, the same by the definition with dense gradients)."""
+def test_row_adam_equals_its_definition_on_dense_gradients():
+    """And leaves rows without a gradient alone to the bit."""
     table = torch.nn.Parameter(draw(ROWS, COLUMNS, seed=5))
-    optimizer = optimizer_of(table)
+    optimizer = RowwiseAdam([{"names": ["table"], "params": [table], "lr": 0.3, "beta2": 0.9}], ALONE)
     expected, second, updates = table.detach().double().clone(), [0.0] * ROWS, [0] * ROWS
-    for number in range(1, steps + 1):
+    for number in range(1, 41):
+        before = table.detach().clone()
         table.grad, dense = sparse_gradient(number)
         optimizer.step()
+        assert torch.equal((table != before).any(1), dense.any(1))
         for row, gradient in enumerate(dense.double()):
             if gradient.any():
                 updates[row] += 1
                 keep = min(1 - 1 / updates[row], 0.9)
                 second[row] = keep * second[row] + (1 - keep) * gradient.square().mean().item()
                 expected[row] -= 0.3 * gradient / math.sqrt(second[row])
-    return table.detach(), expected.float()
-
-
-def rowwise_adam(table):
-    return RowwiseAdam([{"names": ["table"], "params": [table], "lr": 0.3, "beta2": 0.9}], ALONE)
-
-
-def assert_row_adam_is_right(optimizer_of):
-    got, expected = row_adam_steps(40, optimizer_of)
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_row_adam_equals_its_definition_on_dense_gradients():
-    assert_row_adam_is_right(rowwise_adam)
-
-
-@pytest.mark.parametrize("lost", ["exp_avg_sq", "updates"])
-def test_the_row_adam_check_notices_lost_state(lost):
-    class Forgetful(RowwiseAdam):
-        def step(self):
-            for state in self.state.values():
-                state[lost].zero_()
-            super().step()
-
-    with pytest.raises(AssertionError):
-        assert_row_adam_is_right(lambda table: Forgetful(rowwise_adam(table).param_groups, ALONE))
-
-
-def test_row_adam_leaves_rows_without_gradient_alone_to_the_bit():
-    table = torch.nn.Parameter(draw(ROWS, COLUMNS, seed=5))
-    before, optimizer = table.detach().clone(), rowwise_adam(table)
-    table.grad, dense = sparse_gradient(1)
-    optimizer.step()
-    changed = (table.detach() != before).any(1)
-    assert torch.equal(changed, dense.any(1))
-    assert torch.equal(optimizer.state[table]["updates"], changed.float())
+    torch.testing.assert_close(table.detach(), expected.float(), rtol=1e-5, atol=1e-5)
 
 
 class Ranks:
@@ -322,51 +260,28 @@ def test_shards_differ_by_one_element_at_most(world_size):
         assert owned == list(range(size))
 
 
-def events_of_a_step(update, monkeypatch):
-    """What happens in `update(optimizers)`: the stacks that Muon works on, what is sent, and the waiting, in order."""
+def test_what_is_updated_travels_while_the_rest_is_worked_on(monkeypatch):
+    """All is sent as soon as it is done, what takes no time first and the largest stack before the others, and nobody
+    waits before all is.
+    """
     events = []
 
     class Recorder(DistContext):
         def broadcast_owned(self, owned):
-            number = sum(event.startswith("send") for event in events)
-            events.append(f"send {number}: {sum(len(tensor) for part in owned for tensor in part)}")
-            return lambda: events.append(f"wait {number}")
+            events.append(sum(len(tensor) for part in owned for tensor in part))
+            return lambda: events.append("wait")
 
     monkeypatch.setattr(Muon, "update", lambda self, parameters, group: events.append(f"Muon {len(group['params'])}"))
-    model, place = small_model(), Recorder(0, 0, 2, torch.device("cpu"), torch.float32, "test")
-    optimizers = optim.build_optimizers(
-        model.parameters_by_role(), RATES, weight_decay=0.1, dtype=torch.float32, dist=place
-    )
+    model = small_model()
+    optimizers = build(model, Recorder(0, 0, 2, torch.device("cpu"), torch.float32, "test"))
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     model.bigram_embedding.weight.grad = torch.ones(11, 16).to_sparse(1)
-    update(optimizers)
-    return model, events
-
-
-def assert_sends_overlap(update, monkeypatch):
-    """All is sent as soon as it is done, what takes no time first and the largest stack before the others, and nobody
-    waits before all is.
-    """
-    model, events = events_of_a_step(update, monkeypatch)
-    waits = [event for event in events if event.startswith("wait")]
-    assert waits == [f"wait {number}" for number in range(len(waits))]
-    assert events[-len(waits) :] == waits
-    assert [event for event in events if event.startswith("Muon")] == ["Muon 6", "Muon 12"]  # of 1,024 and 256 each
-    assert [event.partition(": ")[2] or event for event in events[-len(waits) - 4 : -len(waits)]] == [
-        "Muon 6", "6144", "Muon 12", "3072",
-    ]  # fmt: skip
-    sent = sum(int(event.partition(": ")[2]) for event in events if event.startswith("send"))
-    assert sent == sum(parameter.numel() for parameter in model.parameters()) - model.bigram_embedding.weight.numel()
-
-
-def test_what_is_updated_travels_while_the_rest_is_worked_on(monkeypatch):
-    assert_sends_overlap(optim.step, monkeypatch)
-
-
-def test_the_check_of_overlap_notices_optimizers_that_wait_for_each_other(monkeypatch):
-    with pytest.raises(AssertionError):
-        assert_sends_overlap(lambda optimizers: [optimizer.step() for optimizer in optimizers[::-1]], monkeypatch)
+    optim.step(optimizers)
+    sent = [event for event in events if isinstance(event, int)]
+    assert events[-len(sent) :] == ["wait"] * len(sent)
+    assert events[: -len(sent)] == [*sent[:-2], "Muon 6", 6144, "Muon 12", 3072]  # of 1,024 and of 256 elements each
+    assert sum(sent) == sum(parameter.numel() for parameter in model.parameters()) - 11 * 16
 
 
 class Lonely(DistContext):
@@ -383,14 +298,12 @@ def place_among(world_size, rank):
 
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_every_rank_updates_what_it_owns_as_one_process_would_and_nothing_else(world_size):
-    alone, _ = trained(3)
-    untouched = small_model()
+    (alone, _), untouched = trained(3), small_model()
     moved = {name: 0 for name, _ in alone.named_parameters()}
     for rank in range(world_size):
         _, optimizers = trained(3, place_among(world_size, rank))
-        elements = [sum(len(state["exp_avg"]) for state in optimizers[1].state.values())]
-        elements += [sum(parameter.numel() for parameter in optimizers[1].shard_ranges) / world_size]
-        assert abs(elements[0] - elements[1]) <= 1
+        owned = sum(len(state["exp_avg"]) for state in optimizers[1].state.values())
+        assert abs(owned - sum(parameter.numel() for parameter in optimizers[1].shard_ranges) / world_size) <= 1
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 for name, parameter in zip(group["names"], group["params"], strict=True):
@@ -399,7 +312,7 @@ def test_every_rank_updates_what_it_owns_as_one_process_would_and_nothing_else(w
                     here[begin:end] = True
                     moved[name] += here.int()
                     expected = torch.where(
-                        here.view_as(parameter), dict(alone.named_parameters())[name], untouched.get_parameter(name)
+                        here.view_as(parameter), alone.get_parameter(name), untouched.get_parameter(name)
                     )
                     torch.testing.assert_close(parameter, expected, rtol=0, atol=1e-5)
                     assert (parameter in optimizer.state) == (end > begin)
@@ -407,38 +320,15 @@ def test_every_rank_updates_what_it_owns_as_one_process_would_and_nothing_else(w
         assert (times == (world_size if name.startswith("bigram") else 1)).all(), name
 
 
-@pytest.mark.parametrize("world_size", WORLDS)
-def test_no_rank_orthogonalises_much_more_than_another(world_size):
-    model = small_model()
-    roles = model.parameters_by_role()
-    costs = [
-        sum(optim.orthogonalization_cost(p) for p in muon.shard_ranges if muon.own_range(p)[1])
-        for muon in (
-            optim.build_optimizers(roles, RATES, 0.0, torch.float32, place_among(world_size, rank))[0]
-            for rank in range(world_size)
-        )
-    ]
-    total = 3 * (4 * 3 * 16**3 + 2 * 16 * 16 * (2 * 64 + 16))  # three layers: four square matrices, two long ones
-    assert sum(costs) == total
-    assert max(costs) <= total / world_size + 16 * 16 * (2 * 64 + 16)
-
-
 def test_the_communication_bytes_of_a_small_model_are_those_counted_by_hand():
-    roles = small_model().parameters_by_role()
-    of_roles = {role: sum(p.numel() for p in named.values()) for role, named in roles.items()}
-    assert of_roles["bigram_embedding"] == 11 * 16
-    dense = sum(of_roles.values()) - of_roles["bigram_embedding"]
-    matrices, matrix_rows = of_roles["matrix"], 3 * (4 * 16 + 64 + 16)
+    model = small_model()
+    dense = sum(parameter.numel() for parameter in model.parameters()) - 11 * 16
+    matrices, matrix_rows = 3 * 12 * 16 * 16, 3 * (4 * 16 + 64 + 16)
     state = 4 * (matrices + matrix_rows) + 8 * (dense - matrices) + 8 * 11
-    optimizers = optim.build_optimizers(roles, RATES, 0.0, torch.float32, ALONE)
-    assert optim.communication_bytes(optimizers, ALONE, 5) == {
-        "gradients": 0,
-        "rows": 0,
-        "parameters": 0,
-        "state": state,
-    }
+    alone = optim.communication_bytes(build(model), ALONE, 5)
+    assert alone == {"gradients": 0, "rows": 0, "parameters": 0, "state": state}
     place = place_among(4, 1)
-    found = optim.communication_bytes(optim.build_optimizers(roles, RATES, 0.0, torch.float32, place), place, 5)
+    found = optim.communication_bytes(build(model, place), place, 5)
     assert found["gradients"] == 4 * dense * 2 * 3 // 4  # around the ring twice, a quarter of them at a time
     assert found["parameters"] == 4 * dense * 3 // 4  # everything but one's own
     assert found["rows"] == 3 * (5 * (8 + 4 * 16) + 2 * 8)
@@ -450,18 +340,15 @@ def test_the_communication_bytes_of_a_small_model_are_those_counted_by_hand():
 
 def test_build_puts_every_parameter_in_one_group_with_the_rate_of_its_role():
     model = small_model()
-    optimizers = optim.build_optimizers(
-        model.parameters_by_role(), RATES, weight_decay=0.1, dtype=torch.float32, dist=ALONE
-    )
+    optimizers = build(model)
     named = dict(model.named_parameters())
     held = {}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for name, parameter in zip(group["names"], group["params"], strict=True):
-                assert name not in held
-                assert parameter is named[name]
+                assert parameter is named.pop(name)
                 held[name] = (type(optimizer), group["lr"], group.get("betas"), group.get("weight_decay"))
-    assert held.keys() == named.keys()
+    assert not named
     expected = {
         "embedding.weight": (AdamW, 0.3, (0.8, 0.99), 0.0),
         "value_embeddings.2.weight": (AdamW, 0.15, (0.8, 0.99), 0.0),
@@ -480,9 +367,7 @@ def test_build_puts_every_parameter_in_one_group_with_the_rate_of_its_role():
 
 def test_set_schedule_scales_every_rate_from_its_own_base():
     model = small_model()
-    optimizers = optim.build_optimizers(
-        model.parameters_by_role(), RATES, weight_decay=0.1, dtype=torch.float32, dist=ALONE
-    )
+    optimizers = build(model)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     base = [group["lr"] for group in groups]
     for rate in (0.5, 0.25):  # the second does not build on the first
@@ -498,47 +383,23 @@ def test_set_schedule_scales_every_rate_from_its_own_base():
 def trained(steps, dist=ALONE):
     """A model and its optimizers after so many steps on fixed gradients."""
     model = small_model()
-    optimizers = optim.build_optimizers(
-        model.parameters_by_role(), RATES, weight_decay=0.1, dtype=torch.float32, dist=dist
-    )
+    optimizers = build(model, dist)
     for seed in range(1, steps + 1):
         step(optimizers, dict(model.named_parameters()), seed)
     return model, optimizers
 
 
-def assert_goes_on_equal(restore):
-    """Three steps, a new model and optimizers given the old state by `restore`, two steps more: as five without a
-    break, to the bit.
-    """
+def test_restored_state_makes_the_next_steps_bit_equal():
     straight, _ = trained(5)
     model, optimizers = trained(3)
     fresh, fresh_optimizers = trained(0)
     fresh.load_state_dict(model.state_dict())
-    saved = {name: tensor.clone() for name, tensor in optim.state_tensors(optimizers, ALONE).items()}
-    restore(fresh_optimizers, saved, optimizers[1].updates)
+    optim.load_state_tensors(fresh_optimizers, optim.state_tensors(optimizers, ALONE))
+    fresh_optimizers[1].updates = optimizers[1].updates
     for seed in (4, 5):
         step(fresh_optimizers, dict(fresh.named_parameters()), seed)
     for name, tensor in straight.state_dict().items():
         assert torch.equal(tensor, fresh.state_dict()[name]), name
-
-
-def load(optimizers, tensors, updates):
-    optim.load_state_tensors(optimizers, tensors)
-    optimizers[1].updates = updates
-
-
-def test_restored_state_makes_the_next_steps_bit_equal():
-    assert_goes_on_equal(load)
-
-
-@pytest.mark.parametrize("lost", ["momentum", "row_sq", "exp_avg", "exp_avg_sq", "updates"])
-def test_the_restore_check_notices_what_is_lost(lost):
-    def forgetful(optimizers, tensors, updates):
-        kept = {name: tensor * (not name.endswith("/" + lost)) for name, tensor in tensors.items()}
-        load(optimizers, kept, 0 if lost == "updates" else updates)
-
-    with pytest.raises(AssertionError):
-        assert_goes_on_equal(forgetful)
 
 
 def test_state_is_named_whole_and_in_float32():
@@ -561,11 +422,10 @@ def test_wrong_state_is_refused_with_the_name_of_the_tensor():
     good = dict(optim.state_tensors(optimizers, ALONE))
     name = "blocks.0.up_proj.weight/momentum"
     missing = {key: tensor for key, tensor in good.items() if key != name}
-    for bad in (missing, {**missing, "other/momentum": good[name]}, {**good, "other/momentum": good[name]}):
+    misshapen = {**good, name: torch.zeros(2, 2)}
+    for bad in (missing, {**missing, "other/momentum": good[name]}, {**good, "other/momentum": good[name]}, misshapen):
         with pytest.raises(ValueError, match=r"blocks\.0\.up_proj|other/momentum"):
             optim.load_state_tensors(optimizers, bad)
-    with pytest.raises(ValueError, match=r"blocks\.0\.up_proj\.weight/momentum.*\(2, 2\).*\(64, 16\)"):
-        optim.load_state_tensors(optimizers, {**good, name: torch.zeros(2, 2)})
 
 
 # ---- accumulation ----
@@ -579,7 +439,7 @@ def gradients(model, inputs, targets, micro_steps):
     return {name: parameter.grad.to_dense().clone() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("micro_steps", [2, 4, 8])
+@pytest.mark.parametrize("micro_steps", [2, 8])
 def test_accumulated_gradients_and_the_next_muon_step_equal_those_of_the_whole_batch(micro_steps):
     tokens = torch.randint(23, (8, 9), generator=torch.Generator().manual_seed(0))
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -590,8 +450,6 @@ def test_accumulated_gradients_and_the_next_muon_step_equal_those_of_the_whole_b
         torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().amax().item())
         assert gradient.any(), name
     for model in models:  # AdamW's first step is a sign, which rounding may turn
-        optim.build_optimizers(model.parameters_by_role(), RATES, weight_decay=0.0, dtype=torch.float32, dist=ALONE)[
-            0
-        ].step()
+        build(model, weight_decay=0.0)[0].step()
     for (name, one), two in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import tokenizers
+import torch
 from conftest import make_texts
 
 from nanotrain.errors import DataError, UserError
@@ -54,68 +55,31 @@ def bytes_of(tokenizer, token):
     return bytes(map(alphabet().get, tokenizer.inner.id_to_token(token)))
 
 
-@pytest.mark.parametrize("text", ODD_TEXTS)
-def test_text_survives_the_round_trip(tokenizer, loaded, text):
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert loaded.encode(text) == tokenizer.encode(text)
-    assert loaded.decode(loaded.encode(text)) == text
-
-
-def test_a_batch_gives_what_its_texts_give_alone(tokenizer):
-    texts = ODD_TEXTS + make_texts(20, seed=9)
-    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
-
-
-def test_merges_were_learned(tokenizer):
-    assert tokenizer.vocab_size == 320
-    text = make_texts(1)[0]
-    assert len(tokenizer.encode(text)) < 0.7 * len(text.encode())
+@pytest.mark.parametrize("text", [*ODD_TEXTS, *make_texts(5, seed=3)])
+def test_text_survives_the_round_trip_and_token_bytes_sum_to_its_length(tokenizer, loaded, text):
+    ids = tokenizer.encode(text)
+    assert loaded.encode(text) == ids
+    assert tokenizer.encode_batch(["x", text]) == [tokenizer.encode("x"), ids]
+    assert tokenizer.bos not in ids
+    for tried in (tokenizer, loaded):
+        assert tried.decode(ids) == text
+        assert tried.token_bytes()[ids].sum().item() == len(text.encode())
 
 
 @pytest.mark.parametrize("text", ["<|bos|>", "before<|bos|>after", " <|bos|> <|bos|>"])
-def test_the_literal_name_of_bos_is_text_and_stays_so_after_load(tokenizer, loaded, text):
-    for tried in (tokenizer, loaded):
-        assert tried.bos not in tried.encode(text)
-        assert tried.bos not in tried.encode_batch([text])[0]
-        assert tried.decode(tried.encode(text)) == text
+def test_the_literal_name_of_bos_is_text(tokenizer, text):
     plain = tokenizers.Tokenizer.from_str(tokenizer.to_json())
-    assert tokenizer.bos in plain.encode(text).ids, "without the switch it is the token: this test can fail"
-
-
-def test_encode_gives_no_bos_and_decode_shows_it(tokenizer):
-    ids = tokenizer.encode("river")
-    assert tokenizer.bos == 0
-    assert 0 not in ids
-    assert tokenizer.decode([0, *ids, 0]) == "<|bos|>river<|bos|>"
-
-
-@pytest.mark.parametrize("text", [*ODD_TEXTS, *make_texts(5, seed=3)])
-def test_token_bytes_sum_to_the_utf8_length(tokenizer, loaded, text):
-    for tried in (tokenizer, loaded):
-        sizes = tried.token_bytes()
-        assert sizes[tried.encode(text)].sum().item() == len(text.encode())
+    assert tokenizer.bos in plain.encode(text).ids, "without the switch it is the token"
+    assert tokenizer.bos not in tokenizer.encode(text) + tokenizer.encode_batch([text])[0]
+    assert tokenizer.decode([tokenizer.bos, *tokenizer.encode(text)]) == "<|bos|>" + text
 
 
 def test_token_bytes_are_those_of_the_alphabet_and_bos_has_none(tokenizer):
-    sizes = tokenizer.token_bytes()
-    assert sizes.shape == (tokenizer.vocab_size,)
-    assert str(sizes.dtype) == "torch.int64"
-    assert sizes[tokenizer.bos] == 0
-    for token in range(1, tokenizer.vocab_size):
-        assert sizes[token] == len(bytes_of(tokenizer, token)) > 0
-    assert tokenizer.byte_strings() == [b"", *(bytes_of(tokenizer, token) for token in range(1, len(sizes)))]
-    singles = {bytes_of(tokenizer, token) for token in range(1, tokenizer.vocab_size) if sizes[token] == 1}
-    assert singles == {bytes([byte]) for byte in range(256)}
-
-
-def test_token_bytes_are_exact_for_parts_of_characters(tokenizer):
-    text = "漢🦑"  # not in the training text, so that their bytes are tokens of their own
-    ids = tokenizer.encode(text)
-    sizes = tokenizer.token_bytes()
-    assert b"".join(bytes_of(tokenizer, token) for token in ids) == text.encode()
-    assert sizes[ids].tolist() == [len(bytes_of(tokenizer, token)) for token in ids]
-    by_decoding = sum(len(tokenizer.decode([token]).encode()) for token in ids)
-    assert by_decoding != len(text.encode()), "decoded text would count wrongly here: this test can fail"
+    expected = [b"", *(bytes_of(tokenizer, token) for token in range(1, 320))]
+    assert (tokenizer.bos, tokenizer.vocab_size) == (0, 320)
+    assert tokenizer.byte_strings() == expected
+    assert torch.equal(tokenizer.token_bytes(), torch.tensor([len(of_token) for of_token in expected]))
+    assert set(expected) >= {bytes([byte]) for byte in range(256)}
 
 
 def test_bytes_that_are_no_utf8_decode_to_replacement_characters(tokenizer):
@@ -136,7 +100,6 @@ def test_a_lone_surrogate_becomes_a_replacement_character(tokenizer, text, becom
 
 def test_the_saved_file_gives_the_same_ids_in_the_plain_library(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
-    assert [path.name for path in tmp_path.glob("*") if path.is_file()] == ["tokenizer.json"]
     plain = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     for text in [text for text in ODD_TEXTS if "<|bos|>" not in text] + make_texts(20, seed=4):
         assert plain.encode(text).ids == tokenizer.encode(text)
@@ -176,66 +139,39 @@ def test_training_twice_gives_the_same_file(tokenizer):
     assert BPETokenizer.train(make_texts(50, seed=1), 320).to_json() != tokenizer.to_json()
 
 
-def test_the_hash_is_that_of_the_saved_file(tokenizer, loaded, tmp_path):
-    in_file = hashlib.sha256((tmp_path / "saved" / "tokenizer.json").read_bytes()).hexdigest()
-    assert tokenizer.sha256() == loaded.sha256() == in_file
-
-
 @pytest.mark.parametrize("size", [-1, 0, 256, 2**70])
 def test_a_vocabulary_without_room_for_the_bytes_is_refused(size):
-    with pytest.raises(UserError, match=f"--vocab-size={size}: must be 257") as caught:
+    with pytest.raises(UserError, match=f"--vocab-size={size}: must be 257"):
         BPETokenizer.train(["text"], size)
-    assert caught.value.exit_code == 2
-
-
-def test_the_smallest_vocabulary_is_bos_and_the_bytes():
-    tokenizer = BPETokenizer.train(["text text text"], 257)
-    assert tokenizer.vocab_size == 257
-    assert tokenizer.decode(tokenizer.encode("日 text")) == "日 text"
-    assert len(tokenizer.encode("日 text")) == len("日 text".encode())
 
 
 @pytest.mark.parametrize(("texts", "size"), [([], 257), (["ab"], 258), (["abab abab"], 260)])
-def test_too_little_text_gives_fewer_tokens(texts, size):
+def test_too_little_text_gives_fewer_tokens_but_always_the_bytes(texts, size):
     tokenizer = BPETokenizer.train(texts, 1000)
     assert tokenizer.vocab_size == len(tokenizer.token_bytes()) == size
-
-
-def nothing(path):
-    path.unlink()
-
-
-def without_bos(path):
-    tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(path))
+    assert tokenizer.decode(tokenizer.encode("日 text")) == "日 text"
 
 
 @pytest.mark.parametrize(
-    ("harm", "says"),
+    ("says", "harm"),
     [
-        (nothing, "no tokenizer at"),
-        (lambda path: path.write_bytes(b""), "cannot be read"),
-        (lambda path: path.write_bytes(path.read_bytes()[:1000]), "cannot be read"),
-        (lambda path: path.write_text('{"a": 1}'), "cannot be read"),
-        (lambda path: path.write_bytes(b"\xff\xfe\x00"), "cannot be read"),
-        (without_bos, r"has no <\|bos\|> token"),
+        ("no tokenizer at", lambda path: path.unlink()),
+        ("cannot be read", lambda path: path.write_bytes(path.read_bytes()[:1000])),
+        ("cannot be read", lambda path: path.write_bytes(b"\xff\xfe\x00")),
+        (r"has no <\|bos\|> token", lambda path: tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(path))),
     ],
 )
-def test_a_tokenizer_that_cannot_be_loaded_is_a_data_error_with_the_command(tokenizer, tmp_path, harm, says):
+def test_a_tokenizer_that_cannot_be_loaded_is_a_data_error_with_the_command(tokenizer, tmp_path, says, harm):
     tokenizer.save(tmp_path)
     harm(tmp_path / "tokenizer.json")
-    with pytest.raises(DataError, match=says) as caught:
+    with pytest.raises(DataError, match=f"{says}.*python -m scripts.tok_train"):
         BPETokenizer.load(tmp_path)
-    assert caught.value.exit_code == 6
-    assert "python -m scripts.tok_train" in str(caught.value)
-
-
-def test_a_missing_folder_is_a_data_error(tmp_path):
-    with pytest.raises(DataError, match="no tokenizer at"):
-        BPETokenizer.load(tmp_path / "nowhere")
 
 
 def test_save_replaces_the_file_and_leaves_nothing_else(tokenizer, tmp_path):
     BPETokenizer.train(["other"], 300).save(tmp_path / "a" / "b")
     tokenizer.save(tmp_path / "a" / "b")
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["tokenizer.json"]
-    assert BPETokenizer.load(tmp_path / "a" / "b").to_json() == tokenizer.to_json()
+    loaded, text = BPETokenizer.load(tmp_path / "a" / "b"), (tmp_path / "a" / "b" / "tokenizer.json").read_bytes()
+    assert loaded.to_json() == tokenizer.to_json()
+    assert loaded.sha256() == tokenizer.sha256() == hashlib.sha256(text).hexdigest()
