@@ -19,13 +19,18 @@ from nanotrain import config
 from nanotrain.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
-LIBRARY = sorted(path for path in (ROOT / "nanotrain").glob("*.py"))
+LIBRARY = sorted([*ROOT.glob("nanotrain/*.py"), *ROOT.glob("nanotrain/report/*.py")])
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 NAMES = {
     path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in LIBRARY + SCRIPTS
 }
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for path, name in NAMES.items()}
-WITH_SETTINGS = ["nanotrain.core_eval", "nanotrain.dataset", "nanotrain.report", *(NAMES[path] for path in SCRIPTS)]
+WITH_SETTINGS = [
+    "nanotrain.core_eval",
+    "nanotrain.dataset",
+    "nanotrain.report.__main__",
+    *(NAMES[path] for path in SCRIPTS),
+]
 
 # What may be read from the environment, and where; dist.py, which finds this process's place, may read anything.
 ENVIRONMENT = {
