@@ -8,7 +8,8 @@ import numpy as np
 
 from nanotrain.report.data import Run
 
-LOSS, BPB, TOKENS, MINUTES = "train loss, nats per token", "validation, bits per byte", "million tokens", "minutes"
+LOSS, BPB = "train loss, nats per token", "validation, bits per byte"
+TOKENS, MINUTES = "million tokens", "minutes of training"
 CURVES = {  # {picture: (title, metric, what it is drawn against) of the two axes below one another}
     "loss": ((LOSS, "train/loss", TOKENS), (LOSS, "train/loss", MINUTES)),
     "bits_per_byte": ((BPB, "val/bpb", TOKENS), (BPB, "val/bpb", MINUTES)),
@@ -42,7 +43,7 @@ def draw(runs: Sequence[Run]) -> dict[str, tuple[bytes, str]]:
                 pairs = zip(figure.subplots(2), panels, strict=True)
                 drawn[name] = _finished(figure, [_draw_curves(axes, runs, *panel) for axes, panel in pairs])
         if cores:
-            labels = list(dict.fromkeys(label for core in cores.values() for label in core["tasks"]))
+            labels = sorted({label for core in cores.values() for label in core["tasks"]})
             height = 0.9 + len(labels) * max(0.3, 0.16 * len(cores))
             figure = Figure(figsize=(5, height), dpi=200, layout="constrained")
             drawn["tasks"] = _finished(figure, [_draw_bars(figure.subplots(), labels, cores)])

@@ -234,7 +234,7 @@ def _surroundings(run):
     for name, value in (run.config["environment"] | run.config["model_config"]).items():
         if isinstance(value, dict):
             value = ", ".join(f"{package} {version}" for package, version in value.items())
-        found[name.replace("_", " ")] = _value(value)
+        found[name.replace("_", " ")] = "none" if value is None else _value(value)
     size = sum(file["bytes"] for file in data["files"].values()) / 1e6
     found["data"] = f"{len(data['files'])} shards, {size:,.1f} MB, validation {data['validation']}"
     found["data, SHA-256 of all names, sizes and hashes"] = dataset.hash_of(data)
