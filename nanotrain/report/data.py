@@ -30,8 +30,8 @@ class Run:
         return self.config.get(name, {})
 
     def of(self, name: str) -> dict[int, float]:
-        """{step: value} of a metric by step; empty where it was not recorded."""
-        return dict(sorted(self.metrics.get(name, {}).items()))
+        """{step: value} of a metric, by step; empty where it was not recorded."""
+        return self.metrics.get(name, {})
 
     def steps(self) -> list[int]:
         """The n steps that were recorded, rising."""
@@ -39,7 +39,7 @@ class Run:
 
     def column(self, name: str) -> np.ndarray:
         """(n,) float64: `train/<name>` of each step, NaN where it is missing."""
-        values = self.metrics.get(f"train/{name}", {})
+        values = self.of(f"train/{name}")
         return np.array([values.get(step, math.nan) for step in self.steps()], dtype=np.float64)
 
     def tokens(self) -> np.ndarray:
@@ -110,7 +110,7 @@ def _read_json(path, complaints):
 
 
 def _read_metrics(path, complaints):
-    """{name: {step: value}} of metrics.jsonl. The last row of a step counts."""
+    """{name: {step: value}} of metrics.jsonl, by step. The last row of a step counts."""
     metrics, unreadable = {}, 0
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
@@ -128,4 +128,4 @@ def _read_metrics(path, complaints):
         complaints.append(f"metrics.jsonl could not be read: {error.strerror}")
     if unreadable:
         complaints.append(f"{unreadable} lines of metrics.jsonl could not be read; one being written, or cut by a kill")
-    return metrics
+    return {name: dict(sorted(values.items())) for name, values in metrics.items()}
