@@ -24,7 +24,7 @@ MARK = "A report of nanotrain"  # in report.html where it may be replaced
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
-def write(run_dirs: Iterable[str | Path], out: str = "") -> tuple[Path, str]:
+def write(run_dirs: Iterable[str | Path], out: str | Path = "") -> tuple[Path, str]:
     """Write the report of the runs in some folders into the folder `out`, or into report/ of the first run.
 
     Returns (path of report.html, why it has no pictures: empty if it has). Raises UserError if a folder holds no run,

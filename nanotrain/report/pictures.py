@@ -23,6 +23,7 @@ STYLE = {
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": "#dfe3e8",
+    "axes.formatter.useoffset": False,
     "axes.titlelocation": "left",
     "font.size": 11.5,
     "text.parse_math": False,  # a dollar sign in a name is one
@@ -80,6 +81,7 @@ def _draw_curves(axes, runs, title, metric, unit):
         axes.plot(lost, np.full(len(lost), 0.03), "x", color=line.get_color(), transform=axes.get_xaxis_transform())
         if metric == "train/grad_norm" and y.max() > 20 * y.min() > 0:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
         told.append(f"{run.name} from {y[0]:.4g} to {y[-1]:.4g} at {x[-1]:.4g} {unit}")
         told[-1] += f", lowest {y.min():.4g}, highest {y.max():.4g}{', some not finite' if len(lost) else ''}"
     axes.set(title=title, xlabel=unit)
