@@ -2,7 +2,7 @@
 
 It can be made at any time, also of a run that is still going. What a run did not record is left out, with a line that
 says so. Every text may come from a model or a data set, so none of it is trusted: in the page it is escaped, control
-characters are shown and not obeyed, and a policy in its head forbids scripts and the network.
+characters are replaced, and a policy in its head forbids scripts and the network.
 """
 
 import base64
