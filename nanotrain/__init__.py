@@ -11,6 +11,9 @@ MOVED = {
     "nanotrain.spectral": "nanotrain.bigram_init",
     "nanotrain.resume": "nanotrain.checkpoint",
     "nanotrain.tracker": "nanotrain.metrics",
+    "nanotrain.report_data": "nanotrain.report",
+    "nanotrain.report_page": "nanotrain.report",
+    "nanotrain.report_pictures": "nanotrain.report",
     "nanotrain.wandb_run": "nanotrain.metrics",
 }
 
