@@ -107,12 +107,6 @@ def test_text_without_bytes_is_an_error_and_not_infinity():
         bits_per_byte(TableModel([[1.0]]), sequences, torch.tensor([0]), ALONE, 1)
 
 
-def test_progress_counts_every_row_once(case):
-    done = []
-    bits_per_byte(case.model, case.sequences, case.token_bytes, ALONE, 5, done.append)
-    assert done == [5, 5, 3]
-
-
 def test_nothing_is_kept_for_gradients(case):
     seen = []
     watching = SimpleNamespace(
