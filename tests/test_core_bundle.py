@@ -285,12 +285,19 @@ def test_tasks_for_which_the_text_has_nothing_are_left_out(tmp_path, texts, labe
     assert {task.label for task in core_bundle.read(tmp_path / "bundle").tasks} == labels
 
 
-def test_a_continuation_that_another_document_has_too_is_no_wrong_answer():
+def test_a_wrong_answer_is_from_another_document_and_continues_in_another_way():
     pieces = [Piece(number, f"{number}", "same" if number < 3 else f"c{number}") for number in range(6)]
-    for piece, options, gold in core_bundle._among_others(pieces, random.Random(0), 3, "continuation"):
-        assert options.index(piece.continuation) == gold
-        assert len(set(options)) == 4
+    for num_others, part in ((3, "continuation"), (1, "context")):
+        found = list(core_bundle._among_others(pieces, random.Random(0), num_others, part))
+        assert [piece for piece, *_ in found] == pieces
+        for piece, options, gold in found:
+            assert options[gold] == getattr(piece, part)
+            wrong = {other for other in pieces if getattr(other, part) in options} - {piece}
+            assert part == "continuation" or piece.continuation not in {other.continuation for other in wrong}
+            assert len(set(options)) == num_others + 1
     assert list(core_bundle._among_others(pieces[:5], random.Random(0), 4, "continuation")) == []
+    same_context = [Piece(1, "a", "x"), Piece(2, "a", "y")]
+    assert list(core_bundle._among_others(same_context, random.Random(0), 1, "context")) == []
 
 
 def test_the_command_makes_a_bundle(run_script, own, tmp_path):

@@ -200,8 +200,14 @@ def test_blocks_of_items_change_nothing(case, monkeypatch):
 
 def test_items_go_through_the_model_in_bounded_batches_and_only_scored_places_get_logits(case, monkeypatch):
     shapes, places, hidden, token_losses = [], [], case.model.hidden, loss.token_losses
+
+    def counted_losses(hidden, *rest):
+        assert not hidden.requires_grad
+        places.append(len(hidden))
+        return token_losses(hidden, *rest)
+
     monkeypatch.setattr(case.model, "hidden", lambda tokens: shapes.append(tokens.shape) or hidden(tokens))
-    monkeypatch.setattr(loss, "token_losses", lambda h, *rest: places.append(len(h)) or token_losses(h, *rest))
+    monkeypatch.setattr(loss, "token_losses", counted_losses)
     core_eval.evaluate(case.model, LETTERS, case.tasks[:1], ALONE, 2)
     assert max(rows * width for rows, width in shapes) <= 2 * 24
     assert sum(rows for rows, _ in shapes) == 13 * 4
