@@ -36,12 +36,7 @@ def case(tokenizer, tmp_path_factory):
     model = make_model(GPTConfig(320, 32, 2, 2, 2, 16), 0.5)
     for block in model.blocks:  # so that what comes before a token matters
         torch.nn.init.eye_(block.attention.o_proj.weight)
-    return SimpleNamespace(
-        model=model,
-        sequences=sequences,
-        token_bytes=tokenizer.token_bytes(),
-        bos=tokenizer.bos,
-    )
+    return SimpleNamespace(model=model, sequences=sequences, token_bytes=tokenizer.token_bytes(), bos=tokenizer.bos)
 
 
 def by_definition(case):
@@ -89,16 +84,6 @@ def test_a_real_model_gives_the_definition(case):
     assert bits_per_byte(case.model, case.sequences, case.token_bytes, ALONE, 4) == pytest.approx(
         by_definition(case), rel=1e-5
     )
-
-
-@pytest.mark.parametrize("world_size", [1, 3, 20])
-@pytest.mark.parametrize("batch_size", [1, 8])
-def test_neither_the_number_of_ranks_nor_the_batch_size_changes_anything(case, world_size, batch_size):
-    alone = bits_per_byte(case.model, case.sequences, case.token_bytes, ALONE, 100)
-    found = on_every_rank(
-        world_size, lambda rank: bits_per_byte(case.model, case.sequences, case.token_bytes, rank, batch_size)
-    )
-    assert found == [pytest.approx(alone, rel=1e-6)] * world_size
 
 
 def test_text_without_bytes_is_an_error_and_not_infinity():
@@ -150,22 +135,14 @@ def test_documents_give_the_definition(case, documents, seq_len):
 
 @pytest.mark.parametrize("world_size", [1, 3, 50])
 @pytest.mark.parametrize("batch_size", [1, 8])
-def test_documents_are_the_same_for_all_ranks_and_batches(case, documents, world_size, batch_size):
-    windows = document_windows(documents[1], case.bos, 32)
-    alone = document_bits_per_byte(case.model, windows, case.token_bytes, ALONE, 100)
-    found = on_every_rank(
-        world_size, lambda rank: document_bits_per_byte(case.model, windows, case.token_bytes, rank, batch_size)
-    )
-    assert found == [pytest.approx(alone, rel=1e-6)] * world_size
-
-
-@pytest.mark.parametrize("world_size", [1, 4])
-def test_the_ranks_share_rows_and_documents_and_none_is_done_twice(case, documents, world_size):
+def test_neither_the_number_of_ranks_nor_the_batch_size_changes_anything(case, documents, world_size, batch_size):
     windows = document_windows(documents[1], case.bos, 32)
     for evaluate, things in ((bits_per_byte, case.sequences), (document_bits_per_byte, windows)):
-        done = []
-        on_every_rank(world_size, lambda rank: evaluate(case.model, things, case.token_bytes, rank, 2, done.append))  # noqa: B023
-        assert sum(done) == 2 * len(things)  # on_every_rank evaluates twice
+        arguments, done = (case.model, things, case.token_bytes), []
+        alone = evaluate(*arguments, ALONE, 100)
+        found = on_every_rank(world_size, lambda rank: evaluate(*arguments, rank, batch_size, done.append))  # noqa: B023
+        assert found == [pytest.approx(alone, rel=1e-6)] * world_size
+        assert sum(done) == 2 * len(things)  # none is done twice: on_every_rank evaluates twice
 
 
 def test_windows_count_every_token_once_and_overlap_by_half():
