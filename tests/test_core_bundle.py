@@ -300,13 +300,6 @@ def test_a_wrong_answer_is_from_another_document_and_continues_in_another_way():
     assert list(core_bundle._among_others(same_context, random.Random(0), 1, "context")) == []
 
 
-def test_the_command_makes_a_bundle(run_script, own, tmp_path):
-    data = f"--data-dir={own[0].parent}"
-    done = run_script("nanotrain.core_eval", f"--make-bundle={tmp_path / 'tasks'}", data, "--items-per-task=50")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert contents(tmp_path / "tasks") == contents(own[1])
-
-
 def test_a_command_without_a_task_says_what_it_can_do(monkeypatch):
     with pytest.raises(UserError, match="--make-bundle=DIR"):
         core_eval.main()
