@@ -145,7 +145,7 @@ class TokenLossStats:
 
     def _ends(self, texts):
         ordered = sorted(texts)
-        return ordered if len(ordered) <= 2 * self.NUM_TEXTS else ordered[: self.NUM_TEXTS] + ordered[-self.NUM_TEXTS :]
+        return ordered[: self.NUM_TEXTS] + ordered[self.NUM_TEXTS :][-self.NUM_TEXTS :]
 
     def result(self, dist: DistContext) -> dict:
         """The statistics over all ranks as a JSON-like dict, the same on every rank.
