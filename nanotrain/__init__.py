@@ -11,6 +11,7 @@ MOVED = {
     "nanotrain.spectral": "nanotrain.bigram_init",
     "nanotrain.resume": "nanotrain.checkpoint",
     "nanotrain.tracker": "nanotrain.metrics",
+    "nanotrain.hf": "nanotrain.huggingface.export",
 }
 
 

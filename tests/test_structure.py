@@ -19,7 +19,7 @@ from nanotrain import config
 from nanotrain.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
-LIBRARY = sorted(path for path in (ROOT / "nanotrain").glob("*.py"))
+LIBRARY = sorted([*(ROOT / "nanotrain").glob("*.py"), ROOT / "nanotrain" / "huggingface" / "export.py"])
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 NAMES = {
     path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in LIBRARY + SCRIPTS
