@@ -12,12 +12,14 @@ matrix product, measured in the same process right before; memory is the peak of
 `loader` and `step` read a data set. The tables are printed as Markdown; --out gets the same numbers as JSON.
 """
 
+import atexit
 import contextlib
 import itertools
 import math
 import multiprocessing
 import operator
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -315,16 +317,15 @@ def compile_cases() -> Iterator[Case]:
     """With the seconds of the first step in a new process: cold with an empty cache of compiled code, warm with what
     the cold one left there. Without the bigram table: torch compiles no whole model with its sparse gradient.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        cases = []
-        for mode in ("off", "block", "whole"):
-            work = training(compile_mode=mode, bigram_rows=0)
-            cases.append(training_case({"compile": mode}, work, cache_dir=f"{folder}/{mode}"))
-        for column in ("cold s", "warm s"):
-            for case, (first,) in zip(cases, measure(cases, 0), strict=True):
-                case.labels[column] = "-" if isinstance(first, Exception) else figure(first)
-    for case in cases:
-        yield replace(case, cache_dir="")
+    folder, cases = tempfile.mkdtemp(prefix="nanotrain-bench-"), []
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for mode in ("off", "block", "whole"):
+        work = training(compile_mode=mode, bigram_rows=0)
+        cases.append(training_case({"compile": mode}, work, cache_dir=f"{folder}/{mode}"))
+    for column in ("cold s", "warm s"):
+        for case, (first,) in zip(cases, measure(cases, 0), strict=True):
+            case.labels[column] = "-" if isinstance(first, Exception) else figure(first)
+    yield from cases
 
 
 def precision_cases() -> Iterator[Case]:
