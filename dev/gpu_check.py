@@ -45,7 +45,7 @@ SMOKE_FACTOR = 4  # a CPU that others use too gets so many times the limits
 MARK = "RESULT "  # before the JSON of a row of numbers, in a step's output
 TAIL_LINES = 40  # of a step that failed
 SEQ_LEN, VOCAB_SIZE = 2048, 32768
-MOST_ROWS = 256  # of a forward pass, from which it halves until they fit
+LARGEST_BATCH = 256  # sequences of a forward pass, from which it halves until they fit
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def kernels() -> None:
         kernel = f"attention {name or 'as torch chooses'} {shape}, both passes, over the whole square"
         try:
             with sdpa_kernel(getattr(SDPBackend, name)) if name else contextlib.nullcontext():
-                seconds = seconds_of_call(dist, bench.prepare_attention(dist, "SDPA", False, shape))
+                seconds = seconds_of_call(dist, bench.prepare_attention("SDPA", False, shape, dist))
         except RuntimeError as error:
             if not name:
                 raise
@@ -264,21 +264,20 @@ def seconds_of_call(dist: object, function: Callable) -> float:
 
 
 def speed(depth: int) -> None:
-    """Training steps of a model on random tokens, with the most rows that fit, eager and then compiled."""
+    """Training steps of a model on random tokens, with the largest batch that fits, eager and then compiled."""
     import torch
 
     from nanotrain import hardware, loss, recipe, warmup
+    from nanotrain.gpt import GPTConfig
     from scripts import bench
 
     dist = start()
-    on_gpu, width = dist.device.type == "cuda", recipe.model_width(depth, 0, 128)[0]
-    training = bench.Training(depth, width, 128, VOCAB_SIZE, MOST_ROWS, SEQ_LEN, "off", bigram_rows=0)
+    on_gpu, heads = dist.device.type == "cuda", recipe.model_width(depth, 0, 128)[1]
+    training = bench.Training(GPTConfig(VOCAB_SIZE, SEQ_LEN, depth, heads, heads, 128), LARGEST_BATCH)
     if SMOKE:
-        training = bench.Training(depth // 10, 32, 16, 300, 4, 16, "off", bigram_rows=0)
-    model, optimizers = training.build(dist)
-    rows = warmup.largest_batch_that_fits(dist, model, training.rows)
-    training = replace(training, rows=rows)
-    _, tokens, flops = training.work()
+        training = bench.Training(GPTConfig(300, 16, depth // 10, 2, 2, 16), 4)
+    model, _ = built = training.build(dist)
+    training = replace(training, batch_size=warmup.largest_batch_that_fits(dist, model, training.batch_size))
     parameters = {role: sum(p.numel() for p in named.values()) for role, named in model.parameters_by_role().items()}
     matmul, peak = hardware.matmul_flops(dist.device, dist.dtype), hardware.peak_flops(dist.device)
     for compiled in (False, True) if hardware.can_compile() else (False,):
@@ -290,14 +289,15 @@ def speed(depth: int) -> None:
             torch.cuda.reset_accumulated_memory_stats()
         hardware.forget_peak_memory(dist.device)
         before = hardware.peak_memory_bytes(dist.device)
-        step = bench.training_step(dist, training, model, optimizers)
+        step = training.prepare(dist, built=built)
         first, *_ = [bench.seconds_of(dist, step)[0] for _ in range(3)]
         seconds = statistics.median(bench.seconds_of(dist, step)[0] for _ in range(5))
         policy = recipe.ActivationPolicy(dist.dtype.itemsize, compiled, False, loss.chunk_rows(dist.device))
-        plan = recipe.estimate_memory(parameters, training.config(), rows, 1, 1, policy)
-        row = {"depth": training.depth, "compiled": compiled, "rows": rows, "first step s": first}
-        row |= {"step ms": 1000 * seconds, "tokens/s": round(tokens / seconds)}
-        row |= {"of peak": flops / seconds / peak if peak else None, "of matmul": flops / seconds / matmul}
+        plan = recipe.estimate_memory(parameters, training.model, training.batch_size, 1, 1, policy)
+        row = {"depth": training.model.num_layers, "compiled": compiled, "batch size": training.batch_size}
+        row |= {"first step s": first, "step ms": 1000 * seconds, "tokens/s": round(training.tokens / seconds)}
+        rate = training.flops / seconds
+        row |= {"of peak": rate / peak if peak else None, "of matmul": rate / matmul}
         row |= against_plan(hardware.peak_memory_bytes(dist.device), plan, before, on_gpu)
         tell(**row, **{"alloc retries": torch.cuda.memory_stats()["num_alloc_retries"] if on_gpu else None})
 
@@ -405,7 +405,7 @@ def start() -> object:
 
 
 def model_flags() -> list[str]:
-    """The model and the rows of a pass in part 2, for base_train and for bench."""
+    """The model and the batch of a pass in part 2, for base_train and for bench."""
     if SMOKE:
         sizes = ["--depth=1", "--aspect-ratio=32", "--head-dim=16", "--max-seq-len=16", "--device-batch-size=4"]
         return [*sizes, "--bigram-rows=0", "--device=cpu", "--dtype=float32", "--compile=off"]
@@ -444,7 +444,7 @@ STEPS = {
     "speed 12": Step(1, 70, partial(speed, 12)),
     "speed 20": Step(1, 85, partial(speed, 20)),
     "data": Step(2, 25, data),
-    "bench step": Step(2, 55, partial(bench_table, "step")),
+    "bench step": Step(2, 60, partial(bench_table, "step")),
     "bench optimizer": Step(2, 30, partial(bench_table, "optimizer")),
     "train": Step(2, 85, train),
     "resume": Step(2, 90, resume),

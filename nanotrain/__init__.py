@@ -14,6 +14,7 @@ MOVED = {
     "nanotrain.report_data": "nanotrain.report",
     "nanotrain.report_page": "nanotrain.report",
     "nanotrain.report_pictures": "nanotrain.report",
+    "nanotrain.hf": "nanotrain.huggingface.export",
     "nanotrain.wandb_run": "nanotrain.metrics",
 }
 

@@ -14,8 +14,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from nanotrain import checkpoint, config, errors, hf
+from nanotrain import checkpoint, config, errors
 from nanotrain.errors import UserError
+from nanotrain.huggingface import export
 
 # --- settings
 RUN_NAME = ""  # folder under NANOTRAIN_DIR/runs; empty: the run that was saved last
@@ -34,17 +35,17 @@ def main():
     out = Path(OUT).expanduser().absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={OUT} exists and is not an empty folder: choose another, or remove it")
-    hf.require_transformers()
+    export.require_transformers()
     run_dir = checkpoint.find_run(RUN_NAME)
     model, tokenizer, meta = checkpoint.load_model(run_dir, best=BEST, step=STEP)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
         folder = Path(temporary) / out.name
-        hf.write(model, tokenizer, folder)
+        export.write(model, tokenizer, folder)
         shutil.copyfile(LICENCE, folder / "LICENSE")
-        card = hf.model_card(run_dir.name, model, meta, evaluation_of(run_dir, meta["step"]))
+        card = export.model_card(run_dir.name, model, meta, evaluation_of(run_dir, meta["step"]))
         (folder / "README.md").write_text(card, encoding="utf-8")
-        difference = hf.check(model, tokenizer, folder)
+        difference = export.check(model, tokenizer, folder)
         if out.exists():
             out.rmdir()
         folder.rename(out)

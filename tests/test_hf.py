@@ -12,9 +12,10 @@ import torch
 from conftest import make_texts
 from test_gpt import SHAPES, random_model, random_tokens
 
-from nanotrain import checkpoint, dataset, errors, hf
+from nanotrain import checkpoint, dataset, errors
 from nanotrain.engine import generate_batch
 from nanotrain.gpt import GPTConfig
+from nanotrain.huggingface import export
 from nanotrain.loss import softcap
 from scripts import export_hf
 
@@ -24,18 +25,11 @@ transformers = pytest.importorskip(
 from nanotrain.huggingface import modeling_nanotrain as modeling  # noqa: E402
 
 ODD_TEXTS = [
-    "",
-    " ",
-    "<|bos|>",
-    "a <|bos|> b<|bos|><|bos|>",
-    "<|bos",
-    "🙂🏽‍👩‍🚀 日本語 ʼn ﷺ",
-    "a\u0000b\u200b\ufffd\ufeff\u2028\x85\x1b",
-    "e\u0301 \u00e9 ſtraße İi \u1e9b\u0323",
-    "\r\n\r \t\n   x  ",
-    "'ll 'LL 12345 ٣٤٥ x²",
-    "\U0010ffff\ud7ff\ue000",
-]
+    "", " ", "<|bos|>", "a <|bos|> b<|bos|><|bos|>", "<|bos", "🙂🏽‍👩‍🚀 日本語 ʼn ﷺ",
+    "a\u0000b\u200b\ufffd\ufeff\u2028\x85\x1b", "e\u0301 \u00e9 ſtraße İi \u1e9b\u0323", "\r\n\r \t\n   x  ",
+    "'ll 'LL 12345 ٣٤٥ x²", "\U0010ffff\ud7ff\ue000",
+]  # fmt: skip
+modeling_mask = modeling.NanotrainModel._mask
 PROMPTS = ([1], [5, 6, 7], list(range(20, 41)))  # after BOS
 
 
@@ -70,7 +64,7 @@ def left_padded(prompts, token=0):
 
 @torch.no_grad()
 def assert_the_same(model, converted, tokenizer):
-    """Logits of whole rows and of padded prompts, in float32 and bfloat16, and 64 greedy tokens with and without a
+    """Logits of whole sequences and of padded prompts, in float32 and bfloat16, and 64 greedy tokens with and without a
     cache.
     """
     tokens = random_tokens(model.config, rows=4)
@@ -78,9 +72,9 @@ def assert_the_same(model, converted, tokenizer):
     prompts = [[tokenizer.bos, *prompt] for prompt in PROMPTS]
     batch = left_padded(prompts)
     logits = converted(**batch).logits
-    for row, prompt in enumerate(prompts):
+    for found, prompt in zip(logits, prompts, strict=True):
         expected = model.logits(torch.tensor([prompt]))[0]
-        torch.testing.assert_close(logits[row, -len(prompt) :], expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(found[-len(prompt) :], expected, rtol=0, atol=1e-4)
 
     expected = [list(text) for text in zip(*generate_batch(model, prompts, 64, temperature=0), strict=True)]
     for options in ({}, {"use_cache": False}):
@@ -97,100 +91,27 @@ def assert_the_same(model, converted, tokenizer):
 @pytest.mark.parametrize("name", SHAPES)
 def test_logits_and_greedy_tokens_are_those_of_the_model(name, tokenizer):
     model = random_model(shaped(name, tokenizer), seed=2)
-    assert_the_same(model, hf.convert(model, tokenizer), tokenizer)
-
-
-@pytest.mark.parametrize("shape", [{"bigram_rows": 997}, {"plain": True}], ids=["full", "plain"])
-def test_the_likeliest_tokens_are_the_same_in_bfloat16(shape, tokenizer, tmp_path):
-    """Of a model that has a favourite after each token, as after training: rounding decides among equals."""
-    model = random_model(GPTConfig(tokenizer.vocab_size, 96, 3, 4, 2, 64, **shape))
-    with torch.no_grad():
-        model.lm_head.weight.copy_(model.embedding.weight.roll(1, 0))
-        for block in model.blocks:
-            block.attention.o_proj.weight.mul_(0.4)
-            block.down_proj.weight.mul_(0.4)
-        if model.config.bigram_rows:
-            model.bigram_embedding.weight.mul_(0.4)
-    tokens = random_tokens(model.config, rows=12)
-    hf.write(model, tokenizer, tmp_path / "exported")
-
-    def agreement():
-        loaded = load(tmp_path / "exported", model.config.plain, dtype=torch.bfloat16)
-        assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
-        likeliest = copy.deepcopy(model).to(torch.bfloat16).logits(tokens).argmax(-1)
-        favourites = likeliest == (tokens + 1) % tokenizer.vocab_size
-        assert favourites.float().mean() < 0.99, "the layers matter too"
-        return (loaded(tokens).logits.argmax(-1) == likeliest).float().mean()
-
-    assert agreement() >= 0.99
-    with torch.no_grad():  # a quarter of one layer is noticed
-        model.blocks[1].up_proj.weight[::4].zero_()
-    assert agreement() < 0.99
-
-
-def forgets(method):
-    def exchange(self, name, new):
-        method(self, name, new)
-        return None
-
-    return exchange
-
-
-def nothing_before(x, before, begins):
-    return torch.zeros_like(x)
-
-
-def across_the_beginning(x, before, begins):
-    return shift(x, before, torch.zeros_like(begins))
-
-
-def positions_from_zero(self, position_ids, dtype):
-    return rotation(self, torch.arange(position_ids.size(1)).expand_as(position_ids), dtype)
-
-
-def padding_is_seen(self, attention_mask, seen, length, device):
-    return mask(self, None, seen, length, device)
-
-
-shift, rotation, mask = modeling.shift, modeling.NanotrainModel._rotation, modeling.NanotrainModel._mask
+    assert_the_same(model, export.convert(model, tokenizer), tokenizer)
 
 
 @pytest.mark.parametrize(
     ("target", "name", "changed"),
     [
-        (modeling.RecentLayer, "exchange", forgets(modeling.RecentLayer.exchange)),
-        (modeling, "shift", nothing_before),
-        (modeling, "shift", across_the_beginning),
-        (modeling.NanotrainModel, "_rotation", positions_from_zero),
-        (modeling.NanotrainModel, "_mask", padding_is_seen),
-        (None, "attention_gain", 1.5),
-        (None, "gate_channels", 12),
-        (None, "rope_base", 100_000.0),
-        (None, "norm_eps", 1e-3),
-        (None, "softcap", 16.0),
+        (modeling.RecentLayer, "exchange", lambda self, name, new: None),
+        (modeling.NanotrainModel, "_mask", lambda self, mask, *sizes: modeling_mask(self, None, *sizes)),
     ],
-    ids=["recent", "before", "beginning", "positions", "padding", "gain", "gate", "base", "eps", "cap"],
+    ids=["cache", "padding"],
 )
 def test_the_comparison_notices(monkeypatch, tokenizer, target, name, changed):
-    model = random_model(replace(shaped("bigram table", tokenizer), num_kv_heads=1), seed=2)
-    assert_the_same(copy.deepcopy(model), hf.convert(copy.deepcopy(model), tokenizer), tokenizer)
-    if target:
-        monkeypatch.setattr(target, name, changed)
-
-    def compare():
-        with monkeypatch.context() as patch:
-            if not target:  # the folder gets a wrong number, the model keeps the right one
-                patch.setattr(model, "config", replace(model.config, **{name: changed}))
-            converted = hf.convert(model, tokenizer)
-        assert_the_same(model, converted, tokenizer)
-
-    with pytest.raises((AssertionError, RuntimeError)):
-        compare()
-
-
-def test_beams_and_repeated_rows_keep_what_is_recent(tokenizer):
     model = random_model(shaped("bigram table", tokenizer), seed=2)
-    converted = hf.convert(model, tokenizer)
+    monkeypatch.setattr(target, name, changed)
+    with pytest.raises(AssertionError):
+        assert_the_same(model, export.convert(model, tokenizer), tokenizer)
+
+
+def test_beams_and_repeated_sequences_keep_what_is_recent(tokenizer):
+    model = random_model(shaped("bigram table", tokenizer), seed=2)
+    converted = export.convert(model, tokenizer)
     batch = left_padded([[tokenizer.bos, *prompt] for prompt in PROMPTS])
     options = {"max_new_tokens": 20, "do_sample": False, "num_beams": 3, "eos_token_id": None}
     with_cache = converted.generate(**batch, **options)
@@ -201,7 +122,7 @@ def test_beams_and_repeated_rows_keep_what_is_recent(tokenizer):
 
 def test_a_text_in_pieces_is_the_text(tokenizer):
     model = random_model(shaped("bigram table", tokenizer))
-    converted, tokens = hf.convert(model, tokenizer), random_tokens(model.config)
+    converted, tokens = export.convert(model, tokenizer), random_tokens(model.config)
     cache, found = None, []
     for piece in tokens.split([1, 30, 1, 64], dim=1):
         output = converted(piece, cache=cache, use_cache=True)
@@ -213,7 +134,7 @@ def test_a_text_in_pieces_is_the_text(tokenizer):
 
 
 def test_what_cannot_be_right_is_refused(tokenizer):
-    converted = hf.convert(random_model(shaped("one layer", tokenizer)), tokenizer)
+    converted = export.convert(random_model(shaped("one layer", tokenizer)), tokenizer)
     tokens = random_tokens(SHAPES["one layer"])
     with pytest.raises(ValueError, match="needs a DynamicCache"):
         converted(tokens, cache=transformers.StaticCache(converted.config, max_cache_len=20))
@@ -228,13 +149,13 @@ def test_what_cannot_be_right_is_refused(tokenizer):
 def exported(request, tokenizer, tmp_path):
     """(model, folder) of each kind of architecture."""
     model = random_model(shaped(request.param, tokenizer), seed=2)
-    hf.write(model, tokenizer, tmp_path / "exported")
+    export.write(model, tokenizer, tmp_path / "exported")
     return model, tmp_path / "exported"
 
 
 def test_a_folder_survives_loading_and_saving(exported, tokenizer, tmp_path):
     model, folder = exported
-    assert hf.check(model, tokenizer, folder) < 1e-4
+    assert export.check(model, tokenizer, folder) < 1e-4
     first = load(folder, model.config.plain)
     first.save_pretrained(tmp_path / "again")
     second = load(tmp_path / "again", model.config.plain)
@@ -246,22 +167,20 @@ def test_a_folder_survives_loading_and_saving(exported, tokenizer, tmp_path):
     assert torch.equal(first(tokens).logits, second(tokens).logits)
     assert type(first).__module__.startswith("transformers.models.nanochat" if model.config.plain else "transformers_m")
     code = {path.name for path in folder.glob("*.py")}
-    assert code == (set() if model.config.plain else set(hf.CODE_FILES))
+    assert code == (set() if model.config.plain else {"configuration_nanotrain.py", "modeling_nanotrain.py"})
 
 
 def test_a_large_model_is_written_in_parts(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(hf, "SHARD_SIZE", "40KB")
+    monkeypatch.setattr(export, "SHARD_SIZE", "40KB")
     model = random_model(shaped("plain", tokenizer))
-    hf.write(model, tokenizer, tmp_path / "parts")
+    export.write(model, tokenizer, tmp_path / "parts")
     assert len(list((tmp_path / "parts").glob("model-*.safetensors"))) > 1
-    assert hf.check(model, tokenizer, tmp_path / "parts") < 1e-4
+    assert export.check(model, tokenizer, tmp_path / "parts") < 1e-4
 
 
 def test_the_stock_configuration_has_every_field_whose_default_is_another(tokenizer):
-    written = hf.stock_config(
-        GPTConfig(1000, 77, 5, 6, 2, 8, plain=True, softcap=7.0, rope_base=500.0, norm_eps=1e-5),
-        {"bos_token_id": 0, "eos_token_id": 0},
-    )
+    config = GPTConfig(1000, 77, 5, 6, 2, 8, plain=True, softcap=7.0, rope_base=500.0, norm_eps=1e-5)
+    written = export.convert_config(config, 0)
     expected = {
         "vocab_size": 1000, "hidden_size": 48, "intermediate_size": 192, "num_hidden_layers": 5,
         "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 77,
@@ -275,7 +194,7 @@ def test_the_stock_configuration_has_every_field_whose_default_is_another(tokeni
 def test_the_tokenizer_gives_the_tokens_of_training(exported, tokenizer):
     model, folder = exported
     other = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=not model.config.plain)
-    sources = [path.read_text(encoding="utf-8") for path in sorted(hf.CODE.parent.glob("*.py"))]
+    sources = [path.read_text(encoding="utf-8") for path in sorted(export.CARD.parent.parent.glob("*.py"))]
     texts = [*make_texts(100, seed=9), *ODD_TEXTS, *sources]
     expected = [[tokenizer.bos, *ids] for ids in tokenizer.encode_batch(texts)]
     assert other(texts, verbose=False)["input_ids"] == expected
@@ -290,34 +209,21 @@ def test_the_tokenizer_gives_the_tokens_of_training(exported, tokenizer):
 # ---- training ----
 
 
-def losses_of_training(folder, plain, tmp_path):
-    """The losses of ten steps of Trainer on one batch."""
-    rows = [{"input_ids": row, "labels": row} for row in random_tokens(GPTConfig(50, 24, 1, 1, 1, 8), rows=4)]
-    arguments = transformers.TrainingArguments(
-        tmp_path / "trainer",
-        max_steps=10,
-        per_device_train_batch_size=4,
-        learning_rate=5e-3,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        activation_checkpointing=True,
-        dataloader_pin_memory=False,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        save_strategy="no",
-    )
-    trainer = transformers.Trainer(load(folder, plain), arguments, train_dataset=rows)
-    trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
 def test_trainer_takes_ten_steps_and_the_loss_falls(exported, tmp_path):
     pytest.importorskip(
         "accelerate", reason="the extra `export` is missing: tests/run.sh installs it, for Python 3.11 and newer"
     )
     model, folder = exported
-    losses = losses_of_training(folder, model.config.plain, tmp_path)
+    sequences = random_tokens(GPTConfig(50, 24, 1, 1, 1, 8), rows=4)
+    arguments = transformers.TrainingArguments(
+        tmp_path / "trainer", max_steps=10, per_device_train_batch_size=4, learning_rate=5e-3, logging_steps=1,
+        lr_scheduler_type="constant", activation_checkpointing=True, dataloader_pin_memory=False, use_cpu=True,
+        report_to="none", disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    batch = [{"input_ids": sequence, "labels": sequence} for sequence in sequences]
+    trainer = transformers.Trainer(load(folder, model.config.plain), arguments, train_dataset=batch)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 10
     assert losses[-1] < 0.8 * losses[0]
 
@@ -326,10 +232,12 @@ def test_loss_and_gradients_are_the_models_with_checkpointing_or_without(tokeniz
     model = random_model(shaped("bigram table", tokenizer, max_seq_len=24))
     tokens = random_tokens(model.config)
     model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).backward()
-    expected = {hf.own_name(name): p.grad.to_dense().clone() for name, p in model.named_parameters()}
+    expected = {
+        export.convert_name(name, plain=False): p.grad.to_dense().clone() for name, p in model.named_parameters()
+    }
     loss = model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).item()
     for checkpointing in (False, True):
-        converted = copy.deepcopy(hf.convert(model, tokenizer)).train()
+        converted = copy.deepcopy(export.convert(model, tokenizer)).train()
         if checkpointing:
             converted.activation_checkpointing_enable()
         found = converted(tokens, labels=tokens).loss
@@ -341,7 +249,7 @@ def test_loss_and_gradients_are_the_models_with_checkpointing_or_without(tokeniz
 
 
 def test_a_fresh_one_is_finite_and_knows_nothing(tokenizer):
-    config = hf.own_config(shaped("bigram table", tokenizer), {"bos_token_id": 0, "eos_token_id": 0})
+    config = export.convert_config(shaped("bigram table", tokenizer), 0)
     fresh = modeling.NanotrainForCausalLM(config)
     assert all(parameter.isfinite().all() for parameter in fresh.parameters())
     tokens = random_tokens(SHAPES["bigram table"])
@@ -355,7 +263,7 @@ def test_a_fresh_one_is_finite_and_knows_nothing(tokenizer):
 def run(base_dir, data_dir, tokenizer, monkeypatch, tmp_path):
     """A run named `tiny`, which export_hf is told to export to `out`."""
     run, config = base_dir / "runs" / "tiny", shaped("other constants", tokenizer, max_seq_len=16)
-    model = random_model(config)
+    model, private = random_model(config), ("RUN_NAME", "INIT_FROM", "CORE_BUNDLE", "WANDB_PROJECT", "WANDB_NOTES")
     tokenizer.save(run)
     state = {
         "step": 4,
@@ -364,15 +272,7 @@ def run(base_dir, data_dir, tokenizer, monkeypatch, tmp_path):
         "loader": {"next_sequence": 24, "streams": {}},
         "data_dir": str(data_dir),
         "data": dataset.fingerprint(dataset.open_shards(data_dir)),
-        "settings": {
-            "DEPTH": 3,
-            "DATA_DIR": "/secret/place",
-            "RUN_NAME": "/secret/run",
-            "INIT_FROM": "/secret/first",
-            "CORE_BUNDLE": "/secret/tasks",
-            "WANDB_PROJECT": "secret",
-            "WANDB_NOTES": "secret",
-        },
+        "settings": {"DEPTH": 3, "DATA_DIR": "/secret/place", **dict.fromkeys(private, "secret")},
         "val_bpb": 1.25,
         "environment": {"commit": "abc123", "device_name": "an abacus", "packages": {"torch": "9.9"}},
     }
@@ -419,14 +319,14 @@ def test_the_program_writes_a_folder_with_its_card(run, tmp_path, capsys):
 
 @pytest.mark.usefixtures("run")
 def test_a_folder_that_differs_from_the_model_never_gets_its_name(monkeypatch, tmp_path):
-    own_config = hf.own_config
+    convert_config = export.convert_config
 
     def changed(*arguments):
-        config = own_config(*arguments)
+        config = convert_config(*arguments)
         config.attention_gain = 1.5
         return config
 
-    monkeypatch.setattr(hf, "own_config", changed)
+    monkeypatch.setattr(export, "convert_config", changed)
     with pytest.raises(errors.FileError, match="logits differ by") as caught:
         export_hf.main()
     assert caught.value.exit_code == 1
@@ -435,14 +335,14 @@ def test_a_folder_that_differs_from_the_model_never_gets_its_name(monkeypatch, t
 
 @pytest.mark.usefixtures("run")
 def test_a_tokenizer_that_differs_is_an_error_too(monkeypatch, tmp_path):
-    write_tokenizer = hf.write_tokenizer
+    write_tokenizer = export.write_tokenizer
 
     def changed(tokenizer, folder, max_length):
         write_tokenizer(tokenizer, folder, max_length)
         path = folder / "tokenizer_config.json"
         path.write_text(path.read_text().replace('"split_special_tokens": true', '"split_special_tokens": false'))
 
-    monkeypatch.setattr(hf, "write_tokenizer", changed)
+    monkeypatch.setattr(export, "write_tokenizer", changed)
     with pytest.raises(errors.FileError, match=r"reads 'text that names <\|bos\|> is text' as other tokens"):
         export_hf.main()
     assert not (tmp_path / "out").exists()
@@ -453,11 +353,10 @@ def test_a_tokenizer_that_differs_is_an_error_too(monkeypatch, tmp_path):
     ("settings", "message"),
     [
         ({"OUT": ""}, "--out=exported"),
-        ({"STEP": -1}, "--step=-1: at least 0"),
         ({"BEST": True, "STEP": 4}, "--best and --step=4"),
         ({"STEP": 3}, "--step=3: no such checkpoint"),
     ],
-    ids=["out", "negative", "two", "step"],
+    ids=["out", "two", "step"],
 )
 def test_a_wrong_setting_is_said(monkeypatch, settings, message):
     for name, value in settings.items():

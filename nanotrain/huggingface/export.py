@@ -1,7 +1,7 @@
 """Export to the Hugging Face format: a folder that `transformers` loads, checked against the model it was made from.
 
 A plain model (`GPTConfig.plain`) is written as transformers' own NanoChatForCausalLM. Any other comes with the two
-files of nanotrain/huggingface, which stand alone and compute the same as gpt.py.
+modelling files beside this one, which stand alone and compute the same as gpt.py.
 
     config.json  generation_config.json  model.safetensors (in parts above 5 GB)
     tokenizer.json  tokenizer_config.json  README.md (the model card)  LICENSE
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer, processors
 
 from nanotrain import dataset
@@ -26,11 +27,9 @@ if TYPE_CHECKING:
 
     from nanotrain.gpt import GPT, GPTConfig
 
-CODE = Path(__file__).parent / "huggingface"
-CODE_FILES = ("configuration_nanotrain.py", "modeling_nanotrain.py")
-CARD = CODE / "model_card.md"
+CARD = Path(__file__).parent / "model_card.md"
 SHARD_SIZE = "5GB"
-# settings that are nobody else's business, or hold paths of the machine; so do those that end in _DIR
+# Settings that are nobody else's business, or hold paths of the machine; so do those that end in _DIR.
 PRIVATE = ("RUN_NAME", "INIT_FROM", "CORE_BUNDLE", "WANDB")
 LISTED_SHARDS = 20  # of the training data, in the model card
 TOLERANCE = 1e-3  # of float32 logits, which the softcap bounds
@@ -40,8 +39,7 @@ CHECKED_TEXTS = (
     f"text that names {BOS} is text",
     "",
 )
-
-STOCK_NAMES = {  # of the modules that NanoChatForCausalLM calls otherwise
+PLAIN_NAMES = {  # of the modules that NanoChatForCausalLM calls otherwise
     "embedding": "model.embed_tokens",
     "blocks": "model.layers",
     "attention": "self_attn",
@@ -60,16 +58,11 @@ def require_transformers() -> None:
         ) from None
 
 
-def write(model: "GPT", tokenizer: BPETokenizer, folder: str | Path) -> None:
+def write(model: "GPT", tokenizer: BPETokenizer, folder: Path) -> None:
     """Write a model and its tokenizer into the folder, which must not exist yet or be empty."""
-    folder = Path(folder)
-    converted = convert(model, tokenizer)
-    converted.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    convert(model, tokenizer).save_pretrained(folder, max_shard_size=SHARD_SIZE)
     for path in folder.glob("*.safetensors"):  # which only their owner could read
         shutil.copymode(folder / "config.json", path)
-    if not model.config.plain:
-        for name in CODE_FILES:
-            shutil.copyfile(CODE / name, folder / name)
     write_tokenizer(tokenizer, folder, model.config.max_seq_len)
 
 
@@ -79,51 +72,25 @@ def convert(model: "GPT", tokenizer: BPETokenizer) -> "PreTrainedModel":
 
     from nanotrain.huggingface.modeling_nanotrain import NanotrainForCausalLM
 
-    special = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.bos}
-    shape, rename = (stock_config, stock_name) if model.config.plain else (own_config, own_name)
-    kind = NanoChatForCausalLM if model.config.plain else NanotrainForCausalLM
-    converted = kind(shape(model.config, special))
-    tensors = {rename(name): tensor for name, tensor in model.state_dict().items()}
+    NanotrainForCausalLM.register_for_auto_class("AutoModelForCausalLM")  # so that its code is saved with it
+    plain = model.config.plain
+    converted = (NanoChatForCausalLM if plain else NanotrainForCausalLM)(convert_config(model.config, tokenizer.bos))
+    tensors = {convert_name(name, plain): tensor for name, tensor in model.state_dict().items()}
     converted.load_state_dict(tensors, assign=True)  # all of them, or it raises
-    converted.generation_config = GenerationConfig(
-        **special, pad_token_id=tokenizer.bos, do_sample=True, temperature=0.8, top_k=50
-    )  # as scripts.generate draws
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.bos)
+    # as scripts.generate draws
+    converted.generation_config = GenerationConfig(**special, do_sample=True, temperature=0.8, top_k=50)
     return converted.eval()
 
 
-def stock_config(config: "GPTConfig", special: dict[str, int]) -> "PretrainedConfig":
-    """transformers' NanoChatConfig of a plain GPTConfig. Every field whose default is another is written out."""
+def convert_config(config: "GPTConfig", bos: int) -> "PretrainedConfig":
+    """transformers' NanoChatConfig of a plain GPTConfig, the NanotrainConfig of any other. bos: the id of BOS."""
     from transformers import NanoChatConfig
 
-    return NanoChatConfig(
-        **_shape(config),
-        **special,
-        pad_token_id=None,  # a number would keep that token's embedding from training
-        intermediate_size=4 * config.model_dim,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
-    )
-
-
-def own_config(config: "GPTConfig", special: dict[str, int]) -> "PretrainedConfig":
-    """The NanotrainConfig of any other GPTConfig."""
     from nanotrain.huggingface.configuration_nanotrain import NanotrainConfig
 
-    code = {"AutoConfig": NanotrainConfig.__name__, "AutoModelForCausalLM": "NanotrainForCausalLM"}
-    files = [name.removesuffix(".py") for name in CODE_FILES]
-    return NanotrainConfig(
-        **_shape(config),
-        **special,
-        value_embedding_layers=[n for n in range(config.num_layers) if config.has_value_embedding(n)],
-        bigram_rows=config.bigram_rows,
-        gate_channels=config.gate_channels,
-        attention_gain=config.attention_gain,
-        rope_theta=config.rope_base,
-        auto_map={auto: f"{file}.{name}" for file, (auto, name) in zip(files, code.items(), strict=True)},
-    )
-
-
-def _shape(config):
-    return {
+    NanotrainConfig.register_for_auto_class()
+    shape = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.model_dim,
         "num_hidden_layers": config.num_layers,
@@ -135,16 +102,30 @@ def _shape(config):
         "final_logit_softcapping": config.softcap,
         "tie_word_embeddings": False,
         "dtype": "float32",
+        "bos_token_id": bos,
+        "eos_token_id": bos,
     }
+    if config.plain:
+        return NanoChatConfig(
+            **shape,
+            pad_token_id=None,  # a number would keep that token's embedding from training
+            intermediate_size=4 * config.model_dim,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
+        )
+    return NanotrainConfig(
+        **shape,
+        value_embedding_layers=[n for n in range(config.num_layers) if config.has_value_embedding(n)],
+        bigram_rows=config.bigram_rows,
+        gate_channels=config.gate_channels,
+        attention_gain=config.attention_gain,
+        rope_theta=config.rope_base,
+    )
 
 
-def stock_name(name: str) -> str:
-    """What NanoChatForCausalLM calls a tensor of a plain GPT."""
-    return ".".join(STOCK_NAMES.get(part, part) for part in name.split("."))
-
-
-def own_name(name: str) -> str:
-    """What NanotrainForCausalLM calls a tensor of a GPT."""
+def convert_name(name: str, plain: bool) -> str:
+    """What the transformers model calls a tensor of a GPT."""
+    if plain:
+        return ".".join(PLAIN_NAMES.get(part, part) for part in name.split("."))
     return name if name == "lm_head.weight" else f"model.{name}"
 
 
@@ -169,9 +150,9 @@ def write_tokenizer(tokenizer: BPETokenizer, folder: Path, max_length: int) -> N
 
 
 @torch.no_grad()
-def check(model: "GPT", tokenizer: BPETokenizer, folder: str | Path) -> float:
+def check(model: "GPT", tokenizer: BPETokenizer, folder: Path) -> float:
     """Load the folder back as its users will; returns the largest difference of its float32 logits from the model's,
-    over sequences of max_seq_len random tokens, one of them padded on the left.
+    over max_seq_len random tokens, and over the first of them behind padding.
 
     Raises FileError if that is above TOLERANCE, or if the tokenizers disagree.
     """
@@ -184,17 +165,14 @@ def check(model: "GPT", tokenizer: BPETokenizer, folder: str | Path) -> float:
             raise FileError(f"{folder}: transformers reads {text!r} as other tokens than nanotrain")
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=trust)
     length, padding = model.config.max_seq_len, model.config.max_seq_len // 3
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, (2, length), generator=generator)
+    tokens = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     tokens[:, 0] = tokenizer.bos
-    padded = tokens.clone()
-    padded[1] = torch.cat((tokens[1, :1].expand(padding), tokens[1, : length - padding]))
-    mask = torch.ones_like(tokens)
-    mask[1, :padding] = 0
-    found = loaded(padded, attention_mask=mask).logits.float()
+    first = tokens[:, : length - padding]
+    padded = F.pad(first, (padding, 0), value=tokenizer.bos)
+    behind = loaded(padded, attention_mask=F.pad(torch.ones_like(first), (padding, 0))).logits[:, padding:]
     expected = model.logits(tokens)
-    whole, rest = found[0] - expected[0], found[1, padding:] - expected[1, : length - padding]
-    difference = max(whole.abs().max().item(), rest.abs().max().item())
+    differences = (loaded(tokens).logits - expected, behind - expected[:, : length - padding])
+    difference = torch.cat(differences, 1).abs().max().item()
     if not difference <= TOLERANCE:
         raise FileError(f"{folder}: logits differ by {difference:.2g} from the model's, more than {TOLERANCE:g}")
     return difference
@@ -206,8 +184,8 @@ def model_card(name: str, model: "GPT", meta: dict[str, Any], evaluation: dict[s
     meta: the checkpoint's state. evaluation: what scripts.base_eval wrote of this checkpoint, or {}.
     """
     config, environment = model.config, meta.get("environment", {})
-    shards = {shard: file["sha256"] for shard, file in meta["data"]["files"].items()}
-    named = list(shards.items())[:LISTED_SHARDS]
+    shards = [f"    {file['sha256']}  {shard}" for shard, file in meta["data"]["files"].items()]
+    more = [f"    and {len(shards) - LISTED_SHARDS} more"] if len(shards) > LISTED_SHARDS else []
     settings = [
         f"    {setting} = {value!r}"
         for setting, value in meta.get("settings", {}).items()
@@ -221,16 +199,12 @@ def model_card(name: str, model: "GPT", meta: dict[str, Any], evaluation: dict[s
         remote="" if config.plain else ", trust_remote_code=True",
         architecture="transformers' own NanoChatForCausalLM" if config.plain else "that of `modeling_nanotrain.py`",
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        layers=config.num_layers,
-        width=config.model_dim,
-        vocab_size=config.vocab_size,
-        max_seq_len=config.max_seq_len,
+        config=config,
         numbers="\n".join(f"| {what} | {value} |" for what, value in _results(meta, evaluation)),
         data=f"{folder} ({source.licence})" if source else folder,
         num_shards=len(shards),
         validation=meta["data"]["validation"],
-        shards="\n".join(f"    {sha256}  {shard}" for shard, sha256 in named),
-        more=f"\n    and {len(shards) - len(named)} more" if len(shards) > len(named) else "",
+        shards="\n".join(shards[:LISTED_SHARDS] + more),
         tokens=meta["loader"]["next_sequence"] * config.max_seq_len,
         step=meta["step"],
         commit=environment.get("commit") or "not known",
