@@ -37,10 +37,10 @@ PLAIN_SUFFIXES = {
     ".txt", ".md", ".rst", ".tex", ".org", ".html", ".xml", ".csv", ".py", ".js", ".ts", ".c", ".h", ".cc", ".cpp",
     ".hpp", ".java", ".go", ".rs", ".rb", ".php", ".sh", ".sql", ".lua", ".pl", ".r", ".jl", ".scala", ".kt", ".swift",
 }  # fmt: skip
-NOT_TEXT = re.compile("[\0\ud800-\udfff]")  # in a decoded file: a null byte, or one that is not UTF-8
+LONE_SURROGATES = re.compile("[\ud800-\udfff]")  # which UTF-8 cannot hold
 BLOCK_CHARS = 1 << 20  # of a plain text file read at a time
 MAX_LINE_BYTES = 128 << 20  # of a row of .jsonl: a longer one is a mistake, as a whole data set in one JSON array is
-HELD_BYTES = 256 << 20  # of documents in memory at a time
+HELD_BYTES = 128 << 20  # of documents in memory at a time
 BUCKETS_PER_HELD = 8  # for HELD_BYTES of files: a bucket fits into HELD_BYTES if they are compressed to an eighth, too
 SHARD_BYTES = 200 << 20  # of text, about 100 MB as parquet
 GROUP_BYTES = 4 << 20  # of text in a row group, at most
@@ -184,7 +184,7 @@ def _documents(path, text_column, skipped):
 
 def _plain_documents(path, text_column, skipped):
     for document in _cut_file(path):
-        if NOT_TEXT.search(document):
+        if "\0" in document or (not document.isascii() and LONE_SURROGATES.search(document)):
             skipped["not UTF-8 text"] += 1
         else:
             yield document
@@ -249,7 +249,7 @@ def _parquet_documents(path, text_column, skipped):
 
 
 def _encoded(texts, skipped):
-    """Yield the UTF-8 of the texts that are documents; lone surrogates, which no file can hold, become U+FFFD."""
+    """Yield the UTF-8 of the texts that are documents; lone surrogates become U+FFFD."""
     for text in texts:
         if not isinstance(text, str):
             skipped["null" if text is None else "not a string"] += 1
@@ -259,7 +259,7 @@ def _encoded(texts, skipped):
             try:
                 yield text.encode()
             except UnicodeEncodeError:
-                yield text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").encode()
+                yield LONE_SURROGATES.sub("\ufffd", text).encode()
 
 
 # ---- buckets: files of (length, UTF-8) ----

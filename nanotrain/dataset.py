@@ -46,7 +46,7 @@ VERIFY = False  # hash the shards again and compare with the manifest
 
 MANIFEST = "manifest.json"
 STDLIB = "stdlib of Python"  # with its version: what the manifest of the embedded corpus calls it
-CHECKED = "checked.json"  # which files were hashed, so that an unchanged one is not hashed again
+CHECKED = "checked.json"  # hashes of files, so that an unchanged one is not read again
 SHARD_NAME = re.compile(r"shard_[0-9]{1,12}\.parquet")
 MAX_GROUP_BYTES = 2 << 30  # of text in one row group, as its footer declares it: more is a mistake or an attack
 KEPT_BYTES = 256 << 20  # of decoded row groups, for those who read them slice by slice
@@ -126,17 +126,17 @@ def open_shard(path: Path, size: int | None = None) -> Shard:
 
     Raises DataError that says what is wrong with it.
     """
-    stamp = _stamp(path) if path.is_file() else (0, 0)
-    if size not in (None, stamp[0]):
-        raise DataError(f"{path} has {stamp[0]} bytes, its manifest says {size}: delete it and get it again")
     try:
+        stamp = _stamp(path)
+        if size not in (None, stamp[0]):
+            raise DataError(f"{path} has {stamp[0]} bytes, its manifest says {size}: delete it and get it again")
         with pq.ParquetFile(path) as file:
             schema, details = file.schema_arrow, file.metadata
             groups = [details.row_group(group) for group in range(details.num_row_groups)]
             columns = [details.schema.column(number).path for number in range(details.num_columns)]
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{path} is not a readable parquet file ({stamp[0]} bytes, {first_line(error)}): delete it and get it again"
+            f"{path} is not a readable parquet file ({first_line(error)}): delete it and get it again"
         ) from None
     if "text" not in schema.names:
         raise DataError(f"{path} has no column 'text', only: {', '.join(schema.names) or 'none'}")
@@ -225,9 +225,7 @@ def _shard_names(folder):
 
 
 def _entries(manifest, where=MANIFEST, fix=""):
-    """{name: entry} of a manifest, or of none. Raises DataError, which says `where` it is, if a name, size or hash in
-    it cannot be used.
-    """
+    """{name: entry} of a manifest or None. Raises DataError, which calls it `where`, if a name, size or hash is bad."""
     if manifest is None:
         return {}
     with contextlib.suppress(KeyError, TypeError):
@@ -240,7 +238,7 @@ def _entries(manifest, where=MANIFEST, fix=""):
 
 
 def _our_manifest(folder):
-    """What read_manifest returns, the entries not checked: enough to know it for ours."""
+    """read_manifest without a check of the entries."""
     path, what = folder / MANIFEST, "another program's"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8-sig"))  # an editor may have put a BOM
@@ -301,11 +299,11 @@ def verify(folder: Path) -> list[str]:
 
 
 def check_ours(folder: Path, dataset: str, validation: str | None = None, whole: bool = False) -> None:
-    """Raise UserError unless every shard in `folder` was made by us for `dataset`, the word of the manifest (of any
-    version, for STDLIB): only what its manifest names may be replaced. No folder and an empty one are fine.
+    """Raise UserError unless nanotrain made every shard in `folder` for the data set `dataset` (STDLIB: for any
+    version): only what the folder's manifest names may be replaced. A folder that is missing or empty is fine.
 
-    validation: what is to be the validation shard; the one until now would become a train shard. whole: the folder is
-    to be replaced, so that nothing else may be in it either.
+    validation: the name of the new validation shard; another one until now would become a train shard. whole: the
+    folder itself is to be replaced, so that it may hold no other file either.
     """
     away = "choose another --name, or move it away"
     if folder.is_file():
@@ -418,7 +416,7 @@ def fetch(name: str, source: Source, train_shards: int, folder: Path, clock: dow
         good |= fetched
         if good:
             write_manifest(folder, name, validation, {**own, **good})
-            noted = {_noted(folder / shard): digest for shard, digest in good.items()}
+            noted = {_checked_key(folder / shard): digest for shard, digest in good.items()}
             write_json(folder / CHECKED, {**_read_checked(folder), **noted})
     finally:
         if not _shard_names(folder):
@@ -440,7 +438,7 @@ def _good_files(folder, names, expected):
     checked, good = _read_checked(folder), {}
     there = [name for name in names if (folder / name).is_file()]
     for name in tqdm(there, "checking", unit="shard", leave=False, disable=None):
-        digest = checked.get(_noted(folder / name)) or file_sha256(folder / name)
+        digest = checked.get(_checked_key(folder / name)) or file_sha256(folder / name)
         if digest == expected.get(name, digest):
             with contextlib.suppress(DataError):
                 open_shard(folder / name)
@@ -450,13 +448,13 @@ def _good_files(folder, names, expected):
     return good
 
 
-def _noted(path):
-    """What checked.json calls a file as it is now."""
-    return " ".join(map(str, (path.name, *_stamp(path))))
+def _checked_key(path):
+    """The key of a file in checked.json, another one after each change."""
+    return " ".join(map(str, (path.name, *_stamp(path), path.stat().st_ino)))
 
 
 def _read_checked(folder):
-    """{name, size and time of a file: SHA-256} of those that were hashed before."""
+    """{key: SHA-256} of the files that were hashed before."""
     with contextlib.suppress(OSError, ValueError, TypeError):
         return dict(json.loads((folder / CHECKED).read_text(encoding="utf-8")))
     return {}
