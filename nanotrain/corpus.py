@@ -1,8 +1,8 @@
 """Making shards: cutting text into documents, and the import of a user's own files in bounded memory.
 
 The import reads every file once, in blocks. Each document goes to a bucket on disk, a range of SHA-256; then bucket
-after bucket is read, freed of exact duplicates, sorted by that hash in memory and written out. That shuffles, and gives
-the same shards for the same documents, whatever the order or the names of the files.
+after bucket is sorted by that hash in memory, without exact duplicates, and written out. This shuffles the documents,
+and the same documents give the same shards, whatever the order or the names of the files.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ LONE_SURROGATES = re.compile("[\ud800-\udfff]")  # which UTF-8 cannot hold
 BLOCK_CHARS = 1 << 20  # of a plain text file read at a time
 MAX_LINE_BYTES = 128 << 20  # of a row of .jsonl: a longer one is a mistake, as a whole data set in one JSON array is
 HELD_BYTES = 128 << 20  # of documents in memory at a time
-BUCKETS_PER_HELD = 8  # for HELD_BYTES of files: a bucket fits into HELD_BYTES if they are compressed to an eighth, too
+BUCKETS_PER_HELD = 8  # per HELD_BYTES of files, so that a bucket fits even where they are compressed to an eighth
 SHARD_BYTES = 200 << 20  # of text, about 100 MB as parquet
 GROUP_BYTES = 4 << 20  # of text in a row group, at most
 MIN_TRAIN_SHARDS, MIN_GROUPS = 4, 100  # spreads a small corpus, so that many streams find something to read
@@ -121,11 +121,11 @@ def _order(kind, text):
 
 
 def import_text(source: str | Path, folder: str | Path, text_column: str = "text") -> tuple[str, int, Counter[str]]:
-    """Make shuffled shards of the text in `source` (a file or a folder of them) in `folder`, which exists.
+    """Make shuffled shards of the text in `source` (a file or a folder of them) in `folder`, which must exist.
 
-    Returns (validation shard name, documents written, what was skipped by reason). Plain text is cut into
-    documents; rows of .jsonl (.gz, .zst) and .parquet files are documents as they are.
-    Raises DataError if there are not two documents or a file is broken.
+    Returns (name of the validation shard, documents written, number of documents or files left out by reason). Plain
+    text is cut into documents; rows of .jsonl (.gz, .zst) and .parquet files are documents as they are. Raises
+    DataError if there are fewer than two documents or a file is broken.
     """
     source, folder, skipped = Path(source).expanduser(), Path(folder), Counter()
     files = _files(source, skipped)
@@ -266,12 +266,14 @@ def _encoded(texts, skipped):
 
 
 def _key(data):
-    """What a document is sorted by."""
+    """The sort key of a document."""
     return hashlib.sha256(SEED + data).digest()
 
 
 def _spread(texts: Iterable[bytes], folder: Path, num_buckets: int) -> int:
-    """Write each text to the bucket of its key, a file in `folder` whose name says its place; returns how many."""
+    """Write each text to the bucket of its key, a file in `folder`; returns the number of texts. The names of the
+    buckets sort as their keys do.
+    """
     waiting, held, count = defaultdict(bytearray), 0, 0
 
     def flush():
@@ -306,7 +308,7 @@ def _write_shards(folder: Path, texts: Iterable[bytes], documents: int, text_byt
     def numbered():
         shard = written = 0
         for number, data in enumerate(texts):
-            # by the sum, so that what a shard has too much does not add up, at the cost of the last one
+            # by the running sum, so that what shards have too much does not add up at the cost of the last one
             full = written * num_train >= train_bytes * (shard + 1) or number == documents - 1
             if number and full and shard < num_train:
                 shard += 1

@@ -299,27 +299,24 @@ def test_verify_notices_any_flipped_bit_and_reading_gives_text_or_a_data_error(t
 
 
 def test_verify_command_names_every_bad_shard_of_one_or_all_data_sets(monkeypatch, capsys):
-    def verify(**flags):
-        for name, value in {"VERIFY": True, "NAME": "", "DATASET": "", **flags}.items():
-            monkeypatch.setattr(dataset, name, value)
+    monkeypatch.setattr(dataset, "VERIFY", True)
+    with pytest.raises(DataError, match=r"no data set with a manifest.json"):
         dataset.main()
-
-    with pytest.raises(DataError, match=r"no data set with a manifest.json in .*data"):
-        verify()
     one, two = (listed_shards(paths.dataset_dir(name)) for name in ("one", "two"))
-    make_shards(paths.dataset_dir("without"))
-    verify()
+    without = make_shards(paths.dataset_dir("without"))
+    dataset.main()
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [str(one), str(two)]
     (two / NAMES[1]).unlink()
     flip(two / NAMES[2], 100)
     bad = f"{two}: {NAMES[1]} is missing; {NAMES[2]} has another SHA-256\n"
-    for flags, printed in (({}, f"{one}: every shard is as the manifest says\n{bad}"), ({"DATASET": "two"}, bad)):
+    for name, printed in (("", f"{one}: every shard is as the manifest says\n{bad}"), (two.name, bad)):
+        monkeypatch.setattr(dataset, "DATASET", name)
         with pytest.raises(DataError, match="2 bad shards"):
-            verify(**flags)
+            dataset.main()
         assert capsys.readouterr().out == printed
-    verify(NAME="one")
+    monkeypatch.setattr(dataset, "NAME", without.name)
     with pytest.raises(DataError, match="without has no manifest"):
-        verify(DATASET="without")
+        dataset.main()
 
 
 # ---- what lies where a data set is to go ----
