@@ -237,26 +237,22 @@ def _entries(manifest, where=MANIFEST, fix=""):
     raise DataError(f"{where} is broken{fix}")
 
 
-def _our_manifest(folder):
-    """read_manifest without a check of the entries."""
-    path, what = folder / MANIFEST, "another program's"
+def read_manifest(folder: Path, check: bool = True) -> dict | None:
+    """The manifest of a data folder as a dict, or None where there is none. Raises DataError if it is broken, or of
+    another program; the names, sizes and hashes of shards are looked at only with `check`.
+    """
+    path, what = Path(folder) / MANIFEST, "another program's"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8-sig"))  # an editor may have put a BOM
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as error:
         manifest, what = None, f"broken ({first_line(error)})"
-    if not isinstance(manifest, dict) or "validation" not in manifest or not isinstance(manifest.get("shards"), list):
+    ours = isinstance(manifest, dict) and "validation" in manifest
+    if not ours or not all(isinstance(manifest.get(key, []), list) for key in ("shards", "coming")):
         raise DataError(f"{path} is {what}: rename it (the last shard by name is then validation)")
-    return manifest
-
-
-def read_manifest(folder: Path) -> dict | None:
-    """The manifest of a data folder as a dict, or None where there is none. Raises DataError if it is broken, or of
-    another program.
-    """
-    manifest = _our_manifest(Path(folder))
-    _entries(manifest, Path(folder) / MANIFEST, ": prepare this data set again")
+    if check:
+        _entries(manifest, path, ": prepare this data set again")
     return manifest
 
 
@@ -309,7 +305,7 @@ def check_ours(folder: Path, dataset: str, validation: str | None = None, whole:
     if folder.is_file():
         raise UserError(f"{folder} is a file: {away}")
     try:
-        manifest = _our_manifest(folder) or {}
+        manifest = read_manifest(folder, check=False) or {}
     except DataError:
         raise UserError(f"{folder} holds a {MANIFEST} of another program, or a broken one: {away}") from None
     made = [entry.get("name") for entry in manifest.get("shards", []) if isinstance(entry, dict)]

@@ -127,6 +127,7 @@ def no_rows(folder):
         (with_manifest('{"validation": "shard_0'), "manifest.json is broken"),
         (with_manifest("[" * 100_000), "manifest.json is broken .*: rename"),
         (with_manifest('{"docs": 3}'), "manifest.json is another program's: rename"),
+        (with_manifest('{"validation": "x", "shards": [], "coming": 5}'), "manifest.json is another program's: rename"),
         (with_manifest(f'{{"validation": "{NAMES[2]}", "shards": [{{"name": "../x"}}]}}'), "manifest.json is broken"),
     ],
 )
