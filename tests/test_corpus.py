@@ -259,6 +259,7 @@ def test_import_of_a_folder_takes_every_kind_of_file_at_every_depth_and_nothing_
 def test_import_always_has_train_and_validation_and_no_text_in_both(tmp_path, texts):
     """DA10: also where one document, the first or the last, is nearly all."""
     train, validation, skipped = imported([*texts, *texts[: len(texts) // 2]], tmp_path / "shards")
+    assert train
     assert min(map(len, [*train, validation])) >= 1
     assert sorted(all_of(train, validation)) == sorted(texts)
     assert skipped == {"duplicate": len(texts) // 2}
@@ -321,7 +322,12 @@ def plain_documents(path, data):
         (b"\xef\xbb\xbfone \xef\xbb\xbf", ["one \ufeff"]),  # a byte order mark is one only at the start
         ("ünï日🙂 <|bos|>".encode(), ["ünï日🙂 <|bos|>"]),
         (b" \n\n\t\r\n ", []),
+        (  # two blanks at the end of a paragraph decide how it is cut
+            b"p" * 3000 + b"\n\n" + b"x" * 900 + b"\n" + b"y" * 3098 + b"  \n\nz",
+            ["p" * 3000 + "\n\n" + "x" * 900, "y" * 3098 + "  \n\nz"],
+        ),
     ],
+    ids=len,
 )
 def test_import_of_plain_text_by_hand(tmp_path, data, documents):
     assert plain_documents(tmp_path / "a.txt", data) == (documents, {})
