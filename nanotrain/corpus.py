@@ -142,8 +142,8 @@ def import_text(source: str | Path, folder: str | Path, text_column: str = "text
         if documents < 2:
             reasons = "; ".join(f"{count:,} {reason}" for reason, count in skipped.most_common())
             raise DataError(
-                f"{source}: {documents} documents in {len(files)} files of text (.txt, .md, .py, .jsonl, .jsonl.gz, "
-                f".jsonl.zst, .parquet or the like), at least 2 are needed; left out: {reasons or 'nothing'}"
+                f"{source}: at least 2 documents are needed (found: {documents}, files read: {len(files)}; of "
+                f".txt, .md, .py, .jsonl, .jsonl.gz, .jsonl.zst, .parquet ...); left out: {reasons or 'nothing'}"
             )
         shuffled = (text for bucket in buckets for text in sorted(set(_read_bucket(bucket)), key=_key))
         shuffled = tqdm(shuffled, "writing", documents, unit=" documents", leave=False, disable=None)
