@@ -1,27 +1,22 @@
-"""Making shards: cutting text into documents, and the streaming import of a user's own files.
+"""Making shards: cutting text into documents, and the import of a user's own files in bounded memory.
 
-The import reads every file once and never holds the whole: each document goes to one of many buckets on disk by a
-hash of its text (and a bucket too large for memory to smaller ones), then bucket after bucket is sorted by that hash
-and written out. That shuffles, finds exact duplicates (they have one hash), and gives the same shards for the same
-documents, whatever the order or the names of the files.
+The import reads every file once, in blocks. Each document goes to a bucket on disk, a range of SHA-256; then bucket
+after bucket is sorted by that hash in memory, without exact duplicates, and written out. This shuffles the documents,
+and the same documents give the same shards, whatever the order or the names of the files.
 """
 
-import codecs
-import contextlib
-import gzip
 import hashlib
 import io
+import itertools
 import json
 import math
+import operator
 import os
 import re
-import shutil
-import struct
-import sys
 import sysconfig
-import uuid
-import zlib
-from collections import Counter
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -42,10 +37,11 @@ PLAIN_SUFFIXES = {
     ".txt", ".md", ".rst", ".tex", ".org", ".html", ".xml", ".csv", ".py", ".js", ".ts", ".c", ".h", ".cc", ".cpp",
     ".hpp", ".java", ".go", ".rs", ".rb", ".php", ".sh", ".sql", ".lua", ".pl", ".r", ".jl", ".scala", ".kt", ".swift",
 }  # fmt: skip
-BLOCK_BYTES = 1 << 20  # of a plain text file read at a time
+LONE_SURROGATES = re.compile("[\ud800-\udfff]")  # which UTF-8 cannot hold
+BLOCK_CHARS = 1 << 20  # of a plain text file read at a time
 MAX_LINE_BYTES = 128 << 20  # of a row of .jsonl: a longer one is a mistake, as a whole data set in one JSON array is
-BUCKET_BYTES = 64 << 20  # of text that are sorted in memory at a time
-BUCKET_BITS, LEVELS = 6, 4  # 64 files are open at a time; a bucket that is too large is divided again, 3 times at most
+HELD_BYTES = 128 << 20  # of documents in memory at a time
+BUCKETS_PER_HELD = 8  # per HELD_BYTES of files, so that a bucket fits even where they are compressed to an eighth
 SHARD_BYTES = 200 << 20  # of text, about 100 MB as parquet
 GROUP_BYTES = 4 << 20  # of text in a row group, at most
 MIN_TRAIN_SHARDS, MIN_GROUPS = 4, 100  # spreads a small corpus, so that many streams find something to read
@@ -86,20 +82,17 @@ def stdlib_documents() -> tuple[list[str], list[str]]:
     Exact duplicates are dropped; a text that both sides have stays in train.
     """
     sources = stdlib_sources()
-    validation_names, validation_chars = set(), 0
-    goal = VALIDATION_SHARE * sum(map(len, sources.values()))
+    validation, chars, goal = set(), 0, VALIDATION_SHARE * sum(map(len, sources.values()))
     for name in sorted(sources, key=lambda name: _order("file", name)):
-        if validation_chars >= goal:
-            break
-        validation_names.add(name)
-        validation_chars += len(sources[name])
-    documents, seen = {True: [], False: []}, set()
-    for name in sorted(sources, key=lambda name: (name in validation_names, name)):
+        if chars < goal:
+            validation.add(name)
+            chars += len(sources[name])
+    sides = {}  # whether it is for validation, of each document
+    for name in sorted(sources, key=lambda name: name in validation):
         for document in cut(sources[name]):
-            if document not in seen:
-                seen.add(document)
-                documents[name in validation_names].append(document)
-    return tuple(sorted(documents[side], key=lambda text: _order("text", text)) for side in (False, True))
+            sides.setdefault(document, name in validation)
+    documents = sorted(sides, key=lambda text: _order("text", text))
+    return [text for text in documents if not sides[text]], [text for text in documents if sides[text]]
 
 
 def stdlib_sources() -> dict[str, str]:
@@ -116,8 +109,7 @@ def stdlib_sources() -> dict[str, str]:
         raise DataError(f"no standard library sources in {root}: use another Python, or your own text (--from=PATH)")
     from pydoc_data import topics  # a large module, needed only here
 
-    texts.update((f"topics/{name}", text) for name, text in topics.topics.items())
-    return texts
+    return texts | {f"topics/{name}": text for name, text in topics.topics.items()}
 
 
 def _order(kind, text):
@@ -129,131 +121,95 @@ def _order(kind, text):
 
 
 def import_text(source: str | Path, folder: str | Path, text_column: str = "text") -> tuple[str, int, Counter[str]]:
-    """Make shuffled shards of the text in `source` (a file or a folder of them) in `folder`.
+    """Make shuffled shards of the text in `source` (a file or a folder of them) in `folder`, which must exist.
 
-    Returns (validation shard name, documents written, what was skipped by reason). Plain text is cut into
-    documents; rows of .jsonl (.gz, .zst) and .parquet files are documents as they are.
-    Raises DataError if there is nothing to read or a file is broken.
+    Returns (name of the validation shard, documents written, number of documents or files left out by reason). Plain
+    text is cut into documents; rows of .jsonl (.gz, .zst) and .parquet files are documents as they are. Raises
+    DataError if there are fewer than two documents or a file is broken.
     """
     source, folder, skipped = Path(source).expanduser(), Path(folder), Counter()
     files = _files(source, skipped)
-    if not files:
-        left_out = f" ({_reasons(skipped)})" if skipped else ""
-        raise DataError(
-            f"{source}: no .txt, .md, .py, .jsonl, .jsonl.gz, .jsonl.zst, .parquet or other text file there{left_out}"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    buckets = folder / f".tmp-{uuid.uuid4().hex}"
-    try:
-        with _bar("reading", sum(path.stat().st_size for path in files)) as bar:
-            texts = (text for path in files for text in _documents(path, text_column, skipped, bar))
-            paths = _spread(_keyed(texts, skipped), buckets)
-        sizes = [_sort_bucket(path, skipped) for path in tqdm(paths, "sorting", leave=False, disable=_quiet())]
-        documents, text_bytes = (sum(column) for column in zip(*sizes, strict=True))
-        if not documents:
-            raise DataError(f"{source}: no text in {len(files)} files ({_reasons(skipped)})")
+    num_buckets = BUCKETS_PER_HELD * sum(path.stat().st_size for path in files) // HELD_BYTES + 1
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as temporary:
+        texts = (text for path in files for text in _documents(path, text_column, skipped))
+        texts = tqdm(_encoded(texts, skipped), "reading", unit=" documents", leave=False, disable=None)
+        found = _spread(texts, Path(temporary), num_buckets)
+        buckets, documents, text_bytes = sorted(Path(temporary).iterdir()), 0, 0
+        for bucket in buckets:
+            unique = set(_read_bucket(bucket))
+            documents, text_bytes = documents + len(unique), text_bytes + sum(map(len, unique))
+        skipped += Counter(duplicate=found - documents)
         if documents < 2:
-            left_out = f" ({_reasons(skipped)})" if skipped else ""
+            reasons = "; ".join(f"{count:,} {reason}" for reason, count in skipped.most_common())
             raise DataError(
-                f"{source}: a single document; at least two are needed, one of them for validation{left_out}"
+                f"{source}: at least 2 documents are needed (found: {documents}, files read: {len(files)}; of "
+                f".txt, .md, .py, .jsonl, .jsonl.gz, .jsonl.zst, .parquet ...); left out: {reasons or 'nothing'}"
             )
-        names = _write_shards(folder, paths, documents, text_bytes)
-    finally:
-        shutil.rmtree(buckets, ignore_errors=True)
-    return names[-1], documents, skipped
+        shuffled = (text for bucket in buckets for text in sorted(set(_read_bucket(bucket)), key=_key))
+        shuffled = tqdm(shuffled, "writing", documents, unit=" documents", leave=False, disable=None)
+        return _write_shards(folder, shuffled, documents, text_bytes), documents, skipped
 
 
 def _files(source, skipped):
     """The files to read, in order of name."""
     if not source.exists():
         raise DataError(f"--from={source}: no such file or folder")
-    found = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
     files = []
-    for path in found:
-        if path != source and _is_hidden(path, source):
+    for path in [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file()):
+        if any(part.startswith(".") for part in path.relative_to(source).parts):
             skipped["hidden file"] += 1
-        elif _kind(path) is None:
+        elif _reader(path) is None:
             skipped["file of an unknown kind (a text file is read if it ends in .txt)"] += 1
         else:
             files.append(path)
     return files
 
 
-def _is_hidden(path, source):
-    return any(part.startswith(".") for part in path.relative_to(source).parts)
-
-
-def _kind(path):
-    """How a file is read: jsonl, parquet or plain; None for a file that is not text."""
+def _reader(path):
+    """The function that yields the documents of a file; None for one that is not text."""
     name = path.name.lower()
     if name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
-        return "jsonl"
+        return _json_documents
     if name.endswith(".parquet"):
-        return "parquet"
-    return "plain" if path.suffix.lower() in PLAIN_SUFFIXES else None
+        return _parquet_documents
+    return _plain_documents if path.suffix.lower() in PLAIN_SUFFIXES else None
 
 
-def _documents(path, text_column, skipped, bar):
-    """Yield the documents of one file; `bar.update` is told of the bytes read."""
-    readers = {"jsonl": _json_documents, "parquet": _parquet_documents, "plain": _plain_documents}
+def _documents(path, text_column, skipped):
     try:
-        yield from readers[_kind(path)](path, text_column, skipped, bar)
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error, pa.ArrowException) as error:
+        yield from _reader(path)(path, text_column, skipped)
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise DataError(f"{path} cannot be read: {first_line(error)}") from None
 
 
-def _plain_documents(path, text_column, skipped, bar):
-    """What `cut` makes of the whole file, without holding it."""
-    with open(path, "rb") as file:
-        for document in _cut_blocks(_decoded(file, bar)):
-            if _is_utf8(document) and "\0" not in document:
-                yield document
-            else:
-                skipped["not UTF-8 text"] += 1
+def _plain_documents(path, text_column, skipped):
+    for document in _cut_file(path):
+        if "\0" in document or (not document.isascii() and LONE_SURROGATES.search(document)):
+            skipped["not UTF-8 text"] += 1
+        else:
+            yield document
 
 
-def _decoded(file, bar):
-    """Yield the text of a file in blocks, line ends as \\n, bytes that are not UTF-8 as lone surrogates."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
-    decoder = io.IncrementalNewlineDecoder(decoder, translate=True)
-    while block := file.read(BLOCK_BYTES):
-        bar.update(len(block))
-        yield decoder.decode(block)
-    yield decoder.decode(b"", final=True)
-
-
-def _cut_blocks(blocks):
+def _cut_file(path):
+    """What `cut` makes of a whole file, which is never held; bytes that are not UTF-8 become lone surrogates."""
     rest = ""
-    for block in blocks:
-        rest += block
-        end, keep = _last_blank_lines(rest), None
-        if len(rest) - end > 4 * BLOCK_BYTES:  # a very long paragraph, or very many blanks
-            end, keep = len(rest.rstrip()), MAX_CHARS
-        *done, last = cut(rest[:end]) or [""]
-        yield from done
-        rest = last + rest[end:][:keep]  # what follows may still belong to the last document
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        while block := file.read(BLOCK_CHARS):
+            rest += block
+            body = rest[: rest.rfind("\n\n") + 1].rstrip(" \t\n")
+            end, keep = rest.find("\n", len(body)) if body else 0, None  # where the last blank lines begin
+            if len(rest) - end > 4 * BLOCK_CHARS:  # a very long paragraph, or very many blanks
+                end, keep = len(rest.rstrip()), MAX_CHARS
+            *done, last = cut(rest[:end]) or [""]
+            yield from done
+            rest = last + rest[end:][:keep]  # what follows may still belong to the last document
     yield from cut(rest)
 
 
-def _last_blank_lines(text):
-    """Where the last blank lines of a text begin, 0 if there are none or nothing is before them."""
-    body = text[: text.rfind("\n\n") + 1].rstrip(" \t\n")
-    return text.find("\n", len(body)) if body else 0
-
-
-def _json_documents(path, text_column, skipped, bar):
+def _json_documents(path, text_column, skipped):
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
     with open(path, "rb") as raw:
-        name = path.name.lower()
-        if name.endswith(".gz"):
-            lines = gzip.open(raw)
-        elif name.endswith(".zst"):
-            lines = io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw), "zstd"), 1 << 20)
-        else:
-            lines = raw
-        done = 0
-        for line in _lines(lines):
-            bar.update(raw.tell() - done)
-            done = raw.tell()
+        for line in _lines(io.BufferedReader(pa.input_stream(raw, compression), 1 << 20)):
             if line is None:
                 skipped[f"row longer than {MAX_LINE_BYTES >> 20} MiB"] += 1
                 continue
@@ -264,10 +220,10 @@ def _json_documents(path, text_column, skipped, bar):
             except (ValueError, RecursionError):
                 skipped["not JSON"] += 1
                 continue
-            if not isinstance(row, dict) or text_column not in row:
+            if isinstance(row, dict) and text_column in row:
+                yield row[text_column]
+            else:
                 skipped[f"no {text_column!r} in the row (--text-column=NAME chooses another field)"] += 1
-                continue
-            yield row[text_column]
 
 
 def _lines(file):
@@ -279,139 +235,102 @@ def _lines(file):
         yield line if whole else None
 
 
-def _parquet_documents(path, text_column, skipped, bar):
-    with pq.ParquetFile(path, memory_map=False, buffer_size=1 << 20) as file:
+def _parquet_documents(path, text_column, skipped):
+    with pq.ParquetFile(path, buffer_size=1 << 20) as file:
         if text_column not in file.schema_arrow.names:
             names = ", ".join(file.schema_arrow.names)
             raise DataError(f"{path} has no column {text_column!r}, only: {names} (--text-column=NAME chooses one)")
-        for group in range(file.num_row_groups):
-            for batch in file.iter_batches(256, row_groups=[group], columns=[text_column]):
-                for value in batch.column(0):
-                    try:
-                        yield value.as_py()
-                    except UnicodeDecodeError:
-                        skipped["not UTF-8 text"] += 1
-            bar.update(path.stat().st_size // file.num_row_groups)
+        for batch in file.iter_batches(256, columns=[text_column]):
+            for value in batch.column(0):
+                try:
+                    yield value.as_py()
+                except UnicodeDecodeError:
+                    skipped["not UTF-8 text"] += 1
 
 
-def _keyed(texts, skipped):
-    """Yield (key, UTF-8) of the texts that are documents; keys are random, and equal for equal texts only."""
+def _encoded(texts, skipped):
+    """Yield the UTF-8 of the texts that are documents; lone surrogates become U+FFFD."""
     for text in texts:
         if not isinstance(text, str):
             skipped["null" if text is None else "not a string"] += 1
         elif not text.strip():
             skipped["empty"] += 1
         else:
-            if not _is_utf8(text):  # lone surrogates, which no file can hold
-                text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-            data = text.encode()
-            yield hashlib.sha256(SEED + data).digest()[:16], data
+            try:
+                yield text.encode()
+            except UnicodeEncodeError:
+                yield LONE_SURROGATES.sub("\ufffd", text).encode()
 
 
-def _is_utf8(text):
-    try:
-        return text.isascii() or bool(text.encode())
-    except UnicodeEncodeError:
-        return False
+# ---- buckets: files of (length, UTF-8) ----
 
 
-# ---- buckets: files of entries (key, length, UTF-8) ----
+def _key(data):
+    """The sort key of a document."""
+    return hashlib.sha256(SEED + data).digest()
 
 
-def _spread(entries, folder, level=0):
-    """Write entries to buckets by the leading bits of their key; returns the paths of the buckets, in order of key."""
-    folder.mkdir()
-    paths = [folder / f"{number:02d}" for number in range(1 << BUCKET_BITS)]
-    with contextlib.ExitStack() as stack:
-        handles = [stack.enter_context(open(path, "wb")) for path in paths]
-        for key, data in entries:
-            number = int.from_bytes(key[:4], "big") >> (32 - (level + 1) * BUCKET_BITS) & (1 << BUCKET_BITS) - 1
-            handles[number].write(key + struct.pack("<Q", len(data)) + data)
-    spread = []
-    for path in paths:
-        if path.stat().st_size > BUCKET_BYTES and level + 1 < LEVELS:
-            spread += _spread(_read_bucket(path), folder / f"{path.name}-divided", level + 1)
-            path.unlink()
-        else:
-            spread.append(path)
-    return spread
+def _spread(texts: Iterable[bytes], folder: Path, num_buckets: int) -> int:
+    """Write each text to the bucket of its key, a file in `folder`; returns the number of texts. The names of the
+    buckets sort as their keys do.
+    """
+    waiting, held, count = defaultdict(bytearray), 0, 0
 
+    def flush():
+        for number, entries in waiting.items():
+            with open(folder / f"{number:08d}", "ab") as file:
+                file.write(entries)
+        waiting.clear()
 
-def _sort_bucket(path, skipped):
-    """Put the documents of a bucket in order of their key, each once; returns (documents, bytes)."""
-    entries = {}
-    for key, data in _read_bucket(path):
-        if key in entries:
-            skipped["duplicate"] += 1
-        entries[key] = data
-    with open(path, "wb") as file:
-        for key in sorted(entries):
-            file.write(key + struct.pack("<Q", len(entries[key])) + entries[key])
-    return len(entries), sum(map(len, entries.values()))
+    for data in texts:
+        waiting[int.from_bytes(_key(data)[:4], "big") * num_buckets >> 32] += len(data).to_bytes(8, "big") + data
+        held, count = held + len(data), count + 1
+        if held > HELD_BYTES:
+            flush()
+            held = 0
+    flush()
+    return count
 
 
 def _read_bucket(path):
     with open(path, "rb") as file:
-        while header := file.read(24):
-            yield header[:16], file.read(struct.unpack("<Q", header[16:])[0])
+        while length := file.read(8):
+            yield file.read(int.from_bytes(length, "big"))
 
 
-def _write_shards(folder, buckets, documents, text_bytes):
-    """Write the sorted buckets as shards; returns their names. The last one is for validation and never empty."""
+def _write_shards(folder: Path, texts: Iterable[bytes], documents: int, text_bytes: int) -> str:
+    """Write the texts as shards; returns the name of the last one, which is for validation and never empty."""
     train_bytes = text_bytes - min(text_bytes * VALIDATION_SHARE, MAX_VALIDATION_BYTES)
     num_train = max(math.ceil(train_bytes / SHARD_BYTES), MIN_TRAIN_SHARDS)
     group_bytes = min(max(train_bytes / MIN_GROUPS, 1), GROUP_BYTES)
-    names, shard, left, written = [], None, documents, 0
-    with _bar("writing", text_bytes) as bar:
-        for bucket in buckets:
-            for _, data in _read_bucket(bucket):
-                # by the sum, so that what a shard has too much does not add up, at the cost of the last one
-                full = shard is not None and (written * num_train >= train_bytes * len(names) or left == 1)
-                if shard is None or (full and len(names) <= num_train):
-                    if shard is not None:
-                        shard.close()
-                    names.append(f"shard_{len(names):05d}.parquet")
-                    shard = ShardWriter(folder / names[-1], group_bytes)
-                shard.add(data.decode(), len(data))
-                bar.update(len(data))
-                left, written = left - 1, written + len(data)
-    shard.close()
-    return names
+    schema = pa.schema([("text", pa.string())])
+
+    def numbered():
+        shard = written = 0
+        for number, data in enumerate(texts):
+            # by the running sum, so that what shards have too much does not add up at the cost of the last one
+            full = written * num_train >= train_bytes * (shard + 1) or number == documents - 1
+            if number and full and shard < num_train:
+                shard += 1
+            yield shard, data
+            written += len(data)
+
+    for shard, members in itertools.groupby(numbered(), operator.itemgetter(0)):
+        name = f"shard_{shard:05d}.parquet"
+        with pq.ParquetWriter(folder / name, schema, compression="zstd") as writer:
+            for group in _groups((data for _, data in members), group_bytes):
+                writer.write_table(pa.table({"text": group}, schema), row_group_size=len(group))
+    return name
 
 
-class ShardWriter:
-    """Writes one shard, holding no more than one row group of about `group_bytes` of text."""
-
-    def __init__(self, path: Path, group_bytes: float):
-        self.schema = pa.schema([("text", pa.string())])
-        self.writer = pq.ParquetWriter(path, self.schema, compression="zstd")
-        self.group_bytes, self.group, self.held_bytes = group_bytes, [], 0
-
-    def add(self, text: str, num_bytes: int) -> None:
-        """Append one document of `num_bytes` in UTF-8."""
-        self.group.append(text)
-        self.held_bytes += num_bytes
-        if self.held_bytes >= self.group_bytes:
-            self._flush()
-
-    def _flush(self):
-        if self.group:
-            self.writer.write_table(pa.table({"text": self.group}, self.schema), row_group_size=len(self.group))
-        self.group, self.held_bytes = [], 0
-
-    def close(self) -> None:
-        """Finish the file."""
-        self._flush()
-        self.writer.close()
-
-
-def _reasons(skipped):
-    return ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common()) or "all empty"
-
-
-def _bar(description, total):
-    return tqdm(total=total, desc=description, unit="B", unit_scale=True, leave=False, disable=_quiet())
-
-
-def _quiet():
-    return not sys.stderr.isatty()
+def _groups(texts, group_bytes):
+    """Yield lists of texts: the row groups of a shard, each of at least `group_bytes`, but for the last."""
+    group, held = [], 0
+    for data in texts:
+        group.append(data.decode())
+        held += len(data)
+        if held >= group_bytes:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group

@@ -16,8 +16,8 @@ import os
 import platform
 import re
 import shutil
-import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -46,11 +46,9 @@ VERIFY = False  # hash the shards again and compare with the manifest
 
 MANIFEST = "manifest.json"
 STDLIB = "stdlib of Python"  # with its version: what the manifest of the embedded corpus calls it
-CHECKED = "checked.json"  # which files were hashed, so that an unchanged one is not hashed again
+CHECKED = "checked.json"  # hashes of files, so that an unchanged one is not read again
 SHARD_NAME = re.compile(r"shard_[0-9]{1,12}\.parquet")
 MAX_GROUP_BYTES = 2 << 30  # of text in one row group, as its footer declares it: more is a mistake or an attack
-THRIFT_LIMITS = {"thrift_string_size_limit": 100 << 20, "thrift_container_size_limit": 10 << 20}
-DOWNLOAD_WORKERS = 4
 KEPT_BYTES = 256 << 20  # of decoded row groups, for those who read them slice by slice
 
 
@@ -66,7 +64,7 @@ class Source:
 
 SOURCES = {
     "fineweb-edu": Source("datasets/karpathy/fineweb-edu-100b-shuffle/resolve/main", 1823, 100, "ODC-By"),
-    "climbmix": Source("datasets/karpathy/climbmix-400b-shuffle/resolve/main", 6543, 90, "CC-BY-NC"),
+    "climbmix": Source("datasets/karpathy/climbmix-400b-shuffle/resolve/main", 6543, 90, "CC-BY-NC: non-commercial"),
 }
 
 
@@ -105,25 +103,22 @@ def open_shards(folder: str | Path) -> Shards:
     fix = "python -m nanotrain.dataset --dataset=stdlib builds one"
     if not folder.is_dir():
         raise DataError(f"no data folder {folder}: {fix}")
-    manifest = read_manifest(folder)
-    names = sorted(path.name for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name))
+    names, manifest = _shard_names(folder), read_manifest(folder)
     if not names:
         raise DataError(f"{folder} holds no shard_<digits>.parquet: {fix}")
-    validation = manifest["validation"] if manifest else names[-1]
-    if validation not in names:
-        raise DataError(f"{folder}: the validation shard {validation} is missing; prepare this data set again")
-    lost = [entry["name"] for entry in manifest["shards"] if entry["name"] not in names] if manifest else []
-    if lost:
-        raise DataError(f"{folder}: {', '.join(lost[:5])} of its manifest is missing; prepare this data set again")
-    train = [name for name in names if name != validation]
-    if not train:
+    validation, entries = manifest["validation"] if manifest else names[-1], _entries(manifest)
+    missing = sorted({validation, *entries} - set(names))
+    if missing:
+        raise DataError(f"{folder}: {', '.join(missing[:5])} of its manifest is missing; prepare this data set again")
+    if len(names) == 1:
         raise DataError(f"{folder} holds only the validation shard {validation}: add at least one train shard")
-    sizes = {entry["name"]: entry["bytes"] for entry in manifest["shards"]} if manifest else {}
     with ThreadPoolExecutor(8) as pool:
-        opened = dict(zip(names, pool.map(lambda name: open_shard(folder / name, sizes.get(name)), names), strict=True))
-    if not any(sum(opened[name].group_rows) for name in train):
+        sizes = [entries[name]["bytes"] if name in entries else None for name in names]
+        shards = dict(zip(names, pool.map(open_shard, [folder / name for name in names], sizes), strict=True))
+    last = shards.pop(validation)
+    if not any(sum(shard.group_rows) for shard in shards.values()):
         raise DataError(f"the train shards of {folder} hold no rows")
-    return Shards(folder, tuple(opened[name] for name in train), opened[validation])
+    return Shards(folder, tuple(shards.values()), last)
 
 
 def open_shard(path: Path, size: int | None = None) -> Shard:
@@ -131,18 +126,17 @@ def open_shard(path: Path, size: int | None = None) -> Shard:
 
     Raises DataError that says what is wrong with it.
     """
-    stamp = _stamp(path)[:2] if path.is_file() else (0, 0)
-    found = stamp[0]
-    if size is not None and found != size:
-        raise DataError(f"{path} has {found} bytes, its manifest says {size}: delete it and get it again")
     try:
-        with pq.ParquetFile(path, **THRIFT_LIMITS) as file:
+        stamp = _stamp(path)
+        if size not in (None, stamp[0]):
+            raise DataError(f"{path} has {stamp[0]} bytes, its manifest says {size}: delete it and get it again")
+        with pq.ParquetFile(path) as file:
             schema, details = file.schema_arrow, file.metadata
             groups = [details.row_group(group) for group in range(details.num_row_groups)]
-            leaves = [details.schema.column(leaf).path for leaf in range(details.num_columns)]
+            columns = [details.schema.column(number).path for number in range(details.num_columns)]
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{path} is not a readable parquet file ({found} bytes, {first_line(error)}): delete it and get it again"
+            f"{path} is not a readable parquet file ({first_line(error)}): delete it and get it again"
         ) from None
     if "text" not in schema.names:
         raise DataError(f"{path} has no column 'text', only: {', '.join(schema.names) or 'none'}")
@@ -150,12 +144,10 @@ def open_shard(path: Path, size: int | None = None) -> Shard:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
         raise DataError(f"{path}: the column 'text' must hold strings, not {kind}")
-    leaf = leaves.index("text")
-    text_bytes = sum(group.column(leaf).total_uncompressed_size for group in groups)
-    largest = max((group.column(leaf).total_uncompressed_size for group in groups), default=0)
-    if largest > MAX_GROUP_BYTES:
-        raise DataError(f"{path} declares a row group of {largest / 2**30:.1f} GiB of text: use smaller row groups")
-    return Shard(path.name, path, tuple(group.num_rows for group in groups), text_bytes, stamp)
+    sizes = [group.column(columns.index("text")).total_uncompressed_size for group in groups]
+    if max(sizes, default=0) > MAX_GROUP_BYTES:
+        raise DataError(f"{path} declares a row group of {max(sizes) / 2**30:.1f} GiB of text: use smaller row groups")
+    return Shard(path.name, path, tuple(group.num_rows for group in groups), sum(sizes), stamp)
 
 
 def read_texts(
@@ -171,46 +163,37 @@ def read_texts(
     stamp: of the Shard; a file that has changed since it was opened is an error. kept: a dict in which row groups stay
     decoded for other slices of theirs, the last one always, others within KEPT_BYTES.
     """
+    where, texts = f"{path}, row group {group}", []
     try:
-        if stamp and stamp != _stamp(path)[:2]:
-            raise DataError(f"{path}, row group {group}, cannot be read: the file has changed since it was opened")
+        if stamp and stamp != _stamp(path):
+            raise DataError(f"{where}, cannot be read: the file has changed since it was opened")
         column = kept.pop((path, group), None) if kept else None
         if column is None:
-            with pq.ParquetFile(path, memory_map=False, **THRIFT_LIMITS) as file:
+            with pq.ParquetFile(path) as file:
                 column = file.read_row_group(group, columns=["text"]).column("text")
         if kept is not None and stop is not None and stop - start < len(column):
             kept[path, group] = column
             while len(kept) > 1 and sum(other.nbytes for other in kept.values()) > KEPT_BYTES:
                 del kept[next(iter(kept))]
-        column = column.slice(start, None if stop is None else stop - start)
-        return column.to_pylist()
+        for value in column[start:stop]:
+            texts.append(value.as_py())
+        return texts
     except UnicodeDecodeError:
-        row = start + next(row for row, value in enumerate(column) if not _is_utf8(value))
-        raise DataError(f"{path}, row group {group}, row {row}: the text is not UTF-8; make this shard again") from None
+        raise DataError(f"{where}, row {start + len(texts)}: the text is not UTF-8; make this shard again") from None
     except (pa.ArrowException, OSError, KeyError) as error:  # KeyError: another file is there now, without the column
-        raise DataError(
-            f"{path}, row group {group}, cannot be read ({first_line(error)}): delete the file and get it again"
-        ) from None
+        raise DataError(f"{where}, cannot be read ({first_line(error)}): delete the file and get it again") from None
 
 
-def _is_utf8(value):
-    try:
-        value.as_py()
-        return True
-    except UnicodeDecodeError:
-        return False
+def _stamp(path):
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
 
 
-def row_groups(shard_paths: Iterable[str | Path], start: int = 0, step: int = 1) -> Iterator[list[str]]:
-    """Yield the texts of row groups start, start + step, ... of the shards, counted through in order; nulls and empty
-    texts left out.
-    """
-    number = 0
+def row_groups(shard_paths: Iterable[str | Path]) -> Iterator[list[str]]:
+    """Yield the texts of each row group of the shards, in order; nulls and empty texts left out."""
     for path in shard_paths:
         for group in range(len(open_shard(Path(path)).group_rows)):
-            if number % step == start:
-                yield [text for text in read_texts(path, group) if text]
-            number += 1
+            yield [text for text in read_texts(path, group) if text]
 
 
 def hash_of(fingerprint: dict) -> str:
@@ -221,17 +204,12 @@ def hash_of(fingerprint: dict) -> str:
 def fingerprint(shards: Shards) -> dict:
     """{name: {bytes, sha256}} of every shard and which is validation: what a checkpoint remembers of its data.
 
-    Hashes come from the manifest where it has them (and the sizes agree), else from the files themselves.
+    Hashes come from the manifest where it has them, else from the files themselves.
     """
-    manifest = read_manifest(shards.folder)
-    known = {entry["name"]: entry for entry in manifest["shards"]} if manifest else {}
-    files = {}
-    everything = (*shards.train, shards.validation)
-    for shard in tqdm(everything, "hashing shards", disable=not sys.stderr.isatty(), leave=False):
-        size, entry = shard.path.stat().st_size, known.get(shard.name)
-        if entry and entry["bytes"] != size:
-            raise DataError(f"{shard.path} has {size} bytes, its manifest says {entry['bytes']}: get it again")
-        files[shard.name] = {"bytes": size, "sha256": entry["sha256"] if entry else file_sha256(shard.path)}
+    entries, files = _entries(read_manifest(shards.folder)), {}
+    for shard in tqdm((*shards.train, shards.validation), "hashing shards", leave=False, disable=None):
+        digest = entries[shard.name]["sha256"] if shard.name in entries else file_sha256(shard.path)
+        files[shard.name] = {"bytes": shard.stamp[0], "sha256": digest}
     validation = files[shards.validation.name]["sha256"]
     same = [shard.name for shard in shards.train if files[shard.name]["sha256"] == validation]
     if same:
@@ -242,47 +220,40 @@ def fingerprint(shards: Shards) -> dict:
 # ---- manifest ----
 
 
-def _our_manifest(folder):
-    """The manifest of a data folder, its entries not checked, or None where there is none. Raises DataError if it is
-    not one of ours.
+def _shard_names(folder):
+    return sorted(path.name for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name))
+
+
+def _entries(manifest, where=MANIFEST, fix=""):
+    """{name: entry} of a manifest or None. Raises DataError, which calls it `where`, if a name, size or hash is bad."""
+    if manifest is None:
+        return {}
+    with contextlib.suppress(KeyError, TypeError):
+        entries = {entry["name"]: entry for entry in manifest["shards"]}
+        named = all(map(SHARD_NAME.fullmatch, [manifest["validation"], *entries]))
+        hashed = all(map(download.SHA256.fullmatch, [entry["sha256"] for entry in entries.values()]))
+        if named and hashed and all(isinstance(entry["bytes"], int) for entry in entries.values()):
+            return entries
+    raise DataError(f"{where} is broken{fix}")
+
+
+def read_manifest(folder: Path, check: bool = True) -> dict | None:
+    """The manifest of a data folder as a dict, or None where there is none. Raises DataError if it is broken, or of
+    another program; the names, sizes and hashes of shards are looked at only with `check`.
     """
-    path, what = folder / MANIFEST, "another program's"
+    path, what = Path(folder) / MANIFEST, "another program's"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8-sig"))  # an editor may have put a BOM
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as error:
         manifest, what = None, f"broken ({first_line(error)})"
-    if (
-        not isinstance(manifest, dict)
-        or "validation" not in manifest
-        or not isinstance(manifest.get("shards"), list)
-        or not isinstance(manifest.get("coming", []), list)
-    ):
+    ours = isinstance(manifest, dict) and "validation" in manifest
+    if not ours or not all(isinstance(manifest.get(key, []), list) for key in ("shards", "coming")):
         raise DataError(f"{path} is {what}: rename it (the last shard by name is then validation)")
+    if check:
+        _entries(manifest, path, ": prepare this data set again")
     return manifest
-
-
-def read_manifest(folder: Path) -> dict | None:
-    """The manifest of a data folder as a dict, or None where there is none. Raises DataError if it is broken, or of
-    another program.
-    """
-    path, manifest = Path(folder) / MANIFEST, _our_manifest(Path(folder))
-    if manifest is None:
-        return None
-    try:
-        if not isinstance(manifest["validation"], str):
-            raise TypeError("'validation' is no name")
-        for entry in manifest["shards"]:
-            if (
-                not SHARD_NAME.fullmatch(entry["name"])
-                or not isinstance(entry["bytes"], int)
-                or len(entry["sha256"]) != 64
-            ):
-                raise ValueError(f"bad entry {entry}")
-        return manifest
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is broken ({first_line(error)}): prepare this data set again") from None
 
 
 def write_manifest(
@@ -293,11 +264,11 @@ def write_manifest(
     hashes: {name: SHA-256} of files that are known already; the others are hashed. coming: names of shards that are
     about to be fetched: after a kill, what has these names is ours.
     """
-    shards, hashes = [], dict(hashes or {})
-    for path in sorted(path for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name)):
-        digest = hashes.get(path.name) or file_sha256(path)
+    shards = []
+    for name in _shard_names(folder):
+        path, digest = folder / name, (hashes or {}).get(name)
         rows = sum(open_shard(path).group_rows)
-        shards.append({"name": path.name, "bytes": path.stat().st_size, "sha256": digest, "rows": rows})
+        shards.append({"name": name, "bytes": path.stat().st_size, "sha256": digest or file_sha256(path), "rows": rows})
     manifest = {"dataset": dataset, "validation": validation, "shards": shards}
     write_json(folder / MANIFEST, {**manifest, "coming": coming} if coming else manifest)
 
@@ -307,54 +278,46 @@ def verify(folder: Path) -> list[str]:
     folder, manifest = Path(folder), read_manifest(folder)
     if manifest is None:
         raise DataError(f"{folder} has no {MANIFEST} to compare with")
-    listed = {entry["name"] for entry in manifest["shards"]}
-    bad = [] if manifest["validation"] in listed else [f"{manifest['validation']}, the validation shard, is missing"]
-    for entry in tqdm(manifest["shards"], "verifying", unit="shard", leave=False, disable=not sys.stderr.isatty()):
-        path = folder / entry["name"]
+    entries = _entries(manifest)
+    bad = [] if manifest["validation"] in entries else [f"{manifest['validation']}, the validation shard, is missing"]
+    for name, entry in tqdm(entries.items(), "verifying", unit="shard", leave=False, disable=None):
+        path = folder / name
         if not path.is_file():
-            bad.append(f"{entry['name']} is missing")
+            bad.append(f"{name} is missing")
         elif path.stat().st_size != entry["bytes"]:
-            bad.append(f"{entry['name']} has {path.stat().st_size} bytes of {entry['bytes']}")
+            bad.append(f"{name} has {path.stat().st_size} bytes of {entry['bytes']}")
         elif file_sha256(path) != entry["sha256"]:
-            bad.append(f"{entry['name']} has another SHA-256")
-    extra = sorted(
-        path.name for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name) and path.name not in listed
-    )
-    return bad + [f"{name} is not in the manifest" for name in extra]
+            bad.append(f"{name} has another SHA-256")
+    return bad + [f"{name} is not in the manifest" for name in _shard_names(folder) if name not in entries]
 
 
 # ---- preparing a data set ----
 
 
 def check_ours(folder: Path, dataset: str, validation: str | None = None, whole: bool = False) -> None:
-    """Raise UserError unless every shard in `folder` was made by us for `dataset`, the word of the manifest (of any
-    version, for STDLIB): only what its manifest names may be replaced. No folder and an empty one are fine.
+    """Raise UserError unless nanotrain made every shard in `folder` for the data set `dataset` (STDLIB: for any
+    version): only what the folder's manifest names may be replaced. A folder that is missing or empty is fine.
 
-    validation: what is to be the validation shard; the one until now would become a train shard. whole: the folder is
-    to be replaced, so that nothing else may be in it either.
+    validation: the name of the new validation shard; another one until now would become a train shard. whole: the
+    folder itself is to be replaced, so that it may hold no other file either.
     """
     away = "choose another --name, or move it away"
-    if folder.exists() and not folder.is_dir():
+    if folder.is_file():
         raise UserError(f"{folder} is a file: {away}")
     try:
-        manifest = _our_manifest(folder)
+        manifest = read_manifest(folder, check=False) or {}
     except DataError:
         raise UserError(f"{folder} holds a {MANIFEST} of another program, or a broken one: {away}") from None
-    made = []
-    if manifest:
-        listed = [entry.get("name") for entry in manifest["shards"] if isinstance(entry, dict)]
-        made = [MANIFEST, CHECKED, *listed, *manifest.get("coming", [])]
-    others = [path.name for path in folder.iterdir() if path.name not in made] if folder.exists() else []
+    made = [entry.get("name") for entry in manifest.get("shards", []) if isinstance(entry, dict)]
+    made += [MANIFEST, CHECKED, *manifest.get("coming", [])] if manifest else []
+    others = sorted(path.name for path in folder.glob("*") if path.name not in made)
     others = [name for name in others if whole or name == CHECKED or SHARD_NAME.fullmatch(name)]
     if others:
-        raise UserError(f"{folder} holds what nanotrain did not make ({', '.join(sorted(others)[:5])}): {away}")
-    if manifest is None:
-        return
-    held = str(manifest.get("dataset", "of no name"))
-    if held != dataset and not (dataset == STDLIB and held.startswith(STDLIB)):
+        raise UserError(f"{folder} holds what nanotrain did not make ({', '.join(others[:5])}): {away}")
+    held, old = str(manifest.get("dataset", "of no name")), str(manifest.get("validation"))
+    if manifest and held != dataset and not (dataset == STDLIB and held.startswith(STDLIB)):
         raise UserError(f"{folder} holds another data set ({held}): {away}")
-    old = str(manifest["validation"])
-    if validation not in (None, old) and (folder / old).exists():
+    if manifest and validation not in (None, old) and (folder / old).exists():
         raise UserError(
             f"{folder} is validated on {old}, which would become a train shard, and {validation} validation: {away}"
         )
@@ -367,11 +330,11 @@ def build_stdlib(folder: Path) -> tuple[int, int]:
     """
     with new_folder(folder, partial(check_ours, dataset=STDLIB, whole=True)) as temporary:
         train, validation = corpus.stdlib_documents()
-        for number in range(corpus.STDLIB_SHARDS):
-            write_shard(temporary / f"shard_{number:05d}.parquet", train[number :: corpus.STDLIB_SHARDS])
-        last = temporary / f"shard_{corpus.STDLIB_SHARDS:05d}.parquet"
-        write_shard(last, validation)
-        write_manifest(temporary, f"{STDLIB} {platform.python_version()}", last.name)
+        sides = [*(train[number :: corpus.STDLIB_SHARDS] for number in range(corpus.STDLIB_SHARDS)), validation]
+        for number, texts in enumerate(sides):
+            last = f"shard_{number:05d}.parquet"
+            write_shard(temporary / last, texts)
+        write_manifest(temporary, f"{STDLIB} {platform.python_version()}", last)
     return len(train), len(validation)
 
 
@@ -390,9 +353,9 @@ def is_stdlib(folder: Path) -> bool:
     return False
 
 
-def import_text(source: Path, folder: Path, text_column: str = "text") -> tuple:
-    """Make the data set `folder`, new or empty, of the text in `source`; returns (documents, Counter of what was
-    skipped).
+def import_text(source: Path, folder: Path, text_column: str = "text") -> tuple[int, Counter[str]]:
+    """Make the data set `folder`, new or empty, of the text in `source`; returns (documents, what was skipped by
+    reason).
     """
     with new_folder(folder) as temporary:
         validation, documents, skipped = corpus.import_text(source, temporary, text_column)
@@ -406,8 +369,8 @@ def fetch(name: str, source: Source, train_shards: int, folder: Path) -> None:
     Good files that are there stay, bad ones are fetched again. Raises DataError with the list of what could not be had;
     what was fetched is kept.
     """
-    if not 1 <= train_shards < source.num_shards:
-        most = source.num_shards - 1
+    most = source.num_shards - 1
+    if not 1 <= train_shards <= most:
         raise UserError(f"-n {train_shards}: {name} has 1 to {most} train shards, as in -n {min(most, 8)}")
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     base = source.url if "://" in source.url else f"{endpoint}/{source.url}"
@@ -420,13 +383,15 @@ def fetch(name: str, source: Source, train_shards: int, folder: Path) -> None:
             remote = download.json_beside(f"{base}/{MANIFEST}", token)
         except DataError as error:
             raise DataError(f"{error}. Without it: --dataset=stdlib (DATASET=stdlib bash speedrun.sh)") from None
-        entries = {} if remote is None else {entry["name"]: entry for entry in _checked_entries(remote)}
+        entries = _entries(remote, f"the host's {MANIFEST}")
         shards = [f"shard_{number:05d}.parquet" for number in range(source.num_shards)]
         validation = shards[-1] if remote is None else remote["validation"]
         check_ours(folder, name, validation)
         names = [validation, *[shard for shard in shards if shard != validation][:train_shards]]
         expected = {shard: entry["sha256"] for shard, entry in entries.items()}
-        own = _own_hashes(folder)
+        own = {}
+        with contextlib.suppress(DataError):  # a broken manifest is about to be written anew
+            own = {shard: entry["sha256"] for shard, entry in _entries(read_manifest(folder)).items()}
         good = _good_files(folder, names, {**own, **expected})
         items = [
             download.Item(shard, f"{base}/{shard}", entries.get(shard, {}).get("bytes"), expected.get(shard))
@@ -441,17 +406,15 @@ def fetch(name: str, source: Source, train_shards: int, folder: Path) -> None:
         if known > shutil.disk_usage(folder).free:
             raise DataError(download.full_disk(folder, known))
         write_manifest(folder, name, validation, {**own, **good}, [item.name for item in items])  # pins it from here on
-        seconds = 0.1 if sys.stderr.isatty() else 30  # between updates: a log file needs fewer
-        with tqdm(
-            None, "download", int(known), unit="B", unit_scale=True, disable=not items, mininterval=seconds
-        ) as bar:
-            fetched, failed = download.fetch_all(items, folder, open_shard, bar.update, DOWNLOAD_WORKERS, token)
+        with tqdm(None, "download", int(known), unit="B", unit_scale=True, disable=not items, mininterval=2) as bar:
+            fetched, failed = download.fetch_all(items, folder, open_shard, bar.update, token=token)
         good |= fetched
         if good:
             write_manifest(folder, name, validation, {**own, **good})
-            _remember(folder, good)
+            noted = {_checked_key(folder / shard): digest for shard, digest in good.items()}
+            write_json(folder / CHECKED, {**_read_checked(folder), **noted})
     finally:
-        if not any(folder.glob("shard_*.parquet")):
+        if not _shard_names(folder):
             for left in (CHECKED, MANIFEST):
                 (folder / left).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
@@ -462,113 +425,67 @@ def fetch(name: str, source: Source, train_shards: int, folder: Path) -> None:
         raise DataError(f"{len(failed)} of {len(names)} shards are missing ({listed}): {reasons}")
 
 
-def _checked_entries(manifest):
-    """The entries of a manifest from a host, which is not trusted."""
-    try:
-        if not SHARD_NAME.fullmatch(manifest["validation"]):
-            raise ValueError(manifest["validation"])
-        for entry in manifest["shards"]:
-            hashed = download.SHA256.fullmatch(entry["sha256"])
-            if not SHARD_NAME.fullmatch(entry["name"]) or not isinstance(entry["bytes"], int) or not hashed:
-                raise ValueError(entry)
-        return manifest["shards"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"the host's {MANIFEST} is broken: {first_line(error)!r}") from None
-
-
-def _own_hashes(folder):
-    """{name: SHA-256} of our own manifest; of a broken one nothing, for it is about to be written anew."""
-    with contextlib.suppress(DataError):
-        manifest = read_manifest(folder)
-        return {entry["name"]: entry["sha256"] for entry in manifest["shards"]} if manifest else {}
-    return {}
-
-
 def _good_files(folder, names, expected):
     """{name: SHA-256} of the shards that are there and right; a wrong one is deleted.
 
     Right is a file that opens and has the expected SHA-256, where there is one.
     """
     checked, good = _read_checked(folder), {}
-    for name in tqdm(names, "checking", unit="shard", leave=False, disable=not sys.stderr.isatty()):
-        path = folder / name
-        if not path.is_file():
-            continue
-        stamp, digest = checked.get(name, (None, None))
-        if stamp != _stamp(path):
-            digest = file_sha256(path)
-        try:
-            if digest != expected.get(name, digest):
-                raise DataError("another SHA-256 than expected")
-            open_shard(path)
-            good[name] = digest
-        except DataError:
-            path.unlink()
+    there = [name for name in names if (folder / name).is_file()]
+    for name in tqdm(there, "checking", unit="shard", leave=False, disable=None):
+        digest = checked.get(_checked_key(folder / name)) or file_sha256(folder / name)
+        if digest == expected.get(name, digest):
+            with contextlib.suppress(DataError):
+                open_shard(folder / name)
+                good[name] = digest
+        if name not in good:
+            (folder / name).unlink()
     return good
 
 
-def _stamp(path):
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ino
+def _checked_key(path):
+    """The key of a file in checked.json, another one after each change."""
+    return " ".join(map(str, (path.name, *_stamp(path), path.stat().st_ino)))
 
 
 def _read_checked(folder):
-    """{name: (stamp, SHA-256)} of files that were hashed before."""
-    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-        checked = json.loads((folder / CHECKED).read_text(encoding="utf-8"))
-        return {name: (tuple(stamp), digest) for name, (stamp, digest) in checked.items()}
+    """{key: SHA-256} of the files that were hashed before."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return dict(json.loads((folder / CHECKED).read_text(encoding="utf-8")))
     return {}
-
-
-def _remember(folder, hashes):
-    """Note these hashes together with size, time and inode of each file, beside those noted before."""
-    noted = {name: (_stamp(folder / name), digest) for name, digest in hashes.items()}
-    write_json(folder / CHECKED, {**_read_checked(folder), **noted})
 
 
 def main() -> None:
     if sum(map(bool, (DATASET, FROM, BASE_URL))) > 1:
         raise UserError("--dataset, --from and --base-url: one of them at a time")
     if VERIFY:
-        verify_command()
-    elif FROM:
-        begin, folder = time.monotonic(), _named_folder("--from")
+        return verify_command()
+    if DATASET not in ("stdlib", *SOURCES) and not FROM and not BASE_URL:
+        given = f"--dataset={DATASET}" if DATASET else "which data?"
+        names = ", ".join(("stdlib", *SOURCES))
+        raise UserError(f"{given}: choose one of {names}, as in --dataset=stdlib, or --from=PATH --name=mine")
+    if not (NAME or DATASET):
+        raise UserError(f"{'--from' if FROM else '--base-url'} needs a name for the data set, as in --name=mine")
+    begin, folder = time.monotonic(), paths.dataset_dir(NAME or DATASET)
+    if FROM:
         documents, skipped = import_text(FROM, folder, TEXT_COLUMN)
         left_out = "".join(f", {count:,} left out: {reason}" for reason, count in skipped.most_common())
         print(f"{folder}: {documents:,} documents in {time.monotonic() - begin:.1f} s{left_out}")
         print(f"train on it with --data-dir={folder}, or DATA_DIR={folder} bash speedrun.sh")
     elif BASE_URL:
         if NUM_SHARDS < 2:
-            raise UserError(
-                "--base-url needs --num-shards, the number of shards there (at least 2), the last for validation"
-            )
+            raise UserError("--base-url needs --num-shards, how many the host has (2 or more), the last for validation")
         download.check_url(BASE_URL)
-        folder = _named_folder("--base-url")
         source = Source(BASE_URL.rstrip("/"), NUM_SHARDS, 0, "see the host")
-        fetch(folder.name, source, TRAIN_SHARDS or NUM_SHARDS - 1, folder)
-    elif DATASET == "stdlib":
-        begin, folder = time.monotonic(), paths.dataset_dir(NAME or DATASET)
-        if is_stdlib(folder):
-            print(f"{folder}: there already, every shard is as the manifest says")
-            return
-        train, validation = build_stdlib(folder)
-        size = sum(path.stat().st_size for path in folder.glob("shard_*.parquet")) / 1e6
-        seconds = time.monotonic() - begin
-        print(f"{folder}: {train} train and {validation} validation documents, {size:.1f} MB, {seconds:.1f} s")
+        fetch(NAME, source, TRAIN_SHARDS or NUM_SHARDS - 1, folder)
     elif DATASET in SOURCES:
-        if DATASET == "climbmix":
-            print("climbmix is licensed CC-BY-NC: it may not be used commercially", flush=True)
-        fetch(DATASET, SOURCES[DATASET], TRAIN_SHARDS, paths.dataset_dir(NAME or DATASET))
+        fetch(DATASET, SOURCES[DATASET], TRAIN_SHARDS, folder)
+    elif is_stdlib(folder):
+        print(f"{folder}: there already, every shard is as the manifest says")
     else:
-        names = ", ".join(("stdlib", *SOURCES))
-        given = f"--dataset={DATASET}" if DATASET else "which data?"
-        raise UserError(f"{given}: choose one of {names}, as in --dataset=stdlib, or --from=PATH --name=mine")
-
-
-def _named_folder(flag):
-    if not NAME:
-        raise UserError(f"{flag} needs a name for the data set, as in --name=mine")
-    return paths.dataset_dir(NAME)
+        train, validation = build_stdlib(folder)
+        size, seconds = sum(path.stat().st_size for path in folder.glob("*.parquet")) / 1e6, time.monotonic() - begin
+        print(f"{folder}: {train} train and {validation} validation documents, {size:.1f} MB, {seconds:.1f} s")
 
 
 def verify_command() -> None:

@@ -26,24 +26,19 @@ def file_sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-class atomic_file:
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
     """`with atomic_file(path) as temporary:` write to `temporary`; it becomes `path` at the end, or vanishes on an
     error.
     """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.temporary = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.part")
-
-    def __enter__(self) -> Path:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        return self.temporary
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        if kind is None:
-            os.replace(self.temporary, self.path)
-        else:
-            self.temporary.unlink(missing_ok=True)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -68,7 +63,7 @@ def new_folder(folder: Path, check: Callable[[Path], object] = check_empty) -> I
     folder.parent.mkdir(parents=True, exist_ok=True)
     own = re.compile(rf"\.(tmp|old)-{re.escape(folder.name)}-[0-9a-f]{{32}}")
     for left in folder.parent.iterdir():
-        if own.fullmatch(left.name) and time.time() - _newest(left) > STALE_SECONDS:
+        if own.fullmatch(left.name) and _is_stale(left):
             shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
     temporary = folder.parent / f".tmp-{folder.name}-{uuid.uuid4().hex}"
     temporary.mkdir()
@@ -84,11 +79,9 @@ def new_folder(folder: Path, check: Callable[[Path], object] = check_empty) -> I
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _newest(folder):
-    """The time of the newest change in a folder that another process may be filling or removing."""
-    times = []
-    for parent, _, names in os.walk(folder):  # which passes over what has just gone
-        for path in (Path(parent), *(Path(parent, name) for name in names)):
-            with contextlib.suppress(OSError):
-                times.append(path.stat().st_mtime)
-    return max(times, default=0.0)
+def _is_stale(folder):
+    """Whether nothing in a folder, which another process may be filling or removing, was changed for a while."""
+    try:
+        return time.time() - max(path.stat().st_mtime for path in (folder, *folder.rglob("*"))) > STALE_SECONDS
+    except OSError:  # something has just gone
+        return False

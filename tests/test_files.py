@@ -1,6 +1,5 @@
 """Files and folders that are there whole or not at all."""
 
-import json
 import os
 import time
 
@@ -61,12 +60,3 @@ def test_only_what_a_killed_process_left_of_this_very_folder_is_removed(tmp_path
     with files.new_folder(tmp_path / "mine"):
         pass
     assert {name: (tmp_path / name).exists() for name in names} == names
-
-
-def test_json_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "a.json"
-    files.write_json(path, {"step": 1, "loss": [0.5, None]})
-    with pytest.raises(TypeError):
-        files.write_json(path, {"step": 2, "wrong": path})
-    assert json.loads(path.read_text()) == {"step": 1, "loss": [0.5, None]}
-    assert os.listdir(tmp_path) == ["a.json"]
