@@ -160,7 +160,7 @@ def test_wrong_arguments_are_refused(tmp_path, arguments, message):
 
 WITHOUT = """
 import importlib, sys
-missing = {"wandb", "matplotlib", "jinja2", "transformers", "accelerate", "xdist"}
+missing = {"wandb", "matplotlib", "transformers", "accelerate", "xdist"}
 
 class Missing:
     def find_spec(name, path=None, target=None):
