@@ -1557,7 +1557,7 @@ def test_old_checkpoints_that_cannot_be_removed_are_no_failed_saves(train, monke
     def failing(*arguments):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(checkpoint, "clean", failing)
+    monkeypatch.setattr(store.Store, "clean", failing)
     run = train(SAVE_EVERY=1, EVAL_EVERY=0)
     assert checkpoint.steps(run) == [6, 5, 4, 3, 2, 1]
     assert "could not be written" not in capsys.readouterr().out
@@ -1566,7 +1566,7 @@ def test_old_checkpoints_that_cannot_be_removed_are_no_failed_saves(train, monke
 def test_the_older_of_two_jobs_on_one_run_stops_before_it_overwrites(train, at_step, base_dir):
     """TR17."""
     run = base_dir / "runs" / "r"
-    at_step(4, lambda: checkpoint.claim(run))
+    at_step(4, store.Store(run, ()).claim)
     with pytest.raises(SupersededError) as caught:
         train(SAVE_EVERY=3)
     assert caught.value.exit_code == 1

@@ -27,6 +27,10 @@ def save(run, step, weights=WEIGHTS, moments=MOMENTS, state=None):
     return checkpoint.save(run, step, weights, moments, state or {"step": step})
 
 
+def checkpoints(run):
+    return store.Store(run, FILES[1:])
+
+
 def damage(path, how):
     data = path.read_bytes()
     if how == "deleted":
@@ -362,7 +366,7 @@ def test_a_kill_at_any_write_leaves_only_a_temporary_folder_that_the_next_clean_
             save(tmp_path, 2)
     newest = 2 if (name, at) == ("fsync", LAST_SYNC) else 1
     assert checkpoint.newest(tmp_path)[::2] == (newest, [])
-    checkpoint.clean(tmp_path, 1, 0, -1, None)
+    checkpoints(tmp_path).clean(1, 0, -1, None)
     assert folders(tmp_path) == [f"step_{newest:08d}"]
 
 
@@ -414,17 +418,17 @@ def test_a_file_is_serialized_only_when_the_one_before_it_is_written(tmp_path, m
 
 
 def test_a_run_that_another_process_claimed_is_neither_saved_nor_cleaned(tmp_path):
-    first = checkpoint.claim(tmp_path)
+    first = checkpoints(tmp_path).claim()
     for step in (1, 2):
         checkpoint.save(tmp_path, step, WEIGHTS, MOMENTS, {"step": step}, owner=first)
-    second = checkpoint.claim(tmp_path)
+    second = checkpoints(tmp_path).claim()
     with pytest.raises(SupersededError, match="newer one goes on"):
         checkpoint.save(tmp_path, 3, WEIGHTS, MOMENTS, {"step": 3}, owner=first)
     with pytest.raises(SupersededError, match="newer one goes on"):
-        checkpoint.clean(tmp_path, 1, 0, -1, None, owner=first)
+        checkpoints(tmp_path).clean(1, 0, -1, None, owner=first)
     assert folders(tmp_path) == ["step_00000001", "step_00000002"]
     checkpoint.save(tmp_path, 3, WEIGHTS, MOMENTS, {"step": 3}, owner=second)
-    checkpoint.clean(tmp_path, 1, 0, -1, None, owner=second)
+    checkpoints(tmp_path).clean(1, 0, -1, None, owner=second)
     assert folders(tmp_path) == ["step_00000003"]
 
 
@@ -455,7 +459,7 @@ def test_what_clean_keeps(tmp_path, saved, broken, keep_last, keep_every, best, 
         folder = save(tmp_path, int(step))
         if step in broken:
             damage(folder / "model.safetensors", "last bit")
-    checkpoint.clean(tmp_path, keep_last, keep_every, best, resumed)
+    checkpoints(tmp_path).clean(keep_last, keep_every, best, resumed)
     assert folders(tmp_path) == [f"step_{int(step):08d}" for step in left]
 
 
@@ -464,7 +468,7 @@ def test_clean_reads_no_more_checkpoints_than_it_must(tmp_path, monkeypatch):
         save(tmp_path, step)
     verify, asked = store.Store.verify, []
     monkeypatch.setattr(store.Store, "verify", lambda self, step: (asked.append(step), verify(self, step))[1])
-    checkpoint.clean(tmp_path, 2, 1, -1, None)
+    checkpoints(tmp_path).clean(2, 1, -1, None)
     assert asked == [8, 7]
 
 
@@ -473,9 +477,9 @@ def test_a_kill_while_cleaning_leaves_nothing_that_looks_like_a_checkpoint(tmp_p
         save(tmp_path, step)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda *arguments, **named: None)
-        checkpoint.clean(tmp_path, 1, 0, -1, None)
+        checkpoints(tmp_path).clean(1, 0, -1, None)
     assert checkpoint.steps(tmp_path) == [3]
-    checkpoint.clean(tmp_path, 1, 0, -1, None)
+    checkpoints(tmp_path).clean(1, 0, -1, None)
     assert folders(tmp_path) == ["step_00000003"]
 
 

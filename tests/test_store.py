@@ -230,12 +230,12 @@ HISTORY = ((1, 0), (2, 0), (2, 1), (3, 0))  # (step, version) of the saves of a 
 
 def live(disk, reported, make=Store):
     """A process that saves and cleans as a run does; appends to `reported` what it was told is saved."""
-    verified = {}
-    owner = make(RUN, NAMES, disk).claim()
+    sets = make(RUN, NAMES, disk)
+    owner = sets.claim()
     for step, version in HISTORY:
-        make(RUN, NAMES, disk).commit(step, content(step, version), 100, owner)
+        sets.commit(step, content(step, version), 100, owner)
         reported.append((step, version))
-        make(RUN, NAMES, disk).clean(1, 0, -1, 1, owner, verified)
+        sets.clean(1, 0, -1, 1, owner)
 
 
 def problem_with(disk, reported, make=Store):
@@ -435,12 +435,12 @@ from nanotrain.store import Store
 sets = Store(sys.argv[1], ["a", "b"])
 assert "torch" not in sys.modules
 step = max(sets.steps(), default=0)
-owner, verified = sets.claim(), {}
+owner = sets.claim()
 while True:
     step += 1
     sets.commit(step, {name: lambda name=name: f"{name}{step}".encode() * 100_000 for name in "ab"}, 1, owner)
     print(step, flush=True)
-    sets.clean(2, 0, -1, None, owner, verified)
+    sets.clean(2, 0, -1, None, owner)
 """
 
 
@@ -600,16 +600,16 @@ class Counting(Disk):
 
 
 def test_a_set_is_read_once_by_a_process_that_cleans_often(tmp_path):
-    disk, verified = Counting(), {}
+    disk = Counting()
     sets = Store(tmp_path, NAMES, disk)
     for step in range(1, 6):
         sets.commit(step, content(step, 0), 100)
-        sets.clean(2, 0, -1, None, verified=verified)
+        sets.clean(2, 0, -1, None)
     once = {(f"step_{step:08d}", name) for step in range(1, 6) for name in (*NAMES, "manifest.json")}
     assert sorted(disk.reads) == sorted(once)
-    assert set(verified) == {4, 5}
+    assert set(sets.verified) == {4, 5}
     Store(tmp_path, NAMES, disk).clean(2, 0, -1, None)
-    assert len(disk.reads) == len(once) + 8  # without the dict, both again
+    assert len(disk.reads) == len(once) + 8  # another store reads both again
 
 
 @pytest.mark.parametrize("how", ["same size", "another size", "another inode", "gone"])
@@ -617,10 +617,10 @@ def test_a_set_is_read_once_by_a_process_that_cleans_often(tmp_path):
 def test_p5_nothing_wrong_is_loaded_silently_a_set_that_changed_since_it_was_verified_counts_no_more(
     tmp_path, name, how
 ):
-    sets, verified = Store(tmp_path, NAMES), {}
+    sets = Store(tmp_path, NAMES)
     for step in (1, 2):
         sets.commit(step, content(step, 0), 100)
-    sets.clean(2, 0, -1, None, verified=verified)
+    sets.clean(2, 0, -1, None)
     path = sets.folder / "step_00000002" / name
     was = path.stat()
     wrong = b"x" + path.read_bytes()[1:]
@@ -634,7 +634,7 @@ def test_p5_nothing_wrong_is_loaded_silently_a_set_that_changed_since_it_was_ver
             os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
         else:
             os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns + 1))
-    sets.clean(1, 0, -1, None, verified=verified)
+    sets.clean(1, 0, -1, None)
     assert sets.steps() == [1]
 
 
