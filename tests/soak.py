@@ -124,14 +124,14 @@ def make_inputs(folder):
 class Training:
     """A process that trains, and what can be seen of it from outside. It ends with the `with` block at the latest."""
 
-    def __init__(self, folder, name, settings, trainer=("scripts.base_train",)):
-        """trainer: the module, and its arguments that come before the settings."""
+    def __init__(self, folder, name, settings):
         self.run, self.log = folder / "runs" / name, folder / f"{name}.log"
         self.checkpoints, self.metrics = self.run / "checkpoints", self.run / "metrics.jsonl"
         self.first_step = max(checkpoint.steps(self.run), default=0)
         self.old_names = set(self.names())
         self.old_metrics = self.metrics.stat().st_ino if self.metrics.exists() else None
-        command = [sys.executable, "-m", *trainer, *flags(**TINY, **settings, RUN_NAME=name, RESUME=True)]
+        options = flags(**TINY, **settings, RUN_NAME=name, RESUME=True)
+        command = [sys.executable, "-m", "scripts.base_train", *options]
         environment = {**os.environ, "NANOTRAIN_DIR": str(folder), "OMP_NUM_THREADS": "1"}
         self.begin = time.monotonic()
         with open(self.log, "wb") as log:

@@ -52,7 +52,6 @@ from nanotrain.gpt import GPT, Block, GPTConfig
 from nanotrain.run_plan import RunPlan
 from nanotrain.tokenizer import BPETokenizer
 from scripts import base_train
-from tests import faulty
 
 TINY = {**TINY_RUN, "NUM_ITERATIONS": 6}
 MEASURED = {f"train/{name}" for name in ("tok_per_sec", "seconds", "loader_seconds", "optimizer_seconds")}
@@ -831,7 +830,8 @@ def test_p1_the_comparison_notices_a_resume_that_forgets_something(train, whole,
         if forgotten == "momentum":
             moments = {name: torch.zeros_like(tensor) for name, tensor in moments.items()}
         elif forgotten == "loader":
-            state["loader"] = faulty.at_the_beginning(state["loader"])
+            streams = {stream: [int(stream), 0, 0] for stream in state["loader"]["streams"]}
+            state["loader"] = {"next_sequence": 0, "streams": streams}
         elif forgotten == "updates":
             state["updates"] = 0
         else:
