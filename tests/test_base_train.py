@@ -201,14 +201,13 @@ def same_run(first, second, but_for=()):
 
 
 def test_a_run_starts_as_the_bigram_model_of_its_first_tokens_where_the_vocabulary_is_small(train, monkeypatch):
-    at_random = column(train("random", NUM_ITERATIONS=1, SPECTRAL_TOKENS=0), "val/bpb")[0]
-    few, many = (column(train(f"t{n}", NUM_ITERATIONS=40, SPECTRAL_TOKENS=n), "val/bpb")[0] for n in (64, 5000))
-    assert many < few < at_random
-    assert many < 0.6 * at_random
     shapes, init = [], bigram_init.bigram_init
     monkeypatch.setattr(bigram_init, "bigram_init", lambda data, *rest: shapes.append(data.shape) or init(data, *rest))
-    train("short", NUM_ITERATIONS=7, SPECTRAL_TOKENS=5000)
-    assert shapes == [(5 * 7 * 128 // 16, 16 + 1)]  # of so many tokens as five such runs have
+    few, many = (column(train(f"t{n}", NUM_ITERATIONS=7, SPECTRAL_TOKENS=n), "val/bpb")[0] for n in (64, 5000))
+    assert shapes == [(64 // 16, 16 + 1), (5 * 7 * 128 // 16, 16 + 1)]  # of at most the tokens of five such runs
+    at_random = column(train("random", NUM_ITERATIONS=1, SPECTRAL_TOKENS=0), "val/bpb")[0]
+    assert many < few < at_random
+    assert many < 0.6 * at_random
     monkeypatch.setattr(bigram_init, "LARGEST_VOCABULARY", 319)
     assert column(train("large", NUM_ITERATIONS=1), "val/bpb")[0] == at_random
 
@@ -259,21 +258,6 @@ def test_tasks_and_samples_are_those_of_the_weights_and_change_nothing_else(trai
     assert [row for row in timeless(run) if "core/core_metric" not in row] == timeless(whole)
 
 
-def test_without_the_public_tasks_a_line_says_so_and_with_a_wrong_folder_no_run_begins(
-    train, base_dir, monkeypatch, capsys
-):
-    def fetch(folder):
-        raise DataError("no host can be reached")
-
-    with pytest.raises(DataError, match=r"no CORE bundle at .*nowhere"):
-        train(CORE_METRIC_EVERY=2, CORE_BUNDLE="/nowhere")
-    assert not (base_dir / "runs").exists()
-    monkeypatch.setattr(core_bundle, "fetch", fetch)
-    run = train(CORE_METRIC_EVERY=2)
-    assert capsys.readouterr().out.count("CORE is skipped") == 1
-    assert (rows(run, "core/core_metric"), saved(run)[2]["step"]) == ([], 6)
-
-
 def test_the_same_command_gives_the_same_run_and_another_seed_does_not(train, whole):
     other = train("other", SEED=1)
     assert same_run(train("again"), whole)
@@ -302,20 +286,6 @@ def test_a_dry_run_prints_the_plan_and_leaves_no_trace(train, base_dir, capsys):
     train(DRY_RUN=True)
     assert "4 sequences of 16 x 2 micro-steps x 1 ranks" in capsys.readouterr().out
     assert not (base_dir / "runs").exists()
-
-
-def planned_steps(capsys):
-    return int(re.search(r"^horizon +(?:about )?([\d,]+) steps", capsys.readouterr().out, re.M)[1].replace(",", ""))
-
-
-def test_the_other_horizons_are_tokens_per_weight_and_operations(train, capsys, tokenizer):
-    width, vocabulary = 16, tokenizer.vocab_size
-    matrices = 4 * width * width + 2 * 4 * width * width  # attention and the MLP of one layer
-    weights = matrices + vocabulary * width
-    train(NUM_ITERATIONS=0, TARGET_PARAM_DATA_RATIO=10.0, DRY_RUN=True)
-    assert planned_steps(capsys) == round(10 * weights / 128)
-    train(NUM_ITERATIONS=0, TARGET_FLOPS=1e9, DRY_RUN=True)
-    assert planned_steps(capsys) == round(1e9 / (6 * weights + 12 * 1 * width * 16) / 128)
 
 
 class Clock:
@@ -358,22 +328,20 @@ def test_tasks_count_in_the_time_of_a_run(monkeypatch):
     assert budget.steps_in_time(state, 0.5) == 5 + round(left / (0.5 + 3 / 10 + 7 / 20))
 
 
-@pytest.mark.parametrize("other", ["tokenizer", "shards"])
-def test_a_node_with_other_files_than_rank_0_is_named(other, data_dir, tokenizer, tmp_path):
+def test_a_node_with_other_files_than_rank_0_is_named(data_dir, tokenizer, tmp_path):
     class Second(DistContext):
         def broadcast_object(self, value):
             of_main.append(value)  # the first time as if it were rank 0's
             return of_main[0]
 
-    of_main, place = [], Second(1, 0, 1, torch.device("cpu"), torch.float32, "test")
+    of_main, shards = [], dataset.open_shards(data_dir)
+    place = Second(1, 0, 1, torch.device("cpu"), torch.float32, "test")
     for _ in range(2):
-        dataloader.check_nodes(place, tokenizer, dataset.open_shards(data_dir))
-    if other == "tokenizer":
-        tokenizer = BPETokenizer.train(make_texts(50, seed=1), 320)
-    else:
-        data_dir = make_shards(tmp_path / "data", documents=39)
-    with pytest.raises(DataError, match=rf"rank 1 has not the {other}"):
-        dataloader.check_nodes(place, tokenizer, dataset.open_shards(data_dir))
+        dataloader.check_nodes(place, tokenizer, shards)
+    with pytest.raises(DataError, match="rank 1 has not the tokenizer"):
+        dataloader.check_nodes(place, BPETokenizer.train(make_texts(50, seed=1), 320), shards)
+    with pytest.raises(DataError, match="rank 1 has not the shards"):
+        dataloader.check_nodes(place, tokenizer, dataset.open_shards(make_shards(tmp_path / "data", documents=39)))
 
 
 def test_float16_trains_through_the_gradient_scaler(train):
@@ -383,14 +351,6 @@ def test_float16_trains_through_the_gradient_scaler(train):
     assert state["scaler"]["scale"] > 1
     assert state["train_state"]["skipped_steps"] < 10
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-
-
-def test_a_plain_run_trains_what_the_stock_class_of_transformers_has(train):
-    run = train("plain", PLAIN=True, NUM_ITERATIONS=10)
-    assert saved(run)[2]["model_config"]["plain"]
-    assert not [name for name in saved(run)[0] if re.search("scale|bigram|value_emb", name)]
-    losses = column(run, "train/loss")
-    assert losses[-1] < losses[0]
 
 
 # ---- the dial ----
@@ -488,32 +448,15 @@ def test_a_growing_batch_takes_the_same_rows_in_order_with_smaller_steps_first(t
     assert state["loader"]["next_sequence"] == counts[-1]
 
 
-def test_the_rows_of_a_pass_do_not_change_how_a_batch_grows(train, capsys):
-    settings = {"BATCH_RAMP": True, "NUM_ITERATIONS": 20}  # of 8 rows, so that a quarter is 2
-    few, many = (train(f"of-{size}", DEVICE_BATCH_SIZE=size, **settings) for size in (1, 8))
-    assert "2 sequences (lowered from 8)" in capsys.readouterr().out
-    assert (column(few, "data_hash"), column(few, "train/lr")) == (column(many, "data_hash"), column(many, "train/lr"))
-    with pytest.raises(UserError, match="three that work are 64, 128, 192"):
-        train(TOTAL_BATCH_SIZE=96, **settings)
-
-
-def test_the_report_is_written_after_the_last_save_of_a_finished_run_and_cannot_fail_it(
-    train, at_step, monkeypatch, capsys
-):
+def test_the_report_is_written_after_the_last_save_of_a_finished_run(train, at_step, monkeypatch):
     checkpoints = []
-
-    def write(run_dirs):
-        checkpoints.append(checkpoint.steps(run_dirs[0]))
-        raise OSError("no space for a report")
-
-    monkeypatch.setattr(report, "write", write)
+    monkeypatch.setattr(report, "write", lambda run_dirs: checkpoints.append(checkpoint.steps(run_dirs[0])[0]))
     at_step(2, terminate)
-    train(REPORT=True, NUM_ITERATIONS=4)
+    train(REPORT=True)
     assert checkpoints == []
     at_step()
-    run = train(REPORT=True, NUM_ITERATIONS=4, RESUME=True)
-    assert [steps[0] for steps in checkpoints] == [4]
-    assert "no space for a report" in capsys.readouterr().out
+    run = train(REPORT=True, RESUME=True)
+    assert checkpoints == [6]
     assert json.loads((run / "config.json").read_text())["defaults"]["NUM_ITERATIONS"] == 0
 
 
@@ -556,23 +499,6 @@ def test_a_device_batch_of_0_is_the_most_that_fits_where_it_is_tried(train, whol
     forbid_rows(monkeypatch, 0)
     with pytest.raises(MemoryLimitError, match="with a single sequence"):
         train("second", DEVICE_BATCH_SIZE=0)
-
-
-@pytest.mark.parametrize(
-    ("checkpointing", "rows", "advice"),
-    [(False, 4, "give --grad-checkpoint, or lower"), (True, 4, "--device-batch-size=2"), (True, 1, "lower --depth=4")],
-)
-def test_a_plan_that_exceeds_the_memory_names_the_setting_to_lower(checkpointing, rows, advice):
-    model_config = GPTConfig(100, 512, 8, 2, 2, 8)
-    model = checkpoint.build_model(model_config, "meta")
-    counts = {role: sum(p.numel() for p in named.values()) for role, named in model.parameters_by_role().items()}
-    policy = recipe.ActivationPolicy(4, True, checkpointing, 512)
-    limits = {"total_batch_size": 4096, "max_device_batch_size": rows, "world_size": 1, "flops_per_second": 1e12}
-    plan = recipe.make_plan(counts, model_config, recipe.Horizon(num_iterations=1), policy=policy, **limits)
-    needed = recipe.process_growth(plan.memory)
-    for free, warns in ((needed - 1, True), (needed, False)):
-        printed = "\n".join(recipe.describe_batch(plan, model_config, 1, rows, checkpointing, free, 0))
-        assert ("warning" in printed, advice in printed) == (warns, warns)
 
 
 @pytest.mark.gpu
@@ -720,16 +646,6 @@ def test_an_evaluation_made_up_at_a_resume_is_saved_at_once(train, at_step, meas
     assert (state["val_bpb"], state["train_state"]["best_step"]) == (bpb, best_step)
 
 
-def test_a_resume_that_ends_at_its_evaluation_needs_no_step(train, at_step, measured):
-    settings = {"EVAL_EVERY": 2, "EARLY_STOP_PATIENCE": 1}
-    measured([3.0])
-    at_step(2, terminate)
-    train(**settings)
-    at_step()
-    measured([math.nan])
-    assert checkpoint.steps(train(**settings, RESUME=True))[0] == 2
-
-
 def test_a_stop_whose_save_fails_is_no_success(train, at_step, disk_full_at, capsys):
     disk_full_at(3)
     at_step(3, terminate)
@@ -821,7 +737,7 @@ def finished(whole, base_dir):
     return Path(shutil.copytree(whole, base_dir / "runs" / "finished"))
 
 
-@pytest.mark.parametrize("forgotten", ["momentum", "loader", "updates", "weights"])
+@pytest.mark.parametrize("forgotten", ["momentum", "loader", "updates"])
 def test_p1_the_comparison_notices_a_resume_that_forgets_something(train, whole, stopped, monkeypatch, forgotten):
     unpack = checkpoint.unpack
 
@@ -832,10 +748,8 @@ def test_p1_the_comparison_notices_a_resume_that_forgets_something(train, whole,
         elif forgotten == "loader":
             streams = {stream: [int(stream), 0, 0] for stream in state["loader"]["streams"]}
             state["loader"] = {"next_sequence": 0, "streams": streams}
-        elif forgotten == "updates":
-            state["updates"] = 0
         else:
-            weights["lm_head.weight"].view(torch.int32)[0, 0] ^= 1
+            state["updates"] = 0
         return weights, moments, state
 
     with monkeypatch.context() as patch:
@@ -913,11 +827,11 @@ def test_a_run_by_minutes_that_was_stopped_goes_on_by_steps_and_the_other_way_ro
     assert saved(run)[2]["train_state"]["num_steps"] == len(rows(run)) > 12
 
 
-@pytest.mark.parametrize("changed", [{"TARGET_MINUTES": 0.2}, {"TOTAL_BATCH_SIZE": 64}])
+@pytest.mark.parametrize("changed", [{"TARGET_MINUTES": 0.1}, {"TOTAL_BATCH_SIZE": 64}])
 def test_a_change_in_a_run_by_minutes_leaves_the_schedule_where_its_time_stands(train, at_step, monkeypatch, changed):
     clock = Clock(monkeypatch)
-    settings = {"NUM_ITERATIONS": 0, "TARGET_MINUTES": 0.1, "EVAL_EVERY": 0, "SAVE_EVERY": 0, "SCHEDULE": "linear"}
-    at_step(150, terminate)
+    settings = {"NUM_ITERATIONS": 0, "TARGET_MINUTES": 0.06, "EVAL_EVERY": 0, "SAVE_EVERY": 0, "SCHEDULE": "linear"}
+    at_step(60, terminate)
     train(**settings)
     at_step()
     spent, clock.now = clock.now, 0.0
@@ -928,8 +842,8 @@ def test_a_change_in_a_run_by_minutes_leaves_the_schedule_where_its_time_stands(
     ends = [spent / (60 * minutes), 1.0]
     expected = [base_train.MATRIX_LR * recipe.linear(end, base_train.WARMUP_RATIO, 0, 0.03) for end in ends]
     rates = column(run, "train/lr")
-    assert [rates[150], rates[-1]] == pytest.approx(expected, abs=0.02 * base_train.MATRIX_LR)
-    assert all(later < rate for rate, later in itertools.pairwise(rates[150:]))
+    assert [rates[60], rates[-1]] == pytest.approx(expected, abs=0.02 * base_train.MATRIX_LR)
+    assert all(later < rate for rate, later in itertools.pairwise(rates[60:]))
 
 
 # ---- what a resume may change ----
@@ -1144,35 +1058,20 @@ def test_a_shard_that_vanishes_costs_no_step(train, tmp_path, at_step):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "others"),
+    "settings",
     [
-        ("TARGET_FLOPS", 1e9, {}),  # two horizons
-        ("TARGET_MINUTES", 5.0, {}),
-        ("TARGET_PARAM_DATA_RATIO", 0.0, {"NUM_ITERATIONS": 0}),  # none
-        ("EVAL_TOKENS", 15, {}),
-        ("MATRIX_LR", -0.1, {}),
-        ("SAVE_EVERY", -1, {}),
-        ("NUM_STREAMS", 0, {}),
-        ("KEEP_LAST", 0, {}),
-        ("WANDB_LOG_EVERY", 0, {}),
-        ("HEAD_DIM", 15, {}),
-        ("WARMUP_RATIO", 1.5, {}),
-        ("WARMUP_RATIO", 0.5, {"WARMDOWN_RATIO": 0.6}),
-        ("SCHEDULE", "constant", {}),
-        ("COMPILE", "maybe", {}),
-        ("WANDB", "yes", {}),
-        ("DTYPE", "fp8", {}),
-        ("DEVICE", "tpu", {}),
-        ("RUN_NAME", "wandb:a/b/c:best", {}),
-        ("TOTAL_BATCH_SIZE", 100, {}),
-        ("EARLY_STOP_PATIENCE", 1, {"EVAL_EVERY": 0}),
+        {"TARGET_FLOPS": 1e9}, {"TARGET_MINUTES": 5.0}, {"TARGET_PARAM_DATA_RATIO": 0, "NUM_ITERATIONS": 0},
+        {"EVAL_TOKENS": 15}, {"MATRIX_LR": -0.1}, {"SAVE_EVERY": -1}, {"NUM_STREAMS": 0}, {"KEEP_LAST": 0},
+        {"WANDB_LOG_EVERY": 0}, {"HEAD_DIM": 15}, {"WARMUP_RATIO": 1.5}, {"WARMUP_RATIO": 0.5, "WARMDOWN_RATIO": 0.6},
+        {"SCHEDULE": "constant"}, {"COMPILE": "maybe"}, {"WANDB": "yes"}, {"DTYPE": "fp8"}, {"DEVICE": "tpu"},
+        {"RUN_NAME": "wandb:a/b/c:best"}, {"TOTAL_BATCH_SIZE": 100},
     ],
     ids=str,
-)
-def test_bad_settings_end_with_2_and_name_the_setting_and_the_value(train, base_dir, name, value, others):
-    value_said = "" if name == "EARLY_STOP_PATIENCE" else f"={value:g}" if value == 0.0 else f"={value}"
-    with pytest.raises(UserError, match=re.escape(config.flag_of(name) + value_said)) as caught:
-        train(**{name: value, **others})
+)  # fmt: skip
+def test_bad_settings_end_with_2_and_name_the_setting_and_the_value(train, base_dir, settings):
+    name, value = next(iter(settings.items()))
+    with pytest.raises(UserError, match=re.escape(f"{config.flag_of(name)}={value}")) as caught:
+        train(**settings)
     assert caught.value.exit_code == 2
     assert not (base_dir / "runs").exists()
 
@@ -1203,19 +1102,6 @@ def test_the_best_checkpoint_is_one_that_was_saved(train, measured, disk_full_at
     run = train(SAVE_EVERY=1, NUM_ITERATIONS=8, EVAL_EVERY=2, KEEP_LAST=1)
     assert checkpoint.steps(run) == [8, 2]
     assert checkpoint.load_model(run, best=True)[2]["step"] == 2
-
-
-def test_a_best_that_was_saved_before_its_evaluation_was_made_up_stays_the_best(train, measured, at_step, disk_full_at):
-    """A stop at step 3 left its evaluation out; at the resume it is the best, and the disk is full."""
-    settings = {"EVAL_EVERY": 3, "SAVE_EVERY": 0}
-    measured([3.0])
-    at_step(3, terminate)
-    train(**settings)
-    at_step()
-    disk_full_at(3)
-    measured([2.0, 2.5])
-    run = train(**settings, RESUME=True)
-    assert checkpoint.load_model(run, best=True)[2]["step"] == 3
 
 
 def test_old_checkpoints_that_cannot_be_removed_are_no_failed_saves(train, monkeypatch):
@@ -1292,12 +1178,10 @@ def test_a_run_in_wandb_goes_on_there_and_its_best_checkpoint_is_loaded_again(tr
         del options["config"]["plan"]  # which holds a measured speed
     assert first == second  # the same id, name and settings
     assert saved(run)[2]["train_state"]["wandb_id"] == first[1]["id"]
-    logged = [[(row["step"], *sorted(row)[1:2]) for (row,) in fake.of("log")] for fake in fakes]
-    numbers, of_evaluation = "system/peak_memory_bytes", ("val/bpb", "val/token_bits")
-    assert logged == [
-        [*((0, name) for name in of_evaluation), (2, numbers), *((3, name) for name in of_evaluation), (4, numbers)],
-        [(6, numbers), *((6, name) for name in of_evaluation), (6, "val/samples")],
-    ]
+    logged = [[row["step"] for (row,) in fake.of("log") if "train/loss" in row] for fake in fakes]
+    assert logged == [[2, 4], [6]]
+    logged = [[row["step"] for (row,) in fake.of("log") if "val/bpb" in row] for fake in fakes]
+    assert logged == [[0, 3], [6]]
     kinds = [[artifact.kind for artifact, _ in fake.of("log_artifact")] for fake in fakes]
     assert kinds == [["tokenizer", "dataset"], ["tokenizer", "dataset", "model"]]
     artifact, aliases = fakes[1].of("log_artifact")[-1]
@@ -1312,14 +1196,6 @@ def test_a_run_in_wandb_goes_on_there_and_its_best_checkpoint_is_loaded_again(tr
     artifact.files[weights] = artifact.files[weights][:-1] + bytes([artifact.files[weights][-1] ^ 1])
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         train("other", INIT_FROM=name)
-
-
-def test_a_wandb_that_raises_on_every_call_changes_nothing(train, whole, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(("everything",)))
-    run = train(WANDB="online", WANDB_LOG_EVERY=1)
-    assert capsys.readouterr().out.count("wandb offline does not work") == 1
-    ours, theirs = saved(run), saved(whole)
-    assert (equal(ours[0], theirs[0]), equal(ours[1], theirs[1]), timeless(run)) == (True, True, timeless(whole))
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, models
 from nanotrain import checkpoint, config, core_bundle, core_eval, dataset, engine, errors
 from nanotrain.gpt import GPTConfig
 from nanotrain.tokenizer import BPETokenizer
-from scripts import base_eval, generate
+from scripts import base_eval, generate, tok_train
 
 PROMPT = "🙂 the old über"
 
@@ -120,16 +120,21 @@ def test_from_text_to_samples_as_a_user_would(run_script, base_dir, data_dir):
 # ---- errors ----
 
 
-def test_a_misspelt_setting_and_a_folder_that_cannot_be_written_are_a_sentence(run_script, tmp_path, data_dir):
+def test_a_misspelt_setting_gets_the_nearest_name(run_script):
+    done = run_script("scripts.tok_train", "--vocab-siez=4")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "did you mean --vocab-size?" in done.stderr
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path, data_dir, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
-    below = str(tmp_path / "file" / "below")
-    for arguments, environment, code, expected in (
-        (["--vocab-siez=4"], {}, 2, "did you mean --vocab-size?"),
-        ([f"--data-dir={data_dir}"], {"NANOTRAIN_DIR": below}, 1, f"error: Not a directory: {tmp_path / 'file'}"),
-    ):
-        done = run_script("scripts.tok_train", *arguments, **environment)
-        assert (done.returncode, len(done.stderr.splitlines())) == (code, 1)
-        assert expected in done.stderr
+    monkeypatch.setenv("NANOTRAIN_DIR", str(tmp_path / "file" / "below"))
+    monkeypatch.setattr(tok_train, "DATA_DIR", str(data_dir))
+    monkeypatch.setattr(tok_train, "VOCAB_SIZE", 300)
+    with pytest.raises(SystemExit) as caught:
+        errors.run(tok_train.main)
+    assert caught.value.code == 1
+    assert f"error: Not a directory: {tmp_path / 'file'}" in capsys.readouterr().err
 
 
 def test_a_reader_that_goes_away_is_no_error_message():

@@ -278,20 +278,10 @@ class NoMiddleName(Store):
         return super()._hidden("bad" if kind == "old" else kind, name)
 
 
-class EarlyClean(Store):
-    """Removes the older sets before the new one is written."""
-
-    def commit(self, step, *arguments):
-        for older in self.steps():
-            self._discard(self._places()[older])
-        return super().commit(step, *arguments)
-
-
 @pytest.mark.parametrize(
     ("kind", "make", "restart"),
     [
         (FakeDisk, NoMiddleName, "kill"),
-        (FakeDisk, EarlyClean, "kill"),
         (NoFileSync, Store, "names kept"),
         (NoFileSync, Store, "names kept, data zero"),
         (NoFolderSync, Store, "names lost"),
@@ -423,18 +413,6 @@ def test_p5_nothing_wrong_is_loaded_silently_a_set_that_changed_since_it_was_ver
     assert sets.steps() == [1]
 
 
-def test_a_set_that_cannot_be_removed_ends_no_run(tmp_path):
-    class Stuck(Disk):
-        def rename(self, path, new_path):
-            if "trash" in new_path.name:
-                raise OSError(errno.EBUSY, "Device or resource busy")
-            super().rename(path, new_path)
-
-    sets = filled(tmp_path, 1, 2, disk=Stuck())
-    sets.clean(1, 0, -1, None)
-    assert sets.steps() == [2, 1]
-
-
 # ---- hostile sets ----
 
 HOSTILE = (
@@ -498,13 +476,6 @@ def test_p5_nothing_wrong_is_loaded_silently_or_without_end_from_what_is_no_file
     step, _, (complaint,) = sets.newest()
     assert step == 1
     assert "step_00000002" in complaint
-
-
-def test_other_digits_do_not_name_a_set(tmp_path):
-    sets = filled(tmp_path, 1)
-    for name in ("step_0000000٢", "step_00000003\n", ".old-step_00000004", ".old-step_00000005-zz"):
-        (sets.folder / name).mkdir()
-    assert sets.steps() == [1]
 
 
 # ---- two processes on one run ----

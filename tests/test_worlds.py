@@ -16,7 +16,7 @@ from nanotrain.dist import DistContext
 from nanotrain.gpt import GPTConfig
 from tests import soak
 
-STEPS, SAVED = 20, 10
+STEPS, SAVED, FEW_STEPS = 20, 10, 5
 WORLDS = (1, 2, 3, 4, 5, 7)
 ROWS, SEQ_LEN, BIGRAM_ROWS = 420, 8, 61  # rows of a step, which all of these can share
 SETTINGS = {
@@ -41,8 +41,9 @@ def planned(name, ranks, fault="none", stop=0, **settings):
     return {"name": name, "ranks": ranks, "stop": stop, "fault": fault, "flags": flags}
 
 
-def float_plan(ranks):
-    return planned(f"float{ranks}", ranks, GRAD_CHECKPOINT=ranks == 3)  # which changes no bit
+def float_plan(ranks, steps=STEPS):
+    settings = {"NUM_ITERATIONS": steps, "EVAL_EVERY": steps}
+    return planned(f"float{ranks}", ranks, GRAD_CHECKPOINT=ranks == 3, **settings)  # which changes no bit
 
 
 def all_plans():
@@ -93,8 +94,8 @@ class Worlds:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """One rank and two."""
-    return Worlds(tmp_path_factory.mktemp("pair"), [float_plan(1), float_plan(2)])
+    """One rank and two, for a few steps."""
+    return Worlds(tmp_path_factory.mktemp("pair"), [float_plan(ranks, FEW_STEPS) for ranks in (1, 2)])
 
 
 @pytest.fixture(scope="module")
@@ -144,11 +145,11 @@ def weights_distance(worlds, one, other="float1"):
     return max(distances(worlds.checkpoint(one)[0], worlds.checkpoint(other)[0]).values())
 
 
-def assert_trains_as_one_does(worlds, ranks):
+def assert_trains_as_one_does(worlds, ranks, steps=STEPS):
     one, many = "float1", f"float{ranks}"
     assert worlds.codes[many] == [0] * ranks, worlds.log(many, 0)
     assert worlds.column(many, "data_hash") == worlds.column(one, "data_hash")
-    assert len(worlds.column(one, "train/loss")) == STEPS
+    assert len(worlds.column(one, "train/loss")) == steps
     for key, limit in (("train/loss", 1e-6), ("val/bpb", 1e-6), ("train/grad_norm", 1e-4)):
         assert relative(worlds.column(many, key), worlds.column(one, key)) < limit, key
     assert gradient_distance(worlds, many, one) < 1e-6
@@ -156,7 +157,7 @@ def assert_trains_as_one_does(worlds, ranks):
 
 
 def test_p2_two_ranks_train_as_one_does(pair):
-    assert_trains_as_one_does(pair, 2)
+    assert_trains_as_one_does(pair, 2, FEW_STEPS)
 
 
 @pytest.mark.slow

@@ -95,7 +95,7 @@ def train(folder, plan, rank):
 
     optim.set_schedule, optim.collect_gradients = recording, collecting
     {"unsent": unsent, "unaveraged": unaveraged, "lost": lost, "none": lambda: None}[plan["fault"]]()
-    torch.set_num_threads(1 if plan["ranks"] > 1 else 2)  # as torchrun does, and a process alone
+    torch.set_num_threads(1)  # as torchrun does
     config.override(vars(base_train), plan["flags"])
     base_train.main()
 
