@@ -569,10 +569,7 @@ def test_a_run_lets_go_of_the_checkpoint_that_it_began_with(train, at_step, monk
 
 
 def test_asking_for_a_compiler_that_does_not_work_is_a_sentence(train, monkeypatch):
-    def broken(model):
-        raise RuntimeError("no compiler")
-
-    monkeypatch.setattr(GPT, "compile_parts", lambda model: setattr(model, "loss_kernel", broken))
+    monkeypatch.setattr(GPT, "compile_parts", lambda model: setattr(model, "loss_kernel", None))
     with pytest.raises(UserError, match="--compile=on: it does not work here"):
         train(COMPILE="on")
 
@@ -687,22 +684,13 @@ def test_p5_a_broken_checkpoint_is_named_and_the_older_one_gives_the_same_run(tr
     assert same_run(whole, run)
 
 
-@pytest.fixture(scope="module")
-def stopped_once(whole, data_dir):
-    """The run `whole`, stopped after its third step."""
-    run, momentum = whole.parent / "stopped", recipe.momentum
-    steps = iter((None, None, terminate))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipe, "momentum", lambda *progress: ((next(steps) or int)(), momentum(*progress))[1])
-        main(RUN_NAME=str(run), DATA_DIR=str(data_dir), TOKENIZER_DIR=str(whole.parent / "tokenizer"))
-    assert checkpoint.newest(run)[0] == 3
-    return run
-
-
 @pytest.fixture
-def stopped(stopped_once, base_dir):
-    """A copy of that run under its name."""
-    return Path(shutil.copytree(stopped_once, base_dir / "runs" / "stopped"))
+def stopped(train, at_step):
+    """The run `whole` under this name, stopped after its third step."""
+    at_step(3, terminate)
+    run = train("stopped")
+    at_step()
+    return run
 
 
 @pytest.fixture

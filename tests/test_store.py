@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import errno
-import functools
 import hashlib
 import itertools
 import json
@@ -502,23 +501,28 @@ def test_of_two_writers_only_the_one_that_claimed_last_commits(tmp_path):
 def test_a_writer_that_is_superseded_at_any_step_before_its_rename_commits_nothing(saving):
     """A rival claims the run before each step of a commit in turn, and also saves the same step if it is `saving`."""
 
-    def rival(disk):
-        disk.before_step = None
-        sets = Store(RUN, NAMES, disk)
-        owner = sets.claim()
-        if saving:
-            sets.commit(2, content(2, 7), 100, owner)
+    def rival(disk, number):
+        """For `before_step`: claims the run when it is called for the `number`-th time."""
+
+        def step():
+            nonlocal number
+            number -= 1
+            if number == 0:
+                sets = Store(RUN, NAMES, disk)
+                owner = sets.claim()
+                if saving:
+                    sets.commit(2, content(2, 7), 100, owner)
+
+        return step
 
     start = FakeDisk()
     owner = filled(RUN, 1, disk=start).claim()
     rehearsal = start.copy()
     steps = len(crashes(rehearsal, lambda: filled(RUN, 2, disk=rehearsal))) - 1
     assert steps > 15
-    for number in range(steps - 2):  # what is left is the rename itself, and what comes after it
+    for number in range(1, steps - 1):  # what is left is the rename itself, and what comes after it
         disk = start.copy()
-        disk.before_step = functools.partial(
-            lambda disk, at: None if next(at) else rival(disk), disk, itertools.count(-number)
-        )
+        disk.before_step = rival(disk, number)
         with pytest.raises(SupersededError):
             Store(RUN, NAMES, disk).commit(2, content(2, 0), 100, owner)
         assert sorted(disk.names(RUN / "checkpoints")) == ["step_00000001", "step_00000002"][: 1 + saving]
