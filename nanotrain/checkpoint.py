@@ -59,7 +59,7 @@ def save(
 
     It is there as a whole or not at all, whatever happens, and one serialized file is in memory at a time. A full disk
     raises OSError and leaves nothing behind; so does SupersededError, if the run is no longer that of `owner` (an id
-    from `claim`; None does not ask).
+    from `Store.claim`; None does not ask).
     """
     files = {
         MODEL: lambda: tensor_bytes(_plain(model_tensors)),
@@ -89,28 +89,6 @@ def newest(run_dir: Path) -> tuple[int | None, dict[str, bytes] | None, list[str
     Raises CheckpointError if there are checkpoints and none of them verifies.
     """
     return _store(run_dir).newest()
-
-
-def clean(
-    run_dir: Path,
-    keep_last: int,
-    keep_every: int,
-    best_step: int,
-    resumed_step: int | None,
-    owner: str | None = None,
-    verified: dict | None = None,
-) -> None:
-    """Remove temporary folders and old checkpoints by the rules of `Store.clean`. `verified` is a dict for the caller
-    to hand in again, so that no checkpoint is hashed at every save.
-    """
-    _store(run_dir).clean(keep_last, keep_every, best_step, resumed_step, owner, verified)
-
-
-def claim(run_dir: Path) -> str:
-    """Make this process the one that may write checkpoints of a run, until another claims it; returns the `owner` to
-    save with.
-    """
-    return _store(run_dir).claim()
 
 
 def unpack(files: dict[str, bytes]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
@@ -289,10 +267,9 @@ class CheckpointManager:
 
     def __init__(self, run_dir: Path, dist: DistContext, save_every: int = 0, keep_last: int = 2, keep_every: int = 0):
         """save_every, keep_every: steps; 0: never."""
-        self.run_dir, self.dist = run_dir, dist
+        self.run_dir, self.dist, self.store = run_dir, dist, _store(run_dir)
         self.save_every, self.keep_last, self.keep_every = save_every, keep_last, keep_every
         self.resumed_step = None
-        self.verified = {}  # checkpoints that were read back and hashed
         self.failures = 0  # consecutive
         self.saved = 0, -1  # step and evals_step of the newest one
 
@@ -304,9 +281,9 @@ class CheckpointManager:
 
         def find():
             if resume:
-                step, files_of_rank0["files"], complaints = newest(self.run_dir)
+                step, files_of_rank0["files"], complaints = self.store.newest()
                 return step, complaints
-            if there := steps(self.run_dir):
+            if there := self.store.steps():
                 raise UserError(
                     f"run {self.run_dir.name!r} is already at step {there[0]}: go on with --resume, or choose another "
                     "--run-name"
@@ -319,7 +296,7 @@ class CheckpointManager:
         if step is None:
             return None
         model_tensors, optimizer_tensors, state = self.dist.on_all_ranks(
-            lambda: unpack(files_of_rank0.pop("files", None) or read(self.run_dir, step))
+            lambda: unpack(files_of_rank0.pop("files", None) or self.store.read(step))
         )
         self.dist.print0(f"resume     {self.run_dir.name} at step {step}")
         self.resumed_step = step
@@ -327,7 +304,7 @@ class CheckpointManager:
 
     def claim(self, tokenizer: BPETokenizer) -> None:
         """Make this process the one that writes to the run's folder, and put the tokenizer there."""
-        self.owner = self.dist.on_rank0(lambda: claim(self.run_dir))
+        self.owner = self.dist.on_rank0(self.store.claim)
         self.dist.on_rank0(lambda: tokenizer.save(self.run_dir))
 
     def begin(self, state: "TrainState", record: dict, metrics: MetricLogger, beat: Callable[[float], None]) -> None:
@@ -394,17 +371,9 @@ class CheckpointManager:
         try:
             save(self.run_dir, state.step, weights, moments, found, self.owner)
         except OSError as error:
-            return error.strerror or str(error), state.step in steps(self.run_dir)
+            return error.strerror or str(error), state.step in self.store.steps()
         with contextlib.suppress(OSError):  # it is saved; what could not be removed is removed at the next save
-            clean(
-                self.run_dir,
-                self.keep_last,
-                self.keep_every,
-                state.best_step,
-                self.resumed_step,
-                self.owner,
-                self.verified,
-            )
+            self.store.clean(self.keep_last, self.keep_every, state.best_step, self.resumed_step, self.owner)
         return None, True
 
 

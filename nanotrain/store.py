@@ -109,6 +109,7 @@ class Store:
         self.folder = self.run_dir / "checkpoints"
         self.names = set(names)
         self.disk = disk or Disk()
+        self.verified = {}  # {step: size, time and inode of each file} of the sets that `clean` has hashed
 
     # ---- reading ----
 
@@ -179,23 +180,15 @@ class Store:
         return final
 
     def clean(
-        self,
-        keep_last: int,
-        keep_every: int,
-        best_step: int,
-        resumed_step: int | None,
-        owner: str | None = None,
-        verified: dict | None = None,
+        self, keep_last: int, keep_every: int, best_step: int, resumed_step: int | None, owner: str | None = None
     ) -> None:
         """Remove what is left of broken writes and old sets: keep the newest `keep_last`, every `keep_every`-th, the
         best, the one resumed from.
 
         The one resumed from may go only when two newer ones are there. Only sets that verify count as newest; one that
-        the system does not let us read stays. `verified` is a dict for the caller to hand in again: what was verified
-        once is not read again until a size, time or inode of its files has changed. Raises SupersededError as `commit`
-        does.
+        the system does not let us read stays. What was verified once is not read again until a size, time or inode of
+        its files has changed. Raises SupersededError as `commit` does.
         """
-        verified = {} if verified is None else verified
         self.check_owner(owner)
         self._sweep()
         known = self.steps()
@@ -204,7 +197,7 @@ class Store:
             if len(good) == max(keep_last, 2):
                 break
             try:
-                self._verify_once(step, verified)
+                self._verify_once(step)
                 good.append(step)
             except CheckpointError as error:
                 if _may_pass(error):
@@ -217,7 +210,7 @@ class Store:
                 continue
             self.check_owner(owner)
             self._discard(self._places()[step])
-            verified.pop(step, None)
+            self.verified.pop(step, None)
 
     # ---- who may write ----
 
@@ -299,15 +292,15 @@ class Store:
             raise CheckpointError(f"{path.parent}: {path.name} does not match its hash")
         return data
 
-    def _verify_once(self, step, verified):
+    def _verify_once(self, step):
         """`verify`, unless `verified` says that it was done and the files are still the same."""
         folder = self.folder / self._places()[step]
         stamp = None
         with contextlib.suppress(OSError, CheckpointError):  # verify says it better
             stamp = [self.disk.status(folder / name) for name in sorted({MANIFEST, *self.names})]
-        if stamp is None or verified.get(step) != stamp:
+        if stamp is None or self.verified.get(step) != stamp:
             self.verify(step)
-            verified[step] = stamp  # taken before: a change in between is noticed the next time
+            self.verified[step] = stamp  # taken before: a change in between is noticed the next time
 
     def _make_place(self):
         """The folder of the sets, with a name that lasts."""

@@ -17,24 +17,7 @@ from nanotrain.dist import DistContext
 from nanotrain.tokenizer import BPETokenizer
 
 ROOT = Path(__file__).parent.parent
-WORDS = (
-    "river",
-    "stone",
-    "light",
-    "walks",
-    "under",
-    "the",
-    "a",
-    "seven",
-    "12",
-    "blue",
-    "ships",
-    "über",
-    "日",
-    "🙂",
-    "never",
-    "old",
-)
+WORDS = "river stone light walks under the a seven 12 blue ships über 日 🙂 never old".split()
 TINY_RUN = {  # settings of base_train with which a step takes milliseconds
     "DEPTH": 1,
     "ASPECT_RATIO": 16,
@@ -50,16 +33,7 @@ TINY_RUN = {  # settings of base_train with which a step takes milliseconds
     "COMPILE": "off",
     "REPORT": False,
 }
-
-
-SLOW_FILES = (
-    "test_worlds.py",
-    "test_base_train.py",
-    "test_faults.py",
-    "test_gpu_check.py",
-    "test_scripts.py",
-    "test_soak.py",
-)
+SLOW_FILES = {f"test_{name}.py" for name in ("worlds", "base_train", "faults", "gpu_check", "scripts", "soak")}
 
 
 def pytest_collection_modifyitems(items):

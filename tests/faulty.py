@@ -9,7 +9,6 @@ FAULTS, separated by commas; STEP 1 is the first that this process does:
     lose@RANK:STEP        once, the rank ends its torchrun with SIGKILL and then itself, as a machine does that fails
     terminate@RANK:STEP   the rank sends SIGTERM to torchrun, and begins the step when it has got it back
     late@RANK             the rank starts LATE seconds after the others, where torchrun has started it again
-    forget-loader         a resume takes the data from their beginning
     none                  all goes well
 
 Every rank leaves two files in FOLDER: `rank0.hashes`, a hash of all parameters before each of its steps and at the end,
@@ -26,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from nanotrain import checkpoint, config, errors, guard, loss, optim
+from nanotrain import config, errors, guard, loss, optim
 from scripts import base_train
 
 RANK = os.environ.get("RANK", "0")
@@ -35,15 +34,10 @@ LATE = 3
 LONGEST_WAIT = 30  # seconds for torchrun to pass SIGTERM on
 
 
-def at_the_beginning(loader_state):
-    """The state of the same streams where a run begins."""
-    return {"next_sequence": 0, "streams": {stream: [int(stream), 0, 0] for stream in loader_state["streams"]}}
-
-
 def main():
     folder, faults = Path(sys.argv[1]), sys.argv[2].split(",")
     step, seen, stops = 0, [], []
-    set_schedule, mean_loss, unpack = optim.set_schedule, loss.mean_loss, checkpoint.unpack
+    set_schedule, mean_loss = optim.set_schedule, loss.mean_loss
 
     def planned(what):
         return f"{what}@{RANK}:{step}" in faults
@@ -77,18 +71,12 @@ def main():
     def poisoned(*arguments):
         return mean_loss(*arguments) * (math.nan if planned("nan") else 1.0)
 
-    def forgetful(files):
-        *tensors, state = unpack(files)
-        return *tensors, {**state, "loader": at_the_beginning(state["loader"])}
-
     class KnownStopRequest(guard.StopRequest):
         def __init__(self, prints):
             super().__init__(prints)
             stops.append(self)
 
     optim.set_schedule, loss.mean_loss, guard.StopRequest = beginning, poisoned, KnownStopRequest
-    if "forget-loader" in faults:
-        checkpoint.unpack = forgetful
     config.override(vars(base_train), sys.argv[3:])
     if f"late@{RANK}" in faults and RESTARTED:
         time.sleep(LATE)

@@ -56,7 +56,6 @@ class Result:
 
     kills: int = 0
     cut_saves: int = 0  # that left a temporary folder behind
-    cut_cleanings: int = 0  # that left an old checkpoint half removed
     rejected: int = 0  # restarts that found a checkpoint which did not verify
     steps: list = field(default_factory=list)  # of the newest checkpoint after each kill
     problems: list = field(default_factory=list)
@@ -66,10 +65,8 @@ def main():
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="nanotrain-soak-") as temporary:
         result = soak(Path(FOLDER or temporary).absolute())
-    print(
-        f"{result.kills} kills: {result.cut_saves} cut a save, {result.cut_cleanings} cut the removal of an old"
-        f" checkpoint; {result.rejected} restarts rejected a checkpoint; {time.monotonic() - begin:.0f} s"
-    )
+    found = f"{result.cut_saves} cut a save; {result.rejected} restarts rejected a checkpoint"
+    print(f"{result.kills} kills: {found}; {time.monotonic() - begin:.0f} s")
     if result.problems:
         raise SoakError("the disturbed run differs:\n  " + "\n  ".join(result.problems))
     print("equal to the undisturbed run: weights, optimizer state, loader state, losses, rows, evaluations")
@@ -98,17 +95,12 @@ def soak(folder):
             victim.process.kill()
             victim.process.wait()
             result.kills += 1
-            left = victim.left_behind()
-            result.cut_saves += any(name.startswith(".tmp-step_") for name in left)
-            result.cut_cleanings += any(name.startswith(".tmp-trash-") for name in left)
+            result.cut_saves += len(victim.begun_saves()) > 0
             step, problems = after_a_kill(victim.run, seen, victim.first_step, victim.output())
             result.rejected += "not used:" in victim.output()
         result.steps.append(step)
         result.problems += [f"kill {result.kills}, {instant}: {problem}" for problem in problems]
-        cut = ", ".join(sorted(re.sub("-[0-9a-f]{32}$", "", name) for name in left)) or "nothing"
-        say(f"kill {result.kills} of {KILLS}: {instant}; left behind: {cut}; goes on from step {step}")
-        for problem in problems:
-            say(f"  {problem}")
+        say("; ".join([f"kill {result.kills} of {KILLS}: {instant}", f"goes on from step {step}", *problems]))
     with Training(folder, "killed", settings) as last:
         last.finish()
     result.problems += differences(whole.run, last.run)
@@ -124,14 +116,14 @@ def make_inputs(folder):
 class Training:
     """A process that trains, and what can be seen of it from outside. It ends with the `with` block at the latest."""
 
-    def __init__(self, folder, name, settings, trainer=("scripts.base_train",)):
-        """trainer: the module, and its arguments that come before the settings."""
+    def __init__(self, folder, name, settings):
         self.run, self.log = folder / "runs" / name, folder / f"{name}.log"
         self.checkpoints, self.metrics = self.run / "checkpoints", self.run / "metrics.jsonl"
         self.first_step = max(checkpoint.steps(self.run), default=0)
         self.old_names = set(self.names())
         self.old_metrics = self.metrics.stat().st_ino if self.metrics.exists() else None
-        command = [sys.executable, "-m", *trainer, *flags(**TINY, **settings, RUN_NAME=name, RESUME=True)]
+        options = flags(**TINY, **settings, RUN_NAME=name, RESUME=True)
+        command = [sys.executable, "-m", "scripts.base_train", *options]
         environment = {**os.environ, "NANOTRAIN_DIR": str(folder), "OMP_NUM_THREADS": "1"}
         self.begin = time.monotonic()
         with open(self.log, "wb") as log:
@@ -152,9 +144,9 @@ class Training:
         """What is in the folder of its checkpoints."""
         return os.listdir(self.checkpoints) if self.checkpoints.is_dir() else []
 
-    def left_behind(self):
-        """The temporary folders that are there because of this process."""
-        return [name for name in self.names() if name.startswith(".tmp-") and name not in self.old_names]
+    def begun_saves(self):
+        """The temporary folders of saves that are there because of this process."""
+        return [name for name in self.names() if name.startswith(".tmp-step_") and name not in self.old_names]
 
     def new_steps(self):
         """How many steps it has recorded since it was started."""
@@ -196,7 +188,7 @@ def aim(kind, draw, victim, start_seconds):
     saves, files, seen = draw.randint(1, MOST_SAVES), draw.randint(0, FILES_OF_A_SAVE + 1), []
 
     def reached():
-        seen.extend(name for name in victim.left_behind() if name.startswith(".tmp-step_") and name not in seen)
+        seen.extend(name for name in victim.begun_saves() if name not in seen)
         if len(seen) < saves:
             return False
         try:

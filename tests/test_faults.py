@@ -18,6 +18,8 @@ import torch
 from nanotrain import checkpoint
 from tests import soak
 
+pytestmark = pytest.mark.slow
+
 LONGEST = 100  # seconds for a launch: whatever happens, all ranks have left by then
 STEPS, EVERY = 12, 5
 STOPPED, SAVED, KILLED = 4, 5, 8  # steps: SIGTERM comes in one, another is the last saved before that of SIGKILL

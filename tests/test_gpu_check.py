@@ -68,6 +68,7 @@ def shell(*arguments, **options):
     return subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True, **options)
 
 
+@pytest.mark.slow
 def test_all_steps_succeed_at_tiny_sizes_and_both_files_hold_the_numbers(tmp_path, base_dir):
     done = shell("--smoke", "out", cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -97,6 +98,7 @@ def test_all_steps_succeed_at_tiny_sizes_and_both_files_hold_the_numbers(tmp_pat
     assert not base_dir.exists()
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_or_runs_out_of_time_leaves_the_others_running_and_is_named(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(STEPS_THAT_FAIL, encoding="utf-8")
@@ -174,6 +176,7 @@ for name in ("scripts.base_train", "scripts.bench", "scripts.tok_train", "test_g
 """
 
 
+@pytest.mark.slow
 def test_what_it_runs_needs_no_optional_package():
     done = subprocess.run([sys.executable, "-c", WITHOUT], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stderr) == (0, "")

@@ -16,7 +16,7 @@ from nanotrain.dist import DistContext
 from nanotrain.gpt import GPTConfig
 from tests import soak
 
-STEPS, SAVED = 20, 10
+STEPS, SAVED, FEW_STEPS = 20, 10, 5
 WORLDS = (1, 2, 3, 4, 5, 7)
 ROWS, SEQ_LEN, BIGRAM_ROWS = 420, 8, 61  # rows of a step, which all of these can share
 SETTINGS = {
@@ -41,9 +41,13 @@ def planned(name, ranks, fault="none", stop=0, **settings):
     return {"name": name, "ranks": ranks, "stop": stop, "fault": fault, "flags": flags}
 
 
+def float_plan(ranks, steps=STEPS):
+    settings = {"NUM_ITERATIONS": steps, "EVAL_EVERY": steps}
+    return planned(f"float{ranks}", ranks, GRAD_CHECKPOINT=ranks == 3, **settings)  # which changes no bit
+
+
 def all_plans():
-    # with 3 ranks blocks run twice, which changes no bit
-    plans = [planned(f"float{ranks}", ranks, GRAD_CHECKPOINT=ranks == 3) for ranks in WORLDS]
+    plans = [float_plan(ranks) for ranks in WORLDS]
     short = {"DTYPE": "bfloat16", "EVAL_EVERY": 0, "TOTAL_BATCH_SIZE": 60 * SEQ_LEN}
     plans += [planned(f"bfloat{ranks}", ranks, **short) for ranks in (1, 2, 3, 4)]
     plans += [planned(fault, 2, fault, EVAL_EVERY=0) for fault in ("unsent", "unaveraged")]
@@ -55,10 +59,17 @@ def all_plans():
 
 
 class Worlds:
-    """What all the runs left behind."""
+    """What the runs of `plans` left behind in `folder`."""
 
-    def __init__(self, folder, codes):
-        self.folder, self.codes = folder, codes
+    def __init__(self, folder, plans):
+        self.folder = folder
+        soak.make_inputs(folder)
+        (folder / "plan.json").write_text(json.dumps(plans), encoding="utf-8")
+        environment = {**os.environ, "NANOTRAIN_DIR": str(folder), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "tests.worlds", str(folder)]
+        done = subprocess.run(command, cwd=soak.ROOT, env=environment, capture_output=True, text=True, timeout=1800)
+        assert done.returncode == 0, done.stderr
+        self.codes = json.loads((folder / "codes.json").read_text(encoding="utf-8"))
 
     def log(self, name, rank):
         return (self.folder / f"{name}.rank{rank}.log").read_text(encoding="utf-8")
@@ -67,33 +78,30 @@ class Worlds:
         """The values of `key` in the run's metrics, in order of steps."""
         return [value for _, value in soak.recorded(self.folder / "runs" / name, key)]
 
-    def tensors(self, name):
-        """Weights and optimizer state of the newest checkpoint."""
-        weights, moments, _ = checkpoint.unpack(checkpoint.newest(self.folder / "runs" / name)[1])
-        return {**weights, **moments}
+    def checkpoint(self, name):
+        """({name: tensor} of weights and optimizer state, state) of the newest checkpoint."""
+        weights, moments, state = checkpoint.unpack(checkpoint.newest(self.folder / "runs" / name)[1])
+        return {**weights, **moments}, state
 
     def gradients(self, name):
         return load_file(self.folder / f"{name}.gradients")
 
     def ranks(self, name):
         """What each rank recorded."""
-        return [
-            json.loads((self.folder / f"{name}.rank{rank}.json").read_text(encoding="utf-8"))
-            for rank in range(len(self.codes[name]))
-        ]
+        files = [self.folder / f"{name}.rank{rank}.json" for rank in range(len(self.codes[name]))]
+        return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """One rank and two, for a few steps."""
+    return Worlds(tmp_path_factory.mktemp("pair"), [float_plan(ranks, FEW_STEPS) for ranks in (1, 2)])
 
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory):
     """All runs."""
-    folder = tmp_path_factory.mktemp("worlds")
-    soak.make_inputs(folder)
-    (folder / "plan.json").write_text(json.dumps(all_plans()), encoding="utf-8")
-    environment = {**os.environ, "NANOTRAIN_DIR": str(folder), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.worlds", str(folder)]
-    done = subprocess.run(command, cwd=soak.ROOT, env=environment, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr
-    return Worlds(folder, json.loads((folder / "codes.json").read_text(encoding="utf-8")))
+    return Worlds(tmp_path_factory.mktemp("worlds"), all_plans())
 
 
 def pooled(tensors):
@@ -132,18 +140,33 @@ def relative(ours, theirs):
     return max(abs(our / their - 1) for our, their in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("ranks", WORLDS[1:])
-def test_any_number_of_ranks_trains_as_one_does(worlds, ranks):
+def weights_distance(worlds, one, other="float1"):
+    """The largest distance of weights and optimizer state."""
+    return max(distances(worlds.checkpoint(one)[0], worlds.checkpoint(other)[0]).values())
+
+
+def assert_trains_as_one_does(worlds, ranks, steps=STEPS):
     one, many = "float1", f"float{ranks}"
     assert worlds.codes[many] == [0] * ranks, worlds.log(many, 0)
     assert worlds.column(many, "data_hash") == worlds.column(one, "data_hash")
-    assert len(worlds.column(one, "train/loss")) == STEPS
+    assert len(worlds.column(one, "train/loss")) == steps
     for key, limit in (("train/loss", 1e-6), ("val/bpb", 1e-6), ("train/grad_norm", 1e-4)):
         assert relative(worlds.column(many, key), worlds.column(one, key)) < limit, key
     assert gradient_distance(worlds, many, one) < 1e-6
-    assert max(distances(worlds.tensors(many), worlds.tensors(one)).values()) < 1e-4
+    assert weights_distance(worlds, many) < 1e-4
 
 
+def test_p2_two_ranks_train_as_one_does(pair):
+    assert_trains_as_one_does(pair, 2, FEW_STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", WORLDS[1:])
+def test_p2_any_number_of_ranks_trains_as_one_does(worlds, ranks):
+    assert_trains_as_one_does(worlds, ranks)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_in_bfloat16_the_losses_agree_to_its_rounding(worlds, ranks):
     assert worlds.codes[f"bfloat{ranks}"] == [0] * ranks
@@ -152,27 +175,32 @@ def test_in_bfloat16_the_losses_agree_to_its_rounding(worlds, ranks):
     assert alone != worlds.column("float1", "train/loss")
 
 
+@pytest.mark.slow
 def test_gradients_that_are_not_averaged_are_noticed_though_all_ranks_hold_the_same_weights(worlds):
     assert worlds.codes["unaveraged"] == [0, 0]
     assert relative(worlds.column("unaveraged", "train/loss"), worlds.column("float1", "train/loss")) > 1e-5
     assert gradient_distance(worlds, "unaveraged", "float1") > 1e-3
-    assert max(distances(worlds.tensors("unaveraged"), worlds.tensors("float1")).values()) > 1e-3
+    assert weights_distance(worlds, "unaveraged") > 1e-3
 
 
+@pytest.mark.slow
 def test_parameters_that_are_not_sent_are_noticed_before_a_save(worlds):
     assert 0 not in worlds.codes["unsent"]
     assert f"step {STEPS}: the weights of rank 1 are not those of rank 0" in worlds.log("unsent", 0)
     assert checkpoint.steps(worlds.folder / "runs" / "unsent") == []
 
 
-def test_a_run_goes_on_on_another_number_of_ranks(worlds):
+@pytest.mark.slow
+def test_p3_a_run_goes_on_on_another_number_of_ranks(worlds):
     assert worlds.codes["moved"] == [0, 0, 0]
     assert f"stopped and saved at step {SAVED}" in worlds.log("moved", 0)
     assert worlds.codes["moved-on"] == [0, 0], worlds.log("moved-on", 0)
+    assert worlds.column("moved", "data_hash") == worlds.column("float1", "data_hash")
     assert relative(worlds.column("moved", "train/loss"), worlds.column("float1", "train/loss")) < 1e-6
-    assert max(distances(worlds.tensors("moved"), worlds.tensors("float1")).values()) < 1e-4
+    assert weights_distance(worlds, "moved") < 1e-4
 
 
+@pytest.mark.slow
 def test_ranks_make_up_the_evaluation_that_a_stop_left_out(worlds):
     assert worlds.log("moved", 0).count("val bpb") == 1  # of the weights before the first step
     assert f"step {SAVED}: val bpb" in worlds.log("moved-on", 0)
@@ -181,12 +209,13 @@ def test_ranks_make_up_the_evaluation_that_a_stop_left_out(worlds):
     assert relative(worlds.column("moved", "val/bpb"), expected) < 1e-6
 
 
+@pytest.mark.slow
 def test_state_that_is_lost_at_a_save_is_noticed(worlds):
     assert worlds.codes["lost"] + worlds.codes["lost-on"] == [0] * 5
     losses = worlds.column("lost", "train/loss")
     assert relative(losses[:SAVED], worlds.column("float1", "train/loss")[:SAVED]) < 1e-6
     assert relative(losses, worlds.column("float1", "train/loss")) > 1e-5
-    assert max(distances(worlds.tensors("lost"), worlds.tensors("float1")).values()) > 1e-3
+    assert weights_distance(worlds, "lost") > 1e-3
 
 
 def communication_bytes(config, rank, world_size, table_rows):
@@ -197,11 +226,12 @@ def communication_bytes(config, rank, world_size, table_rows):
     return optim.communication_bytes(optim.build_optimizers(roles, rates, 0.0, torch.float32, place), place, table_rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
 def test_what_ranks_send_and_hold_is_what_the_plan_says(worlds, ranks):
     """The kernel counts what each process sends; what it holds is the size of its tensors' memory."""
-    shape = checkpoint.unpack(checkpoint.newest(worlds.folder / "runs" / f"float{ranks}")[1])[2]["model_config"]
-    config, table_rows = GPTConfig(**shape), ROWS * SEQ_LEN // ranks
+    config = GPTConfig(**worlds.checkpoint(f"float{ranks}")[1]["model_config"])
+    table_rows = ROWS * SEQ_LEN // ranks
     plans = [communication_bytes(config, rank, ranks, table_rows) for rank in range(ranks)]
     measured = worlds.ranks(f"float{ranks}")
     assert [rank["state"] for rank in measured] == [plan["state"] for plan in plans]

@@ -3,8 +3,8 @@ everything.
 
 python -m tests.worlds FOLDER
 
-FOLDER/plan.json is a list of {"name", "ranks", "stop", "fault", "flags"}. In step "stop" rank 0 gets SIGTERM, and the
-fault is what goes wrong:
+FOLDER/plan.json is a list of {"name", "ranks", "stop", "fault", "flags"}. In step "stop" the last rank alone gets
+SIGTERM, and the fault is what goes wrong:
 
     unsent        rank 1 does not send the parameters that it has updated
     unaveraged    the gradients are not averaged over the ranks
@@ -82,7 +82,7 @@ def train(folder, plan, rank):
         record["state"] = sum(tensor.untyped_storage().nbytes() for state in states for tensor in state.values())
         record["sent"].append(bytes_sent())
         (folder / f"{plan['name']}.rank{rank}.json").write_text(json.dumps(record), encoding="utf-8")
-        if len(record["sent"]) == plan["stop"] and rank == 0:
+        if len(record["sent"]) == plan["stop"] and rank == plan["ranks"] - 1:
             signal.raise_signal(signal.SIGTERM)
         set_schedule(optimizers, *schedule)
 
@@ -95,7 +95,7 @@ def train(folder, plan, rank):
 
     optim.set_schedule, optim.collect_gradients = recording, collecting
     {"unsent": unsent, "unaveraged": unaveraged, "lost": lost, "none": lambda: None}[plan["fault"]]()
-    torch.set_num_threads(1 if plan["ranks"] > 1 else 2)  # as torchrun does, and a process alone
+    torch.set_num_threads(1)  # as torchrun does
     config.override(vars(base_train), plan["flags"])
     base_train.main()
 
