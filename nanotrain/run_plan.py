@@ -26,6 +26,7 @@ class RunPlan:
     def __init__(self, cfg: SimpleNamespace, data: TrainData, dist: DistContext, restored: Restored | None):
         """cfg: the settings of scripts.base_train. Raises UserError if they contradict each other or the checkpoint."""
         self.cfg, self.data, self.dist = cfg, data, dist
+        self.saved = restored.state if restored else None  # state.json of the checkpoint
         was, changed = (restored.state, restored.changed) if restored else ({}, set())
         self.environment = hardware.environment(dist.device, dist.dtype, dist.world_size)
         if restored:
