@@ -346,6 +346,15 @@ def test_float16_trains_through_the_gradient_scaler(train):
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
+def test_a_plain_run_trains_what_the_stock_class_of_transformers_has(train):
+    run = train("plain", PLAIN=True, NUM_ITERATIONS=10)
+    tensors, _, state = saved(run)
+    assert state["model_config"]["plain"]
+    assert not [name for name in tensors if "value" in name or "scale" in name or "bigram" in name]
+    losses = column(run, "train/loss")
+    assert losses[-1] < losses[0]
+
+
 # ---- the dial ----
 
 

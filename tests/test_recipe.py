@@ -219,6 +219,30 @@ def test_a_plan_survives_json():
 # ---- memory ----
 
 
+@pytest.mark.parametrize(
+    ("checkpointing", "batch_size", "advice"),
+    [(False, 4, "--grad-checkpoint"), (True, 4, "lower --device-batch-size=2"), (True, 1, "lower --depth=4")],
+)
+def test_a_plan_that_exceeds_the_memory_names_the_setting_to_lower(checkpointing, batch_size, advice):
+    model_config = GPTConfig(100, 512, 8, 2, 2, 8)
+    roles = build_model(model_config, "meta").parameters_by_role()
+    counts = {role: sum(p.numel() for p in named.values()) for role, named in roles.items()}
+    made = recipe.make_plan(
+        counts,
+        model_config,
+        Horizon(num_iterations=1),
+        total_batch_size=4096,
+        max_device_batch_size=batch_size,
+        world_size=1,
+        flops_per_second=1e12,
+        policy=ActivationPolicy(4, True, checkpointing, 512),
+    )
+    for spare, warns in ((-1, True), (0, False)):
+        free = recipe.process_growth(made.memory) + spare
+        lines = recipe.describe_batch(made, model_config, 1, batch_size, checkpointing, free, 0)
+        assert [advice in line for line in lines if line.startswith("warning")] == [True] * warns
+
+
 def measured_peak(model, optimizers, rows, grad_accum_steps, dist):
     """The most bytes of tensors that torch has had at once during a step, beyond weights and optimizer state."""
     tokens = torch.randint(model.config.vocab_size, (2, rows, model.config.max_seq_len))
