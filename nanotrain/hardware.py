@@ -20,6 +20,8 @@ from nanotrain.errors import UserError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
+BFLOAT16_GAIN = 1.2  # what AVX512_BF16 must gain over float32, far enough from 1 that no start decides otherwise
+
 # Dense bf16 FLOP/s as the vendors publish them, by a part of the device's name; the first match counts.
 PEAK_FLOPS = {
     "GB200": 2.5e15,
@@ -70,10 +72,14 @@ def find_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
         return torch.float32, f"{version}: no fast 16-bit matrix products"
     if device.type == "cpu":
         can = torch.cpu.get_capabilities()
-        for feature in ("amx_bf16", "avx512_bf16"):
-            if can.get(feature):
-                return torch.bfloat16, f"this CPU has {feature.upper()}"
-        return torch.float32, "this CPU has neither AVX512_BF16 nor AMX"
+        if can.get("amx_bf16"):
+            return torch.bfloat16, "this CPU has AMX_BF16"
+        if not can.get("avx512_bf16"):
+            return torch.float32, "this CPU has neither AVX512_BF16 nor AMX"
+        # Twice as fast as float32 on some CPUs, half as fast on others (dev/LOG.md).
+        speeds = [training_flops_per_second(device, dtype, 0.05) for dtype in (torch.bfloat16, torch.float32)]
+        reason = f"AVX512_BF16 has {speeds[0] / speeds[1]:.1f} times the speed of float32 here"
+        return (torch.bfloat16 if speeds[0] > BFLOAT16_GAIN * speeds[1] else torch.float32), reason
     return torch.float32, "the safe choice on this device"
 
 
