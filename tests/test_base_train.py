@@ -1008,7 +1008,7 @@ def test_a_shard_that_breaks_in_the_middle_ends_the_run_with_its_name(train, tmp
 
 
 def test_a_shard_that_vanishes_costs_no_step(train, tmp_path, at_step):
-    """DA12: the last finished step is saved, and the run goes on from there once the shard is back."""
+    """The last finished step is saved, and the run goes on from there once the shard is back."""
     folder = make_shards(tmp_path / "folder")
     shard, hidden = folder / "shard_00001.parquet", tmp_path / "hidden"
     settings = {"DATA_DIR": str(folder), "NUM_ITERATIONS": 40, "SAVE_EVERY": 0, "EVAL_EVERY": 0}

@@ -85,7 +85,7 @@ def test_cut_by_hand(text, documents):
 
 @pytest.mark.parametrize("text", ["a" * 20_000_000, "\n " * 10_000_000])
 def test_cut_takes_time_and_memory_in_proportion_to_the_text(text):
-    """DA5: a slice of what is left at each cut would be 50 GB of copies."""
+    """A slice of what is left at each cut would be 50 GB of copies."""
     begin = time.process_time()
     assert len(corpus.cut(text)) == (5000 if "a" in text else 0)
     assert time.process_time() - begin < 2
@@ -257,7 +257,7 @@ def test_import_of_a_folder_takes_every_kind_of_file_at_every_depth_and_nothing_
     "texts", [*map(make_texts, (2, 3, 4, 5, 60)), *([letter, letter * 50_000] for letter in "abcdefgh")], ids=len
 )
 def test_import_always_has_train_and_validation_and_no_text_in_both(tmp_path, texts):
-    """DA10: also where one document, the first or the last, is nearly all."""
+    """Also where one document, the first or the last, is nearly all."""
     train, validation, skipped = imported([*texts, *texts[: len(texts) // 2]], tmp_path / "shards")
     assert train
     assert min(map(len, [*train, validation])) >= 1
@@ -297,7 +297,7 @@ def test_import_bounds_the_text_of_row_groups_and_of_shards_without_a_drift(tmp_
 
 
 def test_import_of_little_text_still_has_many_row_groups(tmp_path):
-    """DA9: lanes and ranks find something to read."""
+    """Streams and ranks find something to read."""
     train, validation, _ = imported(make_texts(1000), tmp_path / "shards")
     assert len(train) == 4
     assert max(map(len, train)) < 1.2 * min(map(len, train))
@@ -343,7 +343,7 @@ def test_import_cuts_a_long_file_as_if_it_were_read_whole(tmp_path, monkeypatch,
 
 
 def test_import_leaves_out_only_the_documents_that_are_not_utf8(tmp_path):
-    """DA6: bytes that are no UTF-8, UTF-16, and the end of a file in the middle of a character."""
+    """Bytes that are no UTF-8, UTF-16, and the end of a file in the middle of a character."""
     good = [letter * 3000 for letter in "abc"]
     bad = [b"caf\xe9 " + b"x" * 3000, "y".encode("utf-16-le") * 2000, b"z" * 3000 + "日".encode()[:2]]
     parts = [good[0].encode(), bad[0], good[1].encode(), bad[1], good[2].encode(), bad[2]]
@@ -352,7 +352,7 @@ def test_import_leaves_out_only_the_documents_that_are_not_utf8(tmp_path):
 
 @pytest.mark.parametrize("text", ["a", "\n", "ab \n", "word\n\n"])
 def test_import_holds_a_few_blocks_of_a_file_and_not_all_of_it(tmp_path, monkeypatch, text):
-    """DA5: whatever it consists of."""
+    """Whatever it consists of."""
     monkeypatch.setattr(corpus, "BLOCK_CHARS", 1 << 13)
     data, lengths = (text * 500_000)[:500_000], []
     (tmp_path / "a.txt").write_text(data)
@@ -369,7 +369,7 @@ def test_import_holds_a_few_blocks_of_a_file_and_not_all_of_it(tmp_path, monkeyp
 
 
 def test_import_counts_what_it_leaves_out_by_reason(tmp_path):
-    """DA4, and DA6 in a column."""
+    """Also bytes that are no UTF-8 in a column."""
     good = make_texts(3)
     bad_lines = b'{"content": "a"}\n["text"]\n{"text": "cut\n\n  \n{"text": "\xff"}\n' + b"[" * 100_000
     (tmp_path / "a.jsonl").write_bytes(json_lines([*good, None, "", " \n\t", 5, ["a"], good[0]]) + bad_lines)
@@ -395,7 +395,7 @@ def test_import_never_holds_a_row_that_is_too_long(tmp_path, monkeypatch, name, 
 
 
 def test_import_makes_lone_surrogates_replacement_characters(tmp_path):
-    """DA7: JSON can hold them, parquet cannot."""
+    """JSON can hold them, parquet cannot."""
     assert sorted(all_of(*imported(["a\ud800b", "c🙂\udc00"], tmp_path / "shards"))) == ["a\ufffdb", "c🙂\ufffd"]
 
 
@@ -445,7 +445,7 @@ BAD_SOURCES = [
 
 @pytest.mark.parametrize(("name", "make", "says"), BAD_SOURCES)
 def test_import_says_what_is_wrong_and_leaves_nothing(tmp_path, name, make, says):
-    """DA1 and DA3 of a user's own files."""
+    """Of a user's own files."""
     make(tmp_path / name)
     with pytest.raises(DataError, match=says) as caught:
         dataset.import_text(tmp_path / name, tmp_path / "data" / "mine")

@@ -132,7 +132,6 @@ def no_rows(folder):
     ],
 )
 def test_open_shards_says_what_is_wrong(tmp_path, prepare, says):
-    """DA1, DA3, DA10."""
     folder = tmp_path / "shards"
     folder.mkdir()
     prepare(folder)
@@ -163,7 +162,7 @@ HARMS = [
 
 @pytest.mark.parametrize("harm", HARMS)
 def test_a_row_group_that_cannot_be_read_is_named(tmp_path, harm):
-    """DA2, and DA12: a shard that is replaced or vanishes after it was opened."""
+    """A shard that is replaced or vanishes after it was opened."""
     path = make_shards(tmp_path) / NAMES[0]
     harm(path)
     with pytest.raises(DataError, match=rf"{NAMES[0]}, row group 1, cannot be read .*get it again"):
@@ -172,7 +171,7 @@ def test_a_row_group_that_cannot_be_read_is_named(tmp_path, harm):
 
 @pytest.mark.parametrize("kept", [None, {}])
 def test_a_shard_that_another_good_one_has_replaced_is_an_error(tmp_path, kept):
-    """DA12: also where its row group is kept."""
+    """Also where its row group is kept."""
     shard = dataset.open_shards(make_shards(tmp_path)).train[0]
     before = dataset.read_texts(shard.path, 0, 1, 3, shard.stamp, kept)
     assert dataset.read_texts(shard.path, 0, 1, 3, shard.stamp, kept) == before
@@ -211,7 +210,6 @@ def test_row_groups_read_in_slices_are_decoded_once_within_bounds(tmp_path, monk
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
 def test_text_that_is_not_utf8_is_named_to_the_row(tmp_path, kind):
-    """DA6."""
     text = pa.array([b"fine", None, "é".encode(), b"\xff\xfe\xfd", b"\xff"])
     if pa.types.is_dictionary(kind):
         text = text.dictionary_encode()
@@ -225,7 +223,7 @@ def test_text_that_is_not_utf8_is_named_to_the_row(tmp_path, kind):
 
 
 def test_a_row_group_that_declares_too_much_text_is_refused(tmp_path, monkeypatch):
-    """DA14: before it is decompressed."""
+    """Before it is decompressed."""
     dataset.write_shard(tmp_path / NAMES[0], ["a", "a" * 1_000_000, "b"], rows_per_group=1)
     assert (tmp_path / NAMES[0]).stat().st_size < 5000
     assert dataset.MAX_GROUP_BYTES == 2 * 1024**3
@@ -252,7 +250,7 @@ def test_fingerprint_has_size_and_hash_of_every_shard(tmp_path, validation):
 
 @pytest.mark.parametrize("with_manifest", [False, True])
 def test_a_train_shard_equal_to_the_validation_shard_is_an_error(tmp_path, with_manifest):
-    """DA10: whatever its name."""
+    """Whatever its name."""
     make_shards(tmp_path, train=3)
     (tmp_path / NAMES[1]).write_bytes((tmp_path / NAMES[3]).read_bytes())
     if with_manifest:
@@ -284,7 +282,7 @@ def test_verify_names_every_bad_shard_and_what_is_wrong_with_it(tmp_path):
 
 
 def test_verify_notices_any_flipped_bit_and_reading_gives_text_or_a_data_error(tmp_path):
-    """DA2: pages have no checksum of their own, so only the hash of the whole file is sure to notice."""
+    """Pages have no checksum of their own, so only the hash of the whole file is sure to notice."""
     path = listed_shards(tmp_path, NAMES[1], train=1) / NAMES[0]
     good, texts, unnoticed = path.read_bytes(), list(dataset.row_groups([path])), 0
     for place in range(0, len(good), 211):
