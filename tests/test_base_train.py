@@ -75,7 +75,7 @@ def _global_state():
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     deterministic = torch.are_deterministic_algorithms_enabled()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hardware, "training_flops_per_second", lambda device, dtype: 1e11)
+        patch.setattr(hardware, "training_flops_per_second", lambda *arguments: 1e11)
         yield
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
