@@ -20,8 +20,6 @@ from nanotrain.errors import UserError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
-BFLOAT16_GAIN = 1.2  # what AVX512_BF16 must gain over float32, far enough from 1 that no start decides otherwise
-
 # Dense bf16 FLOP/s as the vendors publish them, by a part of the device's name; the first match counts.
 PEAK_FLOPS = {
     "GB200": 2.5e15,
@@ -76,10 +74,9 @@ def find_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
             return torch.bfloat16, "this CPU has AMX_BF16"
         if not can.get("avx512_bf16"):
             return torch.float32, "this CPU has neither AVX512_BF16 nor AMX"
-        # Twice as fast as float32 on some CPUs, half as fast on others (dev/LOG.md).
-        speeds = [training_flops_per_second(device, dtype, 0.05) for dtype in (torch.bfloat16, torch.float32)]
-        reason = f"AVX512_BF16 has {speeds[0] / speeds[1]:.1f} times the speed of float32 here"
-        return (torch.bfloat16 if speeds[0] > BFLOAT16_GAIN * speeds[1] else torch.float32), reason
+        if can.get("avx512_fp16"):  # a CPU made for AMX, here hidden: its AVX512_BF16 has half the rate of float32
+            return torch.float32, "AVX512_BF16 is slow on a CPU made for AMX"
+        return torch.bfloat16, "this CPU has AVX512_BF16"
     return torch.float32, "the safe choice on this device"
 
 

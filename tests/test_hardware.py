@@ -29,15 +29,13 @@ def fail(error):
     [
         ({}, torch.float32, "neither"),
         ({"avx512_f": True, "amx_tile": True, "avx512_bf16": False, "amx_bf16": False}, torch.float32, "neither"),
-        ({"avx512_bf16": True, "speeds": (9.0, 5.0)}, torch.bfloat16, "AVX512_BF16 has 1.8 times"),
-        ({"avx512_bf16": True, "speeds": (5.5, 5.0)}, torch.float32, "AVX512_BF16 has 1.1 times"),
-        ({"avx512_bf16": True, "amx_bf16": True}, torch.bfloat16, "AMX_BF16"),
+        ({"avx512_bf16": True}, torch.bfloat16, "AVX512_BF16"),
+        ({"avx512_bf16": True, "avx512_fp16": True}, torch.float32, "made for AMX"),
+        ({"avx512_bf16": True, "avx512_fp16": True, "amx_bf16": True}, torch.bfloat16, "AMX_BF16"),
     ],
 )
 def test_precision_of_a_cpu(capabilities, dtype, reason, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    measured = iter(capabilities.get("speeds", ()))
-    monkeypatch.setattr(hardware, "training_flops_per_second", lambda *arguments: next(measured))
     found, why = hardware.find_dtype("auto", torch.device("cpu"))
     assert (found, reason in why) == (dtype, True)
     assert hardware.find_dtype("float16", torch.device("cpu"))[0] == torch.float16  # what is asked for counts
