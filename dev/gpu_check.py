@@ -278,7 +278,7 @@ def speed(depth: int) -> None:
         training = bench.Training(GPTConfig(300, 16, depth // 10, 2, 2, 16), 4)
     model, _ = built = training.build(dist)
     training = replace(training, batch_size=warmup.largest_batch_that_fits(dist, model, training.batch_size))
-    parameters = {role: sum(p.numel() for p in named.values()) for role, named in model.parameters_by_role().items()}
+    parameters = model.parameter_counts()
     matmul, peak = hardware.matmul_flops(dist.device, dist.dtype), hardware.peak_flops(dist.device)
     for compiled in (False, True) if hardware.can_compile() else (False,):
         if compiled:

@@ -359,6 +359,10 @@ class GPT(nn.Module):
             roles.setdefault(_role(name), {})[name] = parameter
         return roles
 
+    def parameter_counts(self) -> dict[str, int]:
+        """{role: number of weights} of `parameters_by_role`."""
+        return {role: sum(p.numel() for p in named.values()) for role, named in self.parameters_by_role().items()}
+
 
 def _role(name: str) -> str:
     """The first of these parts that a parameter's name has decides."""

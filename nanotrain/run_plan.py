@@ -27,7 +27,7 @@ class RunPlan:
         """cfg: the settings of scripts.base_train. Raises UserError if they contradict each other or the checkpoint."""
         self.cfg, self.data, self.dist = cfg, data, dist
         self.saved = restored.state if restored else None  # state.json of the checkpoint
-        was, changed = (restored.state, restored.changed) if restored else ({}, set())
+        was, changed = self.saved or {}, restored.changed if restored else set()
         self.environment = hardware.environment(dist.device, dist.dtype, dist.world_size)
         if restored:
             restored.warn_of_difference(self.environment, dist)
@@ -76,10 +76,9 @@ class RunPlan:
     def set_batch(self, max_device_batch_size: int) -> None:
         """Set `plan`, with at most so many sequences per forward pass."""
         cfg, dist = self.cfg, self.dist
-        model = checkpoint.build_model(self.model_config, "meta")
         compiled = warmup.compile_pays(cfg.COMPILE, dist.dtype, cfg.TARGET_MINUTES) and hardware.can_compile()
         self.plan = recipe.make_plan(
-            {role: sum(p.numel() for p in named.values()) for role, named in model.parameters_by_role().items()},
+            checkpoint.build_model(self.model_config, "meta").parameter_counts(),
             self.model_config,
             self.horizon,
             total_batch_size=self.total_batch_size,
@@ -117,18 +116,16 @@ class RunPlan:
             share = recipe.mean_batch_share(state.progress(state.step + 0.5))
         tokens = self.trained_tokens + steps_left * self.plan.total_batch_size * share
         text_tokens, folder = self.data.estimated_tokens(), self.data.shards.folder
-        return [
+        lines = [
             f"device     {dist.world_size} x {hardware.device_name(dist.device)}",
             f"precision  {str(dist.dtype).removeprefix('torch.')} ({dist.dtype_reason})",
             *recipe.describe_model(self.plan, self.model_config, self.depth_reason),
             *self.describe_batch(),
             *recipe.describe_horizon(self.plan, self.horizon, state.num_steps, tokens, text_tokens, folder),
-            *(
-                ["fits       the largest batch is found by trying, once the model is there"]
-                if self.tries_batch_sizes
-                else []
-            ),
         ]
+        if self.tries_batch_sizes:
+            lines.append("fits       the largest batch is found by trying, once the model is there")
+        return lines
 
     def describe_batch(self) -> list[str]:
         """The lines about batch and memory."""

@@ -28,7 +28,7 @@ OUT = ""  # folder to write, which must not exist yet or be empty
 LICENCE = Path(__file__).parent.parent / "LICENSE"
 
 
-def main():
+def main() -> None:
     if not OUT:
         raise UserError("where to? give a folder, as in --out=exported")
     checkpoint.check_choice(BEST, STEP)
@@ -55,7 +55,7 @@ def main():
     print(f"{out}: step {meta['step']} of {run_dir.name}, {kind}, logits equal to {difference:.1g}")
 
 
-def evaluation_of(run_dir, step):
+def evaluation_of(run_dir: Path, step: int) -> dict:
     """What scripts.base_eval wrote of this checkpoint, or {}."""
     path = run_dir / "evaluation.json"
     result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
