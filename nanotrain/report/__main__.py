@@ -1,11 +1,10 @@
 """The report of a run, or of several runs against each other, as tables and pictures.
 
-python -m nanotrain.report d4            writes report/report.html and report.md into the folder of the run d4
+python -m nanotrain.report d4            writes report/report.html into the folder of the run d4
 python -m nanotrain.report d4 d4-wide    both runs in every picture and table, in the folder of the first
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from nanotrain import config, errors, paths, report
 from nanotrain.errors import UserError
@@ -15,17 +14,10 @@ OUT = ""  # folder for the report; empty: report/ in the folder of the first run
 # ------------
 
 
-def find(name: str) -> Path:
-    """The folder of the run `name`; or `name` itself, if it is a folder and no run is called so."""
-    if Path(name).is_dir() and (name in (".", "..") or not (paths.base_dir() / "runs" / name).is_dir()):
-        return Path(name)
-    return paths.run_dir(name)
-
-
 def main(names: Sequence[str]) -> None:
     if not names:
         raise UserError("which run? Give its name or its folder, as in python -m nanotrain.report d4")
-    path, complaint = report.write(map(find, names), OUT)
+    path, complaint = report.write([paths.run_dir(name) for name in names], OUT)
     print(f"{path}\n{complaint}".rstrip())
 
 
