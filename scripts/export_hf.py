@@ -11,10 +11,9 @@ loaded back and its logits are compared before it gets its name. It needs transf
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 
-from nanotrain import checkpoint, config, errors
+from nanotrain import checkpoint, config, errors, files
 from nanotrain.errors import UserError
 from nanotrain.huggingface import export
 
@@ -33,33 +32,24 @@ def main() -> None:
         raise UserError("where to? give a folder, as in --out=exported")
     checkpoint.check_choice(BEST, STEP)
     out = Path(OUT).expanduser().absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out={OUT} exists and is not an empty folder: choose another, or remove it")
-    export.require_transformers()
-    run_dir = checkpoint.find_run(RUN_NAME)
-    model, tokenizer, meta = checkpoint.load_model(run_dir, best=BEST, step=STEP)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
-        folder = Path(temporary) / out.name
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"transformers cannot be imported ({error}): pip install -e '.[export]'") from None
+    with files.new_folder(out) as folder:
+        run_dir = checkpoint.find_run(RUN_NAME)
+        model, tokenizer, meta = checkpoint.load_model(run_dir, best=BEST, step=STEP)
         export.write(model, tokenizer, folder)
         shutil.copyfile(LICENCE, folder / "LICENSE")
-        card = export.model_card(run_dir.name, model, meta, evaluation_of(run_dir, meta["step"]))
+        path = run_dir / "evaluation.json"
+        evaluation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if evaluation.get("step") != meta["step"]:
+            evaluation = {}
+        card = export.model_card(run_dir.name, model, meta, evaluation)
         (folder / "README.md").write_text(card, encoding="utf-8")
         difference = export.check(model, tokenizer, folder)
-        if out.exists():
-            out.rmdir()
-        folder.rename(out)
-    kind = (
-        "transformers' own NanoChatForCausalLM" if model.config.plain else "with its own code (trust_remote_code=True)"
-    )
+    kind = "transformers' own NanoChatForCausalLM" if model.config.plain else "its own code (trust_remote_code=True)"
     print(f"{out}: step {meta['step']} of {run_dir.name}, {kind}, logits equal to {difference:.1g}")
-
-
-def evaluation_of(run_dir: Path, step: int) -> dict:
-    """What scripts.base_eval wrote of this checkpoint, or {}."""
-    path = run_dir / "evaluation.json"
-    result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return result if result.get("step") == step else {}
 
 
 if __name__ == "__main__":

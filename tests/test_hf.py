@@ -29,7 +29,6 @@ ODD_TEXTS = [
     "a\u0000b\u200b\ufffd\ufeff\u2028\x85\x1b", "e\u0301 \u00e9 ſtraße İi \u1e9b\u0323", "\r\n\r \t\n   x  ",
     "'ll 'LL 12345 ٣٤٥ x²", "\U0010ffff\ud7ff\ue000",
 ]  # fmt: skip
-modeling_mask = modeling.NanotrainModel._mask
 PROMPTS = ([1], [5, 6, 7], list(range(20, 41)))  # after BOS
 
 
@@ -64,9 +63,7 @@ def left_padded(prompts, token=0):
 
 @torch.no_grad()
 def assert_the_same(model, converted, tokenizer):
-    """Logits of whole sequences and of padded prompts, in float32 and bfloat16, and 64 greedy tokens with and without a
-    cache.
-    """
+    """Logits of whole sequences and padded prompts, also in bfloat16; 64 greedy tokens with a cache and without."""
     tokens = random_tokens(model.config, rows=4)
     torch.testing.assert_close(converted(tokens).logits, model.logits(tokens), rtol=0, atol=1e-4)
     prompts = [[tokenizer.bos, *prompt] for prompt in PROMPTS]
@@ -94,21 +91,6 @@ def test_logits_and_greedy_tokens_are_those_of_the_model(name, tokenizer):
     assert_the_same(model, export.convert(model, tokenizer), tokenizer)
 
 
-@pytest.mark.parametrize(
-    ("target", "name", "changed"),
-    [
-        (modeling.RecentLayer, "exchange", lambda self, name, new: None),
-        (modeling.NanotrainModel, "_mask", lambda self, mask, *sizes: modeling_mask(self, None, *sizes)),
-    ],
-    ids=["cache", "padding"],
-)
-def test_the_comparison_notices(monkeypatch, tokenizer, target, name, changed):
-    model = random_model(shaped("bigram table", tokenizer), seed=2)
-    monkeypatch.setattr(target, name, changed)
-    with pytest.raises(AssertionError):
-        assert_the_same(model, export.convert(model, tokenizer), tokenizer)
-
-
 def test_beams_and_repeated_sequences_keep_what_is_recent(tokenizer):
     model = random_model(shaped("bigram table", tokenizer), seed=2)
     converted = export.convert(model, tokenizer)
@@ -129,17 +111,6 @@ def test_a_text_in_pieces_is_the_text(tokenizer):
         cache = output.cache
         found.append(output.logits)
     torch.testing.assert_close(torch.cat(found, 1).detach(), model.logits(tokens), rtol=0, atol=1e-4)
-    with pytest.raises(ValueError, match="cannot be cropped"):
-        cache.crop(-1)
-
-
-def test_what_cannot_be_right_is_refused(tokenizer):
-    converted = export.convert(random_model(shaped("one layer", tokenizer)), tokenizer)
-    tokens = random_tokens(SHAPES["one layer"])
-    with pytest.raises(ValueError, match="needs a DynamicCache"):
-        converted(tokens, cache=transformers.StaticCache(converted.config, max_cache_len=20))
-    with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 3\)"):
-        converted(tokens, attention_mask=torch.ones(2, 3))
 
 
 # ---- the folder ----
@@ -168,27 +139,6 @@ def test_a_folder_survives_loading_and_saving(exported, tokenizer, tmp_path):
     assert type(first).__module__.startswith("transformers.models.nanochat" if model.config.plain else "transformers_m")
     code = {path.name for path in folder.glob("*.py")}
     assert code == (set() if model.config.plain else {"configuration_nanotrain.py", "modeling_nanotrain.py"})
-
-
-def test_a_large_model_is_written_in_parts(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "SHARD_SIZE", "40KB")
-    model = random_model(shaped("plain", tokenizer))
-    export.write(model, tokenizer, tmp_path / "parts")
-    assert len(list((tmp_path / "parts").glob("model-*.safetensors"))) > 1
-    assert export.check(model, tokenizer, tmp_path / "parts") < 1e-4
-
-
-def test_the_stock_configuration_has_every_field_whose_default_is_another(tokenizer):
-    config = GPTConfig(1000, 77, 5, 6, 2, 8, plain=True, softcap=7.0, rope_base=500.0, norm_eps=1e-5)
-    written = export.convert_config(config, 0)
-    expected = {
-        "vocab_size": 1000, "hidden_size": 48, "intermediate_size": 192, "num_hidden_layers": 5,
-        "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 77,
-        "rms_norm_eps": 1e-5, "final_logit_softcapping": 7.0, "pad_token_id": None, "bos_token_id": 0,
-        "eos_token_id": 0, "tie_word_embeddings": False, "attention_bias": False, "hidden_act": "relu2",
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
-    }  # fmt: skip
-    assert {name: getattr(written, name) for name in expected} == expected
 
 
 def test_the_tokenizer_gives_the_tokens_of_training(exported, tokenizer):
@@ -236,14 +186,14 @@ def test_loss_and_gradients_are_the_models_with_checkpointing_or_without(tokeniz
         export.convert_name(name, plain=False): p.grad.to_dense().clone() for name, p in model.named_parameters()
     }
     loss = model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).item()
+    converted = copy.deepcopy(export.convert(model, tokenizer)).train()
     for checkpointing in (False, True):
-        converted = copy.deepcopy(export.convert(model, tokenizer)).train()
         if checkpointing:
             converted.activation_checkpointing_enable()
-        found = converted(tokens, labels=tokens).loss
-        assert found.item() == pytest.approx(loss, abs=1e-4)
         converted.zero_grad()
+        found = converted(tokens, labels=tokens).loss
         found.backward()
+        assert found.item() == pytest.approx(loss, abs=1e-4)
         for name, parameter in converted.named_parameters():
             torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-4, msg=name)
 
@@ -296,7 +246,6 @@ def test_the_program_writes_a_folder_with_its_card(run, tmp_path, capsys):
     assert "logits equal to" in capsys.readouterr().out
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == FILES
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".out")] == []
     written = json.loads((out / "config.json").read_text())
     constants = ("final_logit_softcapping", "rope_theta", "attention_gain", "rms_norm_eps", "gate_channels")
     assert [written[name] for name in constants] == [5.0, 50.0, 0.7, 0.05, 5]
@@ -307,14 +256,14 @@ def test_the_program_writes_a_folder_with_its_card(run, tmp_path, capsys):
     assert "secret" not in card
     assert "{" not in card
     assert (out / "LICENSE").read_text() == export_hf.LICENCE.read_text()
-    with pytest.raises(errors.UserError, match="exists and is not an empty folder"):
+    with pytest.raises(errors.UserError, match="out holds files"):
         export_hf.main()
     (run / "evaluation.json").write_text(json.dumps({**result, "step": 3}))
     shutil.rmtree(out)
     export_hf.main()
     card = (out / "README.md").read_text(encoding="utf-8")
     assert "1.2500" in card  # of the checkpoint itself
-    assert "CORE | not measured" in card
+    assert "CORE" not in card
 
 
 @pytest.mark.usefixtures("run")
@@ -349,24 +298,10 @@ def test_a_tokenizer_that_differs_is_an_error_too(monkeypatch, tmp_path):
 
 
 @pytest.mark.usefixtures("run")
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"OUT": ""}, "--out=exported"),
-        ({"BEST": True, "STEP": 4}, "--best and --step=4"),
-        ({"STEP": 3}, "--step=3: no such checkpoint"),
-    ],
-    ids=["out", "two", "step"],
-)
-def test_a_wrong_setting_is_said(monkeypatch, settings, message):
-    for name, value in settings.items():
-        monkeypatch.setattr(export_hf, name, value)
-    with pytest.raises(errors.UserError, match=message):
-        export_hf.main()
-
-
-@pytest.mark.usefixtures("run")
-def test_without_transformers_the_command_that_installs_it_is_said(monkeypatch):
+def test_what_is_missing_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(errors.UserError, match=r"pip install -e '\.\[export\]'"):
+        export_hf.main()
+    monkeypatch.setattr(export_hf, "OUT", "")
+    with pytest.raises(errors.UserError, match="--out=exported"):
         export_hf.main()

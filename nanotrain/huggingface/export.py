@@ -3,14 +3,10 @@
 A plain model (`GPTConfig.plain`) is written as transformers' own NanoChatForCausalLM. Any other comes with the two
 modelling files beside this one, which stand alone and compute the same as gpt.py.
 
-    config.json  generation_config.json  model.safetensors (in parts above 5 GB)
-    tokenizer.json  tokenizer_config.json  README.md (the model card)  LICENSE
-
 transformers is imported only where it is needed; nothing else in nanotrain needs it.
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +15,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, processors
 
 from nanotrain import dataset
-from nanotrain.errors import FileError, UserError
+from nanotrain.errors import FileError
 from nanotrain.tokenizer import BOS, FILE_NAME, BPETokenizer
 
 if TYPE_CHECKING:
@@ -28,17 +24,10 @@ if TYPE_CHECKING:
     from nanotrain.gpt import GPT, GPTConfig
 
 CARD = Path(__file__).parent / "model_card.md"
-SHARD_SIZE = "5GB"
 # Settings that are nobody else's business, or hold paths of the machine; so do those that end in _DIR.
 PRIVATE = ("RUN_NAME", "INIT_FROM", "CORE_BUNDLE", "WANDB")
-LISTED_SHARDS = 20  # of the training data, in the model card
 TOLERANCE = 1e-3  # of float32 logits, which the softcap bounds
-CHECKED_TEXTS = (
-    "def main():\n    return 1\n",
-    "  Ünïcode, 日本語, 🙂🏽\r\n\t0123",
-    f"text that names {BOS} is text",
-    "",
-)
+CHECKED_TEXTS = ("  Ünïcode, 日本語, 🙂🏽\r\n\t0123", f"text that names {BOS} is text", "")
 PLAIN_NAMES = {  # of the modules that NanoChatForCausalLM calls otherwise
     "embedding": "model.embed_tokens",
     "blocks": "model.layers",
@@ -48,21 +37,9 @@ PLAIN_NAMES = {  # of the modules that NanoChatForCausalLM calls otherwise
 }
 
 
-def require_transformers() -> None:
-    """Raise UserError with the command that installs transformers if it is not there."""
-    try:
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"transformers cannot be imported ({error}): pip install -e '.[export]', with Python 3.11 or newer"
-        ) from None
-
-
 def write(model: "GPT", tokenizer: BPETokenizer, folder: Path) -> None:
     """Write a model and its tokenizer into the folder, which must not exist yet or be empty."""
-    convert(model, tokenizer).save_pretrained(folder, max_shard_size=SHARD_SIZE)
-    for path in folder.glob("*.safetensors"):  # which only their owner could read
-        shutil.copymode(folder / "config.json", path)
+    convert(model, tokenizer).save_pretrained(folder, max_shard_size="5GB")
     write_tokenizer(tokenizer, folder, model.config.max_seq_len)
 
 
@@ -78,7 +55,6 @@ def convert(model: "GPT", tokenizer: BPETokenizer) -> "PreTrainedModel":
     tensors = {convert_name(name, plain): tensor for name, tensor in model.state_dict().items()}
     converted.load_state_dict(tensors, assign=True)  # all of them, or it raises
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.bos)
-    # as scripts.generate draws
     converted.generation_config = GenerationConfig(**special, do_sample=True, temperature=0.8, top_k=50)
     return converted.eval()
 
@@ -106,12 +82,9 @@ def convert_config(config: "GPTConfig", bos: int) -> "PretrainedConfig":
         "eos_token_id": bos,
     }
     if config.plain:
-        return NanoChatConfig(
-            **shape,
-            pad_token_id=None,  # a number would keep that token's embedding from training
-            intermediate_size=4 * config.model_dim,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
-        )
+        shape["intermediate_size"] = 4 * config.model_dim
+        shape["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_base}
+        return NanoChatConfig(**shape, pad_token_id=None)  # a number would keep that token's embedding from training
     return NanotrainConfig(
         **shape,
         value_embedding_layers=[n for n in range(config.num_layers) if config.has_value_embedding(n)],
@@ -132,15 +105,12 @@ def convert_name(name: str, plain: bool) -> str:
 def write_tokenizer(tokenizer: BPETokenizer, folder: Path, max_length: int) -> None:
     """The tokenizer of training, which here puts BOS before a text by itself."""
     inner = Tokenizer.from_str(tokenizer.to_json())
-    inner.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, tokenizer.bos)]
-    )
+    begins = {"single": f"{BOS} $A", "pair": f"{BOS} $A {BOS}:1 $B:1"}
+    inner.post_processor = processors.TemplateProcessing(**begins, special_tokens=[(BOS, tokenizer.bos)])
     inner.save(str(folder / FILE_NAME))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": BOS,
-        "eos_token": BOS,  # where a text ends, the next begins
-        "pad_token": BOS,
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), BOS),  # where a text ends, the next begins
         "padding_side": "left",  # so that a batch can be continued
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
@@ -151,10 +121,8 @@ def write_tokenizer(tokenizer: BPETokenizer, folder: Path, max_length: int) -> N
 
 @torch.no_grad()
 def check(model: "GPT", tokenizer: BPETokenizer, folder: Path) -> float:
-    """Load the folder back as its users will; returns the largest difference of its float32 logits from the model's,
-    over max_seq_len random tokens, and over the first of them behind padding.
-
-    Raises FileError if that is above TOLERANCE, or if the tokenizers disagree.
+    """Load the folder back as its users will. Returns the largest difference of float32 logits, over max_seq_len random
+    tokens and over the first of them behind padding. Raises FileError if that is too large or the tokenizers disagree.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -166,13 +134,10 @@ def check(model: "GPT", tokenizer: BPETokenizer, folder: Path) -> float:
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=trust)
     length, padding = model.config.max_seq_len, model.config.max_seq_len // 3
     tokens = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
-    tokens[:, 0] = tokenizer.bos
-    first = tokens[:, : length - padding]
-    padded = F.pad(first, (padding, 0), value=tokenizer.bos)
-    behind = loaded(padded, attention_mask=F.pad(torch.ones_like(first), (padding, 0))).logits[:, padding:]
-    expected = model.logits(tokens)
-    differences = (loaded(tokens).logits - expected, behind - expected[:, : length - padding])
-    difference = torch.cat(differences, 1).abs().max().item()
+    first, expected = tokens[:, : length - padding], model.logits(tokens)
+    padded, mask = F.pad(first, (padding, 0), value=tokenizer.bos), F.pad(torch.ones_like(first), (padding, 0))
+    behind = loaded(padded, attention_mask=mask).logits[:, padding:] - expected[:, : length - padding]
+    difference = torch.cat((loaded(tokens).logits - expected, behind), 1).abs().max().item()
     if not difference <= TOLERANCE:
         raise FileError(f"{folder}: logits differ by {difference:.2g} from the model's, more than {TOLERANCE:g}")
     return difference
@@ -183,14 +148,20 @@ def model_card(name: str, model: "GPT", meta: dict[str, Any], evaluation: dict[s
 
     meta: the checkpoint's state. evaluation: what scripts.base_eval wrote of this checkpoint, or {}.
     """
-    config, environment = model.config, meta.get("environment", {})
-    shards = [f"    {file['sha256']}  {shard}" for shard, file in meta["data"]["files"].items()]
-    more = [f"    and {len(shards) - LISTED_SHARDS} more"] if len(shards) > LISTED_SHARDS else []
+    config, environment, data = model.config, meta["environment"], meta["data"]
     settings = [
         f"    {setting} = {value!r}"
-        for setting, value in meta.get("settings", {}).items()
+        for setting, value in meta["settings"].items()
         if not setting.endswith("_DIR") and not setting.startswith(PRIVATE)
     ]
+    numbers = []
+    for split, what in (("val", "validation text"), ("train", "train text"), ("doc", "whole validation documents")):
+        bpb = evaluation.get(f"{split}_bpb", meta.get(f"{split}_bpb"))
+        numbers += [f"| bits per byte, {what} | {bpb:.4f} |"] if bpb is not None else []
+    if core := evaluation.get("core"):
+        what = "CORE (22 tasks, baselines of DCLM v1)" if core["is_core"] else f"{len(core['tasks'])} tasks, not CORE"
+        items = f", at most {core['max_per_task']} items of each" if core["max_per_task"] else ""
+        numbers.append(f"| {what}{items} | {core['core_metric']:.4f} +- {core['standard_error']:.4f} |")
     folder = Path(meta["data_dir"]).name
     source = dataset.SOURCES.get(folder)
     return CARD.read_text(encoding="utf-8").format(
@@ -200,34 +171,14 @@ def model_card(name: str, model: "GPT", meta: dict[str, Any], evaluation: dict[s
         architecture="transformers' own NanoChatForCausalLM" if config.plain else "that of `modeling_nanotrain.py`",
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         config=config,
-        numbers="\n".join(f"| {what} | {value} |" for what, value in _results(meta, evaluation)),
+        numbers="\n".join(numbers),
         data=f"{folder} ({source.licence})" if source else folder,
-        num_shards=len(shards),
-        validation=meta["data"]["validation"],
-        shards="\n".join(shards[:LISTED_SHARDS] + more),
+        num_shards=len(data["files"]),
+        validation=data["validation"],
+        data_hash=dataset.hash_of(data),
         tokens=meta["loader"]["next_sequence"] * config.max_seq_len,
         step=meta["step"],
-        commit=environment.get("commit") or "not known",
-        machine=environment.get("device_name", "not known"),
-        torch=environment.get("packages", {}).get("torch", "not known"),
-        settings="\n".join(settings) or "    not known",
+        environment=environment,
+        torch=environment["packages"]["torch"],
+        settings="\n".join(settings),
     )
-
-
-def _results(meta, evaluation):
-    """(what, value) of each number that is known."""
-    measures = {
-        "val_bpb": "bits per byte, sequences of validation text",
-        "train_bpb": "bits per byte, sequences of train text",
-        "doc_bpb": "bits per byte, whole validation documents",
-    }
-    for key, what in measures.items():
-        value = evaluation.get(key, meta.get(key))
-        if value is not None:
-            yield what, f"{value:.4f}"
-    if core := evaluation.get("core"):
-        what = "CORE (22 tasks, baselines of DCLM v1)" if core["is_core"] else f"{len(core['tasks'])} tasks, not CORE"
-        items = f", at most {core['max_per_task']} items of each" if core["max_per_task"] else ""
-        yield f"{what}{items}", f"{core['core_metric']:.4f} +- {core['standard_error']:.4f}"
-    else:
-        yield "CORE", "not measured"

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -45,21 +44,9 @@ class RecentLayer(DynamicLayer):
         super().reset()
         self.recent = {}
 
-    def crop(self, tokens_to_remove):
-        if tokens_to_remove:
-            raise ValueError("the cache of a nanotrain model cannot be cropped")
-
     def reorder_cache(self, beam_idx):
         super().reorder_cache(beam_idx)
         self.recent = {name: value[beam_idx.to(value.device)] for name, value in self.recent.items()}
-
-    def batch_repeat_interleave(self, repeats):
-        super().batch_repeat_interleave(repeats)
-        self.recent = {name: value.repeat_interleave(repeats, 0) for name, value in self.recent.items()}
-
-    def batch_select_indices(self, indices):
-        super().batch_select_indices(indices)
-        self.recent = {name: value[indices] for name, value in self.recent.items()}
 
 
 def norm(x, eps):
@@ -74,9 +61,7 @@ def rotate(x, cos, sin):
 
 
 def shift(x, before, begins):
-    """x (B, T, ...), before (B, 1, ...) or None, begins (B, T) bool -> each place has what the place before it had, or
-    zeros where a sequence begins.
-    """
+    """x (B, T, ...), before (B, 1, ...) or None, begins (B, T) bool -> x of the place before, zeros at a beginning."""
     first = torch.zeros_like(x[:, :1]) if before is None else before
     shifted = torch.cat((first, x[:, :-1]), dim=1)
     return shifted.masked_fill(begins.view(*begins.shape, *[1] * (x.ndim - 2)), 0)
@@ -98,9 +83,7 @@ class NanotrainAttention(nn.Module):
             self.value_gate = nn.Linear(channels, config.num_key_value_heads, bias=False)
 
     def forward(self, x, value_embedding, cos, sin, begins, mask, cache):
-        """x (B, T, C), value_embedding (B, T, K * D) or None, begins (B, T) bool, mask (B, 1, T, S) bool or None ->
-        (B, T, C).
-        """
+        """x (B, T, C), value_embedding (B, T, K * D), begins (B, T) bool, mask (B, 1, T, S) bool -> (B, T, C)."""
         B, T, _ = x.shape
         D, eps = self.config.head_dim, self.config.rms_norm_eps
         q, k, v = self.q_proj(x).view(B, T, -1, D), self.k_proj(x).view(B, T, -1, D), self.v_proj(x).view(B, T, -1, D)
@@ -115,15 +98,8 @@ class NanotrainAttention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2).to(q.dtype)
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None and T > 1,
-            scale=self.config.attention_gain / math.sqrt(D),
-            enable_gqa=k.size(1) != q.size(1),
-        )
+        options = {"scale": self.config.attention_gain / math.sqrt(D), "enable_gqa": k.size(1) != q.size(1)}
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1, **options)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -154,15 +130,7 @@ class NanotrainPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["NanotrainBlock"]  # noqa: RUF012 - transformers wants a list
     _supports_sdpa = True
-
-    def _init_weights(self, module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
-        elif isinstance(module, NanotrainBlock):
-            init.ones_(module.residual_scale)
-            init.zeros_(module.x0_scale)
-        elif isinstance(module, NanotrainModel):
-            init.zeros_(module.backout_scale)
+    _input_embed_layer = "embedding"
 
 
 class NanotrainModel(NanotrainPreTrainedModel):
@@ -182,12 +150,6 @@ class NanotrainModel(NanotrainPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self):
-        return self.embedding
-
-    def set_input_embeddings(self, value):
-        self.embedding = value
-
     def forward(self, input_ids, attention_mask=None, position_ids=None, cache=None, use_cache=None):
         """input_ids (B, T) int64, attention_mask (B, S) of ones and zeros or None -> last_hidden_state (B, T, C)."""
         if use_cache is None:
@@ -200,10 +162,6 @@ class NanotrainModel(NanotrainPreTrainedModel):
             _prepare(cache, self.config.num_hidden_layers)
         seen = 0 if cache is None else cache.get_seq_length()
         T, device = input_ids.size(1), input_ids.device
-        if attention_mask is not None and attention_mask.shape != (len(input_ids), seen + T):
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}, not {(len(input_ids), seen + T)}"
-            )
         if position_ids is None and attention_mask is None:
             position_ids = torch.arange(seen, seen + T, device=device)[None]
         elif position_ids is None:
@@ -226,9 +184,7 @@ class NanotrainModel(NanotrainPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=x, **{CACHE: cache})
 
     def _bigrams(self, tokens, before, begins):
-        """(B, T) int64: the row of the bigram table for each token and the one before it; the last one where a
-        sequence begins.
-        """
+        """(B, T) int64: rows of the bigram table for each token and the one before it; the last at a beginning."""
         last = self.config.bigram_rows - 1
         previous = shift(tokens, before, begins)
         return torch.where(begins, last, ((36313 * tokens) ^ (27191 * previous)) % last)
@@ -246,10 +202,8 @@ class NanotrainModel(NanotrainPreTrainedModel):
             attention_mask = None
         if attention_mask is None and (seen == 0 or length == 1):
             return None
-        queries, keys = (
-            torch.arange(seen, seen + length, device=device)[:, None],
-            torch.arange(seen + length, device=device),
-        )
+        queries = torch.arange(seen, seen + length, device=device)[:, None]
+        keys = torch.arange(seen + length, device=device)
         if attention_mask is None:
             return (keys <= queries)[None, None]
         # padding sees itself, for to see nothing would give NaN
@@ -264,18 +218,6 @@ class NanotrainForCausalLM(NanotrainPreTrainedModel, GenerationMixin):
         self.model = NanotrainModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self):
-        return self.model.embedding
-
-    def set_input_embeddings(self, value):
-        self.model.embedding = value
-
-    def get_output_embeddings(self):
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings):
-        self.lm_head = new_embeddings
 
     def forward(
         self,
