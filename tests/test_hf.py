@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 import shutil
 import sys
 from dataclasses import replace
@@ -14,7 +13,6 @@ from test_gpt import SHAPES, random_model, random_tokens
 
 from nanotrain import checkpoint, dataset, errors
 from nanotrain.engine import generate_batch
-from nanotrain.gpt import GPTConfig
 from nanotrain.huggingface import export
 from nanotrain.loss import softcap
 from scripts import export_hf
@@ -22,7 +20,6 @@ from scripts import export_hf
 transformers = pytest.importorskip(
     "transformers", reason="the extra `export` is missing: tests/run.sh installs it, for Python 3.11 and newer"
 )
-from nanotrain.huggingface import modeling_nanotrain as modeling  # noqa: E402
 
 ODD_TEXTS = [
     "", " ", "<|bos|>", "a <|bos|> b<|bos|><|bos|>", "<|bos", "🙂🏽‍👩‍🚀 日本語 ʼn ﷺ",
@@ -111,6 +108,8 @@ def test_a_text_in_pieces_is_the_text(tokenizer):
         cache = output.cache
         found.append(output.logits)
     torch.testing.assert_close(torch.cat(found, 1).detach(), model.logits(tokens), rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="DynamicCache"):
+        converted(tokens, cache=transformers.StaticCache(converted.config, max_cache_len=96))
 
 
 # ---- the folder ----
@@ -159,25 +158,6 @@ def test_the_tokenizer_gives_the_tokens_of_training(exported, tokenizer):
 # ---- training ----
 
 
-def test_trainer_takes_ten_steps_and_the_loss_falls(exported, tmp_path):
-    pytest.importorskip(
-        "accelerate", reason="the extra `export` is missing: tests/run.sh installs it, for Python 3.11 and newer"
-    )
-    model, folder = exported
-    sequences = random_tokens(GPTConfig(50, 24, 1, 1, 1, 8), rows=4)
-    arguments = transformers.TrainingArguments(
-        tmp_path / "trainer", max_steps=10, per_device_train_batch_size=4, learning_rate=5e-3, logging_steps=1,
-        lr_scheduler_type="constant", activation_checkpointing=True, dataloader_pin_memory=False, use_cpu=True,
-        report_to="none", disable_tqdm=True, save_strategy="no",
-    )  # fmt: skip
-    batch = [{"input_ids": sequence, "labels": sequence} for sequence in sequences]
-    trainer = transformers.Trainer(load(folder, model.config.plain), arguments, train_dataset=batch)
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(losses) == 10
-    assert losses[-1] < 0.8 * losses[0]
-
-
 def test_loss_and_gradients_are_the_models_with_checkpointing_or_without(tokenizer):
     model = random_model(shaped("bigram table", tokenizer, max_seq_len=24))
     tokens = random_tokens(model.config)
@@ -196,14 +176,6 @@ def test_loss_and_gradients_are_the_models_with_checkpointing_or_without(tokeniz
         assert found.item() == pytest.approx(loss, abs=1e-4)
         for name, parameter in converted.named_parameters():
             torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-4, msg=name)
-
-
-def test_a_fresh_one_is_finite_and_knows_nothing(tokenizer):
-    config = export.convert_config(shaped("bigram table", tokenizer), 0)
-    fresh = modeling.NanotrainForCausalLM(config)
-    assert all(parameter.isfinite().all() for parameter in fresh.parameters())
-    tokens = random_tokens(SHAPES["bigram table"])
-    assert fresh(tokens, labels=tokens).loss.item() == pytest.approx(math.log(config.vocab_size), abs=0.1)
 
 
 # ---- the program ----
@@ -267,34 +239,27 @@ def test_the_program_writes_a_folder_with_its_card(run, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("run")
-def test_a_folder_that_differs_from_the_model_never_gets_its_name(monkeypatch, tmp_path):
-    convert_config = export.convert_config
+@pytest.mark.parametrize(
+    ("name", "right", "wrong", "message"),
+    [
+        ("config.json", '"attention_gain": 0.7', '"attention_gain": 1.5', "logits differ by"),
+        ("tokenizer_config.json", '"split_special_tokens": true', '"split_special_tokens": false', "as other tokens"),
+    ],
+)
+def test_a_folder_that_differs_from_the_model_never_gets_its_name(monkeypatch, tmp_path, name, right, wrong, message):
+    write = export.write
 
-    def changed(*arguments):
-        config = convert_config(*arguments)
-        config.attention_gain = 1.5
-        return config
+    def write_and_spoil(model, tokenizer, folder):
+        write(model, tokenizer, folder)
+        text = (folder / name).read_text()
+        assert right in text
+        (folder / name).write_text(text.replace(right, wrong))
 
-    monkeypatch.setattr(export, "convert_config", changed)
-    with pytest.raises(errors.FileError, match="logits differ by") as caught:
+    monkeypatch.setattr(export, "write", write_and_spoil)
+    with pytest.raises(errors.FileError, match=message) as caught:
         export_hf.main()
     assert caught.value.exit_code == 1
     assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
-
-
-@pytest.mark.usefixtures("run")
-def test_a_tokenizer_that_differs_is_an_error_too(monkeypatch, tmp_path):
-    write_tokenizer = export.write_tokenizer
-
-    def changed(tokenizer, folder, max_length):
-        write_tokenizer(tokenizer, folder, max_length)
-        path = folder / "tokenizer_config.json"
-        path.write_text(path.read_text().replace('"split_special_tokens": true', '"split_special_tokens": false'))
-
-    monkeypatch.setattr(export, "write_tokenizer", changed)
-    with pytest.raises(errors.FileError, match=r"reads 'text that names <\|bos\|> is text' as other tokens"):
-        export_hf.main()
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("run")

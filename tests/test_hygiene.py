@@ -29,13 +29,6 @@ def tokens_of(texts, tokenizer):
     return sum(len(tokenizer.encode(text)) + 1 for text in texts)
 
 
-def test_two_million_of_one_letter_are_read_as_they_are(tokenizer, tmp_path):
-    dataset.write_shard(tmp_path / "shard_00000.parquet", ["a" * 2_000_000])
-    dataset.write_shard(tmp_path / "shard_00001.parquet", ["validation"])
-    num_tokens = 20 * len(tokenizer.encode("a" * 100_000)) + 1
-    assert documents_of_an_epoch(tmp_path, tokenizer, num_tokens, seq_len=4096) == ["a" * 2_000_000]
-
-
 def test_the_literal_name_of_bos_is_text_from_a_users_file_to_the_rows(tokenizer, tmp_path):
     texts = ["one <|bos|> two", "<|bos|>", "three"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

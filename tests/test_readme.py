@@ -34,9 +34,3 @@ def test_every_link_and_picture_is_there():
     targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", README) if "://" not in target]
     assert len(targets) > 10
     assert [one for one in targets if one not in anchors and not (ROOT / one.partition("#")[0]).is_file()] == []
-
-
-def test_the_pictures_are_small_and_used():
-    for path in (ROOT / "dev" / "pictures").glob("*.png"):
-        assert f"(dev/pictures/{path.name})" in README
-        assert path.stat().st_size < 150_000

@@ -6,7 +6,6 @@ What a linter can see is in pyproject.toml: no pickle, no relative imports, noth
 import ast
 import importlib
 import itertools
-import json
 import os
 import re
 import subprocess
@@ -16,7 +15,6 @@ import pytest
 from conftest import ROOT
 from torch.distributed.run import get_args_parser
 
-import nanotrain
 from nanotrain import config
 from nanotrain.recipe import Recipe
 
@@ -29,14 +27,6 @@ PATHS = {
 SOURCES = {name: path.read_text(encoding="utf-8") for name, path in PATHS.items()}
 TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
 WITH_SETTINGS = [name for name, source in SOURCES.items() if re.search("^# --- ", source, re.MULTILINE)]
-READ_THE_ENVIRONMENT = {
-    "nanotrain.dataset",
-    "nanotrain.dist",
-    "nanotrain.errors",
-    "nanotrain.hardware",
-    "nanotrain.paths",
-    "scripts.base_train",
-}
 
 
 def imported(tree):
@@ -52,14 +42,6 @@ def imported(tree):
 
 
 # ---- imports ----
-
-
-@pytest.mark.parametrize("name", nanotrain.MOVED)
-def test_a_module_that_moved_is_an_error_with_its_new_name(name):
-    successors = nanotrain.MOVED[name].split(" and ")
-    assert all(importlib.util.find_spec(successor) for successor in successors)
-    with pytest.raises(ImportError, match=f"{name} is {successors[0]}"):
-        importlib.import_module(name)
 
 
 def test_the_library_has_no_import_cycle():
@@ -93,17 +75,8 @@ import numpy, pyarrow.parquet, requests, safetensors.torch, tokenizers, torch, t
 import torch.optim, torch.nn.parallel
 
 def state():
-    return {
-        "torch": [str(function()) for function in (
-            torch.get_default_dtype, torch.get_default_device, torch.get_num_threads, torch.is_grad_enabled,
-            torch.are_deterministic_algorithms_enabled, torch.get_float32_matmul_precision, torch.initial_seed,
-            torch.distributed.is_initialized)] + torch.get_rng_state().tolist(),
-        "environment": dict(os.environ),
-        "signals": [str(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)],
-        "hooks": [str(sys.excepthook), str(sys.stdout), str(sys.stderr)],
-        "threads": threading.active_count(),
-        "folder": os.getcwd(),
-    }
+    return [torch.get_default_dtype(), torch.get_num_threads(), torch.get_rng_state().tolist(), dict(os.environ),
+            signal.getsignal(signal.SIGTERM), sys.excepthook, sys.stdout, threading.active_count(), os.getcwd()]
 
 def watch(event, arguments):
     if event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
@@ -115,8 +88,7 @@ before, done = state(), []
 sys.addaudithook(watch)
 for name in sys.argv[1:]:
     importlib.import_module(name)
-after = state()
-print(json.dumps([[name for name in before if before[name] != after[name]], done]))
+assert (state(), done) == (before, []), done
 """
 
 
@@ -126,13 +98,7 @@ def test_importing_any_module_has_no_side_effect(tmp_path, base_dir):
     command = [sys.executable, "-W", "ignore", "-c", IMPORT_PROGRAM, *PATHS]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout) == [[], []]
     assert not base_dir.exists()
-
-
-def test_the_environment_is_read_in_few_places():
-    reading = re.compile(r"\bos\.environ|getenv|from os import")
-    assert {name for name, source in SOURCES.items() if reading.search(source)} <= READ_THE_ENVIRONMENT
 
 
 # ---- settings ----
@@ -173,14 +139,3 @@ def test_no_flag_looks_like_an_option_of_torchrun():
     options = {option for action in get_args_parser()._actions for option in action.option_strings if option[1] == "-"}
     assert {"--run-name", "--depth"} <= flags
     assert [(flag, option) for flag in flags for option in options if option.startswith(flag)] == []
-    given = [*flags, *(flag + "=1" for flag in flags)]
-    parsed = get_args_parser().parse_args(["--standalone", "--nproc_per_node=8", "-m", "scripts.base_train", *given])
-    assert parsed.training_script_args == given
-
-
-def test_a_setting_of_several_scripts_has_one_type():
-    types = {}
-    for name in WITH_SETTINGS:
-        for setting, value in config.settings(vars(importlib.import_module(name))).items():
-            types.setdefault(setting, set()).add(type(value))
-    assert {setting: kinds for setting, kinds in types.items() if len(kinds) > 1} == {}
