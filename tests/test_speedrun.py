@@ -113,16 +113,14 @@ def test_stopped_in_a_stage_and_called_as_it_says_it_goes_on(tree, stage):
     assert f"\nreport          {run}/report/report.html\n" in summary
 
 
-@pytest.mark.parametrize("choice", ["RUN_NAME=/tmp/x", "RUN_NAME='a b'", "MINUTES=soon", "MINUTES=0.0", "NPROC=two"])
+@pytest.mark.parametrize("choice", ["RUN_NAME='a b'", "MINUTES=0.0", "NPROC=two"])
 def test_a_choice_that_cannot_be_is_refused_before_anything_else(tree, choice):
     out, err = speedrun(tree, f"{choice} bash speedrun.sh", code=2)
     assert (out, called(tree)) == ("", [])
     assert f"error: {choice.replace(chr(39), '')}: " in err
 
 
-@pytest.mark.parametrize(
-    ("folder", "run"), [("/home/u/My Texts", "My-Texts"), ("/u/тексты", "data"), (f"/u/_{'a' * 98}", "a" * 60)]
-)
+@pytest.mark.parametrize(("folder", "run"), [("/home/u/My Texts", "My-Texts"), (f"/u/_{'a' * 98}", "a" * 60)])
 def test_a_folder_of_any_name_gives_a_run_that_can_be_named(tree, folder, run):
     speedrun(tree, f"MINUTES=2 DATA_DIR='{folder}' bash speedrun.sh")
     path = paths.run_dir(f"{run}-2min")  # or it raises
@@ -139,20 +137,9 @@ def test_the_machine_that_it_shows_decides_between_the_small_run_and_the_large_o
     assert f"--depth={depth}" in calls["scripts.base_train"]
 
 
-@pytest.mark.parametrize(
-    ("devices", "quoted"), [("", "CUDA_VISIBLE_DEVICES='' "), ("1,3", "CUDA_VISIBLE_DEVICES=1\\,3 ")]
-)
-def test_how_to_go_on_keeps_the_choice_of_devices(tree, devices, quoted):
-    _, out, _ = interrupt_in(tree, "scripts.base_train", f"CUDA_VISIBLE_DEVICES={devices} MINUTES=2 bash speedrun.sh")
-    assert f"MINUTES=2 NANOTRAIN_DIR={tree.parent / 'base'} {quoted}bash " in out
-
-
-@pytest.mark.parametrize(("minutes", "chars", "tokens"), [("1.99", 5_000_000, 32768), ("2", 20_000_000, 65536)])
-def test_a_run_of_a_minute_reads_less_text_and_evaluates_on_less(tree, minutes, chars, tokens):
-    speedrun(tree, f"MINUTES={minutes} bash speedrun.sh")
-    calls = dict(called(tree))
-    assert f"--max-chars={chars}" in calls["scripts.tok_train"]
-    assert f"--eval-tokens={tokens}" in calls["scripts.base_eval"]
+def test_how_to_go_on_keeps_the_choice_of_devices(tree):
+    _, out, _ = interrupt_in(tree, "scripts.base_train", "CUDA_VISIBLE_DEVICES=1,3 MINUTES=2 bash speedrun.sh")
+    assert f"MINUTES=2 NANOTRAIN_DIR={tree.parent / 'base'} CUDA_VISIBLE_DEVICES=1\\,3 bash " in out
 
 
 def test_a_stage_that_fails_or_a_stop_whose_save_fails_ends_it_with_its_code(tree):
