@@ -1,4 +1,4 @@
-"""What holds for the source as a whole: imports, side effects, the environment, settings and their flags.
+"""What holds for the source as a whole: imports, side effects, settings and their flags.
 
 What a linter can see is in pyproject.toml: no pickle, no relative imports, nothing that imports a script.
 """
@@ -38,9 +38,6 @@ def imported(tree):
             inside = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= (inside & PATHS.keys()) or {node.module}
     return found
-
-
-# ---- imports ----
 
 
 def test_the_library_has_no_import_cycle():
@@ -90,41 +87,21 @@ def test_importing_any_module_has_no_side_effect(tmp_path, base_dir):
     assert not base_dir.exists()
 
 
-# ---- settings ----
-
-
-def constants(name):
-    """{NAME: its line} of the assignments between the first heading of a module and its line of dashes."""
-    lines = SOURCES[name].splitlines()
-    first = next(number for number, line in enumerate(lines, 1) if line.startswith("# --- "))
-    last = next(number for number, line in enumerate(lines, 1) if number > first and re.fullmatch("# -{6,}", line))
-    nodes = [node for node in TREES[name].body if isinstance(node, ast.Assign) and first < node.lineno < last]
-    return {node.targets[0].id: lines[node.end_lineno - 1] for node in nodes}
-
-
-@pytest.mark.parametrize("name", WITH_SETTINGS)
-def test_settings_are_all_constants_of_the_block_each_with_a_comment(name):
-    found = constants(name)
-    assert list(config.settings(vars(importlib.import_module(name)))) == list(found)
-    assert all(re.fullmatch(r"[A-Z][A-Z0-9_]* = .+  # \S.{5,}", line) for line in found.values()), found
+def settings(name):
+    return config.settings(vars(importlib.import_module(name)))
 
 
 @pytest.mark.parametrize("name", WITH_SETTINGS)
 def test_every_setting_is_used(name):
-    users = [TREES[name]]
-    used = set()
-    if name == "scripts.base_train":
-        users.append(TREES["nanotrain.run_plan"])
-        used |= {field.upper() for field in Recipe.__dataclass_fields__}
-    for node in (node for tree in users for node in ast.walk(tree)):
-        if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Load):
-            used.add(node.id if isinstance(node, ast.Name) else node.attr)  # the latter of `config.snapshot`
-    assert sorted(constants(name).keys() - used) == []
+    users = SOURCES[name] + (SOURCES["nanotrain.run_plan"] if name == "scripts.base_train" else "")
+    fields = [field.upper() for field in Recipe.__dataclass_fields__]
+    used = re.findall(r"\b[A-Z][A-Z0-9_]+\b(?! = )", re.sub("#.*", "", users)) + fields
+    assert sorted(settings(name).keys() - set(used)) == []
 
 
 def test_no_flag_looks_like_an_option_of_torchrun():
     """torchrun takes a prefix of one of its options for that option."""
-    flags = {config.flag_of(setting) for name in WITH_SETTINGS for setting in constants(name)}
+    flags = {config.flag_of(setting) for name in WITH_SETTINGS for setting in settings(name)}
     options = {option for action in get_args_parser()._actions for option in action.option_strings if option[1] == "-"}
     assert {"--run-name", "--depth"} <= flags
     assert [(flag, option) for flag in flags for option in options if option.startswith(flag)] == []
