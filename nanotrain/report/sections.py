@@ -63,7 +63,7 @@ def headline(run: Run) -> dict[str, str]:
         found["steps"] = f"{last_step:,}"
         found["tokens"] = f"{run.tokens([last_step])[0]:,.0f}"
         found["epoch of the text"] = f"{run.column('epoch')[-1] + 1:.0f}"
-        time = timedelta(seconds=round(run.column("seconds").sum()))
+        time = timedelta(seconds=round(np.nansum(run.column("seconds"))))
         found["time of the steps, without evaluations and saves"] = str(time)
         found["tokens per second, median"] = f"{np.median(run.column('tok_per_sec')):,.0f}"
         if not math.isnan(mfu):
