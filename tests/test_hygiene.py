@@ -56,9 +56,6 @@ def test_row_groups_and_files_without_rows_change_nothing(tokenizer, tmp_path):
     for name in ("plain", "holes"):
         found = documents_of_an_epoch(tmp_path / name, tokenizer, tokens_of(texts, tokenizer))
         assert sorted(found) == sorted(texts)
-    slices = [dataloader.slices_of(dataset.open_shards(tmp_path / name).train, 2) for name in ("plain", "holes")]
-    rows = [sorted((part.start, part.stop) for part in found) for found in slices]
-    assert rows[0] == rows[1]
 
 
 @pytest.mark.slow

@@ -27,47 +27,31 @@ PROGRAMS = {
 }
 
 
-def script():
+@pytest.mark.parametrize(
+    ("ends_itself", "code", "expected"),
+    [(False, 0, ["scancel --signal=TERM 42", "saved", "scontrol requeue 42"]), (True, 7, [])],
+)
+def test_before_its_time_is_up_the_run_saves_and_the_job_is_put_back(tmp_path, ends_itself, code, expected):
     page = (ROOT / "dev" / "several_machines.md").read_text(encoding="utf-8")
-    block = re.search(r"^    #!/bin/bash\n(?:    .*\n)+", page, re.MULTILINE)
-    return textwrap.dedent(block[0])
-
-
-@pytest.fixture
-def run(tmp_path):
-    """A function that starts the script, does something, and gives (exit code, lines of the log)."""
-    (tmp_path / "bin").mkdir()
+    script = textwrap.dedent(re.search(r"^    #!/bin/bash\n(?:    .*\n)+", page, re.MULTILINE)[0])
     for name, body in PROGRAMS.items():
-        path = tmp_path / "bin" / name
+        path = tmp_path / name
         path.write_text("#!/bin/bash\n" + textwrap.dedent(body))
         path.chmod(0o755)
-    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-    slurm = {"SLURM_JOB_ID": "42", "SLURM_NNODES": "2"}
-    log = tmp_path / "log"
-
-    def start(act):
-        process = subprocess.Popen(["bash", "-c", script()], cwd=tmp_path, env={**os.environ, "PATH": path, **slurm})
-        try:
-            deadline = time.monotonic() + 20
-            while not log.exists() and time.monotonic() < deadline:
-                time.sleep(0.02)
-            act(process)
-            return process.wait(20), log.read_text().splitlines()
-        finally:
-            process.kill()
-
-    return start
-
-
-def test_before_its_time_is_up_the_run_saves_and_the_job_is_put_back(run):
-    code, lines = run(lambda process: process.send_signal(signal.SIGTERM))
-    assert code == 0
-    assert lines[1:] == ["scancel --signal=TERM 42", "saved", "scontrol requeue 42"]
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "42", "SLURM_NNODES": "2"}
+    process = subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=environment)
+    try:
+        log, deadline = tmp_path / "log", time.monotonic() + 20
+        while not log.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if ends_itself:
+            (tmp_path / "finished").touch()
+        else:
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == code
+    finally:
+        process.kill()
+    lines = log.read_text().splitlines()
+    assert lines[1:] == expected
     assert "--nnodes=2" in lines[0]
     assert "--rdzv-endpoint=node0:29500" in lines[0]
-
-
-def test_a_job_that_ends_by_itself_is_not_put_back(run, tmp_path):
-    code, lines = run(lambda process: (tmp_path / "finished").touch())
-    assert code == 7
-    assert len(lines) == 1
