@@ -44,8 +44,8 @@ def shaped(name, tokenizer, max_seq_len=96):
     return replace(SHAPES[name], vocab_size=tokenizer.vocab_size, max_seq_len=max_seq_len)
 
 
-def load(folder, plain=False, **options):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=not plain, **options)
+def load(folder, plain):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=not plain)
 
 
 def left_padded(prompts, token=0):
@@ -59,8 +59,11 @@ def left_padded(prompts, token=0):
 
 
 @torch.no_grad()
-def assert_the_same(model, converted, tokenizer):
-    """Logits of whole sequences and padded prompts, also in bfloat16; 64 greedy tokens with a cache and without."""
+@pytest.mark.parametrize("name", SHAPES)
+def test_logits_and_greedy_tokens_are_those_of_the_model(name, tokenizer):
+    """Of whole sequences and padded prompts, with a cache and without."""
+    model = random_model(shaped(name, tokenizer), seed=2)
+    converted = export.convert(model, tokenizer)
     tokens = random_tokens(model.config, rows=4)
     torch.testing.assert_close(converted(tokens).logits, model.logits(tokens), rtol=0, atol=1e-4)
     prompts = [[tokenizer.bos, *prompt] for prompt in PROMPTS]
@@ -80,12 +83,6 @@ def assert_the_same(model, converted, tokenizer):
         ours = softcap((model.hidden(tokens) @ model.lm_head.weight.t()).float(), model.config.softcap)
     exact, theirs = model.logits(tokens), copy.deepcopy(converted).to(torch.bfloat16)(tokens).logits.float()
     assert (theirs - exact).square().mean() < 2 * (ours - exact).square().mean()
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_logits_and_greedy_tokens_are_those_of_the_model(name, tokenizer):
-    model = random_model(shaped(name, tokenizer), seed=2)
-    assert_the_same(model, export.convert(model, tokenizer), tokenizer)
 
 
 def test_beams_and_repeated_sequences_keep_what_is_recent(tokenizer):
@@ -162,9 +159,8 @@ def test_loss_and_gradients_are_the_models_with_checkpointing_or_without(tokeniz
     model = random_model(shaped("bigram table", tokenizer, max_seq_len=24))
     tokens = random_tokens(model.config)
     model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).backward()
-    expected = {
-        export.convert_name(name, plain=False): p.grad.to_dense().clone() for name, p in model.named_parameters()
-    }
+    gradients = {name: parameter.grad.to_dense().clone() for name, parameter in model.named_parameters()}
+    expected = {export.convert_name(name, plain=False): gradient for name, gradient in gradients.items()}
     loss = model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).item()
     converted = copy.deepcopy(export.convert(model, tokenizer)).train()
     for checkpointing in (False, True):

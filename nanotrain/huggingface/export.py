@@ -144,10 +144,7 @@ def check(model: "GPT", tokenizer: BPETokenizer, folder: Path) -> float:
 
 
 def model_card(name: str, model: "GPT", meta: dict[str, Any], evaluation: dict[str, Any]) -> str:
-    """The README.md of an exported model.
-
-    meta: the checkpoint's state. evaluation: what scripts.base_eval wrote of this checkpoint, or {}.
-    """
+    """The README.md of an exported model, from its checkpoint's state and what base_eval wrote of it, or {}."""
     config, environment, data = model.config, meta["environment"], meta["data"]
     settings = [
         f"    {setting} = {value!r}"
