@@ -137,7 +137,7 @@ def main(names: Sequence[str] = ()) -> None:
 class Work:
     """What a case times."""
 
-    function: Callable[[], object] | None  # if it returns {part: seconds}, these are the times, a row for each
+    function: Callable[[], object] | None  # may return {part: seconds}, which gives a row for each part
     tokens: int = 0  # of a call
     flops: int = 0
     columns: dict = field(default_factory=dict)  # further ones, {heading: value}
@@ -199,7 +199,7 @@ def measure(prepare: Callable, cases: Sequence[dict]) -> list[list]:
 
 
 def table(prepare: Callable, cases: Sequence[dict]) -> list[dict]:
-    """The rows of a table."""
+    """The rows of a table, with three significant digits, which are all that such a measurement has."""
     rows, reference = [], None
     for case, answers in zip(cases, measure(prepare, cases), strict=True):
         if isinstance(answers[-1], Exception):
@@ -209,22 +209,20 @@ def table(prepare: Callable, cases: Sequence[dict]) -> list[dict]:
         parts, rates, memory = zip(*answers[1:], strict=True)
         for part in parts[0]:
             seconds = np.array([found[part] for found in parts])
-            costs = seconds / max(work.tokens, 1)
+            costs, middle = seconds / max(work.tokens, 1), np.median(seconds)
             reference = costs if reference is None else reference
             row = {**case, **work.columns, **({"part": part} if part else {})}
-            row["ms"] = rounded(1000 * np.median(seconds))
+            row["ms"] = rounded(1000 * middle)
             row["spread"] = f"{rounded(1000 * seconds.min()):g}-{rounded(1000 * seconds.max()):g}"
             row["ratio"] = rounded(np.median(costs / reference))
-            row["tok/s"] = round(work.tokens / np.median(seconds)) if work.tokens else "-"
+            row["tok/s"] = round(work.tokens / middle) if work.tokens else "-"
             row["of matmul"] = rounded(np.median(work.flops / (rates * seconds))) if work.flops else "-"
-            row["first s"] = rounded(first)
-            row["MiB"] = round(max(memory) / 2**20)
+            row["first s"], row["MiB"] = rounded(first), round(max(memory) / 2**20)
             rows.append(row)
     return rows
 
 
 def rounded(value: float) -> float:
-    """Three significant digits, which are all that such a measurement has."""
     return float(f"{value:.3g}") if value < 100 else round(value)
 
 
@@ -267,9 +265,8 @@ def training(
     """
     model, optimizers = built or build(model_config(**model), dist)
     parameters, sizes, counts = list(model.parameters()), model.config, model.parameter_counts()
-    random_tokens = torch.randint(
-        sizes.vocab_size, (2, batch_size or DEVICE_BATCH_SIZE, sizes.max_seq_len), device=dist.device
-    )
+    shape = (2, batch_size or DEVICE_BATCH_SIZE, sizes.max_seq_len)
+    random_tokens = torch.randint(sizes.vocab_size, shape, device=dist.device)
     batches = iter(batches or itertools.repeat(random_tokens))
     if checkpointing == "on":
         model.checkpoint_activations()
@@ -353,11 +350,8 @@ def head(dist: DistContext, chunk: int, compile: str) -> Work:
     targets, cap = torch.randint(VOCAB_SIZE, (tokens,), device=dist.device), gpt.GPTConfig.softcap
     kernel = torch.compile(loss.softmax_gradient, dynamic=False) if compile == "on" else loss.softmax_gradient
     loss.CHUNK_ROWS[dist.device.type] = chunk
-
-    def function():
-        return torch.autograd.grad(loss.mean_loss(hidden, weight, targets, cap, kernel), (hidden, weight))
-
-    return Work(function, tokens, 6 * tokens * width * VOCAB_SIZE)
+    mean = partial(loss.mean_loss, hidden, weight, targets, cap, kernel)
+    return Work(lambda: torch.autograd.grad(mean(), (hidden, weight)), tokens, 6 * tokens * width * VOCAB_SIZE)
 
 
 def generation(dist: DistContext, depth: int, cache: str, texts: int) -> Work:
@@ -374,10 +368,10 @@ def generation(dist: DistContext, depth: int, cache: str, texts: int) -> Work:
             tokens = torch.cat((tokens, torch.tensor([picked], device=dist.device).T), 1)
         return tokens.T[1:].tolist()
 
-    def cached():
-        return list(engine.generate_batch(model, prompts, MAX_SEQ_LEN))
+    def function():  # as scripts/generate.py does it
+        return list(engine.generate_batch(model, prompts, MAX_SEQ_LEN)) if cache == "on" else uncached()
 
-    return Work(cached if cache == "on" else uncached, texts * MAX_SEQ_LEN)
+    return Work(function, texts * MAX_SEQ_LEN)
 
 
 # ---- data, and where the time of a step goes ----

@@ -133,9 +133,8 @@ def test_cases_take_turns_and_one_that_fails_leaves_the_others_alone(monkeypatch
 def test_cases_run_in_processes_of_their_own_with_the_settings_of_this_one(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    values = {**{name: SETTINGS[name] for name in config.settings("scripts.bench") if name in SETTINGS}}
-    for name, value in values.items():
-        monkeypatch.setattr(bench, name, value)
+    for name in SETTINGS.keys() & config.settings("scripts.bench").keys():
+        monkeypatch.setattr(bench, name, SETTINGS[name])
     block = np.ones(100_000_000)  # 800 MB of this process, which must not count as theirs
     found = bench.measure(bench.head, [{"chunk": 4, "compile": "off"}, {"chunk": "none", "compile": "off"}])
     ((first, work), (parts, rate, memory), _), (error,) = found
