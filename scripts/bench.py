@@ -109,8 +109,8 @@ def tables() -> dict[str, tuple[Callable, list[dict]]]:
 
 def main(names: Sequence[str] = ()) -> None:
     """Print the tables `names` (none: all of them) as Markdown and write their rows to OUT."""
-    at_least_one = ("REPETITIONS", "DEVICE_BATCH_SIZE", "MAX_SEQ_LEN", "VOCAB_SIZE")
-    config.check_numbers(config.snapshot(__name__), at_least_one)
+    positive = ("REPETITIONS", "DEVICE_BATCH_SIZE", "MAX_SEQ_LEN", "VOCAB_SIZE")
+    config.check_numbers(config.snapshot(__name__), at_least_one=positive)
     config.choice("COMPILE", COMPILE, ("auto", "on", "off"))
     known, found = tables(), {}
     for name in names:
@@ -368,10 +368,10 @@ def generation(dist: DistContext, depth: int, cache: str, texts: int) -> Work:
             tokens = torch.cat((tokens, torch.tensor([picked], device=dist.device).T), 1)
         return tokens.T[1:].tolist()
 
-    def function():  # as scripts/generate.py does it
-        return list(engine.generate_batch(model, prompts, MAX_SEQ_LEN)) if cache == "on" else uncached()
+    def cached():  # as scripts/generate.py does it
+        return list(engine.generate_batch(model, prompts, MAX_SEQ_LEN))
 
-    return Work(function, texts * MAX_SEQ_LEN)
+    return Work(cached if cache == "on" else uncached, texts * MAX_SEQ_LEN)
 
 
 # ---- data, and where the time of a step goes ----
