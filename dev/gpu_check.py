@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
@@ -221,7 +221,6 @@ def gpu_tests() -> None:
 def kernels() -> None:
     """Rates of matrix products, of a copy, and of attention by torch's choice and by two kernels of its own."""
     import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     from nanotrain import hardware
     from scripts import bench
@@ -238,19 +237,18 @@ def kernels() -> None:
     block = torch.zeros(2, 2**25 if SMOKE else 2**32, dtype=torch.uint8, device=dist.device)
     seconds = seconds_of_call(dist, lambda: block[0].copy_(block[1]))
     show("copy, read and written", block.nbytes / seconds / 1e9, "GB/s")
-    for heads, name in itertools.product((6, 10), ("", "FLASH_ATTENTION", "CUDNN_ATTENTION")):
+    for heads, name in itertools.product((6, 10), ("default", "FLASH_ATTENTION", "CUDNN_ATTENTION")):
         shape = (1, heads, 64, 128) if SMOKE else (16, heads, SEQ_LEN, 128)
-        kernel = f"attention {name or 'as torch chooses'} {shape}, both passes, over the whole square"
+        kernel = f"attention {name} {shape}, both passes, over the whole square"
+        work = bench.attention(dist, name, shape)
         try:
-            with sdpa_kernel(getattr(SDPBackend, name)) if name else contextlib.nullcontext():
-                seconds = seconds_of_call(dist, bench.prepare_attention("SDPA", False, shape, dist))
+            rate = work.flops / seconds_of_call(dist, work.function)
         except RuntimeError as error:
-            if not name:
+            if name == "default":
                 raise
             print(f"{kernel}: {error}", flush=True)
             show(kernel, None, "not here")
         else:
-            rate = 12 * shape[0] * heads * shape[2] ** 2 * shape[3] / seconds
             show(kernel, rate / 1e12, share=rate / peak if peak else None)
 
 
@@ -273,30 +271,27 @@ def speed(depth: int) -> None:
 
     dist = start()
     on_gpu, heads = dist.device.type == "cuda", recipe.model_width(depth, 0, 128)[1]
-    training = bench.Training(GPTConfig(VOCAB_SIZE, SEQ_LEN, depth, heads, heads, 128), LARGEST_BATCH)
+    model_config = GPTConfig(VOCAB_SIZE, SEQ_LEN, depth, heads, heads, 128)
     if SMOKE:
-        training = bench.Training(GPTConfig(300, 16, depth // 10, 2, 2, 16), 4)
-    model, _ = built = training.build(dist)
-    training = replace(training, batch_size=warmup.largest_batch_that_fits(dist, model, training.batch_size))
+        model_config = GPTConfig(300, 16, depth // 10, 2, 2, 16)
+    model, _ = built = bench.build(model_config, dist)
+    batch_size = warmup.largest_batch_that_fits(dist, model, 4 if SMOKE else LARGEST_BATCH)
     parameters = model.parameter_counts()
     matmul, peak = hardware.matmul_flops(dist.device, dist.dtype), hardware.peak_flops(dist.device)
     for compiled in (False, True) if hardware.can_compile() else (False,):
-        if compiled:
-            hardware.trust_cpu_flags(True)
-            model.compile_parts()
         if on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_accumulated_memory_stats()
         hardware.forget_peak_memory(dist.device)
         before = hardware.peak_memory_bytes(dist.device)
-        step = training.prepare(dist, built=built)
-        first, *_ = [bench.seconds_of(dist, step)[0] for _ in range(3)]
-        seconds = statistics.median(bench.seconds_of(dist, step)[0] for _ in range(5))
+        work = bench.training(dist, built, batch_size=batch_size, compile="block" if compiled else "off")
+        first, *_ = [bench.seconds_of(dist, work.function)[0] for _ in range(3)]
+        seconds = statistics.median(bench.seconds_of(dist, work.function)[0] for _ in range(5))
         policy = recipe.ActivationPolicy(dist.dtype.itemsize, compiled, False, loss.chunk_rows(dist.device))
-        plan = recipe.estimate_memory(parameters, training.model, training.batch_size, 1, 1, policy)
-        row = {"depth": training.model.num_layers, "compiled": compiled, "batch size": training.batch_size}
-        row |= {"first step s": first, "step ms": 1000 * seconds, "tokens/s": round(training.tokens / seconds)}
-        rate = training.flops / seconds
+        plan = recipe.estimate_memory(parameters, model_config, batch_size, 1, 1, policy)
+        row = {"depth": model_config.num_layers, "compiled": compiled, "batch size": batch_size}
+        row |= {"first step s": first, "step ms": 1000 * seconds, "tokens/s": round(work.tokens / seconds)}
+        rate = work.flops / seconds
         row |= {"of peak": rate / peak if peak else None, "of matmul": rate / matmul}
         row |= against_plan(hardware.peak_memory_bytes(dist.device), plan, before, on_gpu)
         tell(**row, **{"alloc retries": torch.cuda.memory_stats()["num_alloc_retries"] if on_gpu else None})
@@ -327,7 +322,7 @@ def bench_table(name: str) -> None:
     out, large = paths.base_dir() / f"bench-{name}.json", paths.base_dir() / "large"
     sizes = [f"--vocab-size={300 if SMOKE else VOCAB_SIZE}", f"--repetitions={1 if SMOKE else 2}"]
     wait_for(begin("scripts.bench", name, *model_flags(), *sizes, f"--tokenizer-dir={large}", f"--out={out}"))
-    for row in json.loads(out.read_text(encoding="utf-8"))["tables"][name]:
+    for row in json.loads(out.read_text(encoding="utf-8"))[name]:
         tell(**row)
 
 

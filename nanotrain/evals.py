@@ -47,15 +47,13 @@ class Evals:
         metrics: MetricLogger,
         beat: Callable[[float], None],
     ):
-        """sequences: (N, T + 1) validation sequences, or None; bundle: tasks, or None. beat: the watchdog's."""
+        """sequences: (N, T + 1) validation sequences. beat: the watchdog's."""
         self.settings, self.model, self.tokenizer = settings, model, tokenizer
         self.sequences, self.bundle = sequences, bundle
         self.dist, self.metrics, self.beat = dist, metrics, beat
 
     def run(self, state: TrainState) -> None:
-        """Run what is due after this step, once: also what a stop had left out. A run whose patience ends is finished
-        at this step.
-        """
+        """Run what is due after this step, once. A run whose patience ends is finished at this step."""
         if state.evals_step == state.step:
             return
         self.beat(guard.SLOW_SECONDS)
@@ -82,24 +80,26 @@ class Evals:
             val_bpb = loss_eval.bits_per_byte(
                 self.model, self.sequences, token_bytes, self.dist, self.settings.batch_size, done, stats.add
             )
-        state.val_bpb = val_bpb if math.isfinite(val_bpb) else None  # a checkpoint holds no NaN
+        is_finite = math.isfinite(val_bpb)
+        state.val_bpb = val_bpb if is_finite else None  # a checkpoint holds no NaN
         state.evaluated_step = state.step
         self.metrics.record(state.step, {"val/bpb": val_bpb})
         self.metrics.evaluation(state.step, val_bpb=state.val_bpb, **stats.result(self.dist))
-        if state.step and state.val_bpb is not None and (state.best_bpb is None or val_bpb < state.best_bpb):
-            state.best_bpb, state.best_step = val_bpb, state.step  # of those that are saved: step 0 is not
-        if state.val_bpb is not None and (state.goal_bpb is None or val_bpb < state.goal_bpb):
+        best = ""
+        if state.step and is_finite and (state.best_bpb is None or val_bpb < state.best_bpb):  # step 0 is never saved
+            state.best_bpb, state.best_step, best = val_bpb, state.step, ", the best so far"
+        if is_finite and (state.goal_bpb is None or val_bpb < state.goal_bpb):
             state.goal_bpb, state.stale_evaluations = val_bpb - self.settings.min_delta, 0
         else:
             state.stale_evaluations += 1
-        best = ", the best so far" if state.best_step == state.step else ""
         self.metrics.event(f"step {state.step}: val bpb {val_bpb:.4f}{best}")
         state.evaluation_seconds = time.monotonic() - begin
 
     def _end_early(self, state):
         if not state.is_finished and 0 < self.settings.patience <= state.stale_evaluations and state.step:
-            count = state.stale_evaluations
-            self.metrics.event(f"step {state.step}: {count} evaluations without a better one: the end")
+            self.metrics.event(
+                f"step {state.step}: {state.stale_evaluations} evaluations without a better one: the end"
+            )
             state.num_steps, state.horizon_fixed = state.step, True
             self.metrics.set_num_steps(state.num_steps)
 
@@ -116,11 +116,10 @@ class Evals:
 
     def sample(self, state: TrainState) -> None:
         """Continue a few prompts."""
-        found = []
-        for prompt, text in samples(self.model, self.tokenizer, SAMPLE_TOKENS):
-            found.append({"prompt": prompt, "text": text})
+        found = list(samples(self.model, self.tokenizer, SAMPLE_TOKENS))
+        for prompt, text in found:
             self.metrics.event(f"sample: {prompt}{text}")
-        self.metrics.evaluation(state.step, samples=found)
+        self.metrics.evaluation(state.step, samples=[{"prompt": prompt, "text": text} for prompt, text in found])
 
     @contextlib.contextmanager
     def _progress(self, what, count) -> Iterator[Callable[[int], None]]:

@@ -1,10 +1,8 @@
 """Bits per byte: the loss in a unit that does not depend on the tokenizer.
 
-There are two variants. `bits_per_byte` measures what training minimizes: text packed into sequences, with documents
-split at sequence ends. `document_bits_per_byte` shows the model every document from its beginning, in overlapping
-windows, so its result does not depend on the packing either.
-
-`TokenLossStats` collects statistics of the loss per token: the texts with the highest and lowest loss, and a histogram.
+`bits_per_byte` measures what training minimizes: text packed into sequences, with documents split at sequence ends.
+`document_bits_per_byte` shows the model every document from its beginning, in overlapping windows, so its result does
+not depend on the packing either. `TokenLossStats` finds the texts with the highest and lowest loss.
 """
 
 import codecs
@@ -32,14 +30,13 @@ def bits_per_byte(
 ) -> float:
     """Sum of nats / (ln 2 x UTF-8 bytes of the targets) over `sequences` (N, T + 1) int32, the same on every rank.
 
-    Sequences are assigned to ranks by index. Targets without bytes (special tokens) count in neither sum. `progress` is
-    called with the number of sequences done, `stats` (see `TokenLossStats.add`) with the loss of every token. Sums are
-    float64, so batch size and rank count do not matter. Raises DataError if no target has any bytes.
+    Targets without bytes (special tokens) count in neither sum. `progress` is called with the number of sequences done,
+    `stats` (see `TokenLossStats.add`) with the loss of every token. Sums are float64, so batch size and rank count do
+    not matter. Raises DataError if no target has any bytes.
     """
     mine = sequences[dist.rank :: dist.world_size]
-    batches = (mine[start : start + batch_size] for start in range(0, len(mine), batch_size))
-    batches = ((batch[:, :-1], batch[:, 1:]) for batch in batches)
-    return _bits_per_byte(model, batches, token_bytes, dist, progress, stats)
+    parts = (mine[start : start + batch_size] for start in range(0, len(mine), batch_size))
+    return _bits_per_byte(model, ((part[:, :-1], part[:, 1:]) for part in parts), token_bytes, dist, progress, stats)
 
 
 def document_bits_per_byte(
@@ -122,7 +119,7 @@ class TokenLossStats:
         self._strings = tokenizer.byte_strings()
         self._sizes = np.array([len(string) for string in self._strings])
         self._counts = np.zeros(len(self.EDGES) - 1)
-        self._texts = []  # (bits per byte, ids, bits per token), best first
+        self._texts = []  # (bits per byte, ids, bits per token): the lowest and the highest
 
     def add(self, targets: Tensor, nats: Tensor) -> None:
         """Add targets (B, T) int64 and their losses (B, T) float64, both on the CPU."""
@@ -133,33 +130,28 @@ class TokenLossStats:
         for sequence, costs, ends in zip(ids, bits, special, strict=True):
             borders = [-1, *np.flatnonzero(ends).tolist(), len(sequence)]
             for before, end in itertools.pairwise(borders):
-                self._keep(sequence[before + 1 : end], costs[before + 1 : end], max(len(sequence) // 4, 1))
+                tokens, cost = sequence[before + 1 : end], costs[before + 1 : end]
+                if len(tokens) >= max(len(sequence) // 4, 1) and np.isfinite(cost).all():
+                    bpb = cost.sum().item() / self._sizes[tokens].sum().item()
+                    self._texts.append((bpb, tokens[: self.MAX_TOKENS].tolist(), cost[: self.MAX_TOKENS].tolist()))
+        self._texts = self._extremes(self._texts)
 
-    def _keep(self, ids, bits, min_tokens):
-        if len(ids) < min_tokens or not np.isfinite(bits).all():
-            return
-        bpb = bits.sum().item() / self._sizes[ids].sum().item()
-        self._texts.append((bpb, ids[: self.MAX_TOKENS].tolist(), bits[: self.MAX_TOKENS].tolist()))
-        if len(self._texts) > 100 * self.NUM_TEXTS:
-            self._texts = self._ends(self._texts)
-
-    def _ends(self, texts):
-        ordered = sorted(texts)
-        return ordered[: self.NUM_TEXTS] + ordered[self.NUM_TEXTS :][-self.NUM_TEXTS :]
+    def _extremes(self, texts):
+        texts, most = sorted(texts), self.NUM_TEXTS
+        return texts[:most] + texts[most:][-most:]
 
     def result(self, dist: DistContext) -> dict:
         """The statistics over all ranks as a JSON-like dict, the same on every rank.
 
         documents: {"worst", "best"}, each a list of {"text", "bpb", "tokens": [[text, bits], ...]}, the most extreme
-        text first, limited to MAX_TOKENS tokens each. token_bits: {"edges": (n + 1) in bits, "counts": (n)}.
+        text first. token_bits: {"edges": (n + 1) in bits, "counts": (n)}.
         """
         counts = dist.all_reduce_sum(self._counts.tolist())
-        texts = sorted(itertools.chain.from_iterable(dist.all_gather_objects(self._ends(self._texts))))
-        half = min(self.NUM_TEXTS, -(-len(texts) // 2))
-        worst = [self._described(*text) for text in texts[::-1][:half]]
-        best = [self._described(*text) for text in texts[: min(self.NUM_TEXTS, len(texts) - half)]]
+        texts = self._extremes(itertools.chain.from_iterable(dist.all_gather_objects(self._texts)))
+        half = len(texts) // 2
+        documents = {"worst": texts[half:][::-1], "best": texts[:half]}
         return {
-            "documents": {"worst": worst, "best": best},
+            "documents": {kind: [self._described(*text) for text in found] for kind, found in documents.items()},
             "token_bits": {"edges": list(self.EDGES), "counts": [int(count) for count in counts]},
         }
 

@@ -33,26 +33,24 @@ def largest_batch_that_fits(dist: DistContext, model: GPT, most: int) -> int:
         with torch.compiler.set_stance("force_eager"):
             try:
                 for _ in range(2):  # the second with the gradients there, as micro-steps have them
-                    one_pass(dist, model, batch_size, keep_gradients=True)
+                    one_pass(dist, model, batch_size)
             finally:
                 model.zero_grad()
 
     batch_size = dist.largest_that_fits(most, attempt)
     if not batch_size:
-        raise MemoryLimitError(f"out of memory with a single sequence: {less_memory(0, model)}")
+        raise MemoryLimitError(f"out of memory with a single sequence: {_less_memory(1, model)}")
     hardware.forget_peak_memory(dist.device)  # of the trials
     return batch_size
 
 
-def one_pass(dist: DistContext, model: GPT, batch_size: int, keep_gradients: bool = False) -> float:
-    """Seconds of a forward and backward pass over so many sequences. No weight changes."""
+def one_pass(dist: DistContext, model: GPT, batch_size: int) -> float:
+    """Seconds of a forward and backward pass over so many sequences, which leaves its gradients."""
     tokens = torch.zeros(batch_size, model.config.max_seq_len, dtype=torch.int64, device=dist.device)
     begin = time.monotonic()
     with dist.autocast():
         loss = model(tokens, tokens)
     loss.backward()
-    if not keep_gradients:
-        model.zero_grad()
     hardware.synchronize(dist.device)
     return time.monotonic() - begin
 
@@ -66,36 +64,33 @@ def compile_and_warm_up(dist: DistContext, model: GPT, batch_size: int, mode: st
         minutes = COMPILE_MINUTES[dist.dtype]
         dist.print0(f"compile    off: it repays its time in {minutes:g} minutes or more (--compile=on all the same)")
     with memory_limit(batch_size, model):
-        return _compile_and_time(dist, model, batch_size, pays, mode)
-
-
-def _compile_and_time(dist, model, batch_size, pays, mode):
-    failure = _compile(dist, model, batch_size) if pays else None
-    failure = next((reason for reason in dist.all_gather_objects(failure) if reason), None)
-    if failure and mode == "on":
-        raise UserError(f"--compile=on: it does not work here ({failure}): give --compile=auto or --compile=off")
-    if failure:
-        torch.compiler.set_stance("force_eager")
+        failures = dist.all_gather_objects(_compile(dist, model, batch_size) if pays else "")
+        failure = next(filter(None, failures), "")
+        if failure and mode == "on":
+            raise UserError(f"--compile=on: it does not work here ({failure}): give --compile=auto or --compile=off")
+        if failure:
+            torch.compiler.set_stance("force_eager")
+            dist.print0(f"compile    off, because it does not work here ({failure})")
+        seconds = []
+        for _ in range(3):
+            model.zero_grad()
+            seconds.append(one_pass(dist, model, batch_size))
         model.zero_grad()
-        dist.print0(f"compile    off, because it does not work here ({failure})")
-    one_pass(dist, model, batch_size)
-    return min(one_pass(dist, model, batch_size) for _ in range(2))
+        return min(seconds[1:])
 
 
 def _compile(dist, model, batch_size):
-    """Compile in a first pass. Returns why that failed, or None."""
-    for attempt in range(2):
+    """Compile in a first pass. Returns why that failed, or ""."""
+    for attempt in range(2):  # torch's parallel compilers sometimes read a header that is only half written
         hardware.trust_cpu_flags(attempt == 0)
         model.compile_parts()
         try:
             dist.print0(f"compile    ready in {one_pass(dist, model, batch_size):.0f} s")
-            return None
+            return ""
         except Exception as error:
             if hardware.is_out_of_memory(error):
                 raise
-            # Once more: torch's parallel compilers sometimes read a precompiled header that is only half written.
             torch.compiler.reset()
-            model.zero_grad()
             failure = f"{type(error).__name__}: {errors.first_line(error)[:100]}"
     return failure
 
@@ -108,12 +103,11 @@ def memory_limit(batch_size: int, model: GPT) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not hardware.is_out_of_memory(error):
             raise
-        raise MemoryLimitError(f"out of memory: {less_memory(batch_size, model)}") from None
+        raise MemoryLimitError(f"out of memory: {_less_memory(batch_size, model)}") from None
 
 
-def less_memory(batch_size: int, model: GPT) -> str:
-    """What to try where memory ran out with so many sequences a pass; 0: their number does not matter."""
-    smaller = "a smaller --max-seq-len"
-    if batch_size > 1:
-        smaller = f"--device-batch-size={batch_size // 2} (now {batch_size})"
+def _less_memory(batch_size, model):
+    smaller = (
+        f"--device-batch-size={batch_size // 2} (now {batch_size})" if batch_size > 1 else "a smaller --max-seq-len"
+    )
     return f"try {smaller}, {'' if model.recompute_blocks else '--grad-checkpoint, '}or a smaller --depth"

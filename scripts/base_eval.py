@@ -8,6 +8,7 @@ The result also goes into `evaluation.json` in the run's folder, and into the ru
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from tqdm import tqdm
 
@@ -47,19 +48,25 @@ def main() -> None:
     same_data = dist.on_rank0(lambda: dataset.fingerprint(shards)) == meta["data"]
     dist.print0(f"{run_dir}, step {meta['step']}{'' if same_data else ', on other data than it was trained on'}")
     if EVAL_TOKENS < model.config.max_seq_len:
-        least = f"less than one sequence of this model, which has {model.config.max_seq_len}"
-        raise UserError(f"--eval-tokens={EVAL_TOKENS}: {least}")
+        raise UserError(f"--eval-tokens={EVAL_TOKENS}: less than one sequence of {model.config.max_seq_len} tokens")
     core_dir, validation = paths.core_dir(), shards.validation.path
     bundle = CORE and core_bundle.obtain(CORE_BUNDLE, core_dir, validation, dist, CORE_MAX_PER_TASK, dist.print0)
     result = {"step": meta["step"], "tokens": meta["loader"]["next_sequence"] * model.config.max_seq_len}
     result |= text_bits_per_byte(dist, model, tokenizer, shards)
     if bundle:
-        result["core"] = core(dist, model, tokenizer, bundle)
+        with progress(dist, "tasks", sum(len(task.items) for task in bundle.tasks)) as done:
+            scores = core_eval.evaluate(model, tokenizer, bundle.tasks, dist, DEVICE_BATCH_SIZE, done)
+        dist.print0(core_eval.table(scores))
+        dist.print0(core_eval.headline(bundle, scores))
+        result["core"] = {**core_eval.summary(bundle, scores), "max_per_task": CORE_MAX_PER_TASK}
     if dist.is_rank0:
-        result["samples"] = continuations(model, tokenizer)
+        result["samples"] = []
+        for prompt, text in samples(model, tokenizer, SAMPLE_TOKENS):
+            result["samples"].append(prompt + text)
+            print(f"---- sample\n{prompt}{text}")
         write_json(run_dir / "evaluation.json", result)
         if REPORT:
-            dist.print0(report.attempt(run_dir))
+            print(report.attempt(run_dir))
     dist.close()
 
 
@@ -69,10 +76,8 @@ def text_bits_per_byte(
     """{train_bpb, val_bpb, doc_bpb} of packed train and validation text and of whole validation documents."""
     seq_len, token_bytes, found = model.config.max_seq_len, tokenizer.token_bytes(), {}
     for split, part in (("train", shards.train), ("val", (shards.validation,))):
-        files = [shard.path for shard in part]
-        sequences = dist.on_all_ranks(
-            lambda files=files: dataloader.packed_sequences(files, tokenizer, seq_len, EVAL_TOKENS)
-        )
+        read = partial(dataloader.packed_sequences, [shard.path for shard in part], tokenizer, seq_len, EVAL_TOKENS)
+        sequences = dist.on_all_ranks(read)
         with progress(dist, split, len(sequences)) as done:
             bpb = loss_eval.bits_per_byte(model, sequences, token_bytes, dist, DEVICE_BATCH_SIZE, done)
         found[f"{split}_bpb"] = bpb
@@ -88,30 +93,12 @@ def text_bits_per_byte(
     return found
 
 
-def core(dist: DistContext, model: GPT, tokenizer: BPETokenizer, bundle: core_bundle.Bundle) -> dict:
-    """The scores on the tasks of a bundle, as `core_eval.summary` has them."""
-    with progress(dist, "tasks", sum(len(task.items) for task in bundle.tasks)) as done:
-        scores = core_eval.evaluate(model, tokenizer, bundle.tasks, dist, DEVICE_BATCH_SIZE, done)
-    dist.print0(core_eval.table(scores))
-    dist.print0(core_eval.headline(bundle, scores))
-    return {**core_eval.summary(bundle, scores), "max_per_task": CORE_MAX_PER_TASK}
-
-
 @contextlib.contextmanager
 def progress(dist: DistContext, description: str, count: int) -> Iterator[Callable[[int], object]]:
     """A bar that vanishes; yields the function to call with the number of things, `count` on all ranks, done here."""
     hidden = None if dist.is_rank0 else True  # None: shown on a terminal
     with tqdm(total=-(-count // dist.world_size), desc=description, leave=False, disable=hidden) as bar:
         yield bar.update
-
-
-def continuations(model: GPT, tokenizer: BPETokenizer) -> list[str]:
-    """[prompt and continuation] for a few prompts, printed as they come."""
-    found = []
-    for prompt, text in samples(model, tokenizer, SAMPLE_TOKENS):
-        found.append(prompt + text)
-        print(f"---- sample\n{found[-1]}")
-    return found
 
 
 if __name__ == "__main__":

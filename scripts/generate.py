@@ -7,8 +7,9 @@ Several samples are made together, which takes little longer than one; they are 
 """
 
 import codecs
+import itertools
+import operator
 import sys
-from collections import deque
 from collections.abc import Iterator, Sequence
 
 from nanotrain import checkpoint, config, errors, hardware
@@ -32,29 +33,18 @@ SEED = 1337  # of the first sample's draws; the others count on from it
 
 
 def main(prompts: Sequence[str] = ()) -> None:
-    check_settings()
+    config.check_numbers(config.snapshot(__name__), at_least_one=("NUM_SAMPLES",))
+    if not 0 < TOP_P <= 1:
+        raise UserError(f"--top-p={TOP_P}: a probability above 0 and up to 1, which draws from all")
     dist = init_distributed(DEVICE, seed=SEED)
     run_dir = checkpoint.find_run(RUN_NAME)
     model, tokenizer, meta = checkpoint.load_model(run_dir, dist.device, BEST)
+    for prompt in prompts:
+        answer(model, tokenizer, prompt)
     if not prompts:
-        size = KVCache.bytes(model.config, NUM_SAMPLES, model.config.max_seq_len)
-        print(f"{run_dir.name}, step {meta['step']}, KV cache of up to {size / 2**20:,.1f} MiB.", file=sys.stderr)
-        print("Write the beginning of a text. Ctrl-C ends what it writes, Ctrl-D the program.", file=sys.stderr)
+        print(f"{run_dir.name}, step {meta['step']}. Write the beginning of a text.", file=sys.stderr)
+        print("Ctrl-C ends what it writes, Ctrl-D the program.", file=sys.stderr)
         converse(model, tokenizer)
-    try:
-        for prompt in prompts:
-            answer(model, tokenizer, prompt)
-    except KeyboardInterrupt:
-        print()
-        raise
-
-
-def check_settings() -> None:
-    config.check_numbers(config.snapshot(__name__), at_least_one=("NUM_SAMPLES",))
-    if SEED >= 2**63:
-        raise UserError(f"--seed={SEED}: must be below 2^63")
-    if not 0 < TOP_P <= 1:
-        raise UserError(f"--top-p={TOP_P}: a probability above 0 and up to 1, which draws from all")
 
 
 def converse(model: GPT, tokenizer: BPETokenizer) -> None:
@@ -79,7 +69,13 @@ def converse(model: GPT, tokenizer: BPETokenizer) -> None:
 def answer(model: GPT, tokenizer: BPETokenizer, prompt: str) -> None:
     """Print the prompt and its continuations: every character as soon as its last byte is there."""
     ids, strings = [tokenizer.bos, *tokenizer.encode(prompt)], tokenizer.byte_strings()
-    check_memory(model, min(len(ids) + MAX_NEW_TOKENS, model.config.max_seq_len))
+    device, length = model.lm_head.weight.device, min(len(ids) + MAX_NEW_TOKENS, model.config.max_seq_len)
+    size, memory = KVCache.bytes(model.config, 1, length), hardware.memory_bytes(device)
+    if NUM_SAMPLES * size > memory:
+        raise MemoryLimitError(
+            f"--num-samples={NUM_SAMPLES}: {size / 2**20:.1f} MiB of keys and values for each, "
+            f"but {device} has {memory / 2**30:.1f} GiB: use --num-samples={max(memory // (2 * size), 1)}"
+        )
     steps = generate_batch(
         model, [ids] * NUM_SAMPLES, MAX_NEW_TOKENS, TEMPERATURE, TOP_K, TOP_P, SEED, stop=(tokenizer.bos,)
     )
@@ -93,37 +89,13 @@ def answer(model: GPT, tokenizer: BPETokenizer, prompt: str) -> None:
         print(decoder.decode(b"", final=True))
 
 
-def check_memory(model: GPT, capacity: int) -> None:
-    """Raise MemoryLimitError where the KV cache of all samples cannot fit into the device."""
-    device = model.lm_head.weight.device
-    size, memory = KVCache.bytes(model.config, 1, capacity), hardware.memory_bytes(device)
-    if NUM_SAMPLES * size > memory:
-        raise MemoryLimitError(
-            f"--num-samples={NUM_SAMPLES}: {size / 2**20:.1f} MiB of keys and values for each, "
-            f"but {device} has {memory / 2**30:.1f} GiB: use --num-samples={max(memory // (2 * size), 1)}"
-        )
-
-
 def samples(steps: Iterator[list[int | None]]) -> Iterator[Iterator[int]]:
-    """An iterator over the tokens of each sample, to be read in turn, from the lists of `generate_batch`: while one is
-    read, those behind it wait.
+    """The tokens of each sample, to be read in turn, from the lists of `generate_batch`, which are asked for as the
+    first sample is read.
     """
-    waiting = [deque() for _ in range(NUM_SAMPLES)]
-
-    def tokens_of(own):
-        while True:
-            if not own:
-                step = next(steps, None)
-                if step is None:
-                    return
-                for queue, token in zip(waiting, step, strict=True):
-                    queue.append(token)
-            token = own.popleft()
-            if token is None:
-                return
-            yield token
-
-    return map(tokens_of, waiting)
+    for number, column in enumerate(itertools.tee(steps, NUM_SAMPLES)):
+        of_sample = map(operator.itemgetter(number), column)
+        yield itertools.takewhile(lambda token: token is not None, of_sample)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 python -m scripts.tok_eval --data-dir=D
 """
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,18 +43,16 @@ def main() -> None:
         num_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
         num_tokens = sum(map(len, tokenizer.encode_batch(texts)))
         print(f"{kind:<12}{num_bytes:>11,}{num_tokens:>11,}{num_bytes / max(num_tokens, 1):>13.3f}")
-    print(f"{'bytes alone':<12}{'':>22}{1:>13.3f}")
 
 
 def beginning(shard_paths: Sequence[Path]) -> list[str]:
     """The first texts of the shards, about MAX_CHARS characters of them."""
     texts, chars = [], 0
-    for group in dataset.row_groups(shard_paths):
-        for text in group:
-            if chars >= MAX_CHARS:
-                return texts
-            texts.append(text)
-            chars += len(text)
+    for text in itertools.chain.from_iterable(dataset.row_groups(shard_paths)):
+        if chars >= MAX_CHARS:
+            break
+        texts.append(text)
+        chars += len(text)
     return texts
 
 

@@ -45,10 +45,8 @@ def planned_vocab_size() -> int:
     from nanotrain.dist import init_distributed
 
     dist = init_distributed()
-    flops = recipe.training_flops(
-        TARGET_MINUTES, hardware.training_flops_per_second(dist.device, dist.dtype) * recipe.EFFICIENCY
-    )
-    depth = recipe.choose_depth(flops, HEAD_DIM)
+    rate = hardware.training_flops_per_second(dist.device, dist.dtype) * recipe.EFFICIENCY
+    depth = recipe.choose_depth(recipe.training_flops(TARGET_MINUTES, rate), HEAD_DIM)
     width, _ = recipe.model_width(depth, 0, HEAD_DIM)
     print(f"{TARGET_MINUTES:g} minutes suit a model of depth {depth} and width {width}")
     return recipe.vocabulary(width)

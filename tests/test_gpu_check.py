@@ -1,4 +1,4 @@
-"""dev/gpu_check.sh: all of it at tiny sizes on a CPU, what it makes of steps that fail, and what it can do without."""
+"""dev/gpu_check.sh: all of it at tiny sizes on a CPU, and what it makes of steps that fail."""
 
 import importlib.util
 import json
@@ -12,16 +12,15 @@ import pytest
 import torch
 from conftest import ROOT
 
-from nanotrain import hardware
-
 spec = importlib.util.spec_from_file_location("gpu_check", ROOT / "dev" / "gpu_check.py")
 gpu_check = sys.modules["gpu_check"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(gpu_check)
 
+SPEED = ["batch size", "first step s", "step ms", "tokens/s", "of matmul", "peak GiB", "measured / planned"]
 NUMBERS = {  # the positive numbers of the rows of each step
     "tests": ["passed"],
-    "speed 12": ["batch size", "first step s", "step ms", "tokens/s", "of matmul", "peak GiB", "measured / planned"],
-    "speed 20": ["batch size", "first step s", "step ms", "tokens/s", "of matmul", "peak GiB", "measured / planned"],
+    "speed 12": SPEED,
+    "speed 20": SPEED,
     "data": ["bytes"],
     "bench optimizer": ["ms", "MiB"],
     "train": ["steps", "seconds of steps", "tokens/s", "first loss", "last loss", "first bpb", "last bpb"],
@@ -79,22 +78,14 @@ def test_all_steps_succeed_at_tiny_sizes_and_both_files_hold_the_numbers(tmp_pat
             assert min(row[column] for column in columns) > 0, (name, row)
     for step in steps.values():
         assert step["rows"]
-        assert step["seconds"] > 0
         for row in step["rows"]:
             assert f"| {' | '.join(map(gpu_check.cell, row.values()))} |" in markdown
-    assert [row["compiled"] for row in steps["speed 12"]["rows"]] == [False, True][: 1 + hardware.can_compile()]
     rates = {row["kernel"].split(" (")[0]: row["rate"] for row in steps["kernels"]["rows"]}
-    assert all(
-        rates[name] > 0 for name in ("matmul torch.float32", "copy, read and written", "attention as torch chooses")
-    )
+    assert min(rates[name] for name in ("matmul torch.float32", "copy, read and written", "attention default")) > 0
     assert steps["train"]["rows"][0]["last loss"] < steps["train"]["rows"][0]["first loss"]
     assert [row["same"] for row in steps["resume"]["rows"]] == [True] * 4
-    assert len({row["SHA-256"] for row in steps["resume"]["rows"]}) == 4
     assert 0 < steps["resume"]["rows"][0]["killed after"] < steps["resume"]["rows"][0]["steps"]
     assert steps["bench step"]["rows"][0]["part"] == "step"
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        f"gpu_check.{e}" for e in ("json", "log", "md")
-    ]
     assert not base_dir.exists()
 
 
@@ -105,32 +96,26 @@ def test_a_step_that_fails_or_runs_out_of_time_leaves_the_others_running_and_is_
     command = [sys.executable, str(program), "--smoke", "out"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1
-    ending = "error: 3 of 4 steps: hangs (timed out), fails (failed), dies (failed); see "
-    assert done.stderr == f"{ending}{tmp_path / 'out' / 'gpu_check.md'}\n"
+    assert "hangs (timed out), fails (failed), dies (failed)" in done.stderr
     steps, markdown = report(tmp_path / "out")
     assert [step["result"] for step in steps.values()] == ["timed out", "failed", "failed", "ok"]
     assert "\n| hangs | 1 | timed out | " in markdown
-    assert "\n    the reason\n" in markdown
-    assert "\n    ValueError: not as it should be\n" in markdown
-    assert "\n| 12,345 |\n" in markdown
+    assert all(line in markdown for line in ("\n    the reason\n", "\n    ValueError: not as ", "\n| 12,345 |\n"))
     assert steps["hangs"]["rows"] == [{"number": 1}], "what it found before"
     (line,) = (line for line in steps["hangs"]["output"] if line.startswith("child"))
     assert ended(int(line.split()[1])), "what a step has started ends with it"
 
     again = subprocess.run([*command, "--part=2"], cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert again.returncode == 1
-    assert "error: 1 of 2 steps: dies (failed); see " in again.stderr
+    assert "1 of 2 steps: dies (failed)" in again.stderr
     assert [step["result"] for step in report(tmp_path / "out")[0].values()] == ["timed out", "failed", "failed", "ok"]
 
 
-def ended(number, seconds=10):
-    """Whether a process ends in so many seconds; one that nobody has waited for counts."""
-    for _ in range(100 * seconds):
-        try:
-            state = Path(f"/proc/{number}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
-        except FileNotFoundError:
-            return True
-        if state == "Z":
+def ended(number):
+    """Whether a process ends within ten seconds; one that nobody has waited for counts."""
+    status = Path(f"/proc/{number}/stat")
+    for _ in range(1000):
+        if not status.exists() or status.read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z":
             return True
         time.sleep(0.01)
     return False
@@ -141,17 +126,8 @@ def test_each_part_takes_at_most_five_minutes():
         assert 200 < sum(step.seconds for step in gpu_check.STEPS.values() if step.part == part) <= 300
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_without_a_gpu_it_says_so(tmp_path):
-    done = shell(tmp_path / "out")
-    sentence = "error: torch finds no CUDA device here: --smoke runs all of it on a CPU, with tiny sizes\n"
-    assert (done.returncode, done.stderr) == (2, sentence)
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [(["--smoke"], "give one folder for the report"), (["--smoke", "--part=3", "out"], "--part=3: must be one of")],
+    ("arguments", "message"), [(["--smoke"], "one folder"), (["--smoke", "--part=3", "out"], "--part=3")]
 )
 def test_wrong_arguments_are_refused(tmp_path, arguments, message):
     done = shell(*arguments, cwd=tmp_path)
@@ -160,23 +136,8 @@ def test_wrong_arguments_are_refused(tmp_path, arguments, message):
     assert list(tmp_path.iterdir()) == []
 
 
-WITHOUT = """
-import importlib, sys
-missing = {"wandb", "matplotlib", "transformers", "accelerate", "xdist"}
-
-class Missing:
-    def find_spec(name, path=None, target=None):
-        if name.partition(".")[0] in missing:
-            raise ImportError(f"{name} is missing")
-
-sys.meta_path.insert(0, Missing)
-sys.path += ["tests", "dev"]
-for name in ("scripts.base_train", "scripts.bench", "scripts.tok_train", "test_gpu", "test_base_train", "gpu_check"):
-    importlib.import_module(name)
-"""
-
-
-@pytest.mark.slow
-def test_what_it_runs_needs_no_optional_package():
-    done = subprocess.run([sys.executable, "-c", WITHOUT], cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert (done.returncode, done.stderr) == (0, "")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_without_a_gpu_it_says_so(tmp_path):
+    done = shell(tmp_path / "out")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "--smoke" in done.stderr
