@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from nanotrain import config, corpus, download, errors, paths
 from nanotrain.errors import DataError, UserError, first_line
-from nanotrain.files import check_empty, file_sha256, new_folder, write_json
+from nanotrain.files import file_sha256, new_folder, write_json
 
 # --- which data
 DATASET = ""  # stdlib, fineweb-edu or climbmix
@@ -69,9 +69,7 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Shard:
-    """One parquet file: its name, path and size, the number of rows in each of its row groups, and about how many bytes
-    of text it holds.
-    """
+    """One parquet file, with the number of rows in each of its row groups and about how many bytes of text it holds."""
 
     name: str
     path: Path
@@ -163,8 +161,7 @@ def row_groups(shard_paths: Iterable[str | Path]) -> Iterator[list[str]]:
 def fingerprint(shards: Shards) -> dict:
     """{name: {bytes, sha256}} of every shard and which is validation: what a checkpoint remembers of its data.
 
-    Hashes come from the manifest where it has them, else from the files themselves. Raises DataError if a train shard
-    has the content of the validation shard.
+    Files that the manifest does not know are hashed. Raises DataError if a train shard equals the validation shard.
     """
     entries, files = read_manifest(shards.folder)["shards"], {}
     for shard in tqdm((*shards.train, shards.validation), "hashing shards", leave=False, disable=None):
@@ -188,9 +185,9 @@ def read_manifest(folder: Path) -> dict:
     """{dataset, validation, shards: {name: {bytes, sha256}}} of a data folder. Without a manifest, validation is the
     last shard by name. Raises DataError if the manifest is broken or another program's.
     """
-    path, names = folder / MANIFEST, _shard_names(folder)
+    path = folder / MANIFEST
     if not path.is_file():
-        return {"dataset": "", "validation": names[-1] if names else "", "shards": {}}
+        return {"dataset": "", "validation": max(_shard_names(folder), default=""), "shards": {}}
     with contextlib.suppress(ValueError, RecursionError):
         if manifest := _parse(json.loads(path.read_bytes())):
             return manifest
@@ -223,8 +220,7 @@ def verify(folder: Path) -> list[str]:
     shards = manifest["shards"]
     if not shards:
         raise DataError(f"{folder} has no {MANIFEST} to compare with")
-    names = sorted({manifest["validation"], *shards, *there})
-    for name in tqdm(names, "verifying", unit="shard", leave=False, disable=None):
+    for name in tqdm(sorted({manifest["validation"], *shards, *there}), "verifying", leave=False, disable=None):
         if name not in there:
             bad.append(f"{name} is missing")
         elif name not in shards:
@@ -247,10 +243,12 @@ def build_stdlib(folder: Path) -> bool:
     The same Python (and pyarrow) gives the same bytes. Returns False if it is there already; that of another Python, or
     a damaged one, is replaced.
     """
-    title = f"{STDLIB} {platform.python_version()}"
-    if read_manifest(folder)["dataset"] == title and not verify(folder):
+    title, held = f"{STDLIB} {platform.python_version()}", read_manifest(folder)
+    if held["dataset"] == title and not verify(folder):
         return False
-    with new_folder(folder, _check_stdlib) as temporary:
+    if held["dataset"].startswith(STDLIB) and {path.name for path in folder.iterdir()} <= {MANIFEST, *held["shards"]}:
+        shutil.rmtree(folder)
+    with new_folder(folder) as temporary:
         train, validation = corpus.stdlib_documents()
         sides = [*(train[number :: corpus.STDLIB_SHARDS] for number in range(corpus.STDLIB_SHARDS)), validation]
         for number, texts in enumerate(sides):
@@ -258,14 +256,6 @@ def build_stdlib(folder: Path) -> bool:
             write_shard(temporary / last, texts)
         write_manifest(temporary, title, last)
     return True
-
-
-def _check_stdlib(folder):
-    """Raise UserError if `folder` holds anything but an embedded corpus."""
-    manifest = read_manifest(folder)
-    made = {MANIFEST, *manifest["shards"]} if manifest["dataset"].startswith(STDLIB) else set()
-    if not made or {path.name for path in folder.iterdir()} - made:
-        check_empty(folder)
 
 
 def write_shard(path: Path, texts: Sequence[str], rows_per_group: int = 16) -> None:
@@ -353,7 +343,7 @@ def main() -> None:
         if NUM_SHARDS < 2:
             raise UserError("--base-url needs --num-shards, how many the host has (2 or more), the last for validation")
         source = Source(BASE_URL.rstrip("/"), NUM_SHARDS, 0, "see the host")
-        fetch(NAME, source, TRAIN_SHARDS or NUM_SHARDS - 1, folder)
+        fetch(NAME, source, TRAIN_SHARDS or source.num_shards - 1, folder)
     elif DATASET in SOURCES:
         fetch(DATASET, SOURCES[DATASET], TRAIN_SHARDS, folder)
     else:
