@@ -103,9 +103,7 @@ def no_rows(folder):
         (with_table(content=["a"], id=[1]), rf"{NAMES[1]} has no column 'text' of strings, only: content \(string\)"),
         (with_table(text=[1, 2]), f"{NAMES[1]} has no column 'text' of strings"),
         (with_table(text=[b"a", b"b"]), f"{NAMES[1]} has no column 'text' of strings"),
-        (with_table(text=[["a"], ["b"]]), f"{NAMES[1]} has no column 'text' of strings"),
         (with_table(text=[{"text": "a"}]), f"{NAMES[1]} has no column 'text' of strings"),
-        (with_bytes(lambda data: b""), f"{NAMES[1]} is not a readable parquet file"),
         (with_bytes(lambda data: data[: len(data) // 2]), f"{NAMES[1]} is not a readable parquet file"),
         (with_bytes(lambda data: data[:-400] + bytes(392) + data[-8:]), f"{NAMES[1]} is not a readable parquet"),
         (lambda folder: dataset.write_shard(listed_shards(folder) / NAMES[1], ["b"]), "bytes, its manifest says"),
@@ -203,9 +201,6 @@ def test_a_train_shard_equal_to_the_validation_shard_is_an_error(tmp_path, with_
     shards = dataset.open_shards(tmp_path)
     with pytest.raises(DataError, match=f"{NAMES[1]} has the same content as the validation shard"):
         dataset.fingerprint(shards)
-    (tmp_path / NAMES[1]).write_bytes((tmp_path / NAMES[0]).read_bytes())
-    (tmp_path / "manifest.json").unlink(missing_ok=True)
-    assert len(dataset.fingerprint(dataset.open_shards(tmp_path))["files"]) == 4, "two equal train shards are not"
 
 
 def test_verify_notices_any_flipped_bit_and_reading_gives_text_or_a_data_error(tmp_path):
