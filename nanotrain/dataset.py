@@ -298,8 +298,9 @@ def fetch(name: str, source: Source, train_shards: int, folder: Path) -> None:
         what = f"{held['dataset'] or 'of others'}, validated on {held['validation']}, which would become a train shard"
         raise UserError(f"{folder} holds other data ({what}): choose another --name, or move it away")
     train = [shard for shard in shards if shard != validation][:train_shards]
+    earlier = [shard for shard in held["shards"] if (folder / shard).is_file()]
     good, items = {}, []
-    for shard in tqdm(dict.fromkeys([validation, *train, *held["shards"]]), "checking", leave=False, disable=None):
+    for shard in tqdm(dict.fromkeys([validation, *train, *earlier]), "checking", leave=False, disable=None):
         path, entry = folder / shard, remote["shards"].get(shard, {})
         with contextlib.suppress(DataError):
             open_shard(path)
