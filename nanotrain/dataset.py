@@ -94,7 +94,7 @@ def open_shards(folder: str | Path) -> Shards:
     folder, names = Path(folder), _shard_names(folder)
     if not names:
         fix = "python -m nanotrain.dataset --dataset=stdlib builds one"
-        raise DataError(f"{folder} is no data folder, for it holds no shard_<digits>.parquet: {fix}")
+        raise DataError(f"no data folder {folder}, or no shard_<digits>.parquet in it: {fix}")
     manifest = read_manifest(folder)
     validation, entries = manifest["validation"], manifest["shards"]
     missing = sorted({validation, *entries} - set(names))
