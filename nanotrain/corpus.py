@@ -5,19 +5,20 @@ after bucket is sorted by that hash in memory, without exact duplicates, and wri
 and the same documents give the same shards, whatever the order or the names of the files.
 """
 
+import contextlib
 import hashlib
 import io
 import itertools
 import json
 import math
 import operator
-import os
 import re
 import sysconfig
 import tempfile
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from nanotrain.errors import DataError, first_line
 
 MAX_CHARS = 4000  # of a document cut from a longer text
-BLANK_LINES = re.compile(r"\n[ \t\n]*\n")
+BLOCK_CHARS = 1 << 16  # of a long line read at a time
 VALIDATION_SHARE, MAX_VALIDATION_BYTES = 1 / 16, 32 << 20
 STDLIB_SEED, STDLIB_SHARDS = 1337, 4
 STDLIB_EXCLUDED = {
@@ -38,29 +39,43 @@ PLAIN_SUFFIXES = {
     ".hpp", ".java", ".go", ".rs", ".rb", ".php", ".sh", ".sql", ".lua", ".pl", ".r", ".jl", ".scala", ".kt", ".swift",
 }  # fmt: skip
 LONE_SURROGATES = re.compile("[\ud800-\udfff]")  # which UTF-8 cannot hold
-BLOCK_CHARS = 1 << 20  # of a plain text file read at a time
-MAX_LINE_BYTES = 128 << 20  # of a row of .jsonl: a longer one is a mistake, as a whole data set in one JSON array is
-HELD_BYTES = 128 << 20  # of documents in memory at a time
-BUCKETS_PER_HELD = 8  # per HELD_BYTES of files, so that a bucket fits even where they are compressed to an eighth
+MAX_LINE_BYTES = 128 << 20  # of a row of .jsonl; a longer one, as a whole data set in one array, is not JSON in parts
+NUM_BUCKETS = 128  # one of them is in memory at a time
 SHARD_BYTES = 200 << 20  # of text, about 100 MB as parquet
 GROUP_BYTES = 4 << 20  # of text in a row group, at most
 MIN_TRAIN_SHARDS, MIN_GROUPS = 4, 100  # spreads a small corpus, so that many streams find something to read
 
 
-def cut(text: str, max_chars: int = MAX_CHARS) -> list[str]:
-    """`text` as documents of at most `max_chars`, cut at blank lines where possible, else at line ends, else anywhere.
-
-    Each document is as long as what follows allows; nothing but blank lines is lost.
+def cut(file: TextIO, max_chars: int = MAX_CHARS) -> Iterator[str]:
+    """Yield a text as documents of at most `max_chars`, cut at blank lines where possible, else at line ends, else
+    anywhere. Each is as long as what follows allows; nothing but blank lines is lost.
     """
-    documents, current = [], ""
-    for paragraph in BLANK_LINES.split(text):
-        for part in _cut_lines(paragraph, max_chars):
-            if current and len(current) + 2 + len(part) > max_chars:
-                documents.append(current)
-                current = ""
-            current = f"{current}\n\n{part}" if current else part
-    documents.append(current)
-    return [document for document in documents if document.strip()]
+    document = ""
+    for part in _paragraphs(file, max_chars):
+        if document and len(document) + 2 + len(part) > max_chars:
+            if document.strip():
+                yield document
+            document = ""
+        document = f"{document}\n\n{part}" if document else part
+    if document.strip():
+        yield document
+
+
+def _paragraphs(file, max_chars):
+    """Yield what lies between blank lines, in parts of at most `max_chars`; a first line is never a blank one."""
+    paragraph, line_end, after_blank = "", "", False
+    while line := file.readline(BLOCK_CHARS):
+        if (line_end or after_blank) and line.endswith("\n") and not line.strip(" \t\n"):
+            if not after_blank:
+                yield paragraph
+            paragraph, line_end, after_blank = "", "", True
+            continue
+        paragraph += line_end + line.removesuffix("\n")
+        line_end, after_blank = "\n" if line.endswith("\n") else "", False
+        if len(paragraph) > max_chars:
+            *parts, paragraph = _cut_lines(paragraph, max_chars)
+            yield from parts
+    yield from _cut_lines(paragraph + line_end, max_chars)
 
 
 def _cut_lines(paragraph, max_chars):
@@ -89,7 +104,7 @@ def stdlib_documents() -> tuple[list[str], list[str]]:
             chars += len(sources[name])
     sides = {}  # whether it is for validation, of each document
     for name in sorted(sources, key=lambda name: name in validation):
-        for document in cut(sources[name]):
+        for document in cut(io.StringIO(sources[name])):
             sides.setdefault(document, name in validation)
     documents = sorted(sides, key=lambda text: _order("text", text))
     return [text for text in documents if not sides[text]], [text for text in documents if sides[text]]
@@ -99,12 +114,10 @@ def stdlib_sources() -> dict[str, str]:
     """{name: text}: each source file of the standard library without its tests, and each help topic of pydoc."""
     root = Path(sysconfig.get_path("stdlib"))
     texts = {}
-    for folder, children, files in os.walk(root):
-        children[:] = [child for child in children if child not in STDLIB_EXCLUDED]
-        for file in files:
-            path = Path(folder) / file
-            if file.endswith(".py") and not file.startswith("_sysconfigdata"):  # those differ from machine to machine
-                texts[path.relative_to(root).as_posix()] = path.read_text(encoding="utf-8", errors="replace")
+    for path in root.rglob("*.py"):
+        name = path.relative_to(root)
+        if not STDLIB_EXCLUDED & {*name.parts} and not path.name.startswith("_sysconfigdata"):  # of this machine alone
+            texts[name.as_posix()] = path.read_text(encoding="utf-8", errors="replace")
     if not texts:
         raise DataError(f"no standard library sources in {root}: use another Python, or your own text (--from=PATH)")
     from pydoc_data import topics  # a large module, needed only here
@@ -120,20 +133,19 @@ def _order(kind, text):
 # ---- import ----
 
 
-def import_text(source: str | Path, folder: str | Path, text_column: str = "text") -> tuple[str, int, Counter[str]]:
+def import_text(source: str | Path, folder: Path, text_column: str = "text") -> tuple[str, int, Counter[str]]:
     """Make shuffled shards of the text in `source` (a file or a folder of them) in `folder`, which must exist.
 
     Returns (name of the validation shard, documents written, number of documents or files left out by reason). Plain
     text is cut into documents; rows of .jsonl (.gz, .zst) and .parquet files are documents as they are. Raises
     DataError if there are fewer than two documents or a file is broken.
     """
-    source, folder, skipped = Path(source).expanduser(), Path(folder), Counter()
+    source, skipped = Path(source).expanduser(), Counter()
     files = _files(source, skipped)
-    num_buckets = BUCKETS_PER_HELD * sum(path.stat().st_size for path in files) // HELD_BYTES + 1
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as temporary:
         texts = (text for path in files for text in _documents(path, text_column, skipped))
         texts = tqdm(_encoded(texts, skipped), "reading", unit=" documents", leave=False, disable=None)
-        found = _spread(texts, Path(temporary), num_buckets)
+        found = _spread(texts, Path(temporary))
         buckets, documents, text_bytes = sorted(Path(temporary).iterdir()), 0, 0
         for bucket in buckets:
             unique = set(_read_bucket(bucket))
@@ -141,12 +153,9 @@ def import_text(source: str | Path, folder: str | Path, text_column: str = "text
         skipped += Counter(duplicate=found - documents)
         if documents < 2:
             reasons = "; ".join(f"{count:,} {reason}" for reason, count in skipped.most_common())
-            raise DataError(
-                f"{source}: at least 2 documents are needed (found: {documents}, files read: {len(files)}; of "
-                f".txt, .md, .py, .jsonl, .jsonl.gz, .jsonl.zst, .parquet ...); left out: {reasons or 'nothing'}"
-            )
+            there = f"{documents} in {len(files)} files of text, left out: {reasons or 'nothing'}"
+            raise DataError(f"--from={source}: at least 2 documents are needed, found {there}")
         shuffled = (text for bucket in buckets for text in sorted(set(_read_bucket(bucket)), key=_key))
-        shuffled = tqdm(shuffled, "writing", documents, unit=" documents", leave=False, disable=None)
         return _write_shards(folder, shuffled, documents, text_bytes), documents, skipped
 
 
@@ -156,10 +165,8 @@ def _files(source, skipped):
         raise DataError(f"--from={source}: no such file or folder")
     files = []
     for path in [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file()):
-        if any(part.startswith(".") for part in path.relative_to(source).parts):
-            skipped["hidden file"] += 1
-        elif _reader(path) is None:
-            skipped["file of an unknown kind (a text file is read if it ends in .txt)"] += 1
+        if _reader(path) is None or any(part.startswith(".") for part in path.relative_to(source).parts):
+            skipped["file hidden or of an unknown kind (a text file is read if it ends in .txt)"] += 1
         else:
             files.append(path)
     return files
@@ -167,10 +174,9 @@ def _files(source, skipped):
 
 def _reader(path):
     """The function that yields the documents of a file; None for one that is not text."""
-    name = path.name.lower()
-    if name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
+    if path.name.lower().endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
         return _json_documents
-    if name.endswith(".parquet"):
+    if path.suffix.lower() == ".parquet":
         return _parquet_documents
     return _plain_documents if path.suffix.lower() in PLAIN_SUFFIXES else None
 
@@ -183,56 +189,27 @@ def _documents(path, text_column, skipped):
 
 
 def _plain_documents(path, text_column, skipped):
-    for document in _cut_file(path):
-        if "\0" in document or (not document.isascii() and LONE_SURROGATES.search(document)):
-            skipped["not UTF-8 text"] += 1
-        else:
-            yield document
-
-
-def _cut_file(path):
-    """What `cut` makes of a whole file, which is never held; bytes that are not UTF-8 become lone surrogates."""
-    rest = ""
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-        while block := file.read(BLOCK_CHARS):
-            rest += block
-            body = rest[: rest.rfind("\n\n") + 1].rstrip(" \t\n")
-            end, keep = rest.find("\n", len(body)) if body else 0, None  # where the last blank lines begin
-            if len(rest) - end > 4 * BLOCK_CHARS:  # a very long paragraph, or very many blanks
-                end, keep = len(rest.rstrip()), MAX_CHARS
-            *done, last = cut(rest[:end]) or [""]
-            yield from done
-            rest = last + rest[end:][:keep]  # what follows may still belong to the last document
-    yield from cut(rest)
+        for document in cut(file):
+            if "\0" in document or (not document.isascii() and LONE_SURROGATES.search(document)):
+                skipped["not UTF-8 text"] += 1
+            else:
+                yield document
 
 
 def _json_documents(path, text_column, skipped):
-    compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
-    with open(path, "rb") as raw:
-        for line in _lines(io.BufferedReader(pa.input_stream(raw, compression), 1 << 20)):
-            if line is None:
-                skipped[f"row longer than {MAX_LINE_BYTES >> 20} MiB"] += 1
-                continue
-            if not line.strip():
+    with io.BufferedReader(pa.input_stream(str(path)), 1 << 20) as file:
+        while line := file.readline(MAX_LINE_BYTES):
+            if line.isspace():
                 continue
             try:
-                row = json.loads(line)
+                text = json.loads(line)[text_column]
             except (ValueError, RecursionError):
                 skipped["not JSON"] += 1
-                continue
-            if isinstance(row, dict) and text_column in row:
-                yield row[text_column]
-            else:
+            except (KeyError, TypeError):
                 skipped[f"no {text_column!r} in the row (--text-column=NAME chooses another field)"] += 1
-
-
-def _lines(file):
-    """Yield the lines of a file, None for one longer than MAX_LINE_BYTES, which is never held."""
-    while line := file.readline(MAX_LINE_BYTES + 1):
-        whole = len(line) <= MAX_LINE_BYTES
-        while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
-            line = file.readline(MAX_LINE_BYTES + 1)
-        yield line if whole else None
+            else:
+                yield text
 
 
 def _parquet_documents(path, text_column, skipped):
@@ -241,25 +218,16 @@ def _parquet_documents(path, text_column, skipped):
             names = ", ".join(file.schema_arrow.names)
             raise DataError(f"{path} has no column {text_column!r}, only: {names} (--text-column=NAME chooses one)")
         for batch in file.iter_batches(256, columns=[text_column]):
-            for value in batch.column(0):
-                try:
-                    yield value.as_py()
-                except UnicodeDecodeError:
-                    skipped["not UTF-8 text"] += 1
+            yield from batch.column(0).to_pylist()
 
 
 def _encoded(texts, skipped):
     """Yield the UTF-8 of the texts that are documents; lone surrogates become U+FFFD."""
     for text in texts:
-        if not isinstance(text, str):
-            skipped["null" if text is None else "not a string"] += 1
-        elif not text.strip():
-            skipped["empty"] += 1
+        if not isinstance(text, str) or not text.strip():
+            skipped["empty or not a string"] += 1
         else:
-            try:
-                yield text.encode()
-            except UnicodeEncodeError:
-                yield LONE_SURROGATES.sub("\ufffd", text).encode()
+            yield (text if text.isascii() else LONE_SURROGATES.sub("\ufffd", text)).encode()
 
 
 # ---- buckets: files of (length, UTF-8) ----
@@ -270,25 +238,14 @@ def _key(data):
     return hashlib.sha256(SEED + data).digest()
 
 
-def _spread(texts: Iterable[bytes], folder: Path, num_buckets: int) -> int:
-    """Write each text to the bucket of its key, a file in `folder`; returns the number of texts. The names of the
-    buckets sort as their keys do.
-    """
-    waiting, held, count = defaultdict(bytearray), 0, 0
-
-    def flush():
-        for number, entries in waiting.items():
-            with open(folder / f"{number:08d}", "ab") as file:
-                file.write(entries)
-        waiting.clear()
-
-    for data in texts:
-        waiting[int.from_bytes(_key(data)[:4], "big") * num_buckets >> 32] += len(data).to_bytes(8, "big") + data
-        held, count = held + len(data), count + 1
-        if held > HELD_BYTES:
-            flush()
-            held = 0
-    flush()
+def _spread(texts, folder):
+    """Write each text to the bucket of its key, a file in `folder`, in order of name; returns the number of texts."""
+    count = 0
+    with contextlib.ExitStack() as stack:
+        buckets = [stack.enter_context(open(folder / f"{number:03d}", "wb")) for number in range(NUM_BUCKETS)]
+        for data in texts:
+            count += 1
+            buckets[_key(data)[0] * NUM_BUCKETS >> 8].write(len(data).to_bytes(8, "big") + data)
     return count
 
 
@@ -298,39 +255,34 @@ def _read_bucket(path):
             yield file.read(int.from_bytes(length, "big"))
 
 
-def _write_shards(folder: Path, texts: Iterable[bytes], documents: int, text_bytes: int) -> str:
+def _write_shards(folder, texts, documents, text_bytes):
     """Write the texts as shards; returns the name of the last one, which is for validation and never empty."""
-    train_bytes = text_bytes - min(text_bytes * VALIDATION_SHARE, MAX_VALIDATION_BYTES)
-    num_train = max(math.ceil(train_bytes / SHARD_BYTES), MIN_TRAIN_SHARDS)
-    group_bytes = min(max(train_bytes / MIN_GROUPS, 1), GROUP_BYTES)
     schema = pa.schema([("text", pa.string())])
-
-    def numbered():
-        shard = written = 0
-        for number, data in enumerate(texts):
-            # by the running sum, so that what shards have too much does not add up at the cost of the last one
-            full = written * num_train >= train_bytes * (shard + 1) or number == documents - 1
-            if number and full and shard < num_train:
-                shard += 1
-            yield shard, data
-            written += len(data)
-
-    for shard, members in itertools.groupby(numbered(), operator.itemgetter(0)):
+    row_groups = _row_groups(texts, documents, text_bytes)
+    for shard, groups in itertools.groupby(row_groups, operator.itemgetter(0)):
         name = f"shard_{shard:05d}.parquet"
         with pq.ParquetWriter(folder / name, schema, compression="zstd") as writer:
-            for group in _groups((data for _, data in members), group_bytes):
+            for _, group in groups:
                 writer.write_table(pa.table({"text": group}, schema), row_group_size=len(group))
     return name
 
 
-def _groups(texts, group_bytes):
-    """Yield lists of texts: the row groups of a shard, each of at least `group_bytes`, but for the last."""
-    group, held = [], 0
-    for data in texts:
+def _row_groups(texts, documents, text_bytes):
+    """Yield (number of the shard, texts of a row group)."""
+    train_bytes = text_bytes - min(text_bytes * VALIDATION_SHARE, MAX_VALIDATION_BYTES)
+    num_train = max(math.ceil(train_bytes / SHARD_BYTES), MIN_TRAIN_SHARDS)
+    group_bytes = min(max(train_bytes / MIN_GROUPS, 1), GROUP_BYTES)
+    shard = written = held = 0
+    group = []
+    for number, data in enumerate(texts):
+        # by the running sum, so that what shards have too much does not add up at the cost of the last one
+        full = written * num_train >= train_bytes * (shard + 1) or number == documents - 1
+        starts_shard = number > 0 and full and shard < num_train
+        if starts_shard or held >= group_bytes:
+            yield shard, group
+            group, held = [], 0
+        shard += starts_shard
         group.append(data.decode())
         held += len(data)
-        if held >= group_bytes:
-            yield group
-            group, held = [], 0
-    if group:
-        yield group
+        written += len(data)
+    yield shard, group

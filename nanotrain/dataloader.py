@@ -82,14 +82,13 @@ def check_nodes(dist: DistContext, tokenizer: BPETokenizer, shards: Shards) -> N
 
 @dataclass(frozen=True)
 class Slice:
-    """Rows `start` to `stop` of one row group; `name` determines its place in each epoch, `stamp` is its shard's."""
+    """Rows `start` to `stop` of one row group; `name` determines its place in each epoch."""
 
     name: str
     path: Path
     group: int
     start: int
     stop: int
-    stamp: tuple
 
 
 def slices_of(shards: Sequence[Shard], num_streams: int) -> list[Slice]:
@@ -101,7 +100,7 @@ def slices_of(shards: Sequence[Shard], num_streams: int) -> list[Slice]:
         edges = [rows * part // parts for part in range(parts + 1)]
         for start, stop in itertools.pairwise(edges):
             if start < stop:
-                slices.append(Slice(f"{shard.name}:{group}:{start}", shard.path, group, start, stop, shard.stamp))
+                slices.append(Slice(f"{shard.name}:{group}:{start}", shard.path, group, start, stop))
     return slices
 
 
@@ -111,7 +110,6 @@ class SliceOrder:
     def __init__(self, slices: list[Slice], seed: int):
         self.slices, self.seed, self._orders = slices, seed, {}
         self.empty = set()  # slices found to contain no text
-        self.kept = {}  # recently decoded row groups, for streams that read other slices of them
 
     def __getitem__(self, position: int) -> Slice:
         """The slice at `position`."""
@@ -171,7 +169,7 @@ class Stream:
     def _read(self):
         current, empty = self.order[self.position], self.order.empty
         pieces = []
-        place = current.path, current.group, current.start, current.stop, current.stamp, self.order.kept
+        place = current.path, current.group, current.start, current.stop
         for text in [] if current in empty else read_texts(*place):
             if not text:
                 self.skipped_documents += 1

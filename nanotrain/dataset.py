@@ -16,12 +16,10 @@ import os
 import platform
 import re
 import shutil
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache
 from pathlib import Path
 
 import pyarrow as pa
@@ -30,7 +28,7 @@ from tqdm import tqdm
 
 from nanotrain import config, corpus, download, errors, paths
 from nanotrain.errors import DataError, UserError, first_line
-from nanotrain.files import atomic_file, file_sha256, new_folder, write_json
+from nanotrain.files import file_sha256, new_folder, write_json
 
 # --- which data
 DATASET = ""  # stdlib, fineweb-edu or climbmix
@@ -46,10 +44,8 @@ VERIFY = False  # hash the shards again and compare with the manifest
 
 MANIFEST = "manifest.json"
 STDLIB = "stdlib of Python"  # with its version: what the manifest of the embedded corpus calls it
-CHECKED = "checked.json"  # hashes of files, so that an unchanged one is not read again
 SHARD_NAME = re.compile(r"shard_[0-9]{1,12}\.parquet")
 MAX_GROUP_BYTES = 2 << 30  # of text in one row group, as its footer declares it: more is a mistake or an attack
-KEPT_BYTES = 256 << 20  # of decoded row groups, for those who read them slice by slice
 
 
 @dataclass(frozen=True)
@@ -73,15 +69,13 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Shard:
-    """One parquet file: its name and path, the number of rows in each of its row groups, about how many bytes of text
-    it holds, and the size and time by which another file in its place is noticed.
-    """
+    """One parquet file, with the number of rows in each of its row groups and about how many bytes of text it holds."""
 
     name: str
     path: Path
+    num_bytes: int
     group_rows: tuple[int, ...]
     text_bytes: int
-    stamp: tuple
 
 
 @dataclass(frozen=True)
@@ -94,88 +88,55 @@ class Shards:
 
 
 def open_shards(folder: str | Path) -> Shards:
-    """The Shards of a data folder, with every footer and schema checked.
-
-    Raises DataError for a missing or empty folder, no train shard, a broken file, or one without a string column
-    `text`.
+    """The Shards of a data folder. Raises DataError if there is none, no text to train on, or a shard that is missing,
+    broken, of another size than in the manifest, or without a string column `text`.
     """
-    folder = Path(folder)
-    fix = "python -m nanotrain.dataset --dataset=stdlib builds one"
-    if not folder.is_dir():
-        raise DataError(f"no data folder {folder}: {fix}")
-    names, manifest = _shard_names(folder), read_manifest(folder)
+    folder, names = Path(folder), _shard_names(folder)
     if not names:
-        raise DataError(f"{folder} holds no shard_<digits>.parquet: {fix}")
-    validation, entries = manifest["validation"] if manifest else names[-1], _entries(manifest)
+        fix = "python -m nanotrain.dataset --dataset=stdlib builds one"
+        raise DataError(f"no data folder {folder}, or no shard_<digits>.parquet in it: {fix}")
+    manifest = read_manifest(folder)
+    validation, entries = manifest["validation"], manifest["shards"]
     missing = sorted({validation, *entries} - set(names))
     if missing:
         raise DataError(f"{folder}: {', '.join(missing[:5])} of its manifest is missing; prepare this data set again")
-    if len(names) == 1:
-        raise DataError(f"{folder} holds only the validation shard {validation}: add at least one train shard")
-    with ThreadPoolExecutor(8) as pool:
-        sizes = [entries[name]["bytes"] if name in entries else None for name in names]
-        shards = dict(zip(names, pool.map(open_shard, [folder / name for name in names], sizes), strict=True))
+    shards = {name: open_shard(folder / name) for name in names}
+    for name, entry in entries.items():
+        size = shards[name].num_bytes
+        if size != entry["bytes"]:
+            raise DataError(f"{folder / name} has {size} bytes, its manifest says {entry['bytes']}: get it again")
     last = shards.pop(validation)
     if not any(sum(shard.group_rows) for shard in shards.values()):
-        raise DataError(f"the train shards of {folder} hold no rows")
+        raise DataError(f"{folder} holds no train shard with rows beside {validation}, the validation shard: add one")
     return Shards(folder, tuple(shards.values()), last)
 
 
-def open_shard(path: Path, size: int | None = None) -> Shard:
-    """The Shard at `path`, its footer and schema checked, and its size in bytes where `size` is given.
-
-    Raises DataError that says what is wrong with it.
-    """
+def open_shard(path: Path) -> Shard:
+    """The Shard at `path`, its footer and schema checked. Raises DataError that says what is wrong with it."""
     try:
-        stamp = _stamp(path)
-        if size not in (None, stamp[0]):
-            raise DataError(f"{path} has {stamp[0]} bytes, its manifest says {size}: delete it and get it again")
         with pq.ParquetFile(path) as file:
-            schema, details = file.schema_arrow, file.metadata
+            details = file.metadata
             groups = [details.row_group(group) for group in range(details.num_row_groups)]
-            columns = [details.schema.column(number).path for number in range(details.num_columns)]
+            columns = [details.schema.column(number) for number in range(details.num_columns)]
+            kinds = {column.path: column.logical_type.type for column in columns}
+        size = path.stat().st_size
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path} is not a readable parquet file ({first_line(error)}): delete it and get it again"
-        ) from None
-    if "text" not in schema.names:
-        raise DataError(f"{path} has no column 'text', only: {', '.join(schema.names) or 'none'}")
-    kind = schema.field("text").type
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        raise DataError(f"{path}: the column 'text' must hold strings, not {kind}")
-    sizes = [group.column(columns.index("text")).total_uncompressed_size for group in groups]
+        raise DataError(f"{path} is not a readable parquet file ({first_line(error)}): get it again") from None
+    if kinds.get("text") != "STRING":
+        found = ", ".join(f"{name} ({kind.lower()})" for name, kind in kinds.items())
+        raise DataError(f"{path} has no column 'text' of strings, only: {found or 'none'}")
+    place = list(kinds).index("text")
+    sizes = [group.column(place).total_uncompressed_size for group in groups]
     if max(sizes, default=0) > MAX_GROUP_BYTES:
         raise DataError(f"{path} declares a row group of {max(sizes) / 2**30:.1f} GiB of text: use smaller row groups")
-    return Shard(path.name, path, tuple(group.num_rows for group in groups), sum(sizes), stamp)
+    return Shard(path.name, path, size, tuple(group.num_rows for group in groups), sum(sizes))
 
 
-def read_texts(
-    path: Path,
-    group: int,
-    start: int = 0,
-    stop: int | None = None,
-    stamp: tuple | None = None,
-    kept: dict | None = None,
-) -> list[str | None]:
-    """The texts of rows `start` to `stop` of a row group, None for nulls. Raises DataError that names the place.
-
-    stamp: of the Shard; a file that has changed since it was opened is an error. kept: a dict in which row groups stay
-    decoded for other slices of theirs, the last one always, others within KEPT_BYTES.
-    """
+def read_texts(path: Path, group: int, start: int = 0, stop: int | None = None) -> list[str | None]:
+    """The texts of rows `start` to `stop` of a row group, None for nulls. Raises DataError that names the place."""
     where, texts = f"{path}, row group {group}", []
     try:
-        if stamp and stamp != _stamp(path):
-            raise DataError(f"{where}, cannot be read: the file has changed since it was opened")
-        column = kept.pop((path, group), None) if kept else None
-        if column is None:
-            with pq.ParquetFile(path) as file:
-                column = file.read_row_group(group, columns=["text"]).column("text")
-        if kept is not None and stop is not None and stop - start < len(column):
-            kept[path, group] = column
-            while len(kept) > 1 and sum(other.nbytes for other in kept.values()) > KEPT_BYTES:
-                del kept[next(iter(kept))]
-        for value in column[start:stop]:
+        for value in _read_column(path, group, path.stat().st_mtime_ns)[start:stop]:
             texts.append(value.as_py())
         return texts
     except UnicodeDecodeError:
@@ -184,16 +145,32 @@ def read_texts(
         raise DataError(f"{where}, cannot be read ({first_line(error)}): delete the file and get it again") from None
 
 
-def _stamp(path):
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns
+@lru_cache(maxsize=1)  # for a row group that is read slice by slice
+def _read_column(path, group, modified):
+    with pq.ParquetFile(path) as file:
+        return file.read_row_group(group, columns=["text"]).column("text")
 
 
 def row_groups(shard_paths: Iterable[str | Path]) -> Iterator[list[str]]:
     """Yield the texts of each row group of the shards, in order; nulls and empty texts left out."""
-    for path in shard_paths:
-        for group in range(len(open_shard(Path(path)).group_rows)):
+    for path in map(Path, shard_paths):
+        for group in range(len(open_shard(path).group_rows)):
             yield [text for text in read_texts(path, group) if text]
+
+
+def fingerprint(shards: Shards) -> dict:
+    """{name: {bytes, sha256}} of every shard and which is validation: what a checkpoint remembers of its data.
+
+    Files that the manifest does not know are hashed. Raises DataError if a train shard equals the validation shard.
+    """
+    entries, files = read_manifest(shards.folder)["shards"], {}
+    for shard in tqdm((*shards.train, shards.validation), "hashing shards", leave=False, disable=None):
+        digest = entries[shard.name]["sha256"] if shard.name in entries else file_sha256(shard.path)
+        files[shard.name] = {"bytes": shard.num_bytes, "sha256": digest}
+    for shard in shards.train:
+        if files[shard.name] == files[shards.validation.name]:
+            raise DataError(f"{shard.path} has the same content as the validation shard: remove one of them")
+    return {"validation": shards.validation.name, "files": files}
 
 
 def hash_of(fingerprint: dict) -> str:
@@ -201,162 +178,94 @@ def hash_of(fingerprint: dict) -> str:
     return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
 
 
-def fingerprint(shards: Shards) -> dict:
-    """{name: {bytes, sha256}} of every shard and which is validation: what a checkpoint remembers of its data.
-
-    Hashes come from the manifest where it has them, else from the files themselves.
-    """
-    entries, files = _entries(read_manifest(shards.folder)), {}
-    for shard in tqdm((*shards.train, shards.validation), "hashing shards", leave=False, disable=None):
-        digest = entries[shard.name]["sha256"] if shard.name in entries else file_sha256(shard.path)
-        files[shard.name] = {"bytes": shard.stamp[0], "sha256": digest}
-    validation = files[shards.validation.name]["sha256"]
-    same = [shard.name for shard in shards.train if files[shard.name]["sha256"] == validation]
-    if same:
-        raise DataError(f"{shards.folder}: {same[0]} has the same content as the validation shard: remove one of them")
-    return {"validation": shards.validation.name, "files": files}
-
-
 # ---- manifest ----
 
 
-def _shard_names(folder):
-    return sorted(path.name for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name))
-
-
-def _entries(manifest, where=MANIFEST, fix=""):
-    """{name: entry} of a manifest or None. Raises DataError, which calls it `where`, if a name, size or hash is bad."""
-    if manifest is None:
-        return {}
-    with contextlib.suppress(KeyError, TypeError):
-        entries = {entry["name"]: entry for entry in manifest["shards"]}
-        named = all(map(SHARD_NAME.fullmatch, [manifest["validation"], *entries]))
-        hashed = all(map(download.SHA256.fullmatch, [entry["sha256"] for entry in entries.values()]))
-        if named and hashed and all(isinstance(entry["bytes"], int) for entry in entries.values()):
-            return entries
-    raise DataError(f"{where} is broken{fix}")
-
-
-def read_manifest(folder: Path, check: bool = True) -> dict | None:
-    """The manifest of a data folder as a dict, or None where there is none. Raises DataError if it is broken, or of
-    another program; the names, sizes and hashes of shards are looked at only with `check`.
+def read_manifest(folder: Path) -> dict:
+    """{dataset, validation, shards: {name: {bytes, sha256}}} of a data folder. Without a manifest, validation is the
+    last shard by name. Raises DataError if the manifest is broken or another program's.
     """
-    path, what = Path(folder) / MANIFEST, "another program's"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8-sig"))  # an editor may have put a BOM
-    except FileNotFoundError:
-        return None
-    except (ValueError, RecursionError) as error:
-        manifest, what = None, f"broken ({first_line(error)})"
-    ours = isinstance(manifest, dict) and "validation" in manifest
-    if not ours or not all(isinstance(manifest.get(key, []), list) for key in ("shards", "coming")):
-        raise DataError(f"{path} is {what}: rename it (the last shard by name is then validation)")
-    if check:
-        _entries(manifest, path, ": prepare this data set again")
-    return manifest
+    path = folder / MANIFEST
+    if not path.is_file():
+        return {"dataset": "", "validation": max(_shard_names(folder), default=""), "shards": {}}
+    with contextlib.suppress(ValueError, RecursionError):
+        if manifest := _parse(json.loads(path.read_bytes())):
+            return manifest
+    raise DataError(f"{path} is broken or another program's: rename it, and the last shard by name is validation")
 
 
-def write_manifest(
-    folder: Path, dataset: str, validation: str, hashes: Mapping[str, str] | None = None, coming: Sequence[str] = ()
-) -> None:
-    """Write the manifest of the shards in `folder`; `validation` is the name of the validation shard, there or not.
+def _parse(manifest):
+    """What `read_manifest` returns; None if a name, size or hash is missing or bad."""
+    with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
+        shards = {}
+        for entry in manifest["shards"]:
+            shards[entry["name"]] = {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
+        if all(map(SHARD_NAME.fullmatch, [manifest["validation"], *shards])):
+            return {"dataset": str(manifest.get("dataset")), "validation": manifest["validation"], "shards": shards}
+    return None
 
-    hashes: {name: SHA-256} of files that are known already; the others are hashed. coming: names of shards that are
-    about to be fetched: after a kill, what has these names is ours.
-    """
-    shards = []
+
+def write_manifest(folder: Path, dataset: str, validation: str, hashes: Mapping[str, str] | None = None) -> None:
+    """Write the manifest of the shards in `folder`. hashes: {name: SHA-256} of those that need not be hashed again."""
+    shards, hashes = [], hashes or {}
     for name in _shard_names(folder):
-        path, digest = folder / name, (hashes or {}).get(name)
-        rows = sum(open_shard(path).group_rows)
-        shards.append({"name": name, "bytes": path.stat().st_size, "sha256": digest or file_sha256(path), "rows": rows})
-    manifest = {"dataset": dataset, "validation": validation, "shards": shards}
-    write_json(folder / MANIFEST, {**manifest, "coming": coming} if coming else manifest)
+        shard, digest = open_shard(folder / name), hashes.get(name) or file_sha256(folder / name)
+        shards.append({"name": name, "bytes": shard.num_bytes, "sha256": digest, "rows": sum(shard.group_rows)})
+    write_json(folder / MANIFEST, {"dataset": dataset, "validation": validation, "shards": shards})
 
 
 def verify(folder: Path) -> list[str]:
     """[what is wrong] of every shard of `folder` that is not as the manifest says, each with its name."""
-    folder, manifest = Path(folder), read_manifest(folder)
-    if manifest is None:
+    manifest, there, bad = read_manifest(folder), _shard_names(folder), []
+    shards = manifest["shards"]
+    if not shards:
         raise DataError(f"{folder} has no {MANIFEST} to compare with")
-    entries = _entries(manifest)
-    bad = [] if manifest["validation"] in entries else [f"{manifest['validation']}, the validation shard, is missing"]
-    for name, entry in tqdm(entries.items(), "verifying", unit="shard", leave=False, disable=None):
-        path = folder / name
-        if not path.is_file():
+    for name in tqdm(sorted({manifest["validation"], *shards, *there}), "verifying", leave=False, disable=None):
+        if name not in there:
             bad.append(f"{name} is missing")
-        elif path.stat().st_size != entry["bytes"]:
-            bad.append(f"{name} has {path.stat().st_size} bytes of {entry['bytes']}")
-        elif file_sha256(path) != entry["sha256"]:
+        elif name not in shards:
+            bad.append(f"{name} is not in the manifest")
+        elif file_sha256(folder / name) != shards[name]["sha256"]:
             bad.append(f"{name} has another SHA-256")
-    return bad + [f"{name} is not in the manifest" for name in _shard_names(folder) if name not in entries]
+    return bad
+
+
+def _shard_names(folder):
+    return sorted(path.name for path in Path(folder).glob("shard_*.parquet") if SHARD_NAME.fullmatch(path.name))
 
 
 # ---- preparing a data set ----
 
 
-def check_ours(folder: Path, dataset: str, validation: str | None = None, whole: bool = False) -> None:
-    """Raise UserError unless nanotrain made every shard in `folder` for the data set `dataset` (STDLIB: for any
-    version): only what the folder's manifest names may be replaced. A folder that is missing or empty is fine.
-
-    validation: the name of the new validation shard; another one until now would become a train shard. whole: the
-    folder itself is to be replaced, so that it may hold no other file either.
-    """
-    away = "choose another --name, or move it away"
-    if folder.is_file():
-        raise UserError(f"{folder} is a file: {away}")
-    try:
-        manifest = read_manifest(folder, check=False) or {}
-    except DataError:
-        raise UserError(f"{folder} holds a {MANIFEST} of another program, or a broken one: {away}") from None
-    made = [entry.get("name") for entry in manifest.get("shards", []) if isinstance(entry, dict)]
-    made += [MANIFEST, CHECKED, *manifest.get("coming", [])] if manifest else []
-    others = sorted(path.name for path in folder.glob("*") if path.name not in made)
-    others = [name for name in others if whole or name == CHECKED or SHARD_NAME.fullmatch(name)]
-    if others:
-        raise UserError(f"{folder} holds what nanotrain did not make ({', '.join(others[:5])}): {away}")
-    held, old = str(manifest.get("dataset", "of no name")), str(manifest.get("validation"))
-    if manifest and held != dataset and not (dataset == STDLIB and held.startswith(STDLIB)):
-        raise UserError(f"{folder} holds another data set ({held}): {away}")
-    if manifest and validation not in (None, old) and (folder / old).exists():
-        raise UserError(
-            f"{folder} is validated on {old}, which would become a train shard, and {validation} validation: {away}"
-        )
-
-
-def build_stdlib(folder: Path) -> tuple[int, int]:
+def build_stdlib(folder: Path) -> bool:
     """Write the embedded corpus to `folder`: the sources of this Python's standard library and the help of pydoc.
 
-    The same Python (and pyarrow) gives the same bytes. Returns (train documents, validation documents).
+    The same Python (and pyarrow) gives the same bytes. Returns False if it is there already; that of another Python, or
+    a damaged one, is replaced.
     """
-    with new_folder(folder, partial(check_ours, dataset=STDLIB, whole=True)) as temporary:
+    title, held = f"{STDLIB} {platform.python_version()}", read_manifest(folder)
+    if held["dataset"] == title and not verify(folder):
+        return False
+    if held["dataset"].startswith(STDLIB) and {path.name for path in folder.iterdir()} <= {MANIFEST, *held["shards"]}:
+        shutil.rmtree(folder)
+    with new_folder(folder) as temporary:
         train, validation = corpus.stdlib_documents()
         sides = [*(train[number :: corpus.STDLIB_SHARDS] for number in range(corpus.STDLIB_SHARDS)), validation]
         for number, texts in enumerate(sides):
             last = f"shard_{number:05d}.parquet"
             write_shard(temporary / last, texts)
-        write_manifest(temporary, f"{STDLIB} {platform.python_version()}", last)
-    return len(train), len(validation)
+        write_manifest(temporary, title, last)
+    return True
 
 
 def write_shard(path: Path, texts: Sequence[str], rows_per_group: int = 16) -> None:
-    """Write `texts` as one shard, whole or not at all."""
-    with atomic_file(path) as temporary:
-        table = pa.table({"text": pa.array(texts, pa.string())})
-        pq.write_table(table, temporary, row_group_size=rows_per_group, compression="zstd")
+    """Write `texts` as one shard."""
+    table = pa.table({"text": pa.array(texts, pa.string())})
+    pq.write_table(table, path, row_group_size=rows_per_group, compression="zstd")
 
 
-def is_stdlib(folder: Path) -> bool:
-    """Whether `folder` holds the embedded corpus of this very Python, undamaged."""
-    with contextlib.suppress(DataError):
-        manifest = read_manifest(folder) or {}
-        return manifest.get("dataset") == f"{STDLIB} {platform.python_version()}" and not verify(folder)
-    return False
-
-
-def import_text(source: Path, folder: Path, text_column: str = "text") -> tuple[int, Counter[str]]:
-    """Make the data set `folder`, new or empty, of the text in `source`; returns (documents, what was skipped by
-    reason).
-    """
+def import_text(source: str | Path, folder: Path, text_column: str = "text") -> tuple[int, Counter[str]]:
+    """Make the data set `folder`, new or empty, of the text in `source`; returns (documents, {reason: left out})."""
     with new_folder(folder) as temporary:
         validation, documents, skipped = corpus.import_text(source, temporary, text_column)
         write_manifest(temporary, "own text", validation)
@@ -366,8 +275,8 @@ def import_text(source: Path, folder: Path, text_column: str = "text") -> tuple[
 def fetch(name: str, source: Source, train_shards: int, folder: Path) -> None:
     """Fetch the first `train_shards` train shards and the validation shard of a hosted data set into `folder`.
 
-    Good files that are there stay, bad ones are fetched again. Raises DataError with the list of what could not be had;
-    what was fetched is kept.
+    Good files that are there stay, bad ones are fetched again. Raises DataError with the list of what could not be had,
+    and UserError if the folder holds other data.
     """
     most = source.num_shards - 1
     if not 1 <= train_shards <= most:
@@ -376,129 +285,85 @@ def fetch(name: str, source: Source, train_shards: int, folder: Path) -> None:
     base = source.url if "://" in source.url else f"{endpoint}/{source.url}"
     download.check_url(base)
     token = os.environ.get("HF_TOKEN", "").strip() if download.host_of(base) == download.host_of(endpoint) else None
-    check_ours(folder, name)
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        try:
-            remote = download.json_beside(f"{base}/{MANIFEST}", token)
-        except DataError as error:
-            raise DataError(f"{error}. Without it: --dataset=stdlib (DATASET=stdlib bash speedrun.sh)") from None
-        entries = _entries(remote, f"the host's {MANIFEST}")
-        shards = [f"shard_{number:05d}.parquet" for number in range(source.num_shards)]
-        validation = shards[-1] if remote is None else remote["validation"]
-        check_ours(folder, name, validation)
-        names = [validation, *[shard for shard in shards if shard != validation][:train_shards]]
-        expected = {shard: entry["sha256"] for shard, entry in entries.items()}
-        own = {}
-        with contextlib.suppress(DataError):  # a broken manifest is about to be written anew
-            own = {shard: entry["sha256"] for shard, entry in _entries(read_manifest(folder)).items()}
-        good = _good_files(folder, names, {**own, **expected})
-        items = [
-            download.Item(shard, f"{base}/{shard}", entries.get(shard, {}).get("bytes"), expected.get(shard))
-            for shard in names
-            if shard not in good
-        ]
-        known = sum(item.size or source.shard_megabytes * 1e6 for item in items)
-        if items and not known:
-            known = len(items) * download.size_of(items[0], token)
-        print(f"{name} (licence: {source.licence}): {len(items)} of {len(names)} shards to fetch from ", end="")
-        print(f"{download.host_of(base)}, about {known / 1e9:.2f} GB, into {folder}", flush=True)
-        if known > shutil.disk_usage(folder).free:
-            raise DataError(download.full_disk(folder, known))
-        write_manifest(folder, name, validation, {**own, **good}, [item.name for item in items])  # pins it from here on
-        with tqdm(None, "download", int(known), unit="B", unit_scale=True, disable=not items, mininterval=2) as bar:
-            fetched, failed = download.fetch_all(items, folder, open_shard, bar.update, token=token)
-        good |= fetched
-        if good:
-            write_manifest(folder, name, validation, {**own, **good})
-            noted = {_checked_key(folder / shard): digest for shard, digest in good.items()}
-            write_json(folder / CHECKED, {**_read_checked(folder), **noted})
-    finally:
-        if not _shard_names(folder):
-            for left in (CHECKED, MANIFEST):
-                (folder / left).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # nothing was had, and an empty folder is no data set
+        found = download.json_beside(f"{base}/{MANIFEST}", token)
+    except DataError as error:
+        raise DataError(f"{error}. Without it: --dataset=stdlib (DATASET=stdlib bash speedrun.sh)") from None
+    shards = [f"shard_{number:05d}.parquet" for number in range(source.num_shards)]
+    remote = {"validation": shards[-1], "shards": {}} if found is None else _parse(found)
+    if remote is None:
+        raise DataError(f"the host's {MANIFEST} is broken")
+    validation, held = remote["validation"], read_manifest(folder)
+    if held["validation"] and (held["dataset"], held["validation"]) != (name, validation):
+        what = f"{held['dataset'] or 'of others'}, validated on {held['validation']}, which would become a train shard"
+        raise UserError(f"{folder} holds other data ({what}): choose another --name, or move it away")
+    train = [shard for shard in shards if shard != validation][:train_shards]
+    earlier = [shard for shard in held["shards"] if (folder / shard).is_file()]
+    good, items = {}, []
+    for shard in tqdm(dict.fromkeys([validation, *train, *earlier]), "checking", leave=False, disable=None):
+        path, entry = folder / shard, remote["shards"].get(shard, {})
+        with contextlib.suppress(DataError):
+            open_shard(path)
+            digest = file_sha256(path)
+            if digest == (entry or held["shards"].get(shard, {})).get("sha256", digest):
+                good[shard] = digest
+        if shard not in good:
+            path.unlink(missing_ok=True)
+            items.append(download.Item(shard, f"{base}/{shard}", entry.get("bytes"), entry.get("sha256")))
+    size, count = sum(item.size or source.shard_megabytes * 1_000_000 for item in items), len(good) + len(items)
+    print(f"{name} (licence: {source.licence}): {len(items)} of {count} shards to fetch from {download.host_of(base)}")
+    print(f"into {folder}" + (f", about {size / 1e9:.2f} GB" if size else ""), flush=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if size > free:
+        raise DataError(f"the disk is full: {size / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free in {folder}")
+    write_manifest(folder, name, validation, good)  # after a kill, the folder is known as ours
+    with tqdm(None, "download", size or None, unit="B", unit_scale=True, disable=not items, mininterval=2) as bar:
+        fetched, failed = download.fetch_all(items, folder, open_shard, bar.update, token=token)
+    write_manifest(folder, name, validation, good | fetched)
     if failed:
-        reasons = "; ".join(sorted(set(failed.values()) - {download.NOT_TRIED})[:3])
-        listed = ", ".join(sorted(failed)[:20]) + (", ..." if len(failed) > 20 else "")
-        raise DataError(f"{len(failed)} of {len(names)} shards are missing ({listed}): {reasons}")
-
-
-def _good_files(folder, names, expected):
-    """{name: SHA-256} of the shards that are there and right; a wrong one is deleted.
-
-    Right is a file that opens and has the expected SHA-256, where there is one.
-    """
-    checked, good = _read_checked(folder), {}
-    there = [name for name in names if (folder / name).is_file()]
-    for name in tqdm(there, "checking", unit="shard", leave=False, disable=None):
-        digest = checked.get(_checked_key(folder / name)) or file_sha256(folder / name)
-        if digest == expected.get(name, digest):
-            with contextlib.suppress(DataError):
-                open_shard(folder / name)
-                good[name] = digest
-        if name not in good:
-            (folder / name).unlink()
-    return good
-
-
-def _checked_key(path):
-    """The key of a file in checked.json, another one after each change."""
-    return " ".join(map(str, (path.name, *_stamp(path), path.stat().st_ino)))
-
-
-def _read_checked(folder):
-    """{key: SHA-256} of the files that were hashed before."""
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        return dict(json.loads((folder / CHECKED).read_text(encoding="utf-8")))
-    return {}
+        listed, reasons = ", ".join(sorted(failed)[:20]), "; ".join(sorted(set(failed.values()))[:3])
+        raise DataError(f"{len(failed)} of {count} shards are missing ({listed}): {reasons}")
 
 
 def main() -> None:
-    if sum(map(bool, (DATASET, FROM, BASE_URL))) > 1:
-        raise UserError("--dataset, --from and --base-url: one of them at a time")
     if VERIFY:
         return verify_command()
-    if DATASET not in ("stdlib", *SOURCES) and not FROM and not BASE_URL:
-        given = f"--dataset={DATASET}" if DATASET else "which data?"
-        names = ", ".join(("stdlib", *SOURCES))
-        raise UserError(f"{given}: choose one of {names}, as in --dataset=stdlib, or --from=PATH --name=mine")
+    if sum(map(bool, (DATASET, FROM, BASE_URL))) != 1 or DATASET not in ("", "stdlib", *SOURCES):
+        names = "|".join(("stdlib", *SOURCES))
+        raise UserError(f"which data? One of --dataset={names}, --from=PATH --name=mine, --base-url=URL --name=mine")
     if not (NAME or DATASET):
         raise UserError(f"{'--from' if FROM else '--base-url'} needs a name for the data set, as in --name=mine")
-    begin, folder = time.monotonic(), paths.dataset_dir(NAME or DATASET)
+    folder = paths.dataset_dir(NAME or DATASET)
     if FROM:
         documents, skipped = import_text(FROM, folder, TEXT_COLUMN)
         left_out = "".join(f", {count:,} left out: {reason}" for reason, count in skipped.most_common())
-        print(f"{folder}: {documents:,} documents in {time.monotonic() - begin:.1f} s{left_out}")
+        print(f"{folder}: {documents:,} documents{left_out}")
         print(f"train on it with --data-dir={folder}, or DATA_DIR={folder} bash speedrun.sh")
     elif BASE_URL:
         if NUM_SHARDS < 2:
             raise UserError("--base-url needs --num-shards, how many the host has (2 or more), the last for validation")
-        download.check_url(BASE_URL)
         source = Source(BASE_URL.rstrip("/"), NUM_SHARDS, 0, "see the host")
-        fetch(NAME, source, TRAIN_SHARDS or NUM_SHARDS - 1, folder)
+        fetch(NAME, source, TRAIN_SHARDS or source.num_shards - 1, folder)
     elif DATASET in SOURCES:
         fetch(DATASET, SOURCES[DATASET], TRAIN_SHARDS, folder)
-    elif is_stdlib(folder):
-        print(f"{folder}: there already, every shard is as the manifest says")
     else:
-        train, validation = build_stdlib(folder)
-        size, seconds = sum(path.stat().st_size for path in folder.glob("*.parquet")) / 1e6, time.monotonic() - begin
-        print(f"{folder}: {train} train and {validation} validation documents, {size:.1f} MB, {seconds:.1f} s")
+        built = build_stdlib(folder)
+        print(f"{folder}: {'built' if built else 'there already, every shard is as the manifest says'}")
 
 
 def verify_command() -> None:
     """Verify one data set, or all that have a manifest."""
-    name, parent = NAME or DATASET, paths.base_dir() / "data"
+    name, parent, num_bad = NAME or DATASET, paths.base_dir() / "data", 0
     folders = [paths.dataset_dir(name)] if name else sorted(path.parent for path in parent.glob(f"*/{MANIFEST}"))
     if not folders:
         raise DataError(f"no data set with a {MANIFEST} in {parent}")
-    bad = {folder: verify(folder) for folder in folders}
     for folder in folders:
-        print(f"{folder}: {'; '.join(bad[folder]) or 'every shard is as the manifest says'}")
-    if any(bad.values()):
-        raise DataError(f"{sum(map(len, bad.values()))} bad shards: delete them and prepare the data set again")
+        bad = verify(folder)
+        num_bad += len(bad)
+        print(f"{folder}: {'; '.join(bad) or 'every shard is as the manifest says'}")
+    if num_bad:
+        raise DataError(f"{num_bad} bad shards: delete them and prepare the data set again")
 
 
 if __name__ == "__main__":

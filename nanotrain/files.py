@@ -4,17 +4,13 @@ import contextlib
 import hashlib
 import json
 import os
-import re
-import shutil
-import time
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from nanotrain.errors import UserError
-
-STALE_SECONDS = 3600.0  # without a change, after which what a program left behind may go
 
 
 def file_sha256(path: str | Path) -> str:
@@ -61,27 +57,11 @@ def new_folder(folder: Path, check: Callable[[Path], object] = check_empty) -> I
     """
     check(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    own = re.compile(rf"\.(tmp|old)-{re.escape(folder.name)}-[0-9a-f]{{32}}")
-    for left in folder.parent.iterdir():
-        if own.fullmatch(left.name) and _is_stale(left):
-            shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
-    temporary = folder.parent / f".tmp-{folder.name}-{uuid.uuid4().hex}"
-    temporary.mkdir()
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".tmp-{folder.name}-", dir=folder.parent) as parent:
+        temporary = Path(parent, "new")
+        temporary.mkdir()
         yield temporary
         check(folder)
-        old = folder.parent / f".old-{folder.name}-{uuid.uuid4().hex}"
         if folder.exists():
-            folder.rename(old)
+            folder.rename(Path(parent, "old"))
         temporary.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _is_stale(folder):
-    """Whether nothing in a folder, which another process may be filling or removing, was changed for a while."""
-    try:
-        return time.time() - max(path.stat().st_mtime for path in (folder, *folder.rglob("*"))) > STALE_SECONDS
-    except OSError:  # something has just gone
-        return False

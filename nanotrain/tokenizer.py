@@ -35,9 +35,7 @@ _BYTE_OF |= {chr(0x100 + place): byte for place, byte in enumerate(sorted({*rang
 
 
 class BPETokenizer:
-    """Text to token ids and back. Special tokens never come out of text: `<|bos|>` in a document is seven
-    characters.
-    """
+    """Text to token ids and back. Special tokens never come out of text: `<|bos|>` in one is seven characters."""
 
     def __init__(self, inner: Tokenizer, text: str | None = None):
         """inner: a byte-level one that knows BOS (else DataError). text: the file it was read from."""
@@ -45,27 +43,22 @@ class BPETokenizer:
         self.inner.encode_special_tokens = True  # the file does not keep this
         self.bos = inner.token_to_id(BOS)
         if self.bos is None:
-            raise DataError(f"the tokenizer has no {BOS} token: train one with python -m scripts.tok_train")
+            raise DataError(f"the tokenizer has no {BOS} token")
         self.vocab_size = inner.get_vocab_size(with_added_tokens=True)
 
     @classmethod
     def train(cls, texts: Iterable[str] | Iterable[list[str]], vocab_size: int) -> "BPETokenizer":
-        """Train on texts (or lists of texts). With too little text there are fewer tokens than asked
-        for: see `vocab_size`.
-        """
+        """Train on texts (or lists of texts). From too little text come fewer than `vocab_size` tokens."""
         if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
             limits = f"{MIN_VOCAB_SIZE} (BOS and the 256 bytes) to {MAX_VOCAB_SIZE}"
             raise UserError(f"--vocab-size={vocab_size}: must be {limits}")
         inner = Tokenizer(models.BPE())
         split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
-        inner.pre_tokenizer = pre_tokenizers.Sequence(
-            [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-        )
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        inner.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
         inner.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=[BOS], show_progress=False
-        )
+        settings = {"vocab_size": vocab_size, "special_tokens": [BOS], "show_progress": False}
+        trainer = trainers.BpeTrainer(initial_alphabet=to_bytes.alphabet(), **settings)
         inner.train_from_iterator(texts, trainer)
         return cls(inner)
 
@@ -77,16 +70,14 @@ class BPETokenizer:
             raise DataError(f"no tokenizer at {path}: train one with python -m scripts.tok_train")
         try:
             text = path.read_text(encoding="utf-8")
-            inner = Tokenizer.from_str(text)
+            return cls(Tokenizer.from_str(text), text)
         except Exception as error:  # the library raises bare Exceptions
-            raise DataError(
-                f"{path} cannot be read ({error}): move it away, and train one with python -m scripts.tok_train"
-            ) from None
-        return cls(inner, text)
+            fix = "move it away, and train one with python -m scripts.tok_train"
+            raise DataError(f"{path} cannot be read ({error}): {fix}") from None
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json` into `folder`, whole or not at all."""
-        with atomic_file(Path(folder) / FILE_NAME) as temporary:  # another process may save one too
+        with atomic_file(Path(folder) / FILE_NAME) as temporary:
             temporary.write_text(self.to_json(), encoding="utf-8")
 
     def to_json(self) -> str:
@@ -111,9 +102,7 @@ class BPETokenizer:
         return self.inner.decode([int(token) for token in ids], skip_special_tokens=False)
 
     def byte_strings(self) -> list[bytes]:
-        """The UTF-8 bytes that each of the V tokens stands for: exact for parts of characters too, which decoded
-        text is not. b"" for special tokens.
-        """
+        """The UTF-8 bytes of each of the V tokens, exact for parts of characters too; b"" for special tokens."""
         special = self.inner.get_added_tokens_decoder()
         strings = ["" if token in special else self.inner.id_to_token(token) for token in range(self.vocab_size)]
         return [bytes(map(_BYTE_OF.__getitem__, string)) for string in strings]

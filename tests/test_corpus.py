@@ -2,13 +2,12 @@
 
 import gzip
 import hashlib
+import io
 import json
 import platform
 import random
 import re
-import time
 import tracemalloc
-from collections import Counter
 from pydoc_data import topics
 
 import pyarrow as pa
@@ -46,20 +45,20 @@ def peak_of(function):
 # ---- cut ----
 
 
-def odd_text(seed, longest_line):
-    """Paragraphs of lines of many lengths, between blank lines of many kinds; no line is longer than asked."""
-    draw = random.Random(seed)
-    text = ""
+def cut(text, max_chars=corpus.MAX_CHARS):
+    return list(corpus.cut(io.StringIO(text), max_chars))
+
+
+@pytest.mark.parametrize("block", [7, corpus.BLOCK_CHARS])
+@pytest.mark.parametrize("longest_line", [10, 50, 500])
+def test_cut_loses_nothing_but_blank_lines_and_makes_no_document_too_long(monkeypatch, longest_line, block):
+    """Paragraphs of lines of many lengths between blank lines of many kinds, also where lines are read in pieces."""
+    monkeypatch.setattr(corpus, "BLOCK_CHARS", block)
+    draw, text = random.Random(7), ""
     for _ in range(30):
         lines = ["".join(draw.choices("ab cé日 ", k=draw.randint(1, longest_line))) for _ in range(draw.randint(1, 8))]
         text += "\n".join(lines) + draw.choice(["\n\n", "\n \t\n", "\n\n\n\n", "\n  \n\t\n"])
-    return text
-
-
-@pytest.mark.parametrize("longest_line", [10, 50, 500])
-def test_cut_loses_nothing_but_blank_lines_and_makes_no_document_too_long(longest_line):
-    text = odd_text(7, longest_line)
-    documents = corpus.cut(text, 60)
+    documents = cut(text, 60)
     assert len(documents) > 10
     assert all(document.strip() and len(document) <= 60 for document in documents)
     assert "".join("".join(documents).split()) == "".join(text.split())
@@ -75,21 +74,23 @@ def test_cut_loses_nothing_but_blank_lines_and_makes_no_document_too_long(longes
         ("one\n \t\n\n  two", ["one\n\n  two"]),  # blank lines become one, indents stay
         ("aa\nbb\n\ncccc\ndd", ["aa\nbb", "cccc\ndd"]),  # not at a line end where a blank line will do
         ("aaaa\nbbbb\ncccc", ["aaaa\nbbbb", "cccc"]),  # at a line end where there is no blank line
+        ("a\nbbbbbbbb\n\ncc", ["a\nbbbbbbbb", "cc"]),  # which is not the one before a blank line
         ("abcdefghijklmnopqrstu", ["abcdefghij", "klmnopqrst", "u"]),  # anywhere where there is neither
         (" \n\n\t\n ", []),
     ],
 )
 def test_cut_by_hand(text, documents):
-    assert corpus.cut(text, 10) == documents
+    assert cut(text, 10) == documents
 
 
-@pytest.mark.parametrize("text", ["a" * 20_000_000, "\n " * 10_000_000])
-def test_cut_takes_time_and_memory_in_proportion_to_the_text(text):
-    """A slice of what is left at each cut would be 50 GB of copies."""
-    begin = time.process_time()
-    assert len(corpus.cut(text)) == (5000 if "a" in text else 0)
-    assert time.process_time() - begin < 2
-    assert peak_of(lambda: corpus.cut(text)) < 8 * len(text)
+@pytest.mark.parametrize("text", ["a", "\n ", "ab \n", "word\n\n"])
+def test_cut_holds_a_few_lines_of_a_file_and_not_all_of_it(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(corpus, "BLOCK_CHARS", 1 << 13)
+    data, lengths = (text * 500_000)[:500_000], []
+    (tmp_path / "a.txt").write_text(data)
+    with open(tmp_path / "a.txt", encoding="utf-8") as file:
+        assert peak_of(lambda: lengths.extend(len("".join(part.split())) for part in corpus.cut(file))) < 250_000
+    assert sum(lengths) == len("".join(data.split()))
 
 
 # ---- the embedded corpus ----
@@ -97,7 +98,8 @@ def test_cut_takes_time_and_memory_in_proportion_to_the_text(text):
 ORDER = ["f59adfd3f1b935f4", "46271f5a79d878b5", "b7e22c3a5f9d1d28", "636a5b8dcf5af4d6", "2dc6dc4e59c37c9e"]
 
 
-def made_up_sources():
+@pytest.fixture
+def sources(monkeypatch):
     """40 sources; each document cut from one holds its name, but for licence texts that several have in common."""
     licence = "\n\n".join(f"licence paragraph {n} " + "all rights are yours " * 150 for n in range(3))
     sources = {}
@@ -105,13 +107,8 @@ def made_up_sources():
         paragraphs = [f"mark{number:02d} {n} " + "words of many kinds " * (20 + n) for n in range(12)]
         sources[f"package/file{number:02d}.py"] = "\n\n".join(paragraphs) + (licence if number % 3 == 0 else "")
     sources["package/copy.py"] = sources["package/file07.py"]
+    monkeypatch.setattr(corpus, "stdlib_sources", lambda: sources)
     return sources
-
-
-@pytest.fixture
-def sources(monkeypatch):
-    monkeypatch.setattr(corpus, "stdlib_sources", made_up_sources)
-    return made_up_sources()
 
 
 def test_embedded_corpus_is_the_same_every_time_with_a_true_manifest(sources, tmp_path, monkeypatch):
@@ -126,26 +123,23 @@ def test_embedded_corpus_is_the_same_every_time_with_a_true_manifest(sources, tm
     assert order == ORDER, "published numbers depend on it"
     expected = []
     for path in sorted((tmp_path / "first").glob("*.parquet")):
-        details, size = pq.read_metadata(path), path.stat().st_size
-        rows = [details.row_group(group).num_rows for group in range(details.num_row_groups)]
-        assert rows == [*[16] * (len(rows) - 1), rows[-1]]
-        expected.append({"name": path.name, "bytes": size, "sha256": found[path.name], "rows": sum(rows)})
+        rows = len(pq.read_table(path))
+        expected.append({"name": path.name, "bytes": path.stat().st_size, "sha256": found[path.name], "rows": rows})
     what = {"dataset": f"stdlib of Python {platform.python_version()}", "validation": "shard_00004.parquet"}
     assert json.loads((tmp_path / "first" / "manifest.json").read_text()) == {**what, "shards": expected}
 
 
 def test_embedded_corpus_has_every_document_once_and_no_source_on_both_sides(sources, tmp_path):
-    counts = dataset.build_stdlib(tmp_path)
+    dataset.build_stdlib(tmp_path)
     *train, validation = read_all(tmp_path)
     train = [text for texts in train for text in texts]
-    assert counts == (len(train), len(validation))
     in_train, in_validation = (set(re.findall(r"mark\d\d", " ".join(texts))) for texts in (train, validation))
     assert in_train | in_validation == {f"mark{number:02d}" for number in range(40)}
     assert len(in_validation) >= 2
     assert not in_train & in_validation
     cuts = {True: set(), False: set()}
     for source in sources.values():
-        cuts[source[:6] in in_validation].update(corpus.cut(source))
+        cuts[source[:6] in in_validation].update(cut(source))
     assert cuts[True] & cuts[False], "the two sides must share texts for this to mean anything"
     assert (sorted(train), sorted(validation)) == (sorted(cuts[False]), sorted(cuts[True] - cuts[False]))
 
@@ -155,7 +149,7 @@ def test_real_corpus_is_ten_megabytes_of_short_documents_and_the_same_in_every_p
     assert done.returncode == 0, done.stderr
     folder = base_dir / "data" / "stdlib"
     *train, validation = read_all(folder)
-    texts = [text for texts in (*train, validation) for text in texts]
+    texts = all_of(train, validation)
     size = sum(map(len, texts))
     assert 8e6 < size < 16e6
     assert 0.05 < sum(map(len, validation)) / size < 0.08
@@ -238,44 +232,38 @@ def test_import_writes_each_document_once_in_an_order_that_no_file_decides(tmp_p
 
 
 def test_import_of_a_folder_takes_every_kind_of_file_at_every_depth_and_nothing_hidden(tmp_path):
-    source, texts = tmp_path / "source", make_texts(52)
+    source, texts = tmp_path / "source", make_texts(51)
     for number, name in enumerate(WRITERS):
         parent = source / "/".join("abcde"[:number])
         parent.mkdir(parents=True, exist_ok=True)
         WRITERS[name](parent / name, texts[10 * number : 10 * number + 10])
     (source / "READ.ME.MD").write_text(texts[50])
-    (source / "code.py").write_text(texts[51])
     (source / ".git").mkdir()
-    for name in (".hidden.txt", ".git/config.txt", "picture.png", "archive.zip", "no_suffix", "a.jsonl.part"):
+    for name in (".hidden.txt", ".git/config.txt", "picture.png", "no_suffix", "a.jsonl.part"):
         (source / name).write_text(f"not to be read {name}")
     found = imported(source, tmp_path / "shards")
     assert sorted(all_of(*found)) == sorted(texts)
-    assert sorted(found[2].values()) == [2, 4], "hidden, and of another kind"
+    assert sum(found[2].values()) == 5
 
 
-@pytest.mark.parametrize(
-    "texts", [*map(make_texts, (2, 3, 4, 5, 60)), *([letter, letter * 50_000] for letter in "abcdefgh")], ids=len
-)
+@pytest.mark.parametrize("texts", [*map(make_texts, (2, 5)), ["a", "a" * 50_000], ["c", "c" * 50_000]], ids=len)
 def test_import_always_has_train_and_validation_and_no_text_in_both(tmp_path, texts):
     """Also where one document, the first or the last, is nearly all."""
     train, validation, skipped = imported([*texts, *texts[: len(texts) // 2]], tmp_path / "shards")
-    assert train
     assert min(map(len, [*train, validation])) >= 1
     assert sorted(all_of(train, validation)) == sorted(texts)
     assert skipped == {"duplicate": len(texts) // 2}
 
 
-def test_import_gives_the_same_bytes_however_little_memory_it_may_take(tmp_path, monkeypatch):
+def test_import_holds_a_bucket_of_the_text_at_a_time(tmp_path, monkeypatch):
+    """Its bytes do not depend on how many there are."""
     texts, source, folder = [f"{n} " + "a" * 10_000 for n in range(1200)], tmp_path / "a.jsonl", tmp_path / "shards"
-    imported([*texts, *texts[:20], *["b" * 10_000] * 500], tmp_path / "a")
-    read_bucket, sizes, held = corpus._read_bucket, [], source.stat().st_size // 10
-    monkeypatch.setattr(corpus, "_read_bucket", lambda path: sizes.append(path.stat().st_size) or read_bucket(path))
-    monkeypatch.setattr(corpus, "HELD_BYTES", held)
+    source.write_bytes(json_lines([*texts, *texts[:20], *["b" * 10_000] * 500]))
     folder.mkdir()
-    assert peak_of(lambda: corpus.import_text(source, folder)) < 2 * held + 3e6, "what a row and the readers take"
-    assert hashes(folder) == hashes(tmp_path / "a")
-    assert len(sizes) == 2 * 81
-    assert sorted(sizes)[-3] < held / 2, "but the bucket of equal texts, which is read twice"
+    assert peak_of(lambda: corpus.import_text(source, folder)) < source.stat().st_size / 4, "with what readers take"
+    monkeypatch.setattr(corpus, "NUM_BUCKETS", 3)
+    imported(source, tmp_path / "few")
+    assert hashes(folder) == hashes(tmp_path / "few")
 
 
 def test_import_bounds_the_text_of_row_groups_and_of_shards_without_a_drift(tmp_path, monkeypatch):
@@ -289,9 +277,7 @@ def test_import_bounds_the_text_of_row_groups_and_of_shards_without_a_drift(tmp_
     assert len(train) > 100
     assert max(sum(map(len, texts)) for texts in train) < 30_000 + longest
     assert abs(sum(map(len, validation)) - sum(map(len, texts)) / 16) <= longest, "the last one is not used up"
-    file = pq.ParquetFile(max((tmp_path / "shards").iterdir()))
-    groups = [file.read_row_group(n)["text"].to_pylist() for n in range(file.num_row_groups)]
-    sizes = [sum(map(len, texts)) for texts in groups]
+    sizes = [sum(map(len, group)) for group in dataset.row_groups([max((tmp_path / "shards").iterdir())])]
     assert 9000 <= min(sizes[:-1])
     assert max(sizes) < 9000 + longest
 
@@ -305,98 +291,37 @@ def test_import_of_little_text_still_has_many_row_groups(tmp_path):
     assert 100 < sum(pq.read_metadata(path).num_row_groups for path in (tmp_path / "shards").iterdir()) < 120
 
 
-# ---- import of plain text ----
-
-
-def plain_documents(path, data):
-    """The documents of a plain text file, sorted, and what was skipped."""
-    path.write_bytes(data)
-    skipped = Counter()
-    return sorted(corpus._documents(path, "text", skipped)), skipped
-
-
 @pytest.mark.parametrize(
-    ("data", "documents"),
+    ("data", "documents", "left_out"),
     [
-        (b"one\r\n\r\n\r\ntwo\r\nthree\rfour", ["one\n\ntwo\nthree\nfour"]),
-        (b"\xef\xbb\xbfone \xef\xbb\xbf", ["one \ufeff"]),  # a byte order mark is one only at the start
-        ("ünï日🙂 <|bos|>".encode(), ["ünï日🙂 <|bos|>"]),
-        (b" \n\n\t\r\n ", []),
-        (  # two blanks at the end of a paragraph decide how it is cut
-            b"p" * 3000 + b"\n\n" + b"x" * 900 + b"\n" + b"y" * 3098 + b"  \n\nz",
-            ["p" * 3000 + "\n\n" + "x" * 900, "y" * 3098 + "  \n\nz"],
-        ),
+        (b"one\r\n\r\n\r\ntwo\r\nthree\rfour", ["one\n\ntwo\nthree\nfour"], 0),
+        (b"\xef\xbb\xbfone \xef\xbb\xbf", ["one \ufeff"], 0),  # a byte order mark is one only at the start
+        (b"a" * 3000 + b"\n\ncaf\xe9 " + b"b" * 3000, ["a" * 3000], 1),
+        ("a".encode("utf-16-le") * 1500, [], 1),
+        (b"a" * 4000 + b"\n\n" + "日".encode()[:2], ["a" * 4000], 1),  # the end in the middle of a character
     ],
-    ids=len,
+    ids=range(5),
 )
-def test_import_of_plain_text_by_hand(tmp_path, data, documents):
-    assert plain_documents(tmp_path / "a.txt", data) == (documents, {})
-
-
-@pytest.mark.parametrize(("block", "longest_line"), [(1501, 50), (1501, 3000), (5003, 30_000)])
-def test_import_cuts_a_long_file_as_if_it_were_read_whole(tmp_path, monkeypatch, block, longest_line):
-    monkeypatch.setattr(corpus, "BLOCK_CHARS", block)
-    text = odd_text(5, longest_line)[:200_000] + " \n\n\t\n" + odd_text(6, 40) * 10
-    documents, _ = plain_documents(tmp_path / "a.txt", text.replace("\n", "\r\n").encode())
-    assert len(documents) >= 4
-    assert documents == sorted(corpus.cut(text))
-
-
-def test_import_leaves_out_only_the_documents_that_are_not_utf8(tmp_path):
-    """Bytes that are no UTF-8, UTF-16, and the end of a file in the middle of a character."""
-    good = [letter * 3000 for letter in "abc"]
-    bad = [b"caf\xe9 " + b"x" * 3000, "y".encode("utf-16-le") * 2000, b"z" * 3000 + "日".encode()[:2]]
-    parts = [good[0].encode(), bad[0], good[1].encode(), bad[1], good[2].encode(), bad[2]]
-    assert plain_documents(tmp_path / "a.txt", b"\n\n".join(parts)) == (good, {"not UTF-8 text": 3})
-
-
-@pytest.mark.parametrize("text", ["a", "\n", "ab \n", "word\n\n"])
-def test_import_holds_a_few_blocks_of_a_file_and_not_all_of_it(tmp_path, monkeypatch, text):
-    """Whatever it consists of."""
-    monkeypatch.setattr(corpus, "BLOCK_CHARS", 1 << 13)
-    data, lengths = (text * 500_000)[:500_000], []
-    (tmp_path / "a.txt").write_text(data)
-
-    def read():
-        for document in corpus._documents(tmp_path / "a.txt", "text", Counter()):
-            lengths.append(len(document.replace("\n", "")))
-
-    assert peak_of(read) < 250_000
-    assert sum(lengths) == len(data.replace("\n", ""))
-
-
-# ---- import: what is left out ----
-
-
-def test_import_counts_what_it_leaves_out_by_reason(tmp_path):
-    """Also bytes that are no UTF-8 in a column."""
-    good = make_texts(3)
-    bad_lines = b'{"content": "a"}\n["text"]\n{"text": "cut\n\n  \n{"text": "\xff"}\n' + b"[" * 100_000
-    (tmp_path / "a.jsonl").write_bytes(json_lines([*good, None, "", " \n\t", 5, ["a"], good[0]]) + bad_lines)
-    column = pa.array([None, b"fine", b"\xff\xfe", b"", good[1].encode()]).view(pa.string())
-    pq.write_table(pa.table({"text": column}), tmp_path / "b.parquet")
+def test_import_of_plain_text_leaves_out_the_documents_that_are_not_utf8(tmp_path, data, documents, left_out):
+    (tmp_path / "a.txt").write_bytes(data)
+    (tmp_path / "b.jsonl").write_bytes(json_lines(["one", "two"]))
     *found, skipped = imported(tmp_path, tmp_path / "shards")
-    assert sorted(all_of(*found)) == sorted([*good, "fine"])
+    assert sorted(all_of(*found)) == sorted(["one", "two", *documents])
+    assert skipped["not UTF-8 text"] == left_out
+
+
+def test_import_counts_what_it_leaves_out_by_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "MAX_LINE_BYTES", 120_000)
+    good, long = make_texts(3), json_lines(["a" * 130_000])
+    bad_lines = b'{"content": "a"}\n["text"]\n{"text": "cut\n\n  \n{"text": "\xff"}\n' + b"[" * 100_000 + b"\n"
+    rows = [*good, "a\ud800b", None, "", " \n\t", 5, ["a"], good[0]]
+    (tmp_path / "a.jsonl").write_bytes(json_lines(rows) + bad_lines + long)
+    *found, skipped = imported(tmp_path, tmp_path / "shards")
+    assert sorted(all_of(*found)) == sorted([*good, "a\ufffdb"]), "JSON can hold lone surrogates, parquet cannot"
     assert skipped == {
-        "null": 2, "empty": 3, "not a string": 2, "not JSON": 3, "duplicate": 2, "not UTF-8 text": 1,
+        "empty or not a string": 5, "not JSON": 3 + 2, "duplicate": 1,
         "no 'text' in the row (--text-column=NAME chooses another field)": 2,
     }  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.JSONL.zst"])
-@pytest.mark.parametrize("excess", [0, 1, 1 << 20, 5 << 20])
-def test_import_never_holds_a_row_that_is_too_long(tmp_path, monkeypatch, name, excess):
-    monkeypatch.setattr(corpus, "MAX_LINE_BYTES", 1 << 20)
-    long = "a" * ((1 << 20) + excess - len(json_lines([""])))
-    WRITERS[name](tmp_path / name, ["one", long, "two", long, "three"])
-    *found, skipped = imported(tmp_path / name, tmp_path / "shards")
-    assert sorted(all_of(*found)) == sorted(["one", "two", "three", *([] if excess else [long])])
-    assert skipped == ({"row longer than 1 MiB": 2} if excess else {"duplicate": 1})
-
-
-def test_import_makes_lone_surrogates_replacement_characters(tmp_path):
-    """JSON can hold them, parquet cannot."""
-    assert sorted(all_of(*imported(["a\ud800b", "c🙂\udc00"], tmp_path / "shards"))) == ["a\ufffdb", "c🙂\ufffd"]
 
 
 def test_import_of_another_column(tmp_path):
@@ -417,28 +342,14 @@ def cut_short(name):
     return make
 
 
-def scrambled(path):
-    write_gz(path, make_texts(200))
-    data = bytearray(path.read_bytes())
-    data[3000:3400] = bytes(400)
-    path.write_bytes(data)
-
-
-def no_archive(path):
-    path.write_bytes(json_lines(["a", "b"]))
-
-
 BAD_SOURCES = [
     ("a.txt", lambda path: None, "--from=.*no such file"),
-    ("a.png", lambda path: path.write_bytes(b"x"), "found: 0, files read: 0;.* 1 file of an unknown kind"),
-    ("a.txt", lambda path: path.write_bytes(b""), "found: 0, files read: 1;"),
-    ("a.jsonl", lambda path: path.write_bytes(json_lines(["a", "a"])), "at least 2 .*found: 1,.* 1 duplicate"),
+    ("a.png", lambda path: path.write_bytes(b"x"), "found 0 in 0 files of text, left out: 1 file"),
+    ("a.jsonl", lambda path: path.write_bytes(json_lines(["a", "a"])), "at least 2 .*found 1 .* 1 duplicate"),
     ("a.parquet", lambda path: pq.write_table(pa.table({"body": ["a"]}), path), "only: body .*--text-column"),
     ("a.jsonl.gz", cut_short("a.jsonl.gz"), "a.jsonl.gz cannot be read"),
-    ("a.jsonl.gz", scrambled, "a.jsonl.gz cannot be read"),
-    ("a.jsonl.gz", no_archive, "a.jsonl.gz cannot be read"),
     ("a.jsonl.zst", cut_short("a.JSONL.zst"), "a.jsonl.zst cannot be read"),
-    ("a.jsonl.zst", no_archive, "a.jsonl.zst cannot be read"),
+    ("a.jsonl.zst", lambda path: path.write_bytes(json_lines(["a", "b"])), "a.jsonl.zst cannot be read"),
     ("a.parquet", cut_short("a.parquet"), "a.parquet cannot be read"),
 ]
 
@@ -453,21 +364,6 @@ def test_import_says_what_is_wrong_and_leaves_nothing(tmp_path, name, make, says
     assert names_in(tmp_path / "data") == []
 
 
-def test_import_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
-    no_archive(tmp_path / "a.jsonl")
-    seen = []
-
-    def interrupt(*arguments, **settings):
-        seen.append(names_in(tmp_path / "data"))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pq.ParquetWriter, "write_table", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        dataset.import_text(tmp_path / "a.jsonl", tmp_path / "data" / "mine")
-    assert seen[0][0].startswith(".tmp-")
-    assert names_in(tmp_path / "data") == []
-
-
 def test_import_command_end_to_end(run_script, base_dir, tmp_path):
     source, folder = tmp_path / "source", base_dir / "data" / "mine"
     source.mkdir()
@@ -475,7 +371,7 @@ def test_import_command_end_to_end(run_script, base_dir, tmp_path):
     (source / "b.txt").write_text("my own text\n\nin two paragraphs")
     done = run_script("nanotrain.dataset", f"--from={source}", "--name=mine")
     assert (done.returncode, done.stderr) == (0, "")
-    assert re.match(rf"{folder}: 101 documents in \d+\.\d s, 1 left out: null\n.*--data-dir={folder}", done.stdout)
+    assert re.match(rf"{folder}: 101 documents, 1 left out: empty.*\n.*--data-dir={folder}", done.stdout)
     assert names_in(base_dir / "data") == ["mine"]
     assert sorted(all_of(read_all(folder), [])) == sorted([*make_texts(100), (source / "b.txt").read_text()])
     assert dataset.open_shards(folder).validation.name == "shard_00004.parquet"
@@ -485,7 +381,7 @@ def test_import_command_end_to_end(run_script, base_dir, tmp_path):
 
 @pytest.mark.parametrize(
     "flags",
-    [{}, {"FROM": "x"}, {"FROM": "x", "NAME": "../x"}, {"FROM": "x", "NAME": "y", "DATASET": "stdlib"}],
+    [{}, {"DATASET": "x"}, {"FROM": "x"}, {"FROM": "x", "NAME": "../x"}, {"FROM": "x", "DATASET": "stdlib"}],
     ids=str,
 )
 def test_import_command_says_what_is_missing(monkeypatch, base_dir, flags):

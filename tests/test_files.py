@@ -1,7 +1,6 @@
 """Files and folders that are there whole or not at all."""
 
 import os
-import time
 
 import pytest
 
@@ -41,22 +40,3 @@ def test_what_comes_while_a_folder_is_filled_is_not_replaced_either(tmp_path):
         fill()
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     assert (folder / "letter").read_text() == "dear"
-
-
-def test_only_what_a_killed_process_left_of_this_very_folder_is_removed(tmp_path):
-    old = time.time() - 2 * files.STALE_SECONDS
-    number = "0" * 32
-    names = {
-        f".tmp-mine-{number}": False, f".old-mine-{number}": False, f".tmp-wiki-mine-{number}": True,
-        ".vscode-mine-insiders": True, f".tmp-mine-{number}0": True, f".tmp-mine-{'1' * 32}": True,
-    }  # fmt: skip
-    for name in names:
-        (tmp_path / name / "buckets").mkdir(parents=True)
-        (tmp_path / name / "buckets" / "00").write_text("x")
-        for path in (tmp_path / name / "buckets" / "00", tmp_path / name / "buckets", tmp_path / name):
-            os.utime(path, (old, old))
-    (tmp_path / f".tmp-mine-{'1' * 32}" / "buckets" / "00").write_text("still written to")
-    os.utime(tmp_path / f".tmp-mine-{'1' * 32}", (old, old))
-    with files.new_folder(tmp_path / "mine"):
-        pass
-    assert {name: (tmp_path / name).exists() for name in names} == names
