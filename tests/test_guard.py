@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT
 
 from nanotrain import guard
-from nanotrain.errors import ReplicaError
+from nanotrain.errors import RankError
 
 # ---- a request to stop ----
 
@@ -192,5 +192,5 @@ def test_ranks_that_hold_other_weights_are_named_on_all():
     same = guard.checksum(tensors)
     guard.check_replicas(among(), tensors, 7)
     guard.check_replicas(among(same, same), tensors, 7)
-    with pytest.raises(ReplicaError, match=r"step 7: the weights of rank 1, 3 are not those of rank 0"):
+    with pytest.raises(RankError, match=r"step 7: the weights of rank 1, 3 are not those of rank 0"):
         guard.check_replicas(among(same + 1, same, same - 1), tensors, 7)
