@@ -48,9 +48,7 @@ class MetricLogger:
             self._file = open(self._run_dir / "metrics.jsonl", "a", encoding="utf-8")
 
     def start_wandb(self, mode: str, labels: dict, record: dict, run_id: str | None, every: int) -> None:
-        """Log to wandb too: evaluations, and the metrics of every `every`-th step and of the last. mode: offline,
-        online, or off for not at all. The rest is that of `WandbRun`.
-        """
+        """Log to wandb too, unless mode is off: evaluations, and every `every`-th step. For the rest see `WandbRun`."""
         if self.enabled and mode != "off":
             self._wandb_every = every
             self._wandb = WandbRun(self._run_dir, mode, labels, record, run_id, self.event)
@@ -88,9 +86,9 @@ class MetricLogger:
         self.bar.total = last
         self.bar.set_postfix_str(line, refresh=False)
         self.bar.update(1)
-        is_due = time.monotonic() - self._last_line >= PLAIN_SECONDS or step == last
-        if self.enabled and self.bar.disable and is_due:
-            self._last_line = time.monotonic()
+        now = time.monotonic()
+        if self.enabled and self.bar.disable and (now >= self._last_line + PLAIN_SECONDS or step == last):
+            self._last_line = now
             print(f"step {step}/{last}: {line}, {seconds_left:.0f} s left", flush=True)
         if result.skipped:
             self.event(f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: the update was skipped")
@@ -110,10 +108,8 @@ class MetricLogger:
                 )
 
     def evaluation(self, step: int, **parts: object) -> None:
-        """Record what an evaluation found beside its metrics (JSON-like values), added to that of this step so far.
-
-        val_bpb: None if it was not finite. samples: [{prompt, text}]. core: see `core_eval.summary`. documents and
-        token_bits: see `loss_eval.TokenLossStats`.
+        """Record JSON-like parts of what an evaluation found, beside those of this step so far: val_bpb, samples, core
+        (see `core_eval.summary`), documents and token_bits (see `loss_eval.TokenLossStats`).
         """
         if self.enabled:
             earlier = self._evaluation if self._evaluation.get("step") == step else {"step": step}
@@ -127,9 +123,8 @@ class MetricLogger:
         if skipped_documents:
             self.event(f"{skipped_documents} documents without text were left out since this start")
         if not state.is_finished:
-            where = f"step {state.step} of {state.num_steps}"
-            self.event(f"stopped and saved at {where}: the same command with --resume goes on")
-            return
+            progress = f"step {state.step} of {state.num_steps}"
+            return self.event(f"stopped and saved at {progress}: the same command with --resume goes on")
         evaluated = state.evaluated_step == state.step and state.val_bpb is not None
         result = f"val bpb {state.val_bpb:.4f}" if evaluated else f"loss {self._loss:.4f}"
         used = f"{hardware.seconds_since_start():.0f} s, {peak_memory_bytes / 2**30:.1f} GiB"
@@ -198,13 +193,13 @@ class WandbRun:
         """
         self.id = run_id or secrets.token_hex(4)
         data_sha256 = dataset.hash_of(record["data"])
-        settings = {name.lower(): value for name, value in record["settings"].items()}
-        described = {name: record[name] for name in ("model_config", "plan", "environment", "tokenizer_sha256")}
+        config = {name.lower(): value for name, value in record["settings"].items()}
+        config |= {name: record[name] for name in ("model_config", "plan", "environment", "tokenizer_sha256")}
         self._options = {
             **labels,
             "tags": [tag.strip() for tag in labels["tags"].split(",") if tag.strip()],
             "name": run_dir.name,
-            "config": {**settings, **described, "data_sha256": data_sha256},
+            "config": {**config, "data_sha256": data_sha256},
             "dir": str(run_dir),
             "resume": "allow",
         }
@@ -270,8 +265,8 @@ class WandbRun:
 
 
 def fetch_artifact(reference: str, folder: Path) -> Path:
-    """Load the artifact `wandb:ENTITY/PROJECT/NAME:ALIAS` that a run has logged; returns its folder, below `folder`,
-    which is that of a run, to be verified when it is read. Raises UserError (no such form) or CheckpointError.
+    """Load the model `wandb:ENTITY/PROJECT/NAME:ALIAS` into a folder below `folder`, which is like that of a run, to be
+    verified when it is read. Returns it, or raises UserError (no such form) or CheckpointError.
     """
     place, _, alias = reference.removeprefix(WANDB_PREFIX).partition(":")
     parts = [part for part in place.split("/") if paths.NAME_PATTERN.fullmatch(part)]
