@@ -1,6 +1,4 @@
-"""What a run must notice: a request to stop, a hang, updates that are not finite, spikes of the loss, ranks that drift
-apart.
-"""
+"""What a run must notice: requests to stop, hangs, non-finite updates, spikes of the loss, ranks that drift apart."""
 
 import faulthandler
 import math

@@ -103,9 +103,8 @@ class MetricLogger:
                 self._file.write(json.dumps(row) + "\n")
                 self._file.flush()
             if self._wandb and to_wandb:
-                self._wandb.calls.put(
-                    lambda run: run.log({name: value for name, value in row.items() if value is not None})
-                )
+                known = {name: value for name, value in row.items() if value is not None}
+                self._wandb.calls.put(lambda run: run.log(known))
 
     def evaluation(self, step: int, **parts: object) -> None:
         """Record JSON-like parts of what an evaluation found, beside those of this step so far: val_bpb, samples, core
@@ -124,7 +123,8 @@ class MetricLogger:
             self.event(f"{skipped_documents} documents without text were left out since this start")
         if not state.is_finished:
             progress = f"step {state.step} of {state.num_steps}"
-            return self.event(f"stopped and saved at {progress}: the same command with --resume goes on")
+            self.event(f"stopped and saved at {progress}: the same command with --resume goes on")
+            return
         evaluated = state.evaluated_step == state.step and state.val_bpb is not None
         result = f"val bpb {state.val_bpb:.4f}" if evaluated else f"loss {self._loss:.4f}"
         used = f"{hardware.seconds_since_start():.0f} s, {peak_memory_bytes / 2**30:.1f} GiB"
