@@ -5,10 +5,8 @@
     # ---------
 
 makes `--depth=4`, typed by its default and explained by its comment in `--help`. Settings begin at the first heading
-(`# --- words`) and end at a line of dashes. A test sets `script.DEPTH = 2` and calls `main()`; only under `__main__`
-does a script call `override(__name__)`. REMOVED = {"OLD": "what to use"} names settings that are gone.
-
-A script is given as the name of its module, or as its namespace.
+(`# --- words`) and end at a line of dashes. REMOVED = {"OLD": "what to use"} names settings that are gone. A script is
+given as the name of its module, or as its namespace.
 """
 
 import ast
@@ -54,66 +52,54 @@ def override(
 ) -> list[str]:
     """Apply each `--name=value` of `argv` (the process's own by default) to the constant NAME of the script, in place.
 
-    A bare `--name` sets a boolean true. `short` maps a one-letter flag with a separate value to a setting, as in
-    {"-n": "TRAIN_SHARDS"}. Returns the other arguments if `positional`; else one of them is an error. `--help` prints
-    the settings and exits. Raises UserError for an unknown name (with the nearest one) or a value of the wrong type.
+    A bare `--name` sets a boolean true. short: {"-n": "TRAIN_SHARDS"} makes `-n 8` mean `--train-shards=8`. Returns the
+    other arguments if `positional`; else one of them is an error. `--help` prints the settings and exits. Raises
+    UserError for an unknown name (with the nearest one) or a value of the wrong type.
     """
-    namespace, short, others = _namespace(script), short or {}, []
+    namespace, others = _namespace(script), []
     known, arguments = settings(namespace), iter(sys.argv[1:] if argv is None else argv)
     for argument in arguments:
-        flag, equals, text = argument.partition("=")
-        name = short.get(flag) or flag[2:].replace("-", "_").upper()
+        if argument in (short or ()):
+            argument = f"{flag_of(short[argument])}={next(arguments, '')}"
         if argument == "--":  # torchrun's users write `-m scripts.base_train -- --depth=24`
             continue
         if argument in ("-h", "--help"):
-            print(help_text(namespace, short), flush=True)
+            print(help_text(namespace), flush=True)
             sys.exit(0)
-        if flag not in short and not flag.startswith("--"):
+        if not argument.startswith("--"):
             if not positional:
                 raise UserError(f"{argument!r}: settings are written --name=value (--help lists them)")
             others.append(argument)
             continue
+        flag, equals, text = argument.partition("=")
+        name = flag[2:].replace("-", "_").upper()
         if name in namespace.get("REMOVED", ()):
             raise UserError(f"{flag} is gone: {namespace['REMOVED'][name]}")
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"; did you mean {flag_of(close[0])}?" if close else ""
-            raise UserError(f"{flag}: no such setting{hint} (--help lists them)")
-        if not equals:
-            text = next(arguments, None) if flag in short else "true" if isinstance(known[name], bool) else None
-        if text is None:
+            close = [f"; did you mean {flag_of(other)}?" for other in difflib.get_close_matches(name, known, 1, 0.5)]
+            raise UserError(f"{flag}: no such setting{''.join(close)} (--help lists them)")
+        if not equals and not isinstance(known[name], bool):
             raise UserError(f"{flag} needs a value, as in {flag}={known[name]}")
-        namespace[name] = _parsed(text, known[name], flag)
+        namespace[name] = _parsed(text if equals else "true", known[name], flag)
     return others
 
 
 def _parsed(text, default, flag):
     kind = type(default)
-    try:
+    with contextlib.suppress(ValueError, KeyError):
         value = BOOLEANS[text.lower()] if kind is bool else kind(text)
-        if kind is float and not math.isfinite(value):
-            raise ValueError
-    except (ValueError, KeyError):
-        expected = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
-        raise UserError(f"{flag}={text}: expected {expected}, as in {flag}={default}") from None
-    return value
+        if kind is not float or math.isfinite(value):
+            return value
+    expected = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+    raise UserError(f"{flag}={text}: expected {expected}, as in {flag}={default}")
 
 
 def check_numbers(settings: SimpleNamespace, at_least_one: Iterable[str] = (), fractions: Iterable[str] = ()) -> None:
-    """Raise UserError if a number is negative, an integer has more than 63 bits, one of the settings `at_least_one` is
-    0, or one of the `fractions` above 1.
-    """
+    """Raise UserError unless each number is 0 to 2^63 - 1; those `at_least_one` from 1, the `fractions` up to 1."""
     for name, value in vars(settings).items():
-        if isinstance(value, str):
-            continue
-        for is_wrong, rule in (
-            (value < 0, "must not be negative"),
-            (isinstance(value, int) and value >= 2**63, "must be below 2^63"),
-            (name in at_least_one and value < 1, "at least 1"),
-            (name in fractions and value > 1, "a fraction, at most 1"),
-        ):
-            if is_wrong:
-                raise UserError(f"{flag_of(name)}={value}: {rule}")
+        least, most = int(name in at_least_one), 1 if name in fractions else 2**63 - 1
+        if not isinstance(value, str) and not least <= value <= most:
+            raise UserError(f"{flag_of(name)}={value}: must be from {least} to {most}")
 
 
 def choice(name: str, value: str, allowed: Iterable[str]) -> str:
@@ -128,19 +114,16 @@ def flag_of(name: str) -> str:
     return "--" + name.lower().replace("_", "-")
 
 
-def help_text(script: str | dict, short: dict[str, str] | None = None) -> str:
+def help_text(script: str | dict) -> str:
     """What `--help` prints: the script's docstring, then each setting with its default and its comment."""
-    namespace, letters = _namespace(script), {name: f"{letter} N, " for letter, name in (short or {}).items()}
-    lines = [(namespace.get("__doc__") or "").strip(), ""]
+    namespace = _namespace(script)
+    lines = [(namespace.get("__doc__") or "").strip()]
     for heading, name, _, comment in _documented(namespace["__file__"]):
         if heading:
             lines += ["", f"{heading}:"]
-            continue
-        left = f"  {letters.get(name, '')}{flag_of(name)}={namespace[name]}"
-        if len(left) > 32:
-            lines.append(left)
-            left = ""
-        lines.append(textwrap.fill(comment, 79, initial_indent=f"{left:<33}", subsequent_indent=" " * 33) or left)
+        else:
+            left = f"  {flag_of(name)}={namespace[name]} "
+            lines.append(textwrap.fill(comment, 79, initial_indent=f"{left:<33}", subsequent_indent=" " * 33) or left)
     return "\n".join(lines)
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 
-from nanotrain import config, errors, hardware
-from nanotrain.errors import PeerError, UserError
+from nanotrain import config, hardware
+from nanotrain.errors import RankError, UserError, file_error
 
 JOIN_SECONDS = 600.0  # in which all ranks must have started
-MESSAGE_BYTES = 2**26  # up to which tensors are sent together: long enough for full speed, short enough to copy
+SMALL_BYTES = 2**20  # of tensors that are sent together in one message, which copies them
 
 
 @dataclass(frozen=True)
@@ -90,30 +90,28 @@ class DistContext:
         """Start sending every rank the tensors that each rank owns; returns a function that waits for all of them.
 
         owned: for each rank, a list of its 1-D contiguous tensors of one dtype. The other ranks pass the tensors to be
-        overwritten. Small ones travel in one message, large ones without being copied.
+        overwritten.
         """
-        sent = []
+        sent, joined = [], []
         for rank, tensors in enumerate(owned if self.world_size > 1 else ()):
-            for message in _messages(tensors):
-                if len(message) == 1:
-                    flat = message[0]
-                elif rank == self.rank:
-                    flat = torch.cat(message)
-                else:
-                    flat = message[0].new_empty(sum(map(len, message)))
-                sent.append((rank, message, flat, torch_dist.broadcast(flat, rank, async_op=True)))
+            small = [tensor for tensor in tensors if tensor.nbytes < SMALL_BYTES]
+            messages = [tensor for tensor in tensors if tensor.nbytes >= SMALL_BYTES]
+            if small:
+                messages.append(torch.cat(small))
+                joined.append((small, messages[-1]))
+            sent += [torch_dist.broadcast(message, rank, async_op=True) for message in messages]
 
         def wait():
-            for rank, message, flat, work in sent:
+            for work in sent:
                 work.wait()
-                if rank != self.rank and len(message) > 1:
-                    torch._foreach_copy_(message, flat.split([len(tensor) for tensor in message]))
+            for small, message in joined:
+                torch._foreach_copy_(small, message.split([len(tensor) for tensor in small]))
 
         return wait
 
     def gather_to_rank0(self, part: torch.Tensor, sizes: list[int]) -> torch.Tensor | None:
-        """On rank 0 the 1-D tensors of all ranks joined in rank order, in CPU memory unless it is the only rank; None
-        on the others. Every rank passes the sizes of all parts.
+        """On rank 0 the 1-D tensors of all ranks joined in rank order (on the CPU where there are several); None on the
+        others. sizes: of all parts.
         """
         if self.world_size == 1:
             return part
@@ -133,15 +131,15 @@ class DistContext:
         """Call `function` on rank 0 only; every rank returns its result, or raises its UserError or OSError."""
         result, error = self.broadcast_object(_attempt(function) if self.is_rank0 else None)
         if error:
-            raise getattr(errors, error[0])(error[1])
+            raise error
         return result
 
     def on_all_ranks(self, function: Callable[[], Any]) -> Any:
         """Call `function` on every rank and return its result here; a UserError or OSError on any is raised on all."""
         result, error = _attempt(function)
-        first = next((found for found in self.all_gather_objects(error) if found), None)
-        if first:
-            raise getattr(errors, first[0])(first[1])
+        for found in self.all_gather_objects(error):
+            if found:
+                raise found
         return result
 
     def largest_that_fits(self, most: int, attempt: Callable[[int], Any]) -> int:
@@ -198,37 +196,23 @@ def is_lost_peer(error: BaseException) -> bool:
     return isinstance(error, torch_dist.DistError) or "gloo/transport" in text or "Connection closed by peer" in text
 
 
-def _messages(tensors):
-    """Lists of consecutive tensors: as many as make up MESSAGE_BYTES at most, or one."""
-    found, size = [], MESSAGE_BYTES
-    for tensor in tensors:
-        if size + tensor.nbytes > MESSAGE_BYTES:
-            found.append([])
-            size = 0
-        found[-1].append(tensor)
-        size += tensor.nbytes
-    return found
-
-
 def _attempt(function):
-    """(result, None) of a call, or (None, (name of a class in nanotrain.errors, message)), which any rank can raise."""
+    """(result, None) of a call, or (None, its UserError or OSError, as one that any rank can raise)."""
     try:
         return function(), None
     except OSError as error:
-        return None, ("FileError", f"{error.strerror}: {error.filename}" if error.filename else str(error))
+        return None, file_error(error)
     except UserError as error:
-        return None, (next(kind.__name__ for kind in type(error).__mro__ if hasattr(errors, kind.__name__)), str(error))
+        return None, error
 
 
 def _place():
     """[rank, local rank, world size], as torchrun gives them to its processes."""
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     given = {name: os.environ.get(name) or default for name, default in defaults.items()}
-    place = [int(value) if value.isdecimal() else -1 for value in given.values()]
-    if min(place) < 0 or place[0] >= place[2]:
-        written = " ".join(f"{name}={value}" for name, value in given.items())
-        raise UserError(f"{written}: no place among ranks; start the ranks with torchrun, or unset all three")
-    return place
+    if not all(map(str.isdecimal, given.values())) or int(given["RANK"]) >= int(given["WORLD_SIZE"]):
+        raise UserError(f"{given}: no place among ranks; start the ranks with torchrun, or unset all three")
+    return [int(value) for value in given.values()]
 
 
 def _join(device, world_size):
@@ -237,19 +221,17 @@ def _join(device, world_size):
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise UserError(f"WORLD_SIZE={world_size} without {' and '.join(missing)}: start the ranks with torchrun")
-    if not torch_dist.is_initialized():
-        store, rank, _ = next(torch_dist.rendezvous("env://"))
-        store = torch_dist.PrefixStore(_name_of_attempt(store, rank, world_size), store)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        torch_dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    store, rank, _ = next(torch_dist.rendezvous("env://"))
+    store = torch_dist.PrefixStore(_name_of_attempt(store, rank, world_size), store)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    torch_dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
 def _name_of_attempt(store, rank, world_size):
     """A name that rank 0 draws for this start of the ranks and that all of them get.
 
-    torchrun (2.13) hands restarted ranks the store of those it has ended, with addresses where nobody listens any more;
-    whoever looks first would find them. So every rank gets the name under a key that it has drawn itself, and rank 0
-    goes on answering until all of this start have it.
+    torchrun (2.13) hands restarted ranks the store of those it has ended, with addresses where nobody listens any more.
+    So every rank asks for the name under a key of its own, and rank 0 answers until all have it.
     """
     if rank:
         key = uuid.uuid4().hex
@@ -265,6 +247,6 @@ def _name_of_attempt(store, rank, world_size):
                 store.set(store.get(f"nanotrain/rank{other}").decode(), name)
         missing = {other for other in missing if not store.check([f"{name}/rank{other}"])}
         if missing and time.monotonic() > end:
-            raise PeerError(f"rank {', '.join(map(str, sorted(missing)))} did not start within {JOIN_SECONDS:.0f} s")
+            raise RankError(f"rank {', '.join(map(str, sorted(missing)))} did not start within {JOIN_SECONDS:.0f} s")
         time.sleep(0.01)
     return name

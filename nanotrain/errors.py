@@ -5,7 +5,6 @@ The message says what is wrong, the value, and the command that fixes it. What o
 """
 
 import contextlib
-import errno
 import os
 import signal
 import sys
@@ -44,14 +43,8 @@ class SupersededError(UserError):
     exit_code = 1
 
 
-class PeerError(UserError):
-    """Another rank of this run has ended."""
-
-    exit_code = 1
-
-
-class ReplicaError(UserError):
-    """The ranks no longer hold the same weights."""
+class RankError(UserError):
+    """Another rank of this run has ended, or holds other weights."""
 
     exit_code = 1
 
@@ -69,14 +62,17 @@ class NonFiniteError(UserError):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: it ends a program as Ctrl-C does, so that it takes its temporary files along, and one that goes on after
-    Ctrl-C too.
-    """
+    """SIGTERM: it ends a program as Ctrl-C does, which takes its temporary files along."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what any exception says, at most 160 characters; the name of its type if it says nothing."""
+    """The first line of what an exception says, at most 160 characters; the name of its type if it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+
+
+def file_error(error: OSError) -> FileError:
+    """The sentence of an error of the operating system."""
+    return FileError(": ".join(str(part) for part in (error.strerror, error.filename) if part) or str(error))
 
 
 def run(*functions: Callable[[], object]) -> None:
@@ -90,38 +86,29 @@ def run(*functions: Callable[[], object]) -> None:
             function()
         sys.stdout.flush()  # here, where a reader that went away is caught
     except UserError as error:
-        _end(f"error: {error}", error.exit_code)
+        _end(error.exit_code, f"error: {error}")
     except KeyboardInterrupt:
-        _end("stopped", 130)
+        _end(130, "stopped")
     except BrokenPipeError:  # the reader of our output went away (`... | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:  # an unwritable folder, a full disk
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not error.strerror:
             raise
-        _end(f"error: {error.strerror}" + (f": {error.filename}" if error.filename else ""), 1)
-    _leave(0)
+        _end(1, f"error: {file_error(error)}")
+    _end(0)
 
 
 def _interrupt(number, frame):
     raise Terminated
 
 
-def _end(message, exit_code):
-    rank = os.environ.get("RANK")
-    where = f"[rank {rank}] " if rank not in (None, "0") else ""
-    print(f"{where}{message}", file=sys.stderr, flush=True)
-    _leave(exit_code)
-
-
-def _leave(exit_code):
-    """End the process; one rank of several at once, everything being written and closed by now.
-
-    While the interpreter takes itself down, threads of torch.distributed sometimes abort it (about one run of two ranks
-    in a hundred), and a run that has done all its work would be reported as failed.
-    """
+def _end(exit_code, message=""):
+    rank = os.environ.get("RANK") or "0"
+    if message:
+        print(f"[rank {rank}] {message}" if rank != "0" else message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        os._exit(exit_code)
+        os._exit(exit_code)  # threads of torch.distributed sometimes abort an interpreter that takes itself down
     if exit_code:
         sys.exit(exit_code)

@@ -101,7 +101,6 @@ class Evals:
                 f"step {state.step}: {state.stale_evaluations} evaluations without a better one: the end"
             )
             state.num_steps, state.horizon_fixed = state.step, True
-            self.metrics.set_num_steps(state.num_steps)
 
     def core(self, state: TrainState) -> None:
         """Score the tasks of the bundle."""

@@ -1,6 +1,4 @@
-"""What a run must notice: a request to stop, a hang, updates that are not finite, spikes of the loss, ranks that drift
-apart.
-"""
+"""What a run must notice: requests to stop, hangs, non-finite updates, spikes of the loss, ranks that drift apart."""
 
 import faulthandler
 import math
@@ -9,14 +7,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from types import FrameType
-from typing import TextIO
 
 import torch
 
 from nanotrain.dist import DistContext
-from nanotrain.errors import HANG_EXIT_CODE, ReplicaError
+from nanotrain.errors import HANG_EXIT_CODE, RankError
 
 NON_FINITE_IN_A_ROW = 3  # steps that end a run
 NON_FINITE_NEARBY, NEARBY_STEPS = 10, 1000  # so many within so many steps end it too
@@ -34,9 +31,8 @@ class StopRequest:
     def __init__(self, prints: bool):
         """prints: whether this rank confirms the request on the terminal."""
         self.requested, self.since, self.prints = False, 0.0, prints
-        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-            if hasattr(signal, name):  # Windows has no SIGUSR1
-                signal.signal(getattr(signal, name), self.handle)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self.handle)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
@@ -50,28 +46,21 @@ class StopRequest:
 
 
 class Watchdog:
-    """Ends the process with exit code 8, and the stacks of all its threads on `file`, when `beat` is not called in
-    time.
-
-    It counts the seconds it is awake itself, so that a process that was suspended (Ctrl-Z, a closed laptop) goes on.
+    """Ends the process with exit code 8, and the stacks of all its threads on standard error, when `beat` is not called
+    in time. To be used with `with`. The seconds of a suspended process (Ctrl-Z, a closed laptop) do not count.
     """
 
     TICK_SECONDS = 0.25
 
-    def __init__(
-        self, seconds: float, rank: int = 0, file: TextIO | None = None, leave: Callable[[int], object] = os._exit
-    ):
-        """seconds: until the first `beat`. file: an open file with a descriptor; None: standard error."""
-        self._rank, self._file, self._leave = rank, file or sys.stderr, leave
-        self._closed = threading.Event()
+    def __init__(self, seconds: float, rank: int = 0):
+        """seconds: until the first `beat`."""
+        self._rank, self._closed = rank, threading.Event()
         self.beat(seconds)
         self._thread = threading.Thread(target=self._watch, name="nanotrain-watchdog", daemon=True)
-        self._thread.start()
 
     def beat(self, seconds: float) -> None:
         """All is well; the next beat comes within `seconds`."""
-        self._limit = seconds
-        self._waited = 0.0
+        self._limit, self._waited = seconds, 0.0
 
     def _watch(self):
         while not self._closed.wait(self.TICK_SECONDS):
@@ -79,26 +68,21 @@ class Watchdog:
             if self._waited >= self._limit:
                 where = f"[rank {self._rank}] " if self._rank else ""
                 message = f"no progress for {self._limit:.0f} s: this process is ended. Where each of its threads was:"
-                print(f"{where}error: {message}", file=self._file, flush=True)
-                faulthandler.dump_traceback(self._file, all_threads=True)
-                return self._leave(HANG_EXIT_CODE)
-
-    def close(self) -> None:
-        """Stop watching."""
-        self._closed.set()
-        self._thread.join()
+                print(f"{where}error: {message}", file=sys.stderr, flush=True)
+                faulthandler.dump_traceback(sys.stderr)
+                return os._exit(HANG_EXIT_CODE)
 
     def __enter__(self):
+        self._thread.start()
         return self
 
     def __exit__(self, *error):
-        self.close()
+        self._closed.set()
+        self._thread.join()
 
 
 def too_many_skipped(skipped: Sequence[int], step: int) -> bool:
-    """Whether a run should end: `skipped` are the steps, in order, whose update was left out, the last of them
-    `step`.
-    """
+    """Whether a run should end. skipped: the steps without an update, in order; the last of them is `step`."""
     in_a_row = skipped[-NON_FINITE_IN_A_ROW:] == list(range(step - NON_FINITE_IN_A_ROW + 1, step + 1))
     return in_a_row or sum(other > step - NEARBY_STEPS for other in skipped) >= NON_FINITE_NEARBY
 
@@ -119,9 +103,7 @@ def deviations(losses: Sequence[float], loss: float) -> float:
 
 @torch.no_grad()
 def checksum(tensors: Iterable[torch.Tensor]) -> int:
-    """A 64-bit sum over the bits of float32 tensors, in order: equal tensors give equal sums, and any single change
-    another one.
-    """
+    """A 64-bit sum over the bits of float32 tensors, in order; any single change changes it."""
     total = 0
     for tensor in tensors:
         bits = tensor.detach().reshape(-1).view(torch.int32).sum(dtype=torch.int64).item()
@@ -130,15 +112,13 @@ def checksum(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def check_replicas(dist: DistContext, tensors: Sequence[torch.Tensor], step: int, every: int = 1) -> None:
-    """Raise ReplicaError on all ranks, naming those that differ from rank 0, if their `tensors` are not equal to the
-    bit. every: only in each so many steps.
-    """
+    """Raise RankError on all ranks if their `tensors` differ in any bit. every: only in each so many steps."""
     if dist.world_size == 1 or step % every:
         return
     sums = dist.all_gather_objects(checksum(tensors))
     other = [rank for rank, found in enumerate(sums) if found != sums[0]]
     if other:
-        raise ReplicaError(
+        raise RankError(
             f"step {step}: the weights of rank {', '.join(map(str, other))} are not those of rank 0: a device computes "
             "wrongly, or gradients were not shared. Nothing was saved; --resume goes on from the last checkpoint"
         )

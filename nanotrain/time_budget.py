@@ -16,7 +16,7 @@ STEP_SECONDS, SLOW_STEP_FACTOR = 120.0, 20.0  # a step may take the longer of th
 
 
 class TimeBudget:
-    """Times of steps, and from them the number of steps of a run that has a number of minutes."""
+    """Times of steps, and what follows from them."""
 
     def __init__(
         self,
@@ -61,19 +61,14 @@ class TimeBudget:
         after = (SLOWER_LATER + self.evaluations_after) * state.evaluation_seconds
         after += SLOWER_LATER * state.core_seconds + LAST_SAVE_SECONDS
         left = self.minutes * 60 - state.seconds - hardware.seconds_since_start() - after
-        each = step_seconds
-        for seconds, every in (
-            (state.evaluation_seconds, self.eval_every),
-            (state.core_seconds, self.core_every),
-        ):
-            each += seconds / every if every else 0
+        each = step_seconds + (state.evaluation_seconds / self.eval_every if self.eval_every else 0)
+        each += state.core_seconds / self.core_every if self.core_every else 0
         return state.step + max(round(left / each), 1)
 
     def estimate(self, state: TrainState) -> None:
         """Before the first step of a timed run, once an evaluation has been timed: estimate num_steps."""
         if not state.horizon_fixed and state.step == state.corrected_step and not self.step_seconds:
             state.num_steps = self.dist.broadcast_object(self.steps_in_time(state, self.first_step_seconds))
-            self.metrics.set_num_steps(state.num_steps)
 
     def refit(self, state: TrainState) -> None:
         """After a quarter of the steps of a timed run: correct num_steps, for good."""
@@ -82,6 +77,5 @@ class TimeBudget:
             progress = state.progress(state.step)
             state.correct(self.dist.broadcast_object(self.steps_in_time(state, self.typical_seconds)), progress)
             state.horizon_fixed = True
-            self.metrics.set_num_steps(state.num_steps)
             milliseconds = 1000 * self.typical_seconds
             self.metrics.event(f"{milliseconds:.0f} ms a step: {state.num_steps} steps end in time")

@@ -1,8 +1,6 @@
-"""Stand-ins for wandb, without its service and its network: they keep what they are given."""
+"""A stand-in for wandb, without its service and its network: it keeps what it is given."""
 
 import types
-from contextlib import contextmanager
-from io import StringIO
 from pathlib import Path
 
 
@@ -15,7 +13,7 @@ class FakeWandb(types.ModuleType):
         super().__init__("wandb")
         self.failing, self.key, self.taken, self.done = set(failing), key, set(), []
         self.url, self.dir, self.id = "https://wandb/run", "/somewhere/offline-run/files", None
-        self.Settings, self.Api = dict, lambda: self
+        self.Settings, self.Api, self.Artifact = dict, lambda: self, FakeArtifact
 
     def note(self, what, /, *arguments, **named):
         self.done.append((what, *arguments, *([named] if named else [])))
@@ -56,17 +54,6 @@ class FakeWandb(types.ModuleType):
     def finish(self, exit_code):
         self.note("finish", exit_code)
 
-    def Table(self, columns, data):
-        self.note("Table")
-        return ("table", columns, data)
-
-    def Histogram(self, np_histogram):
-        return ("histogram", *np_histogram)
-
-    def Artifact(self, name, kind, metadata):
-        self.note("Artifact")
-        return FakeArtifact(name, kind, metadata)
-
     def artifact(self, path, type):
         """What the Api finds: the last artifact logged under the name and alias of `path`."""
         name, _, alias = path.rpartition("/")[2].partition(":")
@@ -84,8 +71,8 @@ class FakeArtifact:
 
     version = "v3"
 
-    def __init__(self, name, kind, metadata):
-        self.name, self.kind, self.metadata, self.files = name, kind, metadata, {}
+    def __init__(self, name, kind):
+        self.name, self.kind, self.files = name, kind, {}
 
     def add_file(self, path, name, policy):
         self.files[name] = Path(path).read_bytes()
@@ -93,12 +80,6 @@ class FakeArtifact:
     def add_dir(self, path, name, policy):
         for file in Path(path).iterdir():
             self.add_file(file, f"{name}/{file.name}", policy)
-
-    @contextmanager
-    def new_file(self, name, encoding):
-        file = StringIO()
-        yield file
-        self.files[name] = file.getvalue().encode(encoding)
 
     def download(self, root, skip_cache):
         for name, data in self.files.items():

@@ -82,7 +82,7 @@ def soak(folder):
         start_seconds = time.monotonic() - whole.begin
         whole.finish()
     seconds = time.monotonic() - whole.begin
-    say(f"undisturbed: {num_iterations} steps in {seconds:.0f} s, the first after {start_seconds:.1f} s")
+    print(f"undisturbed: {num_iterations} steps in {seconds:.0f} s, the first after {start_seconds:.1f} s", flush=True)
 
     result, draw = Result(), random.Random(SEED)
     for kind in itertools.islice(itertools.cycle(KINDS), KILLS):
@@ -100,7 +100,9 @@ def soak(folder):
             result.rejected += "not used:" in victim.output()
         result.steps.append(step)
         result.problems += [f"kill {result.kills}, {instant}: {problem}" for problem in problems]
-        say("; ".join([f"kill {result.kills} of {KILLS}: {instant}", f"goes on from step {step}", *problems]))
+        print(
+            f"kill {result.kills} of {KILLS}: {instant}", f"goes on from step {step}", *problems, sep="; ", flush=True
+        )
     with Training(folder, "killed", settings) as last:
         last.finish()
     result.problems += differences(whole.run, last.run)
@@ -253,10 +255,6 @@ def recorded(run, key):
 def flags(**settings):
     """The command line that gives these settings."""
     return [f"{config.flag_of(name)}={value}" for name, value in settings.items()]
-
-
-def say(text):
-    print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -1093,7 +1093,7 @@ def test_p7_a_rank_that_hangs_is_ended_with_what_it_was_doing(train, at_step, mo
     left = []
     monkeypatch.setattr(time_budget, "STEP_SECONDS", 0.5)
     monkeypatch.setattr(time_budget, "SLOW_STEP_FACTOR", 0.0)
-    monkeypatch.setattr(guard.Watchdog.__init__, "__defaults__", (0, None, left.append))
+    monkeypatch.setattr(guard.os, "_exit", left.append)
 
     def hang():
         end = time.monotonic() + 10
@@ -1144,7 +1144,7 @@ def test_a_run_in_wandb_goes_on_there_and_its_best_checkpoint_is_loaded_again(tr
     for key, logged in (("system/peak_memory_bytes", [[2, 4], [6]]), ("val/bpb", [[0, 3], [6]])):
         assert [[row["step"] for (row,) in fake.of("log") if key in row] for fake in fakes] == logged
     artifact, aliases = fakes[1].of("log_artifact")[-1]
-    assert (artifact.kind, artifact.metadata["step"], aliases) == ("model", 6, ["best", "step-6"])
+    assert (artifact.kind, aliases) == ("model", ["best", "step-6"])
     new = train("new", INIT_FROM=f"wandb:me/nanotrain/{first['name']}:best", NUM_ITERATIONS=1, EVAL_EVERY=1)
     assert column(new, "val/bpb")[0] == column(run, "val/bpb")[-1]
 
@@ -1152,7 +1152,7 @@ def test_a_run_in_wandb_goes_on_there_and_its_best_checkpoint_is_loaded_again(tr
 def test_a_wandb_that_raises_on_every_call_changes_nothing(train, whole, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb(("everything",)))
     run = train(WANDB="online", WANDB_LOG_EVERY=1)
-    assert capsys.readouterr().out.count("wandb: ConnectionError: no setup") == 2  # online and offline
+    assert capsys.readouterr().out.count("nothing more is logged there") == 1
     ours, theirs = saved(run), saved(whole)
     for state in (ours[2], theirs[2]):
         del state["train_state"]["wandb_id"], state["settings"]["WANDB"], state["settings"]["WANDB_LOG_EVERY"]

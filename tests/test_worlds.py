@@ -1,5 +1,5 @@
-"""Training on 1, 2, 3, 4, 5 and 7 ranks is one training: losses, gradients, weights, optimizer state; what ranks send
-and hold; and that each of these comparisons notices a fault.
+"""Training on 1, 2, 3 and 7 ranks is one training: losses, gradients, weights, optimizer state; and that faults are
+noticed.
 """
 
 import json
@@ -11,20 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanotrain import checkpoint, optim
-from nanotrain.dist import DistContext
-from nanotrain.gpt import GPTConfig
+from nanotrain import checkpoint
 from tests import soak
 
 STEPS, SAVED, FEW_STEPS = 20, 10, 5
-WORLDS = (1, 2, 3, 4, 5, 7)
-ROWS, SEQ_LEN, BIGRAM_ROWS = 420, 8, 61  # rows of a step, which all of these can share
+WORLDS = (1, 2, 3, 7)
+ROWS, SEQ_LEN = 420, 8  # rows of a step, which all of these can share
 SETTINGS = {
     **soak.TINY,
     "DEPTH": 2,
     "ASPECT_RATIO": 16,
     "MAX_SEQ_LEN": SEQ_LEN,
-    "BIGRAM_ROWS": BIGRAM_ROWS,
     "EMBEDDING_LR": 0.35 / 8**0.5,  # so that width 32 gets what the recipe gives to 256, its least
     "UNEMBEDDING_LR": 0.005 / 8**0.5,
     "TOTAL_BATCH_SIZE": ROWS * SEQ_LEN,
@@ -47,15 +44,15 @@ def float_plan(ranks, steps=STEPS):
 
 
 def all_plans():
-    plans = [float_plan(ranks) for ranks in WORLDS]
     short = {"DTYPE": "bfloat16", "EVAL_EVERY": 0, "TOTAL_BATCH_SIZE": 60 * SEQ_LEN}
-    plans += [planned(f"bfloat{ranks}", ranks, **short) for ranks in (1, 2, 3, 4)]
-    plans += [planned(fault, 2, fault, EVAL_EVERY=0) for fault in ("unsent", "unaveraged")]
-    plans.append(planned("evaluated", 1, EVAL_EVERY=SAVED))
-    for name, fault in (("moved", "none"), ("lost", "lost")):
-        plans.append(planned(name, 3, fault, stop=SAVED, EVAL_EVERY=SAVED))
-        plans.append(planned(f"{name}-on", 2, RUN_NAME=name, RESUME=True, EVAL_EVERY=SAVED))
-    return plans
+    return [
+        *(float_plan(ranks) for ranks in WORLDS),
+        *(planned(f"bfloat{ranks}", ranks, **short) for ranks in (1, 3)),
+        *(planned(fault, 2, fault, EVAL_EVERY=0) for fault in ("unsent", "unaveraged")),
+        planned("evaluated", 1, EVAL_EVERY=SAVED),
+        planned("moved", 3, stop=SAVED, EVAL_EVERY=SAVED),
+        planned("moved-on", 2, RUN_NAME="moved", RESUME=True, EVAL_EVERY=SAVED),
+    ]
 
 
 class Worlds:
@@ -85,11 +82,6 @@ class Worlds:
 
     def gradients(self, name):
         return load_file(self.folder / f"{name}.gradients")
-
-    def ranks(self, name):
-        """What each rank recorded."""
-        files = [self.folder / f"{name}.rank{rank}.json" for rank in range(len(self.codes[name]))]
-        return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
 @pytest.fixture(scope="module")
@@ -129,9 +121,8 @@ def gradient_distance(worlds, one, other):
     """
     ours, theirs = worlds.gradients(one), worlds.gradients(other)
     whole = torch.cat([gradient.flatten() for gradient in theirs.values()]).norm()
-    scalars = {name for name, gradient in theirs.items() if not gradient.dim()}
-    found = [((ours[name] - theirs[name]).abs() / whole).item() for name in scalars]
-    ours, theirs = ({n: g for n, g in gradients.items() if n not in scalars} for gradients in (ours, theirs))
+    scalars = [name for name, gradient in theirs.items() if not gradient.dim()]
+    found = [((ours.pop(name) - theirs.pop(name)).abs() / whole).item() for name in scalars]
     return max(*found, *distances(ours, theirs).values())
 
 
@@ -167,12 +158,10 @@ def test_p2_any_number_of_ranks_trains_as_one_does(worlds, ranks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_in_bfloat16_the_losses_agree_to_its_rounding(worlds, ranks):
-    assert worlds.codes[f"bfloat{ranks}"] == [0] * ranks
-    losses, alone = (worlds.column(f"bfloat{number}", "train/loss") for number in (ranks, 1))
+def test_in_bfloat16_the_losses_agree_to_its_rounding(worlds):
+    assert worlds.codes["bfloat3"] == [0, 0, 0]
+    losses, alone = (worlds.column(f"bfloat{number}", "train/loss") for number in (3, 1))
     assert 0 < relative(losses, alone) < 2e-3
-    assert alone != worlds.column("float1", "train/loss")
 
 
 @pytest.mark.slow
@@ -199,46 +188,9 @@ def test_p3_a_run_goes_on_on_another_number_of_ranks(worlds):
     assert relative(worlds.column("moved", "train/loss"), worlds.column("float1", "train/loss")) < 1e-6
     assert weights_distance(worlds, "moved") < 1e-4
 
-
-@pytest.mark.slow
-def test_ranks_make_up_the_evaluation_that_a_stop_left_out(worlds):
+    # Ranks make up the evaluation that the stop left out.
     assert worlds.log("moved", 0).count("val bpb") == 1  # of the weights before the first step
     assert f"step {SAVED}: val bpb" in worlds.log("moved-on", 0)
     expected = worlds.column("evaluated", "val/bpb")
     assert len(expected) == 3  # at step 0, at the stop, at the end
     assert relative(worlds.column("moved", "val/bpb"), expected) < 1e-6
-
-
-@pytest.mark.slow
-def test_state_that_is_lost_at_a_save_is_noticed(worlds):
-    assert worlds.codes["lost"] + worlds.codes["lost-on"] == [0] * 5
-    losses = worlds.column("lost", "train/loss")
-    assert relative(losses[:SAVED], worlds.column("float1", "train/loss")[:SAVED]) < 1e-6
-    assert relative(losses, worlds.column("float1", "train/loss")) > 1e-5
-    assert weights_distance(worlds, "lost") > 1e-3
-
-
-def communication_bytes(config, rank, world_size, table_rows):
-    """The plan for a model of this shape, built on the meta device."""
-    place = DistContext(rank, rank, world_size, torch.device("meta"), torch.float32, "test")
-    rates = {"matrix": 1.0, "embedding": 1.0, "unembedding": 1.0, "scalar": 1.0}
-    roles = checkpoint.build_model(config, "meta").parameters_by_role()
-    return optim.communication_bytes(optim.build_optimizers(roles, rates, 0.0, torch.float32, place), place, table_rows)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
-def test_what_ranks_send_and_hold_is_what_the_plan_says(worlds, ranks):
-    """The kernel counts what each process sends; what it holds is the size of its tensors' memory."""
-    config = GPTConfig(**worlds.checkpoint(f"float{ranks}")[1]["model_config"])
-    table_rows = ROWS * SEQ_LEN // ranks
-    plans = [communication_bytes(config, rank, ranks, table_rows) for rank in range(ranks)]
-    measured = worlds.ranks(f"float{ranks}")
-    assert [rank["state"] for rank in measured] == [plan["state"] for plan in plans]
-    first, last = 2, STEPS - 1  # steps; before the first and after the last there are other messages too
-    sent = sum(rank["sent"][last] - rank["sent"][first] for rank in measured) / (last - first)
-    expected = sum(plan[kind] for plan in plans for kind in ("gradients", "rows", "parameters"))
-    assert sent == pytest.approx(expected, rel=0.05)
-    if ranks > 1:
-        unshared = worlds.ranks("float1")[0]["state"]
-        assert sum(rank["state"] for rank in measured) == unshared + (ranks - 1) * 8 * BIGRAM_ROWS
