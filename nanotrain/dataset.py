@@ -399,12 +399,11 @@ def fetch(name: str, source: Source, train_shards: int, folder: Path) -> None:
             if shard not in good
         ]
         known = sum(item.size or source.shard_megabytes * 1e6 for item in items)
-        if items and not known:
-            known = len(items) * download.size_of(items[0], token)
         print(f"{name} (licence: {source.licence}): {len(items)} of {len(names)} shards to fetch from ", end="")
-        print(f"{download.host_of(base)}, about {known / 1e9:.2f} GB, into {folder}", flush=True)
-        if known > shutil.disk_usage(folder).free:
-            raise DataError(download.full_disk(folder, known))
+        print(f"{download.host_of(base)}{f', about {known / 1e9:.2f} GB' if known else ''}, into {folder}", flush=True)
+        free = shutil.disk_usage(folder).free
+        if known > free:
+            raise DataError(f"the disk is full: {known / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free in {folder}")
         write_manifest(folder, name, validation, {**own, **good}, [item.name for item in items])  # pins it from here on
         with tqdm(None, "download", int(known), unit="B", unit_scale=True, disable=not items, mininterval=2) as bar:
             fetched, failed = download.fetch_all(items, folder, open_shard, bar.update, token=token)
