@@ -49,8 +49,7 @@ def main() -> None:
     if EVAL_TOKENS < model.config.max_seq_len:
         least = f"less than one sequence of this model, which has {model.config.max_seq_len}"
         raise UserError(f"--eval-tokens={EVAL_TOKENS}: {least}")
-    core_dir, validation = paths.core_dir(), shards.validation.path
-    bundle = CORE and core_bundle.obtain(CORE_BUNDLE, core_dir, validation, dist, CORE_MAX_PER_TASK, dist.print0)
+    bundle = CORE and core_bundle.obtain(CORE_BUNDLE, shards.validation.path, dist, CORE_MAX_PER_TASK)
     result = {"step": meta["step"], "tokens": meta["loader"]["next_sequence"] * model.config.max_seq_len}
     result |= text_bits_per_byte(dist, model, tokenizer, shards)
     if bundle:
@@ -89,12 +88,12 @@ def text_bits_per_byte(
 
 
 def core(dist: DistContext, model: GPT, tokenizer: BPETokenizer, bundle: core_bundle.Bundle) -> dict:
-    """The scores on the tasks of a bundle, as `core_eval.summary` has them."""
+    """The result on the tasks of a bundle, as `core_eval.summary` has it."""
     with progress(dist, "tasks", sum(len(task.items) for task in bundle.tasks)) as done:
-        scores = core_eval.evaluate(model, tokenizer, bundle.tasks, dist, DEVICE_BATCH_SIZE, done)
-    dist.print0(core_eval.table(scores))
-    dist.print0(core_eval.headline(bundle, scores))
-    return {**core_eval.summary(bundle, scores), "max_per_task": CORE_MAX_PER_TASK}
+        result = core_eval.evaluate(model, tokenizer, bundle, dist, DEVICE_BATCH_SIZE, done)
+    dist.print0(core_eval.table(result))
+    dist.print0(core_eval.headline(result))
+    return {**result, "max_per_task": CORE_MAX_PER_TASK}
 
 
 @contextlib.contextmanager

@@ -14,13 +14,12 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 from fake_wandb import FakeArtifact, FakeWandb
 
-from nanotrain import checkpoint, core_eval, metrics
+from nanotrain import checkpoint, core_bundle, core_eval, metrics
 from nanotrain.errors import CheckpointError, UserError
 from nanotrain.metrics import MetricLogger, WandbRun
 from nanotrain.trainer import StepResult, TrainState
@@ -36,9 +35,10 @@ RECORD = {
     "data": {"validation": "shard_00001.parquet", "files": {}},
     "data_dir": "/data/my texts ü" + 50 * "x",
 }
+NINE_ITEMS = core_bundle.Task("t", core_bundle.SCHEMA, 0, " ", 0.25, 9 * [([], 0)])
 PARTS = {
     "samples": [{"prompt": "The", "text": " end"}],
-    "core": core_eval.summary(SimpleNamespace(is_core=True, sha256="ab"), [core_eval.Score("t", 9, 0.5, 0.25)]),
+    "core": core_eval.summary(core_bundle.Bundle([NINE_ITEMS], "ab"), [4.5]),
     "documents": {"worst": [{"bpb": 3.5, "text": "a b", "tokens": [["a", 2.0], [" b", 7.25]]}], "best": []},
     "token_bits": {"edges": [0, 1, 2], "counts": [3, 4]},
 }

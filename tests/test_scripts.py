@@ -104,9 +104,9 @@ def test_from_text_to_samples_as_a_user_would(run_script, base_dir, data_dir):
     expected = nats / math.log(2) / sum(len(text.encode()) for text in val_texts)
     assert result["doc_bpb"] == pytest.approx(expected, rel=1e-5)
     bundle = core_bundle.read(tasks, 9)
-    scores = core_eval.evaluate(model, tokenizer, bundle.tasks, ALONE, 3)
-    assert result["core"] == {**core_eval.summary(bundle, scores), "max_per_task": 9}
-    assert core_eval.headline(bundle, scores) in printed
+    scores = core_eval.evaluate(model, tokenizer, bundle, ALONE, 3)
+    assert result["core"] == {**scores, "max_per_task": 9}
+    assert core_eval.headline(scores) in printed
     assert len(result["samples"]) == len(engine.PROMPTS)
     assert all(sample in printed for sample in result["samples"])
     assert f"{result['doc_bpb']:.4f}" in report.read_text(encoding="utf-8")
@@ -259,7 +259,7 @@ def test_two_ranks_evaluate_as_one_does(trained, run_script, data_dir, tmp_path,
 
 
 def test_without_the_public_tasks_the_rest_is_evaluated(trained, monkeypatch, capsys):
-    def fetch(folder):
+    def fetch():
         raise errors.DataError("no host can be reached")
 
     monkeypatch.setattr(core_bundle, "fetch", fetch)
