@@ -113,7 +113,8 @@ def test_from_text_to_samples_as_a_user_would(run_script, base_dir, data_dir):
 
     printed = succeeds("scripts.generate", "--run-name=tiny", PROMPT, "--max-new-tokens=12", "--seed=5")
     ids = [tokenizer.bos, *tokenizer.encode(PROMPT)]
-    tokens = engine.generate(model, ids, 12, generate.TEMPERATURE, generate.TOP_K, seed=5, stop=(tokenizer.bos,))
+    settings = {"temperature": generate.TEMPERATURE, "top_k": generate.TOP_K, "seed": 5}
+    tokens = engine.generate(model, ids, 12, **settings, stop=(tokenizer.bos,))
     assert printed == PROMPT + tokenizer.decode(list(tokens)) + "\n"
 
 
