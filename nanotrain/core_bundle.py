@@ -100,9 +100,10 @@ def read(path: str | Path, max_per_task: int = 0) -> Bundle:
             for entry in entries:
                 place = f"core.yaml, {entry}"
                 label, kind, uri = entry["label"], entry["icl_task_type"], Path(entry["dataset_uri"])
-                delimiter, num_shots = entry.get("continuation_delimiter", " "), int(*entry["num_fewshot"])
+                delimiter, (num_shots,) = str(entry.get("continuation_delimiter", " ")), entry["num_fewshot"]
                 baseline, items = baselines[label], []
-                if kind not in KINDS or uri.is_absolute() or ".." in uri.parts or not 0 <= baseline < 1:
+                is_inside = not uri.is_absolute() and ".." not in uri.parts
+                if kind not in KINDS or num_shots < 0 or not is_inside or not 0 <= baseline < 1:
                     raise ValueError("not a task")
                 for number, line in enumerate(text(f"eval_data/{uri.as_posix()}").split("\n"), 1):
                     place = f"{uri}, line {number}"
