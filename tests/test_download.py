@@ -137,7 +137,6 @@ FAULTS = {  # of a body: (the answer, a word of the reason)
     "no answer": (lambda body: b"", "no whole answer"),
     "cut": (lambda body: reply(body[:2000], length=len(body)), "no whole answer"),
     "cut, no length": (lambda body: reply(body[:2000], length=False), "2000 of"),
-    "cut chunk": (lambda body: reply(b"7d1\r\n" + body[:2000], length=False, Transfer_Encoding="chunked"), "no whole"),
     "empty": (lambda body: reply(), "0 of"),
     "a page": (lambda body: reply(b"<html>", Content_Type="text/html"), "6 of"),
     "a flipped bit": (lambda body: reply(flipped(body)), "SHA-256"),
@@ -219,21 +218,18 @@ def test_a_token_goes_to_its_own_host_alone_and_netrc_nowhere(host, start_host, 
     assert [headers.get("Authorization") for _, headers in other.seen] == [None] * 2
 
 
-@pytest.mark.parametrize(
-    ("start", "target"), [("https://127.0.0.1", "http://127.0.0.1/y"), ("http://127.0.0.1", "http://example.com/y")]
-)
-def test_a_redirect_to_less_than_https_is_refused(folder, monkeypatch, start, target):
+def test_a_redirect_from_https_to_http_is_refused(folder, monkeypatch):
     def send(adapter, request, **options):  # instead of a host with a certificate
         sent.append(request.url)
         response = requests.Response()
         response.status_code, response.request, response.raw = 302, request, io.BytesIO()
-        response.headers["Location"] = target
+        response.headers["Location"] = "http://127.0.0.1/x"
         return response
 
     sent = []
     monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", send)
-    assert "without https" in get(SimpleNamespace(url=start), folder, ONE)[1][ONE]
-    assert (contents(folder), sent) == ({}, [f"{start}/{ONE}"])
+    assert "without https" in get(SimpleNamespace(url="https://127.0.0.1"), folder, ONE)[1][ONE]
+    assert (contents(folder), sent) == ({}, [f"https://127.0.0.1/{ONE}"])
 
 
 def test_a_proxy_of_the_environment_is_used(host, files, folder, monkeypatch):
@@ -243,10 +239,8 @@ def test_a_proxy_of_the_environment_is_used(host, files, folder, monkeypatch):
 
 
 LEAKS = {
-    "500": reply(status=500),
     "no header": b"HTTP/1.1 403 x\r\nno header at all\r\nA: b\r\n\r\n",  # which urllib3 warns of
     "no URL": reply(status=302, Location="http://[sig=CANARY"),
-    "no host": reply(status=302, Location=f"https://{'a' * 300}/?sig=CANARY"),
     "closed": None,
 }
 
@@ -344,11 +338,10 @@ def test_a_bad_shard_in_place_is_fetched_again(host, files, folder, hashed_by):
     if hashed_by == "the host":
         serve_manifest(host, files)
     get_set(folder)
-    for bad in (flipped(files[TWO]), b""):
-        host.seen.clear()
-        (folder / TWO).write_bytes(bad)
-        get_set(folder)
-        assert (shards_in(folder), host.asked()) == (files, [MANIFEST, TWO])
+    host.seen.clear()
+    (folder / TWO).write_bytes(flipped(files[TWO]))
+    get_set(folder)
+    assert (shards_in(folder), host.asked()) == (files, [MANIFEST, TWO])
 
 
 def test_a_manifest_that_is_none_or_has_a_hostile_name_is_refused(host, files, folder):
@@ -390,7 +383,6 @@ def test_another_host_is_fetched_from_by_its_url_and_without_the_token(start_hos
     [
         ({"BASE_URL": "http://example.com/x", "NAME": "mine", "NUM_SHARDS": 2}, "https://host/path"),
         ({"BASE_URL": "https://me@host/x", "NAME": "mine", "NUM_SHARDS": 2}, "https://host/path"),
-        ({"BASE_URL": "https://host/x", "NAME": "mine", "NUM_SHARDS": 1}, "--num-shards"),
         ({"BASE_URL": "https://host/x", "NUM_SHARDS": 3}, "--name=mine"),
         ({"DATASET": "fineweb-edu", "TRAIN_SHARDS": 1823}, "1 to 1822"),
     ],
