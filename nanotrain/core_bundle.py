@@ -47,7 +47,6 @@ CONTEXT_CHARS, CONTINUATION_CHARS = 400, 120  # at most
 MAX_DOCUMENTS = 4000  # read from the shard
 TRIES = 40  # per item
 
-
 Piece = namedtuple("Piece", "document context continuation")  # text: `context`, one space, `continuation`
 
 
@@ -109,10 +108,12 @@ def read(path: str | Path, max_per_task: int = 0) -> Bundle:
                     place = f"{uri}, line {number}"
                     if line.strip():
                         items.append(parse_item(kind, json.loads(line)))
+                if not items:
+                    raise ValueError("no items")
                 random.Random(ITEM_SEED).shuffle(items)
                 tasks.append(Task(label, kind, num_shots, delimiter, baseline, items[: max_per_task or None]))
-            if not all(task.items for task in tasks) or not tasks:
-                raise ValueError("no items")
+            if not tasks:
+                raise ValueError("no tasks")
     except Exception as error:  # a damaged file can raise almost anything
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise DataError(f"{path}: cannot read {place} ({reason}): delete it and get it again") from None

@@ -78,7 +78,7 @@ def fetch_all(
     for left in folder.glob(".*.part"):
         if time.time() - left.stat().st_mtime > STALE_SECONDS:
             left.unlink(missing_ok=True)
-    session, done, failed = _Session(folder, check, on_bytes, token), {}, {}
+    session, done, failed = _Session(folder, check, token, on_bytes), {}, {}
 
     def work(item):
         try:
@@ -99,19 +99,16 @@ def fetch_all(
 def json_beside(url: str, token: str | None) -> Any:
     """The JSON value at `url`, or None where the host refuses to give one. Raises DataError for any other failure."""
     found = []
-
-    def check(path):
-        found.append(json.loads(path.read_bytes()))
-
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(RefusedError):
-        _Session(Path(folder), check, lambda count: None, token).fetch(Item("manifest.json", url))
+        session = _Session(Path(folder), lambda path: found.append(json.loads(path.read_bytes())), token)
+        session.fetch(Item("manifest.json", url))
     return found[0] if found else None
 
 
 class _Session(requests.Session):
     """Proxies as the environment says, but no netrc; a token only for its own host, and no redirect away from https."""
 
-    def __init__(self, folder, check, on_bytes, token):
+    def __init__(self, folder, check, token, on_bytes=lambda count: None):
         super().__init__()
         logging.getLogger("urllib3").setLevel(logging.ERROR)  # its warnings show URLs
         self.headers["Accept-Encoding"] = "identity"

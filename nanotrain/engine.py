@@ -150,8 +150,7 @@ def generate_batch(
     """Yield lists with the next token of each prompt, or None for a text that has ended, until all have: after
     `max_new_tokens`, or with a token of `stop`, which is not part of the text.
 
-    prompts: ids, BOS first. Prompt n draws with a generator of its own, seeded by seed + n. temperature, top_k, top_p:
-    see `pick`.
+    prompts: ids, BOS first; prompt n draws with its own generator, seeded by seed + n. The other settings: see `pick`.
     """
     assert all(prompts), "a prompt has at least one token, BOS"
     max_seq_len, device = model.config.max_seq_len, model.lm_head.weight.device

@@ -85,7 +85,7 @@ def test_folder_and_zip_are_the_same_and_the_hash_covers_every_file(tmp_path):
 
 BROKEN = [
     ("core.yaml", "tasks: []", "core.yaml .*icl_tasks"),
-    ("core.yaml", "icl_tasks: []", "no items"),
+    ("core.yaml", "icl_tasks: []", "no tasks"),
     ("core.yaml", "icl_tasks: !!python/object/apply:os.system [true]", "ConstructorError"),
     ("core.yaml", YAML.replace("schema", "essay"), "core.yaml.*essay"),
     ("core.yaml", YAML.replace("[10]", "[-1]"), "core.yaml.*animals"),
@@ -93,7 +93,7 @@ BROKEN = [
     ("core.yaml", YAML.replace("who.jsonl", "/etc/passwd"), "core.yaml.*not a task"),
     ("eval_meta_data.csv", CSV.replace("who,x,50", "who,x,100"), "not a task"),
     ("eval_meta_data.csv", CSV.replace("who,", "whom,"), "who"),
-    ("eval_data/who.jsonl", "", "no items"),
+    ("eval_data/who.jsonl", "", "who.jsonl.*no items"),
     ("eval_data/who.jsonl", lines(WHO) + "{", "who.jsonl, line 2"),
     ("eval_data/who.jsonl", lines({**WHO, "gold": 2}), "who.jsonl, line 1 .*schema"),
     ("eval_data/world/animals.jsonl", lines({**ANIMALS[0], "choices": ["a", 1]}), "line 1 .*multiple_choice"),
