@@ -222,6 +222,7 @@ def test_other_folders_are_not_replaced(own, tmp_path):
     ("texts", "labels"),
     [
         (["日本語の文章です。" * 50] * 3, {"brackets"}),
+        ([""], {"brackets"}),
         ([" ".join(make_texts(30))], {"last_word", "copy", "brackets"}),  # a single document
     ],
 )

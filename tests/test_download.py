@@ -161,6 +161,7 @@ def test_after_a_fault_the_file_is_whole_or_named(host, files, folder, answer, r
 @pytest.mark.parametrize(
     ("asked", "seconds"),
     [("7", 7), (email.utils.formatdate(time.time() + 3600, usegmt=True), 120), ("soon", 0)],
+    ids=["seconds", "a date", "nonsense"],
 )
 def test_a_host_may_ask_for_a_pause(host, folder, files, monkeypatch, asked, seconds):
     class Clock(threading.Event):
