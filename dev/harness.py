@@ -124,22 +124,22 @@ def documents(out, shard, model, tokenizer, dist):
 def choices(out, task, model, tokenizer, dist):
     """Write the items of a task; returns {number of the item: whether core_eval's rule picks the right one}."""
     rows, right = [], {}
-    for index, item in enumerate(task.items):
+    for index, (options, gold) in enumerate(task.items):
         texts = core_eval.prompts(task, index)
         encoded = [[tokenizer.bos, *tokenizer.encode(text)] for text in texts]
         sequences = core_eval.sequences(task.kind, encoded, model.config.max_seq_len)
         lengths = [len(ids) - start for ids, start in sequences]
         pick = core_eval._first_least([mean_loss(model, ids, start) for ids, start in sequences])
-        right[index] = pick == item["gold"]
+        right[index] = pick == gold
         common = encoded[0][1 : len(encoded[0]) - lengths[0]]
         context = tokenizer.decode(common)
         # The harness encodes the context by itself, without the spaces at its end, to find where a choice begins.
         if context != context.rstrip() or tokenizer.encode(context) != common or not texts[0].startswith(context):
-            context, lengths = texts[0][: len(texts[0]) - len(item["choices"][0])], None
+            context, lengths = texts[0][: len(texts[0]) - len(options[0][1])], None
         parts = [text[len(context) :] for text in texts]
-        rows.append({"number": index, "context": context, "choices": parts, "gold": item["gold"], "lengths": lengths})
-    whole = core_eval.evaluate(model, tokenizer, [task], dist, 16)[0]
-    assert round(whole.accuracy * len(task.items)) == sum(right.values()), "as scripts.base_eval counts"
+        rows.append({"number": index, "context": context, "choices": parts, "gold": gold, "lengths": lengths})
+    whole = core_eval.evaluate(model, tokenizer, core_bundle.Bundle([task], ""), dist, 16)
+    assert round(whole["accuracy"] * len(task.items)) == sum(right.values()), "as scripts.base_eval counts"
     kept = [row for row in rows if row["lengths"]]
     print(f"{task.label:<28}{len(rows) - len(kept)} items left out, whose choices part inside of what the harness cuts")
     write(out, f"nanotrain_{task.label}", CHOICE, kept)

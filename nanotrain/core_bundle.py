@@ -16,9 +16,7 @@ import json
 import random
 import re
 import zipfile
-import zlib
 from collections import namedtuple
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -26,9 +24,9 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
-from nanotrain import dataset, download, files
+from nanotrain import dataset, download, files, paths
 from nanotrain.dist import DistContext
-from nanotrain.errors import DataError, UserError, first_line
+from nanotrain.errors import DataError, first_line
 
 OWN = "own"  # instead of a path: the tasks made from a data set's validation shard
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
@@ -36,17 +34,13 @@ ZIP_NAME = "eval_bundle.zip"
 ITEM_SEED = 1337  # shuffles the items of a task, as published
 
 MULTIPLE_CHOICE, SCHEMA, LANGUAGE_MODELING = KINDS = ("multiple_choice", "schema", "language_modeling")
-UNREADABLE = (  # what a damaged file raises
-    *(OSError, EOFError, LookupError, TypeError, ValueError, RuntimeError),
-    *(yaml.YAMLError, csv.Error, zipfile.BadZipFile, zlib.error),
-)
 CORE_LABELS = frozenset(
     "hellaswag_zeroshot jeopardy bigbench_qa_wikidata arc_easy arc_challenge copa commonsense_qa piqa openbook_qa "
     "lambada_openai hellaswag winograd winogrande bigbench_dyck_languages agi_eval_lsat_ar bigbench_cs_algorithms "
     "bigbench_operators bigbench_repeat_copy_logic squad coqa boolq bigbench_language_identification".split()
 )
 
-MARK = b"# Made by nanotrain"  # the start of every core.yaml that may be replaced
+MARK = "# Made by nanotrain"  # the start of every core.yaml that may be replaced
 OWN_SEED = 20
 CONTEXT_WORDS, CONTINUATION_WORDS = 30, 10  # at most, and exactly
 CONTEXT_CHARS, CONTINUATION_CHARS = 400, 120  # at most
@@ -58,32 +52,22 @@ Piece = namedtuple("Piece", "document context continuation")  # text: `context`,
 
 @dataclass(frozen=True)
 class Task:
-    """One task: its items in order, the number of solved examples before each, the text between question and answer,
-    and the accuracy of random guessing, in [0, 1].
-    """
+    """One task. An item is (options, number of the right one), and an option (text, answer)."""
 
     label: str
     kind: str  # MULTIPLE_CHOICE, SCHEMA or LANGUAGE_MODELING
-    num_shots: int
-    delimiter: str
-    baseline: float
-    items: tuple[dict, ...]
+    num_shots: int  # solved examples before each item
+    delimiter: str  # between text and answer
+    baseline: float  # the accuracy of random guessing, in [0, 1)
+    items: list[tuple[list[tuple[str, str]], int]]
 
 
 @dataclass(frozen=True)
 class Bundle:
     """Tasks, and a hash of every file they were read from: scores can be compared only where the hashes agree."""
 
-    tasks: tuple[Task, ...]
+    tasks: list[Task]
     sha256: str
-
-    @property
-    def is_core(self) -> bool:
-        """Whether these are the 22 tasks of DCLM CORE, whose mean may be called by that name."""
-        return {task.label for task in self.tasks} == CORE_LABELS
-
-
-# ---- reading ----
 
 
 def read(path: str | Path, max_per_task: int = 0) -> Bundle:
@@ -91,7 +75,7 @@ def read(path: str | Path, max_per_task: int = 0) -> Bundle:
 
     Items are shuffled before they are cut, as published. Raises DataError, which names the file and the line.
     """
-    path, place, digest = Path(path).expanduser(), "core.yaml", hashlib.sha256()
+    path, place, digest, tasks = Path(path).expanduser(), "core.yaml", hashlib.sha256(), []
     if not path.exists():
         raise DataError(
             f"no CORE bundle at {path}: python -m nanotrain.core_eval --make-bundle={path} makes one from your data"
@@ -109,108 +93,89 @@ def read(path: str | Path, max_per_task: int = 0) -> Bundle:
             root = zipfile.Path(file) if file else path
             if not (root / "core.yaml").is_file():
                 root = root / "eval_bundle"  # the only folder of the public zip
-            settings = [_settings(entry) for entry in yaml.safe_load(text("core.yaml"))["icl_tasks"]]
-            if not settings or len({label for label, *_ in settings}) < len(settings):
-                raise ValueError("no task, or two of the same label")
+            entries = yaml.safe_load(text("core.yaml"))["icl_tasks"]
             rows = csv.DictReader(io.StringIO(text("eval_meta_data.csv")))  # "Random baseline v2" is not CORE's
-            percent = {row["Eval Task"]: float(row["Random baseline"]) for row in rows}
-            baselines = [percent[label] / 100 for label, *_ in settings]
-            if not all(0 <= baseline < 1 for baseline in baselines):
-                raise ValueError("a random baseline outside [0, 100)")
-            tasks = []
-            for (label, uri, kind, num_shots, delimiter), baseline in zip(settings, baselines, strict=True):
-                items = []
-                for number, line in enumerate(text(f"eval_data/{uri}").split("\n"), 1):
+            baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in rows}
+            for entry in entries:
+                place = f"core.yaml, {entry}"
+                label, kind, uri = entry["label"], entry["icl_task_type"], Path(entry["dataset_uri"])
+                delimiter, (num_shots,) = str(entry.get("continuation_delimiter", " ")), entry["num_fewshot"]
+                baseline, items = baselines[label], []
+                is_inside = not uri.is_absolute() and ".." not in uri.parts
+                if kind not in KINDS or num_shots < 0 or not is_inside or not 0 <= baseline < 1:
+                    raise ValueError("not a task")
+                for number, line in enumerate(text(f"eval_data/{uri.as_posix()}").split("\n"), 1):
                     place = f"{uri}, line {number}"
                     if line.strip():
-                        items.append(_checked(kind, json.loads(line)))
+                        items.append(parse_item(kind, json.loads(line)))
                 if not items:
                     raise ValueError("no items")
                 random.Random(ITEM_SEED).shuffle(items)
-                tasks.append(Task(label, kind, num_shots, delimiter, baseline, tuple(items[: max_per_task or None])))
-    except UNREADABLE as error:
+                tasks.append(Task(label, kind, num_shots, delimiter, baseline, items[: max_per_task or None]))
+            if not tasks:
+                raise ValueError("no tasks")
+    except Exception as error:  # a damaged file can raise almost anything
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise DataError(f"{path}: cannot read {place} ({reason}): delete it and get it again") from None
-    return Bundle(tuple(tasks), digest.hexdigest())
+    return Bundle(tasks, digest.hexdigest())
 
 
-def _settings(entry):
-    """(label, uri, kind, number of shots, delimiter) of an entry of core.yaml."""
-    match {"continuation_delimiter": " ", **entry}:
-        case {
-            "label": str(label),
-            "dataset_uri": str(uri),
-            "icl_task_type": str(kind),
-            "num_fewshot": [int(num_shots)],
-            "continuation_delimiter": str(delimiter),
-        } if kind in KINDS and num_shots >= 0 and not Path(uri).is_absolute() and ".." not in Path(uri).parts:
-            return label, uri, kind, num_shots, delimiter
-    raise ValueError(f"not a task: {entry}")
+def parse_item(kind: str, entry: object) -> tuple[list[tuple[str, str]], int]:
+    """The item (see Task) that a line of a task holds as JSON. Raises ValueError if it is not one of its kind."""
+    match kind, entry:
+        case "multiple_choice", {"query": query, "choices": [_, _, *_] as choices, "gold": int(gold)}:
+            options = [(query, choice) for choice in choices]
+        case "schema", {"context_options": [_, _, *_] as contexts, "continuation": continuation, "gold": int(gold)}:
+            options = [(context, continuation) for context in contexts]
+        case "language_modeling", {"context": str(context), "continuation": continuation} if continuation:
+            options, gold = [(context.strip(), continuation)], 0
+        case _:
+            options, gold = [], 0
+    if not 0 <= gold < len(options) or not all(isinstance(text, str) for text in chain(*options)):
+        raise ValueError(f"not a {kind} item")
+    return options, gold
 
 
-def _checked(kind, item):
-    """The item, if it is one of its kind."""
-    match kind, item:
-        case "language_modeling", {"context": str(), "continuation": str(continuation)} if continuation:
-            return item
-        case ("multiple_choice", {"query": str(), "choices": [_, _, *_] as options, "gold": int(gold)}) | (
-            "schema",
-            {"continuation": str(), "context_options": [_, _, *_] as options, "gold": int(gold)},
-        ) if 0 <= gold < len(options) and all(isinstance(option, str) for option in options):
-            return item
-    raise ValueError(f"not a {kind} item")
-
-
-def fetch(folder: Path) -> Path:
-    """The path of the public bundle in `folder`, fetched if it is not there. Raises DataError, soon if its host is
-    silent.
-    """
-    path = folder / ZIP_NAME
+def fetch() -> Path:
+    """The path of the public bundle, fetched if it is not there. Raises DataError."""
+    path = paths.core_dir() / ZIP_NAME
     if not path.is_file():
         with tqdm(None, "CORE bundle", unit="B", unit_scale=True, leave=False, disable=None) as bar:
-            item = download.Item(ZIP_NAME, URL)
-            _, failed = download.fetch_all([item], folder, read, bar.update, first_contact=True)
+            _, failed = download.fetch_all([download.Item(ZIP_NAME, URL)], path.parent, read, bar.update)
         if failed:
             raise DataError(failed[ZIP_NAME])
     return path
 
 
-def own_folder(folder: Path, shard: Path) -> Path:
-    """The folder in `folder` of the tasks made from a validation shard, named by the shard's content."""
-    return folder / f"tasks-{files.file_sha256(shard)[:16]}"
+def own_folder(shard: Path) -> Path:
+    """The folder of the tasks made from a validation shard, named by the shard's content."""
+    return paths.core_dir() / f"tasks-{files.file_sha256(shard)[:16]}"
 
 
-def obtain(
-    path: str, folder: Path, shard: Path, dist: DistContext, max_per_task: int, say: Callable[[str], object]
-) -> Bundle | None:
+def obtain(path: str, shard: Path, dist: DistContext, max_per_task: int) -> Bundle | None:
     """The bundle at `path`, on every rank. OWN stands for the one made from the validation `shard`, "" for the public
-    one in `folder`: where that cannot be had, `say` is called with the reason, and the result is None.
+    one: where that cannot be had, the reason is printed and the result is None.
     """
+    if path == OWN:
+        path = dist.on_rank0(lambda: str(own_folder(shard)))
     try:
-        if path == OWN:
-            path = dist.on_rank0(lambda: str(own_folder(folder, shard)))
-        path = path or dist.on_rank0(lambda: str(fetch(folder)))
+        path = path or dist.on_rank0(lambda: str(fetch()))
     except DataError as error:
-        say(f"CORE is skipped (--core-bundle=PATH gives other tasks): {error}")
+        dist.print0(f"CORE is skipped (--core-bundle=PATH gives other tasks): {error}")
         return None
     return dist.on_all_ranks(lambda: read(path, max_per_task))
-
-
-# ---- a bundle from your own text ----
 
 
 def make(folder: str | Path, shard: Path, num_items: int) -> dict[str, int]:
     """Write a bundle of up to `num_items` items per task, made from the text of a validation `shard`, to `folder`.
 
-    The same shard gives the same bytes. Returns {label: number of items}; a task for which the text has none (words
-    separated by single spaces are needed) is left out. A bundle made earlier is replaced; any other files there are a
-    UserError.
+    The same shard gives the same bytes. Returns {label: number of items}; a task for which the text has none is left
+    out. A bundle made earlier is replaced; any other files there are a UserError.
     """
-    folder = Path(folder).expanduser()
     texts = list(islice(chain.from_iterable(dataset.row_groups([shard])), MAX_DOCUMENTS))
     tasks = [task for task in _own_tasks(texts, num_items) if task[-1]]
     baselines, entries = "Eval Task,Random baseline\n", []
-    with files.new_folder(folder, _check_replaceable) as temporary:
+    with files.new_folder(Path(folder).expanduser(), _check_replaceable) as temporary:
         (temporary / "eval_data" / "own").mkdir(parents=True)
         for label, kind, num_shots, baseline, items in tasks:
             uri, lines = f"own/{label}.jsonl", [json.dumps(item, ensure_ascii=False) + "\n" for item in items]
@@ -218,49 +183,45 @@ def make(folder: str | Path, shard: Path, num_items: int) -> dict[str, int]:
             entries.append({"label": label, "dataset_uri": uri, "num_fewshot": [num_shots], "icl_task_type": kind})
             baselines += f"{label},{baseline}\n"
         (temporary / "eval_meta_data.csv").write_text(baselines, encoding="utf-8")
-        mark = f"{MARK.decode()}: {num_items} items a task from a shard with SHA-256 {files.file_sha256(shard)}\n"
+        mark = f"{MARK}: {num_items} items a task from a shard with SHA-256 {files.file_sha256(shard)}\n"
         described = mark + yaml.safe_dump({"icl_tasks": entries}, sort_keys=False)
         (temporary / "core.yaml").write_text(described, encoding="utf-8")
     return {label: len(items) for label, *_, items in tasks}
 
 
 def _check_replaceable(folder):
-    """Raise UserError if `folder` is a file, or holds anything that `make` did not write."""
-    held = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-    if "core.yaml" in held and (text := (folder / "core.yaml").read_bytes()).startswith(MARK):
-        uris = re.findall(r"dataset_uri: (\S+)", text.decode())
-        held -= {"core.yaml", "eval_meta_data.csv", *(f"eval_data/{uri}" for uri in uris)}
-    if folder.is_file() or held:
-        raise UserError(f"--make-bundle={folder}: there is something else; choose a folder that does not exist")
+    """Raise UserError if there is anything at `folder` but a bundle that `make` wrote."""
+    core = folder / "core.yaml"
+    if not core.is_file() or not core.read_bytes().startswith(MARK.encode()):
+        files.check_empty(folder)
 
 
 def _own_tasks(texts, num_items):
-    """[(label, kind, number of shots, baseline in percent, items)]"""
+    """[(label, kind, number of shots, baseline in percent, items)]. Every draw changes those after it."""
     draw = random.Random(OWN_SEED)
-    # In this order: every draw changes those after it.
     pieces = _distinct(lambda: _piece(texts, draw, CONTINUATION_WORDS), num_items)
     repeated = _distinct(lambda: _repeated_word(texts, draw), num_items)
-    continuations = list(_among_others(pieces, draw, 3, "continuation"))
-    contexts = list(_among_others(pieces, draw, 1, "context"))
-    words = sorted({word for text in texts[:200] for word in re.findall(r"[^\W\d_]{3,8}", text)})
-    copies = _distinct(lambda: " ".join(draw.sample(words, draw.randint(2, 4))), num_items if len(words) >= 4 else 0)
-    brackets = _distinct(lambda: " ".join(draw.choices("([{<", k=draw.randint(2, 5))), num_items)
-    closing = str.maketrans("([{<", ")]}>")
-
     last_word = [{"context": piece.context, "continuation": piece.continuation} for piece in repeated]
-    next_piece = [{"query": piece.context, "choices": options, "gold": gold} for piece, options, gold in continuations]
+    next_piece = [
+        {"query": piece.context, "choices": options, "gold": gold}
+        for piece, options, gold in _among_others(pieces, draw, 3, "continuation")
+    ]
     which_context = [
         {"context_options": options, "continuation": piece.continuation, "gold": gold}
-        for piece, options, gold in contexts
+        for piece, options, gold in _among_others(pieces, draw, 1, "context")
     ]
+    words = sorted({word for text in texts[:200] for word in re.findall(r"[^\W\d_]{3,8}", text)})
+    copies = _distinct(lambda: " ".join(draw.sample(words, draw.randint(2, 4))), num_items if len(words) >= 4 else 0)
     copy = [{"context": f"Copy: {text}\nCopy:", "continuation": text} for text in copies]
-    close = [{"context": f"Open: {text}\nClose:", "continuation": text[::-1].translate(closing)} for text in brackets]
+    opened = _distinct(lambda: " ".join(draw.choices("([{<", k=draw.randint(2, 5))), num_items)
+    closing = str.maketrans("([{<", ")]}>")
+    brackets = [{"context": f"Open: {text}\nClose:", "continuation": text[::-1].translate(closing)} for text in opened]
     return [
         ("last_word", LANGUAGE_MODELING, 0, 0, last_word),
         ("next_piece", MULTIPLE_CHOICE, 0, 25, next_piece),
         ("which_context", SCHEMA, 0, 50, which_context),
         ("copy", LANGUAGE_MODELING, 3, 0, copy),
-        ("brackets", LANGUAGE_MODELING, 3, 0, close),
+        ("brackets", LANGUAGE_MODELING, 3, 0, brackets),
     ]
 
 

@@ -14,7 +14,6 @@ as in nanochat's published scores.
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from itertools import chain, takewhile
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch
 from torch import nn
 
 from nanotrain import config, core_bundle, dataset, errors, loss, paths
-from nanotrain.core_bundle import LANGUAGE_MODELING, MULTIPLE_CHOICE, SCHEMA, Bundle, Task
+from nanotrain.core_bundle import LANGUAGE_MODELING, MULTIPLE_CHOICE, Bundle, Task
 from nanotrain.dist import DistContext
 from nanotrain.errors import UserError
 from nanotrain.tokenizer import BPETokenizer
@@ -38,59 +37,21 @@ TIE_NATS = 1e-5  # choices this close are equally likely, and the first counts: 
 BLOCK_ITEMS = 256  # tokenized at a time, which bounds memory
 
 
-@dataclass(frozen=True)
-class Score:
-    """A model's result on one task; accuracies and their standard errors are in [0, 1]."""
-
-    label: str
-    num_items: int
-    accuracy: float
-    baseline: float
-
-    @property
-    def centered(self) -> float:
-        """0 for random guessing, 1 for all right."""
-        return (self.accuracy - self.baseline) / (1 - self.baseline)
-
-    @property
-    def standard_error(self) -> float:
-        """The standard error of the accuracy, over draws of as many items."""
-        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.num_items)
-
-
-# ---- prompts ----
-
-
-def shots(task: Task, index: int) -> list[dict]:
-    """The items that stand solved before item `index`: drawn from the others, all of them if they are too few."""
-    num_others = len(task.items) - 1
-    drawn = random.Random(SHOT_SEED + index).sample(range(num_others), min(task.num_shots, num_others))
-    return [task.items[number + (number >= index)] for number in drawn]
-
-
 def prompts(task: Task, index: int) -> list[str]:
     """The texts that the model reads for item `index`: one for each choice (multiple_choice) or context (schema), or
-    the text without and with its continuation (language_modeling).
+    the text without and with its continuation (language_modeling). Before it stand other items, solved: drawn ones, or
+    all of them if they are too few.
     """
-    before = ""
-    for shot in shots(task, index):
-        options, gold = _options(task.kind, shot)
+    num_others, before = len(task.items) - 1, ""
+    for number in random.Random(SHOT_SEED + index).sample(range(num_others), min(task.num_shots, num_others)):
+        options, gold = task.items[number + (number >= index)]
         before += task.delimiter.join(options[gold]) + "\n\n"
-    options, _ = _options(task.kind, task.items[index])
+    options, _ = task.items[index]
     texts = [before + task.delimiter.join(option) for option in options]
     if task.kind == LANGUAGE_MODELING:
         # without the space at its end, which most tokenizers put into the first token of the continuation
         texts.insert(0, texts[0].removesuffix(options[0][1]).strip())
     return texts
-
-
-def _options(kind, item):
-    """([(question, answer), ...], index of the right one)."""
-    if kind == MULTIPLE_CHOICE:
-        return [(item["query"], choice) for choice in item["choices"]], item["gold"]
-    if kind == SCHEMA:
-        return [(context, item["continuation"]) for context in item["context_options"]], item["gold"]
-    return [(item["context"].strip(), item["continuation"])], 0
 
 
 def sequences(kind: str, encoded: Sequence[list[int]], max_len: int) -> list[tuple[list[int], int]]:
@@ -119,51 +80,34 @@ def _common_prefix(sequences):
     return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*sequences, strict=False)))
 
 
-# ---- scores ----
-
-
 def evaluate(
     model: nn.Module,
     tokenizer: BPETokenizer,
-    tasks: Sequence[Task],
+    bundle: Bundle,
     dist: DistContext,
     batch_size: int,
-    progress: Callable[[int], object] | None = None,
-) -> list[Score]:
-    """The scores of the tasks, the same on every rank.
+    progress: Callable[[int], object] = lambda count: None,
+) -> dict[str, Any]:
+    """The result on the tasks of a bundle (see `summary`), the same on every rank.
 
     The items are assigned to ranks by index and batched by length, as many tokens per forward pass as `batch_size`
     sequences of full length have. `progress` is called with the number of items done.
     """
-    num_right = []
-    for task in tasks:
+    num_right, max_len = [], model.config.max_seq_len
+    for task in bundle.tasks:
         num_right.append(0)
-        mine = range(dist.rank, len(task.items), dist.world_size)
+        greedy, mine = task.kind == LANGUAGE_MODELING, range(dist.rank, len(task.items), dist.world_size)
         for begin in range(0, len(mine), BLOCK_ITEMS):
-            block = mine[begin : begin + BLOCK_ITEMS]
-            num_right[-1] += _num_right(model, tokenizer, task, block, dist, batch_size)
-            if progress:
-                progress(len(block))
-    return [
-        Score(task.label, len(task.items), total / len(task.items), task.baseline)
-        for task, total in zip(tasks, dist.all_reduce_sum(num_right), strict=True)
-    ]
-
-
-def _num_right(model, tokenizer, task, block, dist, batch_size):
-    """How many of the items whose indices are `block` the model gets right."""
-    texts = [prompts(task, index) for index in block]
-    encoded = iter(tokenizer.encode_batch([*chain.from_iterable(texts)]))
-    found = []
-    for some in texts:
-        ids = [[tokenizer.bos, *next(encoded)] for _ in some]
-        found.append(sequences(task.kind, ids, model.config.max_seq_len))
-    greedy, right = task.kind == LANGUAGE_MODELING, 0
-    scores = iter(_scores(model, [*chain.from_iterable(found)], greedy, dist, batch_size))
-    for index, some in zip(block, found, strict=True):
-        of_item = [next(scores) for _ in some]
-        right += of_item == [1.0] if greedy else _first_least(of_item) == task.items[index]["gold"]
-    return right
+            block, found = mine[begin : begin + BLOCK_ITEMS], []
+            for index in block:
+                encoded = [[tokenizer.bos, *ids] for ids in tokenizer.encode_batch(prompts(task, index))]
+                found.append(sequences(task.kind, encoded, max_len))
+            scores = iter(_scores(model, [*chain(*found)], greedy, dist, batch_size))
+            for index, some in zip(block, found, strict=True):
+                of_item, (_, gold) = [next(scores) for _ in some], task.items[index]
+                num_right[-1] += of_item == [1.0] if greedy else _first_least(of_item) == gold
+            progress(len(block))
+    return summary(bundle, dist.all_reduce_sum(num_right))
 
 
 def _first_least(losses):
@@ -200,58 +144,55 @@ def _scores(model, sequences, greedy, dist, batch_size):
     return [scores[place] for place in range(len(sequences))]
 
 
-# ---- the result ----
+def summary(bundle: Bundle, num_right: Sequence[float]) -> dict[str, Any]:
+    """The scores as a JSON-like dict: of each task, and their means, `core_metric` being that of the centred scores.
 
-
-def core_metric(scores: Sequence[Score]) -> tuple[float, float]:
-    """(mean of the centred scores, its standard error)."""
-    errors_of_centered = [score.standard_error / (1 - score.baseline) for score in scores]
-    return sum(score.centered for score in scores) / len(scores), math.hypot(*errors_of_centered) / len(scores)
-
-
-def summary(bundle: Bundle, scores: Sequence[Score]) -> dict[str, Any]:
-    """The scores as a JSON-like dict, the mean under `core_metric`."""
-    metric, standard_error = core_metric(scores)
+    Accuracies, their standard errors (over draws of as many items) and the baselines are in [0, 1].
+    """
+    tasks = {}
+    for task, right in zip(bundle.tasks, num_right, strict=True):
+        accuracy, num_items = right / len(task.items), len(task.items)
+        tasks[task.label] = {
+            "label": task.label,
+            "num_items": num_items,
+            "accuracy": accuracy,
+            "baseline": task.baseline,
+            "centered": (accuracy - task.baseline) / (1 - task.baseline),  # 0 for random guessing
+            "standard_error": math.sqrt(accuracy * (1 - accuracy) / num_items),
+        }
+    errors_of_centered = [task["standard_error"] / (1 - task["baseline"]) for task in tasks.values()]
     return {
-        "core_metric": metric,
-        "standard_error": standard_error,
-        "accuracy": sum(score.accuracy for score in scores) / len(scores),
-        "baseline": sum(score.baseline for score in scores) / len(scores),
-        "is_core": bundle.is_core,
+        "core_metric": sum(task["centered"] for task in tasks.values()) / len(tasks),
+        "standard_error": math.hypot(*errors_of_centered) / len(tasks),
+        "accuracy": sum(task["accuracy"] for task in tasks.values()) / len(tasks),
+        "baseline": sum(task["baseline"] for task in tasks.values()) / len(tasks),
+        "is_core": tasks.keys() == core_bundle.CORE_LABELS,  # else the mean may not be called so
         "bundle_sha256": bundle.sha256,
-        "tasks": {
-            score.label: {**asdict(score), "centered": score.centered, "standard_error": score.standard_error}
-            for score in scores
-        },
+        "tasks": tasks,
     }
 
 
-def headline(bundle: Bundle, scores: Sequence[Score]) -> str:
+def headline(result: dict[str, Any]) -> str:
     """The mean in one line, with what it may be called and compared with."""
-    metric, standard_error = core_metric(scores)
-    if bundle.is_core:
-        return f"CORE {metric:.4f} +- {standard_error:.4f} (22 tasks, random baselines of DCLM v1)"
-    return f"tasks {metric:.4f} +- {standard_error:.4f} ({len(scores)} tasks that are not CORE; guessing gives 0)"
+    score = f"{result['core_metric']:.4f} +- {result['standard_error']:.4f}"
+    if result["is_core"]:
+        return f"CORE {score} (22 tasks, random baselines of DCLM v1)"
+    return f"tasks {score} ({len(result['tasks'])} tasks that are not CORE; guessing gives 0)"
 
 
-def table(scores: Sequence[Score]) -> str:
+def table(result: dict[str, Any]) -> str:
     """A line for each task: accuracy, its standard error, the baseline, the centred score, number of items."""
-    lines = [f"{'task':<34}{'accuracy':>9}{'+-':>8}{'guessing':>10}{'centred':>9}{'items':>8}"]
-    for score in scores:
-        lines.append(
-            f"{score.label:<34}{score.accuracy:>9.4f}{score.standard_error:>8.4f}{score.baseline:>10.4f}"
-            f"{score.centered:>9.4f}{score.num_items:>8,}"
-        )
-    return "\n".join(lines)
+    head = f"{'task':<34}{'accuracy':>9}{'+-':>8}{'guessing':>10}{'centred':>9}{'items':>8}"
+    line = "{label:<34}{accuracy:>9.4f}{standard_error:>8.4f}{baseline:>10.4f}{centered:>9.4f}{num_items:>8,}"
+    return "\n".join([head, *(line.format(**task) for task in result["tasks"].values())])
 
 
 def main() -> None:
     if not MAKE_BUNDLE:
         raise UserError("nothing to do: --make-bundle=DIR makes a bundle of tasks (scripts.base_eval evaluates on one)")
-    if ITEMS_PER_TASK < 1:
-        raise UserError(f"--items-per-task={ITEMS_PER_TASK}: at least 1")
+    config.check_numbers(config.snapshot(__name__), at_least_one=("ITEMS_PER_TASK",))
     shard = dataset.open_shards(paths.data_dir(DATA_DIR)).validation.path
-    folder = core_bundle.own_folder(paths.core_dir(), shard) if MAKE_BUNDLE == core_bundle.OWN else MAKE_BUNDLE
+    folder = core_bundle.own_folder(shard) if MAKE_BUNDLE == core_bundle.OWN else MAKE_BUNDLE
     counts = core_bundle.make(folder, shard, ITEMS_PER_TASK)
     print(f"{folder}, of {shard.name}:\n{', '.join(f'{count} {label}' for label, count in counts.items())}")
 

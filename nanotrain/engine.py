@@ -1,12 +1,8 @@
 """Generation: continue texts token by token, with a cache of every layer's keys and values.
 
-The prompts of a batch may have any lengths. All but the last token of each goes through the model at once (prefill),
-then the newest token of every sequence together, again and again (decode).
-
-A model sees at most max_seq_len tokens. A longer text is not moved by one token at a time, for that would turn every
-key and make the cache worthless: when a sequence is full, it begins anew with the last half of max_seq_len and grows
-again (`context_length`). So a long text is continued from its last max_seq_len / 2 to max_seq_len tokens, and a decoded
-token costs the same however long the text is.
+All but the last token of each prompt goes through the model at once (prefill), then the newest token of every sequence
+together, again and again (decode). A model sees at most max_seq_len tokens: a sequence that is full begins anew with
+the last half of them (`context_length`), because moving it by one token would turn every key.
 
     B sequences   T tokens of a sequence   K key and value heads   D head dimension   V vocabulary
 """
@@ -14,7 +10,7 @@ token costs the same however long the text is.
 import random
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +24,7 @@ PROMPTS = ("import os\n", "def __init__(self", "class", "The", "If the")  # of s
 
 
 def context_length(length: int, max_seq_len: int) -> int:
-    """How many of its last tokens the model sees of a text of `length` tokens. It depends on the length alone, so that
-    a text goes on in the same way wherever its prompt ended.
-    """
+    """How many of its last tokens the model sees of a text of `length` tokens, wherever its prompt ended."""
     if length <= max_seq_len:
         return length
     shortest = max(max_seq_len // 2, 1)
@@ -38,32 +32,26 @@ def context_length(length: int, max_seq_len: int) -> int:
 
 
 class KVCache:
-    """The keys and values of `num_sequences` sequences of up to `capacity` tokens in every layer, allocated once.
+    """The keys and values (float32) of `num_sequences` sequences of up to `capacity` tokens in every layer.
 
-    Each has a row: row r holds `lengths[r]` tokens, the last of which is `last_tokens[r]`. What lies behind them is
-    never seen.
+    Row r holds `lengths[r]` tokens, the last of which is `last_tokens[r]`. What lies behind them is never seen.
     """
 
     def __init__(self, config: "GPTConfig", num_sequences: int, capacity: int, device: torch.device | str):
-        """config: the model's. float32, as the model's logits are."""
         shape = (config.num_layers, 2, num_sequences, capacity, config.num_kv_heads, config.head_dim)
         self.memory = torch.zeros(shape, device=device)  # zeros, for a NaN would shine through any mask
-        # per layer (num_sequences, 1, K, D), for gpt.partial_key_offset
-        self.last_keys = list(torch.zeros(config.num_layers, num_sequences, 1, *shape[-2:], device=device))
+        self.last_keys = list(self.memory[:, 0, :, :1].clone())  # per layer (num_sequences, 1, K, D)
         self.capacity = capacity
         self.lengths, self.last_tokens = [0] * num_sequences, [-1] * num_sequences
 
     @staticmethod
     def bytes(config: "GPTConfig", num_sequences: int, capacity: int) -> int:
-        """The memory of a cache: in each layer two float32 vectors of K * D for each token of each sequence, and one
-        more for its last token.
-        """
+        """The memory of a cache: keys and values of every token, and a key more of each sequence."""
         return 4 * config.num_layers * num_sequences * (2 * capacity + 1) * config.num_kv_heads * config.head_dim
 
     def begin(self, rows: Sequence[int], texts: Sequence[Sequence[int]]) -> tuple[Tensor, "NewTokens"]:
-        """(tokens (B, T), NewTokens): `texts`, lists of ids of any lengths, become all that `rows` hold.
-
-        Shorter ones are padded at their ends, where only the padding sees it.
+        """(tokens (B, T), NewTokens): `texts`, lists of ids of any lengths, become all that `rows` hold. Shorter ones
+        are padded at their ends, where only the padding sees it.
         """
         longest = max(1, *map(len, texts))
         for row, text in zip(rows, texts, strict=True):
@@ -84,19 +72,7 @@ class KVCache:
             behind = torch.arange(seen, device=positions.device) > positions
             mask = torch.zeros_like(behind, dtype=self.memory.dtype).masked_fill(behind, -torch.inf)[:, None, None]
         self.lengths, self.last_tokens = [length + 1 for length in self.lengths], list(tokens)
-        windows = self.memory[:, :, : len(tokens), :seen].flatten(0, 1).unbind()
-        return new, NewTokens(self, positions, previous, slots, windows=windows, mask=mask)
-
-    def drop(self, row: int) -> None:
-        """Forget a row; the last one moves into its place."""
-        last = len(self.lengths) - 1
-        self.memory[:, :, row, : self.lengths[last]] = self.memory[:, :, last, : self.lengths[last]]
-        for layer, keys in enumerate(self.last_keys):
-            keys[row] = keys[last]
-            self.last_keys[layer] = keys[:last]
-        for values in (self.lengths, self.last_tokens):
-            values[row] = values[last]
-            values.pop()
+        return new, NewTokens(self, positions, previous, slots, seen=seen, mask=mask)
 
     def _tensor(self, values):
         return torch.tensor(values, device=self.memory.device)
@@ -113,29 +89,26 @@ class NewTokens:
     # Of tokens that begin their sequences, and attend to each other:
     rows: Tensor | None = None  # (B,) int64, of the cache
     ends: Tensor | None = None  # (B,) int64, which of the T is the last of its sequence; -1: none, all is padding
-    # Of a token that comes after others, in every sequence:
-    # (B, seen, K, D), the keys and the values of each layer in turn that they attend to
-    windows: tuple[Tensor, ...] | None = None
+    # Of tokens that come after others, in every sequence:
+    seen: int = 0  # the length of the longest sequence
     mask: Tensor | None = None  # (B, 1, 1, seen) float32, -inf behind the end of a shorter sequence
 
     def of_layer(self, layer: int) -> "NewTokensOfLayer":
-        """What one layer's attention asks."""
+        """The part that one layer's attention needs."""
         return NewTokensOfLayer(self, layer)
 
 
 @dataclass(frozen=True)
 class NewTokensOfLayer:
-    """The part of `NewTokens` that one layer's attention needs; everything is (B, T or N, K, D)."""
+    """The part of `NewTokens` that one layer's attention needs; keys and values are (B, T, K, D)."""
 
     tokens: NewTokens
     layer: int
 
     def keys_before(self, k: Tensor) -> Tensor | None:
-        """The last keys before these `k`, as they came out of their product, or None if these begin their
-        sequences; `k` takes their place.
-        """
+        """The last keys before these `k`, or None if these begin their sequences; `k` takes their place."""
         new, last_keys = self.tokens, self.tokens.cache.last_keys
-        if new.windows:
+        if new.seen:
             before, last_keys[self.layer] = last_keys[self.layer], k
             return before
         ends = k[torch.arange(len(k), device=k.device), new.ends.clamp(min=0)]
@@ -144,12 +117,10 @@ class NewTokensOfLayer:
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keep these keys and values; returns those that the tokens attend to, and the mask."""
-        new, (keys, values) = self.tokens, self.tokens.cache.memory[self.layer].flatten(1, 2)
-        keys.index_copy_(0, new.slots, k.flatten(0, 1))
-        values.index_copy_(0, new.slots, v.flatten(0, 1))
-        if not new.windows:
-            return k, v, None
-        return *new.windows[2 * self.layer : 2 * self.layer + 2], new.mask
+        new, (keys, values) = self.tokens, self.tokens.cache.memory[self.layer]  # (N, capacity, K, D) each
+        keys.flatten(0, 1).index_copy_(0, new.slots, k.flatten(0, 1))
+        values.flatten(0, 1).index_copy_(0, new.slots, v.flatten(0, 1))
+        return (keys[:, : new.seen], values[:, : new.seen], new.mask) if new.seen else (k, v, None)
 
 
 def samples(model: "GPT", tokenizer: "BPETokenizer", num_tokens: int) -> Iterator[tuple[str, str]]:
@@ -159,18 +130,9 @@ def samples(model: "GPT", tokenizer: "BPETokenizer", num_tokens: int) -> Iterato
         yield prompt, tokenizer.decode(list(tokens))
 
 
-def generate(
-    model: "GPT",
-    tokens: Sequence[int],
-    max_new_tokens: int,
-    temperature: float = 0.8,
-    top_k: int = 50,
-    top_p: float = 1.0,
-    seed: int = 0,
-    stop: Collection[int] = (),
-) -> Iterator[int]:
-    """Yield the next tokens of one prompt: `generate_batch` of one."""
-    for (token,) in generate_batch(model, [tokens], max_new_tokens, temperature, top_k, top_p, seed, stop):
+def generate(model: "GPT", tokens: Sequence[int], max_new_tokens: int, **settings: Any) -> Iterator[int]:
+    """Yield the next tokens of one prompt; settings: see `generate_batch`."""
+    for (token,) in generate_batch(model, [tokens], max_new_tokens, **settings):
         yield token
 
 
@@ -188,39 +150,29 @@ def generate_batch(
     """Yield lists with the next token of each prompt, or None for a text that has ended, until all have: after
     `max_new_tokens`, or with a token of `stop`, which is not part of the text.
 
-    prompts: ids, BOS first. Prompt n draws with a generator of its own, seeded by seed + n, so that the others
-    do not matter to it and the state of training is not touched. temperature, top_k, top_p: see `pick`. The cache takes
-    `KVCache.bytes` for the longest text there can be, at most max_seq_len tokens.
+    prompts: ids, BOS first; prompt n draws with its own generator, seeded by seed + n. The other settings: see `pick`.
     """
     assert all(prompts), "a prompt has at least one token, BOS"
     max_seq_len, device = model.config.max_seq_len, model.lm_head.weight.device
-    texts = [list(prompt) for prompt in prompts]
+    texts, ended = [list(prompt) for prompt in prompts], [False] * len(prompts)
     draws = [random.Random(seed + n) for n in range(len(texts))]
-    rows = list(range(len(texts)))  # the prompts' numbers, in the order of the cache's rows
     longest = max(map(len, texts)) + max_new_tokens
     cache = KVCache(model.config, len(texts), min(longest, max_seq_len), device)
     for _ in range(max_new_tokens):
-        lengths = [context_length(len(texts[n]), max_seq_len) for n in rows]
+        lengths = [context_length(len(text), max_seq_len) for text in texts]
         stale = [row for row, length in enumerate(lengths) if cache.lengths[row] != length - 1]
         if stale:  # prompts at first, and later sequences that were full; a prompt of one token has nothing before it
-            tokens, new = cache.begin(stale, [texts[rows[row]][-lengths[row] : -1] for row in stale])
+            tokens, new = cache.begin(stale, [texts[row][-lengths[row] : -1] for row in stale])
             with torch.autocast(device.type, enabled=False):
                 model.hidden(tokens, new)
-        tokens, new = cache.append([texts[n][-1] for n in rows])
-        picked = pick(model.logits(tokens, new)[:, 0], temperature, top_k, top_p, [draws[n] for n in rows])
-        found = [None] * len(texts)
-        for row in reversed(range(len(rows))):  # so that the row that moves into a gap has been seen
-            n, token = rows[row], picked[row]
-            if token in stop:
-                cache.drop(row)
-                rows[row] = rows[-1]
-                rows.pop()
-            else:
-                found[n] = token
-                texts[n].append(token)
-        if not rows:
+        tokens, new = cache.append([text[-1] for text in texts])
+        picked = pick(model.logits(tokens, new)[:, 0], temperature, top_k, top_p, draws)
+        ended = [was or token in stop for was, token in zip(ended, picked, strict=True)]
+        if all(ended):
             return
-        yield found
+        for text, token in zip(texts, picked, strict=True):
+            text.append(token)  # also to those that have ended: the cache grows by a token in every row
+        yield [None if end else token for end, token in zip(ended, picked, strict=True)]
 
 
 def pick(logits: Tensor, temperature: float, top_k: int, top_p: float, draws: Sequence[random.Random]) -> list[int]:

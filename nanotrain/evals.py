@@ -106,11 +106,12 @@ class Evals:
         """Score the tasks of the bundle."""
         begin, tasks = time.monotonic(), self.bundle.tasks
         with self._progress("tasks", sum(len(task.items) for task in tasks)) as done:
-            scores = core_eval.evaluate(self.model, self.tokenizer, tasks, self.dist, self.settings.batch_size, done)
-        centered = {f"core/{score.label}": score.centered for score in scores}
-        self.metrics.record(state.step, {"core/core_metric": core_eval.core_metric(scores)[0], **centered})
-        self.metrics.evaluation(state.step, core=core_eval.summary(self.bundle, scores))
-        self.metrics.event(f"step {state.step}: {core_eval.headline(self.bundle, scores)}")
+            batch_size = self.settings.batch_size
+            result = core_eval.evaluate(self.model, self.tokenizer, self.bundle, self.dist, batch_size, done)
+        centered = {f"core/{label}": task["centered"] for label, task in result["tasks"].items()}
+        self.metrics.record(state.step, {"core/core_metric": result["core_metric"], **centered})
+        self.metrics.evaluation(state.step, core=result)
+        self.metrics.event(f"step {state.step}: {core_eval.headline(result)}")
         state.core_seconds = time.monotonic() - begin
 
     def sample(self, state: TrainState) -> None:

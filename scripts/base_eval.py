@@ -49,16 +49,15 @@ def main() -> None:
     dist.print0(f"{run_dir}, step {meta['step']}{'' if same_data else ', on other data than it was trained on'}")
     if EVAL_TOKENS < model.config.max_seq_len:
         raise UserError(f"--eval-tokens={EVAL_TOKENS}: less than one sequence of {model.config.max_seq_len} tokens")
-    core_dir, validation = paths.core_dir(), shards.validation.path
-    bundle = CORE and core_bundle.obtain(CORE_BUNDLE, core_dir, validation, dist, CORE_MAX_PER_TASK, dist.print0)
+    bundle = CORE and core_bundle.obtain(CORE_BUNDLE, shards.validation.path, dist, CORE_MAX_PER_TASK)
     result = {"step": meta["step"], "tokens": meta["loader"]["next_sequence"] * model.config.max_seq_len}
     result |= text_bits_per_byte(dist, model, tokenizer, shards)
     if bundle:
         with progress(dist, "tasks", sum(len(task.items) for task in bundle.tasks)) as done:
-            scores = core_eval.evaluate(model, tokenizer, bundle.tasks, dist, DEVICE_BATCH_SIZE, done)
-        dist.print0(core_eval.table(scores))
-        dist.print0(core_eval.headline(bundle, scores))
-        result["core"] = {**core_eval.summary(bundle, scores), "max_per_task": CORE_MAX_PER_TASK}
+            found = core_eval.evaluate(model, tokenizer, bundle, dist, DEVICE_BATCH_SIZE, done)
+        dist.print0(core_eval.table(found))
+        dist.print0(core_eval.headline(found))
+        result["core"] = {**found, "max_per_task": CORE_MAX_PER_TASK}
     if dist.is_rank0:
         result["samples"] = []
         for prompt, text in samples(model, tokenizer, SAMPLE_TOKENS):

@@ -223,7 +223,7 @@ def task_bundle(cfg: SimpleNamespace, data: TrainData, dist: DistContext) -> cor
     if not cfg.CORE_METRIC_EVERY:
         return None
     shard, most = data.shards.validation.path, cfg.CORE_MAX_PER_TASK
-    return core_bundle.obtain(cfg.CORE_BUNDLE, paths.core_dir(), shard, dist, most, dist.print0)
+    return core_bundle.obtain(cfg.CORE_BUNDLE, shard, dist, most)
 
 
 def build(

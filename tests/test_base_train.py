@@ -245,9 +245,9 @@ def test_tasks_and_samples_are_those_of_the_weights_and_change_nothing_else(trai
     assert [row["step"] for row in scored] == [0, 4, 6]
     model, tokenizer, _ = checkpoint.load_model(run)
     bundle = core_bundle.read(tasks["CORE_BUNDLE"], 6)
-    scores = core_eval.evaluate(model, tokenizer, bundle.tasks, ALONE, 100)
-    expected = {f"core/{score.label}": score.centered for score in scores}
-    assert scored[-1] == {"step": 6, "core/core_metric": core_eval.core_metric(scores)[0], **expected}
+    result = core_eval.evaluate(model, tokenizer, bundle, ALONE, 100)
+    expected = {f"core/{label}": task["centered"] for label, task in result["tasks"].items()}
+    assert scored[-1] == {"step": 6, "core/core_metric": result["core_metric"], **expected}
     samples = [event.removeprefix("sample: ").rstrip("\n") for event in printed if event.startswith("sample: ")]
     assert len(samples) == 2 * len(engine.PROMPTS)  # after steps 4 and 6
     for prompt, sample in zip(engine.PROMPTS, samples[len(engine.PROMPTS) :], strict=True):

@@ -9,9 +9,8 @@ import pytest
 import torch
 from conftest import ALONE, make_model, on_every_rank
 
-from nanotrain import core_bundle, core_eval, loss
-from nanotrain.core_bundle import LANGUAGE_MODELING, MULTIPLE_CHOICE, SCHEMA, Bundle, Task
-from nanotrain.core_eval import Score
+from nanotrain import core_bundle, core_eval
+from nanotrain.core_bundle import LANGUAGE_MODELING, MULTIPLE_CHOICE, SCHEMA, Bundle, Task, parse_item
 from nanotrain.gpt import GPTConfig
 
 ALPHABET = " abcdefghijklmnopqrstuvwxyz?:.\nAQ"
@@ -35,20 +34,27 @@ def encoded(task, index):
 
 # ---- prompts, by hand ----
 
-CHOICES = Task(
-    "choices", MULTIPLE_CHOICE, 1, "\nA: ", 0.25,
-    ({"query": "Q: dogs?", "choices": ["bark", "meow", "moo"], "gold": 0},
-     {"query": "Q: cats?", "choices": ["bark", "meow"], "gold": 1}),
-)  # fmt: skip
-CONTEXTS = Task(
-    "contexts", SCHEMA, 1, " ", 0.5,
-    ({"context_options": ["the dog barks since the dog", "the dog barks since the cat"],
-      "continuation": "runs away.", "gold": 1},
-     {"context_options": ["ice melts as it", "iron melts as it"], "continuation": "is warm.", "gold": 0}),
-)  # fmt: skip
-CLOZE = Task(
-    "cloze", LANGUAGE_MODELING, 1, " ", 0.0,
-    ({"context": "one two \n", "continuation": "three"}, {"context": "  a b", "continuation": "c d"}),
+
+def task_of(label, kind, num_shots, delimiter, baseline, *entries):
+    return Task(label, kind, num_shots, delimiter, baseline, [parse_item(kind, entry) for entry in entries])
+
+
+THREE = (
+    task_of(
+        "choices", MULTIPLE_CHOICE, 1, "\nA: ", 0.25,
+        {"query": "Q: dogs?", "choices": ["bark", "meow", "moo"], "gold": 0},
+        {"query": "Q: cats?", "choices": ["bark", "meow"], "gold": 1},
+    ),
+    task_of(
+        "contexts", SCHEMA, 1, " ", 0.5,
+        {"context_options": ["the dog barks since the dog", "the dog barks since the cat"],
+         "continuation": "runs away.", "gold": 1},
+        {"context_options": ["ice melts as it", "iron melts as it"], "continuation": "is warm.", "gold": 0},
+    ),
+    task_of(
+        "cloze", LANGUAGE_MODELING, 1, " ", 0.0,
+        {"context": "one two \n", "continuation": "three"}, {"context": "  a b", "continuation": "c d"},
+    ),
 )  # fmt: skip
 BY_HAND = {
     "choices": [
@@ -67,7 +73,6 @@ BY_HAND = {
         ["one two three\n\na b", "one two three\n\na b c d"],
     ],
 }  # fmt: skip
-THREE = (CHOICES, CONTEXTS, CLOZE)
 
 
 @pytest.mark.parametrize("task", THREE, ids=lambda task: task.label)
@@ -77,14 +82,15 @@ def test_prompts_are_those_written_by_hand(task):
     assert [core_eval.prompts(replace(task, num_shots=0), index) for index in (0, 1)] == without_shots
 
 
-@pytest.mark.parametrize("num_items", [1, 2, 4, 40])
+@pytest.mark.parametrize("num_items", [1, 4, 40])
 def test_shots_are_drawn_from_the_others_by_the_published_seed(num_items):
     """All others where they are too few."""
-    items = tuple({"query": f"q{number}", "choices": ["a", "b"], "gold": 0} for number in range(num_items))
+    items = [([(f"q{number}", "a"), ("", "b")], 0) for number in range(num_items)]
     for index in range(num_items):
-        others = [item for item in items if item is not items[index]]
+        others = [f"q{number} a" for number in range(num_items) if number != index]
         expected = random.Random(1234 + index).sample(others, min(10, num_items - 1))
-        assert core_eval.shots(Task("x", MULTIPLE_CHOICE, 10, " ", 0.5, items), index) == expected
+        text = core_eval.prompts(Task("x", MULTIPLE_CHOICE, 10, " ", 0.5, items), index)[0]
+        assert text.split("\n\n") == [*expected, f"q{index} a"]
 
 
 # ---- which tokens are scored, by hand ----
@@ -95,12 +101,10 @@ def test_shots_are_drawn_from_the_others_by_the_published_seed(num_items):
     [
         (MULTIPLE_CHOICE, [[0, 1, 2, 3], [0, 1, 4]], 9, [([0, 1, 2, 3], 2), ([0, 1, 4], 2)]),
         (MULTIPLE_CHOICE, [[0, 1, 2], [0, 1, 2, 3]], 9, [([0, 1, 2], 2), ([0, 1, 2, 3], 2)]),  # one begins the other
-        (MULTIPLE_CHOICE, [[0, 1, 2], [0, 1, 2]], 9, [([0, 1, 2], 2), ([0, 1, 2], 2)]),  # the same twice
         (MULTIPLE_CHOICE, [[0, 1, 2, 3, 4], [0, 1, 2, 5]], 3, [([2, 3, 4], 1), ([1, 2, 5], 2)]),  # cut on the left
         (MULTIPLE_CHOICE, [[0, 1, 2, 3, 4], [0, 5]], 3, [([2, 3, 4], 1), ([0, 5], 1)]),  # an answer too long
         (SCHEMA, [[0, 1, 2, 7, 8], [0, 3, 7, 8]], 9, [([0, 1, 2, 7, 8], 3), ([0, 3, 7, 8], 2)]),
         (SCHEMA, [[0, 1, 2, 7, 8], [0, 3, 7, 8]], 4, [([1, 2, 7, 8], 2), ([0, 3, 7, 8], 2)]),
-        (SCHEMA, [[0, 7], [0, 7]], 9, [([0, 7], 1), ([0, 7], 1)]),
         (SCHEMA, [[0, 7], [0, 8]], 9, [([0, 7], 1), ([0, 8], 1)]),  # no token in common at the end
         (LANGUAGE_MODELING, [[0, 1], [0, 1, 2, 3]], 9, [([0, 1, 2, 3], 2)]),
         (LANGUAGE_MODELING, [[0, 1, 9], [0, 1, 2, 3]], 9, [([0, 1, 2, 3], 2)]),  # tokens meet across the border
@@ -145,13 +149,14 @@ def case():
     cloze = [{"context": text(18), "continuation": text(2)} for _ in range(13)]
     for item in cloze[::3]:
         item["continuation"] = written(item["context"])
-    tasks = (
-        Task("choices", MULTIPLE_CHOICE, 0, " ", 0.25, tuple(choices)),
-        Task("choices after two", MULTIPLE_CHOICE, 2, " ", 0.25, tuple(choices)),
-        Task("contexts", SCHEMA, 1, " ", 0.5, tuple(contexts)),
-        Task("cloze", LANGUAGE_MODELING, 0, "", 0.0, tuple(cloze)),
-    )
-    return SimpleNamespace(model=model, tasks=tasks, alone=core_eval.evaluate(model, LETTERS, tasks, ALONE, 100))
+    tasks = [
+        task_of("choices", MULTIPLE_CHOICE, 0, " ", 0.25, *choices),
+        task_of("choices after two", MULTIPLE_CHOICE, 2, " ", 0.25, *choices),
+        task_of("contexts", SCHEMA, 1, " ", 0.5, *contexts),
+        task_of("cloze", LANGUAGE_MODELING, 0, "", 0.0, *cloze),
+    ]
+    bundle = Bundle(tasks, "5a")
+    return SimpleNamespace(model=model, bundle=bundle, alone=core_eval.evaluate(model, LETTERS, bundle, ALONE, 100))
 
 
 def right_by_definition(model, task, index):
@@ -162,92 +167,64 @@ def right_by_definition(model, task, index):
         if task.kind == LANGUAGE_MODELING:
             return logits.argmax(-1).tolist() == ids[start:]
         nats.append(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[start:])).item())
-    return nats.index(min(nats)) == task.items[index]["gold"]
+    return nats.index(min(nats)) == task.items[index][1]
 
 
 def test_a_real_model_gives_the_definition(case):
-    expected = [sum(right_by_definition(case.model, task, index) for index in range(13)) / 13 for task in case.tasks]
+    tasks = case.bundle.tasks
+    expected = [sum(right_by_definition(case.model, task, index) for index in range(13)) / 13 for task in tasks]
     assert all(0 < accuracy < 1 for accuracy in expected)
-    assert [score.accuracy for score in case.alone] == expected
+    assert [task["accuracy"] for task in case.alone["tasks"].values()] == expected
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 20])
-@pytest.mark.parametrize("batch_size", [1, 8])
+@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 8), (2, 1), (20, 8)])
 def test_neither_the_number_of_ranks_nor_the_batch_size_changes_anything(case, world_size, batch_size):
     found = on_every_rank(
-        world_size, lambda rank: core_eval.evaluate(case.model, LETTERS, case.tasks, rank, batch_size)
+        world_size, lambda rank: core_eval.evaluate(case.model, LETTERS, case.bundle, rank, batch_size)
     )
     assert found == [case.alone] * world_size
-
-
-@pytest.mark.parametrize("batch_size", [1, 8])
-def test_losses_are_those_of_the_models_logits_whatever_the_batch(case, batch_size):
-    task = case.tasks[1]
-    batch = [one for index in range(13) for one in core_eval.sequences(task.kind, encoded(task, index), 24)]
-    expected = []
-    for ids, start in batch:
-        logits = case.model.logits(torch.tensor([ids[:-1]]))[0, start - 1 :].double()
-        expected.append(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[start:])).item())
-    assert core_eval._scores(case.model, batch, False, ALONE, batch_size) == pytest.approx(expected, rel=1e-6)
 
 
 def test_blocks_of_items_change_nothing(case, monkeypatch):
     monkeypatch.setattr(core_eval, "BLOCK_ITEMS", 3)
     done = []
-    assert core_eval.evaluate(case.model, LETTERS, case.tasks, ALONE, 4, done.append) == case.alone
-    assert done == [3, 3, 3, 3, 1] * len(case.tasks)
+    assert core_eval.evaluate(case.model, LETTERS, case.bundle, ALONE, 4, done.append) == case.alone
+    assert done == [3, 3, 3, 3, 1] * 4
 
 
-def test_items_go_through_the_model_in_bounded_batches_and_only_scored_places_get_logits(case, monkeypatch):
-    shapes, places, hidden, token_losses = [], [], case.model.hidden, loss.token_losses
-
-    def counted_losses(hidden, *rest):
-        assert not hidden.requires_grad
-        places.append(len(hidden))
-        return token_losses(hidden, *rest)
-
+def test_items_go_through_the_model_in_batches_of_bounded_size(case, monkeypatch):
+    shapes, hidden = [], case.model.hidden
     monkeypatch.setattr(case.model, "hidden", lambda tokens: shapes.append(tokens.shape) or hidden(tokens))
-    monkeypatch.setattr(loss, "token_losses", counted_losses)
-    core_eval.evaluate(case.model, LETTERS, case.tasks[:1], ALONE, 2)
+    core_eval.evaluate(case.model, LETTERS, Bundle(case.bundle.tasks[:1], ""), ALONE, 2)
     assert max(rows * width for rows, width in shapes) <= 2 * 24
     assert sum(rows for rows, _ in shapes) == 13 * 4
     assert len(shapes) < 13 * 4 / 1.5
-    found = [core_eval.sequences(MULTIPLE_CHOICE, encoded(case.tasks[0], index), 24) for index in range(13)]
-    assert sum(places) == sum(len(ids) - start for some in found for ids, start in some)
-
-
-def test_generators_and_gradients_are_left_alone(case):
-    before = random.getstate(), torch.get_rng_state().tolist()
-    core_eval.evaluate(case.model, LETTERS, case.tasks, ALONE, 4)
-    assert (random.getstate(), torch.get_rng_state().tolist()) == before
-    assert torch.is_grad_enabled()
 
 
 # ---- the metric, by hand ----
 
-SCORES = [Score("a", 100, 0.5, 0.25), Score("b", 400, 0.8, 0.62), Score("c", 25, 0.0, 0.0)]
+
+def result_of(*scores):
+    """The result for (label, num_items, num_right, baseline) of each task."""
+    tasks = [Task(label, SCHEMA, 0, " ", baseline, [([], 0)] * count) for label, count, _, baseline in scores]
+    return core_eval.summary(Bundle(tasks, "5a"), [right for _, _, right, _ in scores])
 
 
-def test_centred_scores_and_errors_by_hand():
-    assert [score.centered for score in SCORES] == pytest.approx([1 / 3, 0.18 / 0.38, 0.0])
-    assert [score.standard_error for score in SCORES] == pytest.approx([0.05, 0.02, 0.0])
-    metric, standard_error = core_eval.core_metric(SCORES)
-    assert metric == pytest.approx((1 / 3 + 0.18 / 0.38) / 3)
-    assert standard_error == pytest.approx(math.sqrt((0.05 / 0.75) ** 2 + (0.02 / 0.38) ** 2) / 3)
-    # What nanochat prints for these accuracies, with the baselines of v1.
-    assert Score("agi_eval_lsat_ar", 16, 1 / 16, 0.20).centered == pytest.approx(-0.1719, abs=5e-5)
-    assert Score("bigbench_language_identification", 10000, 0.2523, 0.091).centered == pytest.approx(0.1774, abs=5e-5)
-
-
-def test_the_table_and_the_headline_say_what_the_score_is():
-    bundle = Bundle((), "5a")
-    assert core_eval.table(SCORES).splitlines()[1].split() == ["a", "0.5000", "0.0500", "0.2500", "0.3333", "100"]
-    assert core_eval.headline(bundle, SCORES).startswith("tasks 0.2690 +- 0.0283 (3 tasks that are not CORE")
-    assert len(core_bundle.CORE_LABELS) == 22
-    real = Bundle(tuple(replace(CLOZE, label=label) for label in core_bundle.CORE_LABELS), "5a")
-    assert core_eval.headline(real, SCORES).startswith("CORE 0.2690 +- 0.0283 ")
-    result = core_eval.summary(bundle, SCORES)
+def test_the_result_by_hand():
+    result = result_of(("a", 100, 50, 0.25), ("b", 400, 320, 0.62), ("c", 25, 0, 0.0))
+    tasks = result["tasks"]
+    assert [task["centered"] for task in tasks.values()] == pytest.approx([1 / 3, 0.18 / 0.38, 0.0])
+    assert [task["standard_error"] for task in tasks.values()] == pytest.approx([0.05, 0.02, 0.0])
+    assert result["core_metric"] == pytest.approx((1 / 3 + 0.18 / 0.38) / 3)
+    assert result["standard_error"] == pytest.approx(math.sqrt((0.05 / 0.75) ** 2 + (0.02 / 0.38) ** 2) / 3)
     assert (result["accuracy"], result["baseline"]) == (pytest.approx(1.3 / 3), pytest.approx(0.87 / 3))
-    assert (result["core_metric"], result["standard_error"]) == core_eval.core_metric(SCORES)
-    assert result["tasks"]["b"]["num_items"] == 400
-    assert (result["is_core"], result["bundle_sha256"]) == (False, "5a")
+    assert (result["is_core"], result["bundle_sha256"], tasks["b"]["num_items"]) == (False, "5a", 400)
+    assert core_eval.table(result).splitlines()[1].split() == ["a", "0.5000", "0.0500", "0.2500", "0.3333", "100"]
+    assert core_eval.headline(result).startswith("tasks 0.2690 +- 0.0283 (3 tasks that are not CORE")
+
+
+def test_the_22_tasks_are_core_with_the_baselines_of_nanochats_scores():
+    assert len(core_bundle.CORE_LABELS) == 22
+    result = result_of(*[(label, 16, 1, 0.20) for label in core_bundle.CORE_LABELS])
+    assert result["tasks"]["agi_eval_lsat_ar"]["centered"] == pytest.approx(-0.1719, abs=5e-5)  # as nanochat prints it
+    assert core_eval.headline(result).startswith("CORE -0.1719 +- ")

@@ -1,9 +1,8 @@
 """Generation with a cache against the model's own logits without one, and the draw against its distribution."""
 
-import inspect
-import math
 import random
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,14 +88,7 @@ def test_logits_with_a_cache_are_those_without_whatever_else_is_in_it(config):
     assert (found[1][0] - found[0][0]).abs().max() > 1e-3
 
 
-def test_a_text_goes_on_in_the_same_way_wherever_its_prompt_ended(model):
-    (prompt,) = prompts_of(model.config, 2)
-    text = prompt + list(generate(model, prompt, 5 * T, temperature=0))
-    for end in range(len(prompt), len(text)):
-        assert list(generate(model, text[:end], 3, temperature=0))[: len(text) - end] == text[end : end + 3]
-
-
-@pytest.mark.parametrize("max_seq_len", [1, 2, 3, 4, 7, 8, 256])
+@pytest.mark.parametrize("max_seq_len", [1, 2, 7, 8])
 def test_rows_grow_from_half_of_the_most_to_the_most(max_seq_len):
     lengths = [len(seen) for seen in contexts([0] * (4 * max_seq_len + 3), max_seq_len)]
     assert [context_length(n, max_seq_len) for n in range(1, len(lengths) + 1)] == lengths
@@ -104,48 +96,15 @@ def test_rows_grow_from_half_of_the_most_to_the_most(max_seq_len):
     assert min(lengths[max_seq_len:]) == max(max_seq_len // 2, 1)
 
 
-@pytest.mark.parametrize("max_seq_len", [1, 2, 3])
-def test_the_shortest_rows_work_too(max_seq_len):
-    model = random_model(GPTConfig(V, max_seq_len, 2, 2, 1, 8))
-    prompts = prompts_of(model.config, 1, 2, 5)
-    expected = [uncached(model, prompt, 9) for prompt in prompts]
-    assert texts_of(generate_batch(model, prompts, 9, temperature=0)) == expected
-
-
-def test_the_model_is_told_the_token_before_each(model, monkeypatch):
-    """In a row, none before its first."""
-    (prompt,) = prompts_of(model.config, 5)
-    told, hidden = [], model.hidden
-
-    def noting(tokens, cached):
-        told.append((tokens[0].tolist(), cached.previous[0].tolist()))
-        return hidden(tokens, cached)
-
-    monkeypatch.setattr(model, "hidden", noting)
-    text = prompt + list(generate(model, prompt, 3 * T, temperature=0))
-    rows = contexts(text[:-1], T)[len(prompt) - 1 :]
-    expected = [(rows[0][:-1], [-1, *rows[0][:-2]])]
-    for before, row in zip([rows[0], *rows], rows, strict=False):
-        if len(row) < len(before):
-            expected.append((row[:-1], [-1, *row[:-2]]))
-        expected.append((row[-1:], row[-2:-1] or [-1]))
-    assert told == expected
-
-
 def test_the_memory_of_a_cache_is_stated_and_no_more_than_the_texts_can_fill(model, monkeypatch):
     made, init = [], KVCache.__init__
-
-    def noting(self, *arguments):
-        init(self, *arguments)
-        made.append(self)
-
-    monkeypatch.setattr(KVCache, "__init__", noting)
+    monkeypatch.setattr(KVCache, "__init__", lambda self, *arguments: made.append(self) or init(self, *arguments))
     for count, capacity in ((3, 6), (2 * T, T)):
         list(generate_batch(model, [[1, 2, 3], [4]], count))
-        last_keys = sum(keys.nbytes for keys in made[-1].last_keys)
-        assert made[-1].memory.nbytes + last_keys == KVCache.bytes(model.config, 2, capacity)
         keys_and_values_of_a_token = 2 * 2 * 2 * 8 * 4  # layers, both, heads, head dimension, bytes of a float32
         assert made[-1].memory.nbytes == 2 * capacity * keys_and_values_of_a_token
+        last_keys = sum(keys.nbytes for keys in made[-1].last_keys)
+        assert made[-1].memory.nbytes + last_keys == KVCache.bytes(model.config, 2, capacity)
 
 
 def test_autocast_around_it_changes_nothing(model):
@@ -172,36 +131,26 @@ def test_each_prompt_of_a_batch_has_a_seed_of_its_own_and_the_text_it_would_have
     assert found[0] != found[1]
 
 
-def test_a_stop_token_ends_the_text_and_is_not_part_of_it(model):
-    text = list(generate(model, [1], 30, temperature=1.5, seed=2))
-    stop, never = text[10], next(token for token in range(V) if token not in text)
-    assert list(generate(model, [1], 30, temperature=1.5, seed=2, stop=(never,))) == text
-    assert list(generate(model, [1], 30, temperature=1.5, seed=2, stop=(never, stop))) == text[: text.index(stop)]
-
-
-def test_texts_of_a_batch_end_one_by_one_and_the_others_go_on(model):
-    prompts = prompts_of(model.config, 1, 4, T, 2 * T, 6, 3)
-    steps = list(generate_batch(model, prompts, 40, temperature=1.3, seed=5, stop=(3, 8)))
-    found = texts_of(steps)
-    expected = [
-        list(generate(model, prompt, 40, temperature=1.3, seed=5 + n, stop=(3, 8))) for n, prompt in enumerate(prompts)
-    ]
-    assert found == expected
-    assert [[step[n] is None for step in steps] for n in range(6)] == [
-        [False] * len(text) + [True] * (len(steps) - len(text)) for text in expected
-    ]
+def test_a_stop_token_ends_a_text_is_not_part_of_it_and_the_others_go_on(model):
+    prompts, settings = prompts_of(model.config, 1, 4, T, 2 * T, 6, 3), {"temperature": 1.3, "seed": 5}
+    whole = texts_of(generate_batch(model, prompts, 40, **settings))
+    steps = list(generate_batch(model, prompts, 40, **settings, stop=(3, 8)))
+    expected = []
+    for text in whole:
+        stops = [place for place, token in enumerate(text) if token in (3, 8)]
+        expected.append(text[: stops[0]] if stops else text)
+    assert texts_of(steps) == expected
     lengths = [len(text) for text in expected]
+    assert [[step[n] is None for step in steps] for n in range(6)] == [
+        [False] * length + [True] * (max(lengths) - length) for length in lengths
+    ]
     assert len(set(lengths)) > 3
-    assert len(steps) == max(lengths)
 
 
 def test_tokens_come_one_by_one_and_the_prompt_stays_as_it_was(model):
     prompt = [1, 2]
-    tokens = generate(model, prompt, 10**9)
-    assert inspect.isgenerator(tokens)
-    assert len(list(islice(tokens, 3))) == 3
+    assert len(list(islice(generate(model, prompt, 10**9), 3))) == 3
     assert prompt == [1, 2]
-    assert list(generate(model, prompt, 0)) == []
 
 
 def test_generation_leaves_the_global_generators_and_gradients_alone(model):
@@ -216,9 +165,6 @@ def test_generation_leaves_the_global_generators_and_gradients_alone(model):
     torch.rand(7)  # nor do the global generators reach into it
     random.seed(3)
     assert list(generate(model, [1], 5, temperature=1.0, seed=1)) == drawn
-    row = torch.tensor([[1, 2, 3]])
-    model(row, row).backward()  # as training does after a sample
-    model.zero_grad()
 
 
 # ---- the draw ----
@@ -229,13 +175,9 @@ def test_generation_leaves_the_global_generators_and_gradients_alone(model):
     [
         (1.0, 0, 1.0, 8),
         (1.0, 3, 1.0, 3),
-        (0.5, 0, 1.0, 8),
         (2.0, 5, 1.0, 5),
-        (1.0, 8, 1.0, 8),
         (1.0, 100, 1.0, 8),
         (1.0, 0, 0.3, 1),  # the likeliest alone has more
-        (1.0, 0, 0.5, 2),
-        (1.0, 0, 0.7, 3),
         (3.0, 0, 0.7, 5),  # of the tempered probabilities
         (1.0, 3, 0.7, 2),  # of those among the likeliest 3
         (1.0, 0, 1e-9, 1),
@@ -245,47 +187,22 @@ def test_draws_follow_the_softmax_of_the_likeliest(temperature, top_k, top_p, ke
     logits = torch.tensor([0.3, -1.0, 2.0, 0.0, 1.1, -0.4, 0.9, 1.5])
     weights = (logits.double() / temperature).exp()
     order = logits.argsort(descending=True)
-    among = weights[order[: top_k or 8]]
-    fewest = next(n for n in range(1, 9) if among[:n].sum() >= (top_p - 1e-12) * among.sum())
-    assert fewest == kept
     expected = torch.zeros(8, dtype=torch.float64)
     expected[order[:kept]] = weights[order[:kept]] / weights[order[:kept]].sum()
-    rounds, draws = 500, [random.Random(seed) for seed in range(10)]
-    rows = logits.expand(10, 8)
-    drawn = torch.tensor([pick(rows, temperature, top_k, top_p, draws) for _ in range(rounds)])
-    shares = torch.bincount(drawn.flatten(), minlength=8) / drawn.numel()
+    draws = [random.Random(seed) for seed in range(5000)]
+    drawn = torch.tensor(pick(logits.expand(5000, 8), temperature, top_k, top_p, draws))
+    shares = torch.bincount(drawn, minlength=8) / drawn.numel()
     deviation = (expected * (1 - expected) / drawn.numel()).sqrt()
     assert ((shares - expected).abs() <= 4 * deviation).all()  # a token that cannot come never does
 
 
-@pytest.mark.parametrize("temperature", [0, 1e-30, 1.0])
-def test_every_row_of_a_draw_is_its_own(temperature):
-    logits = torch.full((3, 9), -50.0)
-    for row, token in enumerate((7, 0, 4)):
-        logits[row, token] = 15.0
-    assert pick(logits, temperature, 5, 1.0, [random.Random(0)] * 3) == [7, 0, 4]
-
-
-class Fixed:
-    """Draws this share of what there is."""
-
-    def __init__(self, share):
-        self.share = share
-
-    def getrandbits(self, count):
-        return math.ceil(self.share * 2**count)
-
-
-@pytest.mark.parametrize(("top_p", "kept"), [(1.0, 4), (0.75, 3), (0.5, 2), (0.25, 1)])
-def test_equal_tokens_share_the_draw_and_top_p_keeps_no_more_than_it_needs(top_p, kept):
-    draws = [Fixed(place / kept) for place in range(kept)]  # where the share of each begins
-    picked = pick(torch.zeros(kept, 4), 1.0, 0, top_p, draws)
-    assert len(set(picked)) == kept
-    ends = pick(torch.zeros(kept, 4), 1.0, 0, top_p, [Fixed((place + 1) / kept - 1e-6) for place in range(kept)])
-    assert ends == picked
+def test_a_row_draws_32_bits_of_its_own_generator():
+    logits, seeds = torch.linspace(0, -1e-6, 1000).expand(3, 1000), (0, 1, 2)
+    expected = [int(random.Random(seed).getrandbits(32) / 2**32 * 1000) for seed in seeds]
+    assert pick(logits, 1.0, 0, 1.0, [random.Random(seed) for seed in seeds]) == expected
 
 
 def test_the_largest_draw_takes_the_last_token_that_can_come():
-    logits, draws = torch.tensor([[1.0, -1e9, 0.5, 0.7]]), [Fixed(1 - 2**-32)]
+    logits, draws = torch.tensor([[1.0, -1e9, 0.5, 0.7]]), [SimpleNamespace(getrandbits=lambda count: 2**count - 1)]
     assert pick(logits, 1.0, 0, 1.0, draws) == [2]
     assert pick(logits, 1.0, 0, 0.6, draws) == [3]

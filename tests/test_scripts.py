@@ -90,15 +90,16 @@ def test_from_text_to_samples_as_a_user_would(run_script, base_dir, data_dir):
         assert result[f"{split}_bpb"] == pytest.approx(bits_per_byte(model, tokenizer, texts), rel=1e-5)
         assert re.search(rf"^{split} +bpb {result[f'{split}_bpb']:.4f} on ", printed, re.M)
     bundle = core_bundle.read(tasks, 9)
-    scores = core_eval.evaluate(model, tokenizer, bundle.tasks, ALONE, 3)
-    assert result["core"] == {**core_eval.summary(bundle, scores), "max_per_task": 9}
-    assert core_eval.headline(bundle, scores) in printed
+    scores = core_eval.evaluate(model, tokenizer, bundle, ALONE, 3)
+    assert result["core"] == {**scores, "max_per_task": 9}
+    assert core_eval.headline(scores) in printed
     assert len(result["samples"]) == len(engine.PROMPTS)
     assert f"{result['doc_bpb']:.4f}" in report.read_text(encoding="utf-8")
 
     printed = succeeds("scripts.generate", "--run-name=tiny", PROMPT, "--max-new-tokens=12", "--seed=5")
     ids = [tokenizer.bos, *tokenizer.encode(PROMPT)]
-    tokens = engine.generate(model, ids, 12, generate.TEMPERATURE, generate.TOP_K, seed=5, stop=(tokenizer.bos,))
+    settings = {"temperature": generate.TEMPERATURE, "top_k": generate.TOP_K, "seed": 5}
+    tokens = engine.generate(model, ids, 12, **settings, stop=(tokenizer.bos,))
     assert printed == PROMPT + tokenizer.decode(list(tokens)) + "\n"
 
 
@@ -234,7 +235,7 @@ def test_two_ranks_evaluate_as_one_does(trained, run_script, data_dir, tmp_path,
 
 
 def test_without_the_public_tasks_the_rest_is_evaluated(trained, monkeypatch, capsys):
-    def fetch(folder):
+    def fetch():
         raise errors.DataError("no host can be reached")
 
     monkeypatch.setattr(core_bundle, "fetch", fetch)
