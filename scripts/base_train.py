@@ -242,8 +242,6 @@ def build(
     roles, rates = model.parameters_by_role(), run.recipe.learning_rates
     muon_dtype = torch.bfloat16 if dist.dtype == torch.bfloat16 else torch.float32
     optimizers = optim.build_optimizers(roles, rates, run.recipe.weight_decay, muon_dtype, dist)
-    if dist.world_size > 1:
-        dist.print0(optim.describe_communication(optimizers, dist, run.plan.total_batch_size // dist.world_size))
     if restored:
         restored.load_tensors(model, optimizers)
     elif run.first_weights:
