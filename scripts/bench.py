@@ -551,7 +551,6 @@ def step_cases() -> Iterator[Case]:
 
 def prepare_step(training: Training, folders: tuple[str, str], dist: DistContext) -> Callable:
     """Plain and profiled steps in turns, as a function that returns {part: median seconds}."""
-    hardware.silence_profiler()  # its lines would break the progress bar
     if training.compile_mode != "off":
         import torch._inductor.config  # not at the top: it takes seconds
 

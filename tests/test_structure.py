@@ -16,7 +16,6 @@ import pytest
 from conftest import ROOT
 from torch.distributed.run import get_args_parser
 
-import nanotrain
 from nanotrain import config
 from nanotrain.recipe import Recipe
 
@@ -52,14 +51,6 @@ def imported(tree):
 
 
 # ---- imports ----
-
-
-@pytest.mark.parametrize("name", nanotrain.MOVED)
-def test_a_module_that_moved_is_an_error_with_its_new_name(name):
-    successors = nanotrain.MOVED[name].split(" and ")
-    assert all(importlib.util.find_spec(successor) for successor in successors)
-    with pytest.raises(ImportError, match=f"{name} is {successors[0]}"):
-        importlib.import_module(name)
 
 
 def test_the_library_has_no_import_cycle():

@@ -11,9 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanotrain import checkpoint, optim
-from nanotrain.dist import DistContext
-from nanotrain.gpt import GPTConfig
+from nanotrain import checkpoint
 from tests import soak
 
 STEPS, SAVED, FEW_STEPS = 20, 10, 5
@@ -218,27 +216,9 @@ def test_state_that_is_lost_at_a_save_is_noticed(worlds):
     assert weights_distance(worlds, "lost") > 1e-3
 
 
-def communication_bytes(config, rank, world_size, table_rows):
-    """The plan for a model of this shape, built on the meta device."""
-    place = DistContext(rank, rank, world_size, torch.device("meta"), torch.float32, "test")
-    rates = {"matrix": 1.0, "embedding": 1.0, "unembedding": 1.0, "scalar": 1.0}
-    roles = checkpoint.build_model(config, "meta").parameters_by_role()
-    return optim.communication_bytes(optim.build_optimizers(roles, rates, 0.0, torch.float32, place), place, table_rows)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
-def test_what_ranks_send_and_hold_is_what_the_plan_says(worlds, ranks):
-    """The kernel counts what each process sends; what it holds is the size of its tensors' memory."""
-    config = GPTConfig(**worlds.checkpoint(f"float{ranks}")[1]["model_config"])
-    table_rows = ROWS * SEQ_LEN // ranks
-    plans = [communication_bytes(config, rank, ranks, table_rows) for rank in range(ranks)]
-    measured = worlds.ranks(f"float{ranks}")
-    assert [rank["state"] for rank in measured] == [plan["state"] for plan in plans]
-    first, last = 2, STEPS - 1  # steps; before the first and after the last there are other messages too
-    sent = sum(rank["sent"][last] - rank["sent"][first] for rank in measured) / (last - first)
-    expected = sum(plan[kind] for plan in plans for kind in ("gradients", "rows", "parameters"))
-    assert sent == pytest.approx(expected, rel=0.05)
-    if ranks > 1:
-        unshared = worlds.ranks("float1")[0]["state"]
-        assert sum(rank["state"] for rank in measured) == unshared + (ranks - 1) * 8 * BIGRAM_ROWS
+@pytest.mark.parametrize("ranks", [2, 7])
+def test_the_ranks_share_the_optimizer_state(worlds, ranks):
+    alone, held = worlds.ranks("float1")[0]["state"], [rank["state"] for rank in worlds.ranks(f"float{ranks}")]
+    assert sum(held) == alone + (ranks - 1) * 8 * BIGRAM_ROWS  # each has the whole state of the bigram table
+    assert max(held) < 1.2 * alone / ranks

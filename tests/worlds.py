@@ -11,16 +11,14 @@ SIGTERM, and the fault is what goes wrong:
     lost          the optimizer state of rank 1 is zeros in what is saved
     none          all goes well
 
-A run's ranks leave FOLDER/NAME.rank0.json and so on: the bytes that this process has sent over its sockets before each
-step, as the kernel counts them, and those of optimizer state that it holds; rank 0 leaves the first step's gradients in
-FOLDER/NAME.gradients; and FOLDER/codes.json has the exit code of every rank.
+A run's ranks leave FOLDER/NAME.rank0.json and so on: the steps begun and the bytes of optimizer state; rank 0 leaves
+the first step's gradients in FOLDER/NAME.gradients; and FOLDER/codes.json has the exit code of every rank.
 """
 
 import json
 import os
 import signal
 import socket
-import struct
 import sys
 import traceback
 from pathlib import Path
@@ -32,8 +30,6 @@ from torch.nn.parallel import DistributedDataParallel
 from nanotrain import config, errors, optim, trainer
 from nanotrain.dist import DistContext
 from scripts import base_train
-
-BYTES_SENT = 200  # where struct tcp_info of Linux has tcpi_bytes_sent
 
 
 def main():
@@ -74,21 +70,21 @@ def fork(folder, plan, rank, port):
 
 def train(folder, plan, rank):
     """The run, with its fault, and what is recorded of it."""
-    record = {"sent": [], "state": 0}
+    record = {"steps": 0, "state": 0}
     set_schedule, collect_gradients = optim.set_schedule, optim.collect_gradients
 
     def recording(optimizers, *schedule):
         states = [state for optimizer in optimizers for state in optimizer.state.values()]
         record["state"] = sum(tensor.untyped_storage().nbytes() for state in states for tensor in state.values())
-        record["sent"].append(bytes_sent())
+        record["steps"] += 1
         (folder / f"{plan['name']}.rank{rank}.json").write_text(json.dumps(record), encoding="utf-8")
-        if len(record["sent"]) == plan["stop"] and rank == plan["ranks"] - 1:
+        if record["steps"] == plan["stop"] and rank == plan["ranks"] - 1:
             signal.raise_signal(signal.SIGTERM)
         set_schedule(optimizers, *schedule)
 
     def collecting(parameters, dist):
         found = collect_gradients(parameters, dist)
-        if len(record["sent"]) == 1 and rank == 0:
+        if record["steps"] == 1 and rank == 0:
             gradients = {str(number): parameter.grad.to_dense() for number, parameter in enumerate(parameters)}
             save_file(gradients, folder / f"{plan['name']}.gradients")
         return found
@@ -115,21 +111,6 @@ def unaveraged():
 def lost():
     gather = DistContext.gather_to_rank0
     DistContext.gather_to_rank0 = lambda self, part, sizes: gather(self, part * 0 if self.rank == 1 else part, sizes)
-
-
-def bytes_sent():
-    """The bytes that this process has sent over the TCP connections which it has open."""
-    total = 0
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
-                with socket.socket(fileno=os.dup(int(name))) as connection:
-                    if connection.type == socket.SOCK_STREAM and connection.family != socket.AF_UNIX:
-                        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-                        total += struct.unpack_from("<Q", info, BYTES_SENT)[0]
-        except FileNotFoundError:  # it was open while the folder was listed
-            continue
-    return total
 
 
 if __name__ == "__main__":
