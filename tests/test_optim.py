@@ -213,6 +213,9 @@ def test_costs_are_assigned_largest_first_to_the_rank_with_the_least():
     assert optim.partition_by_cost([], 3) == []
 
 
+events = []
+
+
 class Place(DistContext):
     """One rank of several, to whom nobody sends anything."""
 
@@ -220,9 +223,6 @@ class Place(DistContext):
         assert len(owned) == self.world_size
         events.append(sum(len(tensor) for part in owned for tensor in part))
         return lambda: events.append("wait")
-
-
-events = []
 
 
 def place_among(world_size, rank):
