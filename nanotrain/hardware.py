@@ -277,11 +277,9 @@ def main() -> None:
     device = find_device()
     configure(device)
     dtype, reason = find_dtype("auto", device)
-    cuda = torch.version.cuda or "not in this build"
     compiler = shutil.which("g++") or shutil.which("clang++") or "none: on the CPU torch.compile falls back to eager"
-    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    print(f"python     {platform.python_version()}, torch {torch.__version__}, CUDA {cuda}")
-    print(f"device     {device} ({device_name(device)}), {cores}")
+    print(f"python     {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}")
+    print(f"device     {device} ({device_name(device)}), {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     print(f"GPUs       {torch.cuda.device_count()}")
     print(f"precision  {str(dtype).removeprefix('torch.')} ({reason})")
     print(f"compiler   {compiler}")

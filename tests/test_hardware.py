@@ -1,16 +1,12 @@
 """Devices, precisions, memory, clocks, and the command that prints what there is."""
 
 import json
-import platform
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 
 from nanotrain import hardware
 
@@ -77,34 +73,6 @@ def test_ranks_of_one_machine_share_its_free_memory(monkeypatch):
     assert 2**26 < alone < hardware.memory_bytes(torch.device("cpu"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert hardware.free_memory_bytes(torch.device("cpu")) == pytest.approx(alone / 4, rel=0.2)
-
-
-HEAP = """
-import torch
-from pathlib import Path
-from nanotrain import hardware
-
-def resident_mib():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) // 1024
-
-hardware.configure(torch.device("cpu"))
-before = resident_mib()
-blocks = [torch.ones(2**18) for _ in range(200)]  # of 1 MiB
-last = blocks.pop()
-del blocks
-kept = resident_mib() - before
-hardware.give_back_freed_memory()
-print(kept, resident_mib() - before)
-"""
-
-
-@pytest.mark.skipif("glibc" not in platform.libc_ver()[0], reason="only glibc can be told to keep freed memory")
-def test_freed_memory_is_kept_until_it_is_given_back():
-    done = subprocess.run([sys.executable, "-c", HEAP], cwd=ROOT, capture_output=True, text=True, check=True)
-    kept, left = map(int, done.stdout.split())
-    assert 190 < kept < 220
-    assert left < 20
 
 
 # ---- clock, hardware, command ----

