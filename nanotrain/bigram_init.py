@@ -1,13 +1,12 @@
 """Bigram initialization: set embedding and head from bigram counts, so that training starts from a bigram model.
 
-With identity layers the model predicts the next token from the current one alone, and the best such model is known
-before the first step: its logits are the pointwise mutual information of token pairs. A low-rank factorization of that
-matrix gives the embedding and the head (Levy and Goldberg 2014 interpret word vectors in this way).
+With identity layers the model predicts the next token from the current one alone. The logits of the best such model
+are the pointwise mutual information of token pairs; a low-rank factorization of that matrix gives the embedding and
+the head (Levy and Goldberg 2014 interpret word vectors in this way).
 
     V vocabulary   C width   c(i, j) count of bigram (i, j)   p(j) frequency of token j
 """
 
-from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -34,8 +33,7 @@ def initialize(model: GPT, reader: SequenceReader, num_tokens: int, seed: int) -
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Run torch in one thread, so that sums do not depend on the number of threads."""
+def _one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -45,13 +43,12 @@ def one_thread() -> Iterator[None]:
 
 
 @torch.no_grad()
-@one_thread()
+@_one_thread()
 def bigram_init(sequences: Tensor, vocab_size: int, width: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Embedding (V, C) and head (V, C), float32 on the CPU, of a bigram model of `sequences` (N, T) int64.
 
     Embedding vectors have RMS 1 and are rotated randomly, so that no channel is special. Tokens that do not occur get
-    random vectors. The result does not depend on the number of threads: with nearly equal singular values, different
-    rounding would give different singular vectors.
+    random vectors. In one thread: with nearly equal singular values, another order of sums would give other vectors.
     """
     embedding = torch.randn(vocab_size, width, generator=generator)
     embedding /= embedding.square().mean(1, keepdim=True).sqrt()

@@ -24,6 +24,15 @@ from torch.utils.checkpoint import checkpoint
 from nanotrain import loss
 
 CONSTANTS = ("softcap", "rope_base", "attention_gain", "norm_eps", "gate_channels")  # the rest of a GPTConfig is shape
+ROLES = {  # {part of a parameter's name: its role}; the first match counts, and what has none is a "matrix"
+    "value_embeddings": "value_embedding",
+    "bigram_embedding": "bigram_embedding",
+    "embedding": "embedding",
+    "lm_head": "unembedding",
+    "value_gate": "gate",
+    "residual_scale": "residual",
+    "_scale": "x0",
+}
 
 
 @dataclass(frozen=True)
@@ -40,9 +49,7 @@ class GPTConfig:
     plain: bool = False  # without what transformers' NanoChatForCausalLM lacks: see `GPT`
     softcap: float = 15.0  # the bound of the logits, below 70 (see `loss`)
     rope_base: float = 10_000.0  # of the rotary frequencies
-    # Factor of the scores, beside 1 / sqrt(D); 1.0 in every plain model. QK-norm bounds the scores, and sharper
-    # attention trains better.
-    attention_gain: float = 1.44
+    attention_gain: float = 1.44  # of the scores, which QK-norm bounds; sharper attention trains better. Plain: 1.0
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
     gate_channels: int = 16  # of a layer's input, at most: those that the gate of its value embedding sees
 
@@ -81,7 +88,7 @@ class CachedLayer(Protocol):
 
 
 class CachedTokens(Protocol):
-    """New tokens (B, T) whose keys and values go into a cache, which has what comes before them: engine.NewTokens."""
+    """New tokens (B, T) that follow those in a cache: engine.NewTokens."""
 
     positions: Tensor  # (B or 1, T) int64, in their sequences
     previous: Tensor  # (B, T) int64, the token before each; -1 before the first of a sequence
@@ -96,16 +103,12 @@ def norm(x: Tensor, eps: float) -> Tensor:
 
 
 def embedding_table(rows: int, width: int, sparse: bool = False) -> nn.Embedding:
-    """An nn.Embedding (rows, width) whose weights are not set. Its constructor would draw them, and on the meta device
-    a normal draw is Python code, whose import takes longer than building the model.
-    """
+    """An nn.Embedding without weights: on the meta device its constructor's draw would import much Python code."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False, sparse=sparse)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (arXiv:2104.09864) on (B, T, H, D): the two halves of D are turned by minus theta, with cos,
-    sin (T, 1, D / 2), or (B, T, 1, D / 2) where every sequence has positions of its own.
-    """
+    """Rotary positions (arXiv:2104.09864): the halves of x's D (B, T, H, D) turn by cos, sin ([B,] T, 1, D / 2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
@@ -133,9 +136,7 @@ def bigram_hash(tokens: Tensor, previous: Tensor, rows: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal attention; the layer's value embedding, gated per head, is added to the values (value residual,
-    arXiv:2410.17897).
-    """
+    """Causal attention. The layer's value embedding, gated per head, is added to the values (arXiv:2410.17897)."""
 
     def __init__(self, config: GPTConfig, has_value_embedding: bool):
         super().__init__()
@@ -149,11 +150,9 @@ class Attention(nn.Module):
             self.value_gate = nn.Linear(min(config.gate_channels, config.model_dim), config.num_kv_heads, bias=False)
 
     def forward(
-        self, x: Tensor, value_embedding: Tensor | None, cos: Tensor, sin: Tensor, cached: CachedLayer | None = None
+        self, x: Tensor, value_embedding: Tensor | None, cos: Tensor, sin: Tensor, cached: CachedLayer | None
     ) -> Tensor:
-        """x (B, T, C), value_embedding (B, T, K * D) or None -> (B, T, C). cached: what a cache has of the layer;
-        None: x begins its sequences.
-        """
+        """x (B, T, C), value_embedding (B, T, K * D) or None -> (B, T, C). cached: None if x begins its sequences."""
         (B, T, C), config = x.shape, self.config
         H, K, D = config.num_heads, config.num_kv_heads, config.head_dim
         q = self.q_proj(x).view(B, T, H, D)
@@ -198,7 +197,7 @@ class Block(nn.Module):
         value_embedding: Tensor | None,
         cos: Tensor,
         sin: Tensor,
-        cached: CachedLayer | None = None,
+        cached: CachedLayer | None,
     ) -> Tensor:
         """x, x0 (B, T, C), value_embedding (B, T, K * D) or None -> (B, T, C)."""
         eps = self.config.norm_eps
@@ -223,12 +222,9 @@ class GPT(nn.Module):
         if config.bigram_rows:
             # a step touches few rows of it, so the gradient is sparse (see RowwiseAdam)
             self.bigram_embedding = embedding_table(config.bigram_rows, C, sparse=True)
+        layers = [layer for layer in range(config.num_layers) if config.has_value_embedding(layer)]
         self.value_embeddings = nn.ModuleDict(
-            {
-                str(layer): embedding_table(config.vocab_size, kv_dim)
-                for layer in range(config.num_layers)
-                if config.has_value_embedding(layer)
-            }
+            {str(layer): embedding_table(config.vocab_size, kv_dim) for layer in layers}
         )
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         if not config.plain:
@@ -245,31 +241,29 @@ class GPT(nn.Module):
         self.init_buffers()
         generator = torch.Generator().manual_seed(seed)
 
-        def uniform(parameter, std):
-            bound = math.sqrt(3) * std
-            parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+        def uniform(parameter, low, high):
+            parameter.copy_(torch.empty(parameter.shape).uniform_(low, high, generator=generator))
 
         def normal(parameter, std):
             parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
 
         std = self.config.model_dim**-0.5
+        bound, small_bound = math.sqrt(3) * std, math.sqrt(3) * (0.4 * std)
         normal(self.embedding.weight, 0.8)
         if self.config.bigram_rows:
             self.bigram_embedding.weight.zero_()
         normal(self.lm_head.weight, 0.001)
         for table in self.value_embeddings.values():
-            uniform(table.weight, std)
+            uniform(table.weight, -bound, bound)
         for layer, block in enumerate(self.blocks):
             attention = block.attention
             for matrix in (attention.q_proj, attention.k_proj, attention.v_proj):
-                uniform(matrix.weight, std)
-            uniform(block.up_proj.weight, 0.4 * std)
+                uniform(matrix.weight, -bound, bound)
+            uniform(block.up_proj.weight, -small_bound, small_bound)
             attention.o_proj.weight.zero_()  # each layer begins as the identity
             block.down_proj.weight.zero_()
             if hasattr(attention, "value_gate"):
-                attention.value_gate.weight.copy_(
-                    torch.empty(attention.value_gate.weight.shape).uniform_(0, 0.02, generator=generator)
-                )
+                uniform(attention.value_gate.weight, 0, 0.02)
             if not self.config.plain:
                 place = layer / max(self.config.num_layers - 1, 1)
                 block.residual_scale.fill_(1.15 - 0.10 * place)
@@ -287,24 +281,17 @@ class GPT(nn.Module):
         self.sin.copy_(angles.sin()[:, None])
 
     def compile_parts(self) -> None:
-        """Compile every block and the loss by itself: one graph of a block serves all its layers, so compiling takes
-        seconds.
-        """
+        """Compile every block and the loss by itself: one graph serves all layers, so compiling takes seconds."""
         for block in self.blocks:
             block.compile(dynamic=False)
         self.loss_kernel = torch.compile(loss.softmax_gradient, dynamic=False)
 
     def checkpoint_activations(self) -> None:
-        """Keep of every block only what goes into it, and run it again in the backward pass: less memory, a third more
-        operations, the same bits (arXiv:1604.06174).
-        """
+        """Run each block again in the backward pass: less memory, more work, the same bits (arXiv:1604.06174)."""
         self.recompute_blocks = True
 
     def hidden(self, tokens: Tensor, cached: CachedTokens | None = None) -> Tensor:
-        """(B, T) int64 -> (B, T, C), the normed input of the head.
-
-        cached: where these go in a cache, which has what comes before them; None: they begin a sequence.
-        """
+        """(B, T) int64 -> (B, T, C), the normed input of the head. cached: None if the tokens begin their sequences."""
         T = tokens.size(1)
         if T > self.config.max_seq_len:
             raise ValueError(f"{T} tokens, but this model's max_seq_len is {self.config.max_seq_len}")
@@ -351,30 +338,13 @@ class GPT(nn.Module):
             return loss.softcap(F.linear(self.hidden(tokens, cached), self.lm_head.weight), self.config.softcap)
 
     def parameters_by_role(self) -> dict[str, dict[str, nn.Parameter]]:
-        """{role: {name: parameter}}, each parameter in one role: matrix, embedding, value_embedding,
-        bigram_embedding, unembedding, residual, x0, gate.
-        """
+        """{role: {name: parameter}}, each parameter in one role: matrix or one of ROLES."""
         roles = {}
         for name, parameter in self.named_parameters():
-            roles.setdefault(_role(name), {})[name] = parameter
+            role = next((role for part, role in ROLES.items() if part in name), "matrix")
+            roles.setdefault(role, {})[name] = parameter
         return roles
 
     def parameter_counts(self) -> dict[str, int]:
         """{role: number of weights} of `parameters_by_role`."""
         return {role: sum(p.numel() for p in named.values()) for role, named in self.parameters_by_role().items()}
-
-
-def _role(name: str) -> str:
-    """The first of these parts that a parameter's name has decides."""
-    for part, role in (
-        ("value_embeddings", "value_embedding"),
-        ("bigram_embedding", "bigram_embedding"),
-        ("embedding", "embedding"),
-        ("lm_head", "unembedding"),
-        ("value_gate", "gate"),
-        ("residual_scale", "residual"),
-        ("_scale", "x0"),
-    ):
-        if part in name:
-            return role
-    return "matrix"

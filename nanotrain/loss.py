@@ -2,8 +2,7 @@
 
 Rows are visited in chunks small enough for a cache. The forward pass also computes the gradient, while the logits of a
 chunk are in the cache; the backward pass only scales it (Cut Your Losses, arXiv:2411.09009). The softcap (Gemma 2,
-arXiv:2408.00118) bounds every logit by `cap`, so that exp needs no subtraction of a maximum as long as `cap` is below
-70.
+arXiv:2408.00118) bounds every logit by `cap`; below 70, exp needs no subtraction of a maximum.
 
     N rows, one a token   C width   V vocabulary
 """
@@ -26,23 +25,19 @@ def softcap(logits: Tensor, cap: float) -> Tensor:
 
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
     """hidden (N, C), weight (V, C), targets (N,) int64 -> (N,) float32 nats of each target. No gradient."""
-    losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-    weight = weight.to(hidden.dtype)
+    weight, size, losses = weight.to(hidden.dtype), chunk_rows(hidden.device), []
     with torch.autocast(hidden.device.type, enabled=False):
-        for rows in _chunks(hidden):
-            capped = softcap((hidden[rows] @ weight.t()).float(), cap)
-            losses[rows] = capped.exp().sum(-1).log() - capped.gather(1, targets[rows, None]).squeeze(1)
-    return losses
+        for rows, row_targets in zip(hidden.split(size), targets.split(size), strict=True):
+            capped = softcap((rows @ weight.t()).float(), cap)
+            losses.append(capped.exp().sum(-1).log() - capped.gather(1, row_targets[:, None]).squeeze(1))
+    return torch.cat(losses)
 
 
 def greedy_tokens(hidden: Tensor, weight: Tensor) -> Tensor:
     """hidden (N, C), weight (V, C) -> (N,) int64, the likeliest token of each, capped or not. No gradient."""
-    tokens = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
     weight = weight.to(hidden.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        for rows in _chunks(hidden):
-            tokens[rows] = (hidden[rows] @ weight.t()).argmax(-1)
-    return tokens
+        return torch.cat([(rows @ weight.t()).argmax(-1) for rows in hidden.split(chunk_rows(hidden.device))])
 
 
 def mean_loss(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, kernel: Kernel) -> Tensor:
@@ -63,12 +58,8 @@ def softmax_gradient(logits: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     return totals.squeeze(1).log(), (exps * (1 / totals) * slope).to(logits.dtype)  # few divisions
 
 
-def loss_and_gradient(
-    logits: Tensor, targets: Tensor, cap: float, kernel: Kernel = softmax_gradient
-) -> tuple[Tensor, Tensor]:
-    """logits (N, V) before the cap, targets (N,) -> (sum of nats () float32, gradient of that sum with respect to
-    the logits (N, V), in their dtype).
-    """
+def _loss_and_gradient(logits, targets, cap, kernel):
+    """(sum of nats () float32, gradient of that sum with respect to the logits (N, V), in their dtype)"""
     log_totals, gradient = kernel(logits, cap)
     # The target's column by itself: to compare every column with the target would double the time of the kernel.
     targets = targets[:, None]
@@ -89,26 +80,21 @@ def chunk_rows(device: torch.device) -> int:
     return CHUNK_ROWS.get(device.type, LARGE_CHUNK_ROWS)
 
 
-def _chunks(hidden):
-    size = chunk_rows(hidden.device)
-    return [slice(start, start + size) for start in range(0, len(hidden), size)]
-
-
 class _MeanLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, cap, kernel):
         with torch.autocast(hidden.device.type, enabled=False):
             weight_low = weight.to(hidden.dtype)
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-            wanted = any(ctx.needs_input_grad)
-            grad_hidden = torch.empty_like(hidden) if wanted else None
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
-            for rows in _chunks(hidden):
-                loss, grad_logits = loss_and_gradient(hidden[rows] @ weight_low.t(), targets[rows], cap, kernel)
+            grad_hidden = torch.empty_like(hidden)
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+            size = chunk_rows(hidden.device)
+            chunks = zip(hidden.split(size), targets.split(size), grad_hidden.split(size), strict=True)
+            for rows, row_targets, row_gradients in chunks:
+                loss, grad_logits = _loss_and_gradient(rows @ weight_low.t(), row_targets, cap, kernel)
                 total += loss
-                if wanted:
-                    torch.mm(grad_logits, weight_low, out=grad_hidden[rows])
-                    grad_weight += grad_logits.t() @ hidden[rows]
+                torch.mm(grad_logits, weight_low, out=row_gradients)
+                grad_weight += grad_logits.t() @ rows
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.count = len(hidden)
         return total / len(hidden)

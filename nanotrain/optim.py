@@ -1,15 +1,14 @@
 """Muon for the matrices, RowwiseAdam for the bigram table, AdamW for everything else.
 
-Optimizer state is float32, one set of tensors per parameter. `set_schedule` sets the learning rates before each step.
-
-Optimizer state is sharded over the ranks: Muon assigns whole matrices, AdamW ranges of elements of equal total size.
-Each rank stores the state of its own shard, updates that shard from the averaged gradients and sends it to the other
-ranks, so parameters stay bit-identical everywhere. Any number of ranks works; a single rank owns everything.
+The state is float32 and sharded over the ranks: Muon assigns whole matrices, AdamW ranges of elements of equal total
+size. Each rank updates its shard from the averaged gradients and sends it to the others, so parameters stay
+bit-identical everywhere. Any number of ranks works.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,40 +28,36 @@ POLAR_EXPRESS = (
 ROW_BETA = 0.9
 POLAR_SAFETY = 1.01  # rounding may push a singular value above 1, where the iteration diverges
 
+Named = dict[str, nn.Parameter]  # {name: parameter}
 Range = tuple[int, int]  # [start, end) of the elements of a flattened tensor
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
-    """An optimizer that stores the state of this rank's elements only. A new kind needs groups of {"names", "params",
-    "lr"}, shard ranges, shapes of its state, and `update`.
+    """An optimizer with the state of this rank's elements only. A kind of it sets STATE, `partition` and `update`."""
 
-    shard_ranges: {parameter: [element range of each rank]}. A rank with an empty range has no state for the parameter.
-    shapes: {parameter: {state name: unsharded shape}}, the same on all ranks.
-    """
+    STATE: ClassVar[dict[str, int | None]]  # {name: how many leading dimensions of its parameter it has; None: all}
 
-    def __init__(
-        self,
-        groups: list[dict],
-        defaults: dict,
-        dist: DistContext,
-        shard_ranges: dict[nn.Parameter, list[Range]],
-        shapes: dict[nn.Parameter, dict[str, Sequence[int]]],
-    ):
+    def __init__(self, groups: list[dict], dist: DistContext, **defaults: float):
+        """groups: {"params": (name, parameter) pairs, "lr", ...}. defaults: what a group may leave out."""
         super().__init__(groups, defaults)
-        self.dist, self.shard_ranges, self.shapes = dist, shard_ranges, shapes
-        self.updates = 0
+        self.dist, self.updates = dist, 0
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        self.shard_ranges = dict(zip(parameters, self.partition(parameters), strict=True))
         for group in self.param_groups:
             group["base_lr"] = group["lr"]  # the peak; `set_schedule` sets lr
-        for parameter, state_shapes in shapes.items():
+        for parameter in parameters:
             start, end = self.own_range(parameter)
-            for key, shape in state_shapes.items() if end > start else ():
-                first, last = _state_range((start, end), parameter, shape)
+            for key, dimensions in self.STATE.items() if end > start else ():
+                first, last = _state_range((start, end), parameter, parameter.shape[:dimensions])
                 self.state[parameter][key] = torch.zeros(last - first, device=parameter.device)
+
+    def partition(self, parameters: list[nn.Parameter]) -> list[list[Range]]:
+        """For each parameter the element range of each rank. A rank with an empty one has no state for it."""
+        raise NotImplementedError
 
     def step(self) -> None:
         """Update every parameter from its gradient."""
-        for wait in self.start_step():
-            wait()
+        step([self])
 
     @torch.no_grad()
     def start_step(self) -> list[Callable[[], None]]:
@@ -71,36 +66,30 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """
         waits = []
         for group in self.param_groups:
-            self.update(self.owned(group["params"]), group)
-            waits.append(self.send(group["params"]))
+            own = [parameter for parameter in group["params"] if parameter in self.state]
+            if own:
+                self.update(own, group)
+            shards = [[] for _ in range(self.dist.world_size)]
+            for parameter in group["params"]:
+                for shard, (start, end) in zip(shards, self.shard_ranges[parameter], strict=True):
+                    if end > start:
+                        shard.append(parameter.detach().view(-1)[start:end])
+            waits.append(self.dist.broadcast_owned(shards))
         self.updates += 1
         return waits
 
     def update(self, parameters: list[nn.Parameter], group: dict) -> None:
-        """Update this rank's shard of `parameters`, each with a non-empty range, with the settings of their group."""
+        """Update this rank's shard of `parameters`, which is not empty, with the settings of their group."""
         raise NotImplementedError
 
     def own_range(self, parameter: nn.Parameter) -> Range:
         """The range of elements that this rank owns."""
         return self.shard_ranges[parameter][self.dist.rank]
 
-    def owned(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        """The parameters in which this rank owns elements."""
-        return [parameter for parameter in parameters if self.own_range(parameter)[1] > self.own_range(parameter)[0]]
 
-    def send(self, parameters: Iterable[nn.Parameter]) -> Callable[[], None]:
-        """Start sending every rank's shard of `parameters` to all ranks; return the function that waits for them."""
-        shards = [[] for _ in range(self.dist.world_size)]
-        for parameter in parameters:
-            for shard, (start, end) in zip(shards, self.shard_ranges[parameter], strict=True):
-                if end > start:
-                    shard.append(parameter.detach().view(-1)[start:end])
-        return self.dist.broadcast_owned(shards)
-
-
-def _state_range(element_range: Range, parameter: nn.Parameter, shape: Sequence[int]) -> list[int]:
-    """The range of a state tensor of `shape` for a range of its parameter; a state may have one value per row."""
-    return [place * math.prod(shape) // parameter.numel() for place in element_range]
+def _state_range(element_range, parameter, shape):
+    """The elements of a state tensor of `shape` (one per element or per row) for a range of its parameter."""
+    return [place * shape.numel() // parameter.numel() for place in element_range]
 
 
 def partition_by_cost(costs: Sequence[float], world_size: int) -> list[int]:
@@ -112,17 +101,6 @@ def partition_by_cost(costs: Sequence[float], world_size: int) -> list[int]:
     return owners
 
 
-def shard_ranges(sizes: Sequence[int], world_size: int) -> list[list[Range]]:
-    """For each tensor size, the element range of each rank: the concatenation of all tensors is split evenly."""
-    total, first, ranges = sum(sizes), 0, []
-    bounds = [total * rank // world_size for rank in range(world_size + 1)]
-    for size in sizes:
-        places = [min(max(bound - first, 0), size) for bound in bounds]
-        ranges.append(list(itertools.pairwise(places)))
-        first += size
-    return ranges
-
-
 class Muon(ShardedOptimizer):
     """Muon (Keller Jordan) with Nesterov momentum for 2-D parameters, orthogonalised in stacks of equal shape.
 
@@ -131,52 +109,46 @@ class Muon(ShardedOptimizer):
     where it does not oppose the update.
     """
 
-    def __init__(
-        self,
-        named_parameters: dict[str, nn.Parameter],
-        lr: float,
-        dist: DistContext,
-        momentum: float = 0.95,
-        weight_decay: float = 0.0,
-        dtype: torch.dtype = torch.float32,
-    ):
+    STATE: ClassVar = {"momentum": None, "row_sq": 1}
+
+    def __init__(self, named: Named, lr: float, weight_decay: float, dtype: torch.dtype, dist: DistContext):
         """dtype: the precision of the matrix products in the orthogonalisation."""
         stacks = {}
-        for name, parameter in named_parameters.items():
+        for name, parameter in named.items():
             stacks.setdefault(tuple(sorted(parameter.shape)), []).append((name, parameter))
         # Largest first: nothing is left to overlap with sending the last stack.
         stacks = sorted(stacks.values(), key=lambda stack: -sum(parameter.numel() for _, parameter in stack))
-        groups = [{"params": [p for _, p in stack], "names": [n for n, _ in stack]} for stack in stacks]
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        parameters = list(named_parameters.values())
-        owners = partition_by_cost([orthogonalization_cost(parameter) for parameter in parameters], dist.world_size)
-        ranges = {
-            parameter: [(0, parameter.numel() if rank == owner else 0) for rank in range(dist.world_size)]
-            for parameter, owner in zip(parameters, owners, strict=True)
-        }
-        shapes = {parameter: {"momentum": parameter.shape, "row_sq": parameter.shape[:1]} for parameter in parameters}
-        super().__init__(groups, defaults, dist, ranges, shapes)
+        groups = [{"params": stack} for stack in stacks]
+        super().__init__(groups, dist, lr=lr, momentum=0.95, weight_decay=weight_decay)
         self.dtype = dtype
 
+    def partition(self, parameters: list[nn.Parameter]) -> list[list[Range]]:
+        """Whole matrices, by the cost of their orthogonalisation."""
+        ranks = range(self.dist.world_size)
+        owners = partition_by_cost([orthogonalization_cost(parameter) for parameter in parameters], len(ranks))
+        return [
+            [(0, parameter.numel() if rank == owner else 0) for rank in ranks]
+            for parameter, owner in zip(parameters, owners, strict=True)
+        ]
+
     def update(self, parameters: list[nn.Parameter], group: dict) -> None:
-        """Update `parameters`, all of one shape or its transpose, with the settings of their group."""
-        if parameters:
-            updates = []
-            for parameter in parameters:
-                buffer = self.state[parameter]["momentum"].view_as(parameter)
-                gradient = parameter.grad.float()
-                buffer.lerp_(gradient, 1 - group["momentum"])
-                update = gradient.lerp(buffer, group["momentum"])
-                updates.append(update if parameter.size(0) <= parameter.size(1) else update.t())
-            updates = orthogonalize(torch.stack(updates), self.dtype)
-            for parameter, update in zip(parameters, updates, strict=True):
-                update = update if parameter.size(0) <= parameter.size(1) else update.t()
-                update = normuon_normalize(update, self.state[parameter]["row_sq"])
-                rate = group["lr"] * math.sqrt(max(1.0, parameter.size(0) / parameter.size(1)))
-                if group["weight_decay"]:
-                    agrees = update * parameter >= 0
-                    parameter.sub_(parameter * agrees, alpha=rate * group["weight_decay"])
-                parameter.sub_(update, alpha=rate)
+        """Update `parameters`, all of one shape or its transpose."""
+        updates = []
+        for parameter in parameters:
+            buffer = self.state[parameter]["momentum"].view_as(parameter)
+            gradient = parameter.grad.float()
+            buffer.lerp_(gradient, 1 - group["momentum"])
+            update = gradient.lerp(buffer, group["momentum"])
+            updates.append(update if parameter.size(0) <= parameter.size(1) else update.t())
+        updates = orthogonalize(torch.stack(updates), self.dtype)
+        for parameter, update in zip(parameters, updates, strict=True):
+            update = update if parameter.size(0) <= parameter.size(1) else update.t()
+            update = normuon_normalize(update, self.state[parameter]["row_sq"])
+            rate = group["lr"] * math.sqrt(max(1.0, parameter.size(0) / parameter.size(1)))
+            if group["weight_decay"]:
+                agrees = update * parameter >= 0
+                parameter.sub_(parameter * agrees, alpha=rate * group["weight_decay"])
+            parameter.sub_(update, alpha=rate)
 
 
 def orthogonalization_cost(matrix: Tensor) -> int:
@@ -207,36 +179,40 @@ def orthogonalize(stack: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class AdamW(ShardedOptimizer):
-    """AdamW (arXiv:1711.05101) with torch's fused kernel, over groups of {"names", "params", "lr", "betas"}."""
+    """AdamW (arXiv:1711.05101) with torch's fused kernel; groups also have "betas", "weight_decay" and "eps"."""
 
-    def __init__(self, groups: list[dict], dist: DistContext):
-        parameters = [parameter for group in groups for parameter in group["params"]]
-        ranges = shard_ranges([parameter.numel() for parameter in parameters], dist.world_size)
-        shapes = {parameter: {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape} for parameter in parameters}
-        defaults = {"weight_decay": 0.0, "eps": 1e-8}
-        super().__init__(groups, defaults, dist, dict(zip(parameters, ranges, strict=True)), shapes)
+    STATE: ClassVar = {"exp_avg": None, "exp_avg_sq": None}
+
+    def partition(self, parameters: list[nn.Parameter]) -> list[list[Range]]:
+        """Equal parts of the concatenation of all parameters."""
+        total, first, ranges = sum(parameter.numel() for parameter in parameters), 0, []
+        bounds = [total * rank // self.dist.world_size for rank in range(self.dist.world_size + 1)]
+        for size in (parameter.numel() for parameter in parameters):
+            places = [min(max(bound - first, 0), size) for bound in bounds]
+            ranges.append(list(itertools.pairwise(places)))
+            first += size
+        return ranges
 
     def update(self, parameters: list[nn.Parameter], group: dict) -> None:
-        """Update this rank's shard of `parameters` with the settings of their group."""
-        if parameters:
-            # The kernel adds 1 itself. The counts are created on the device: copying them there would synchronise.
-            steps = torch.full((len(parameters),), float(self.updates), device=parameters[0].device)
-            adamw(
-                [parameter.view(-1)[slice(*self.own_range(parameter))] for parameter in parameters],
-                [parameter.grad.flatten()[slice(*self.own_range(parameter))] for parameter in parameters],
-                [self.state[parameter]["exp_avg"] for parameter in parameters],
-                [self.state[parameter]["exp_avg_sq"] for parameter in parameters],
-                max_exp_avg_sqs=[],
-                state_steps=list(steps.unbind()),
-                fused=parameters[0].device.type in ("cpu", "cuda"),
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
+        """Update this rank's elements of `parameters`."""
+        # The kernel adds 1 itself. The counts are created on the device: copying them there would synchronise.
+        steps = torch.full((len(parameters),), float(self.updates), device=parameters[0].device)
+        adamw(
+            [parameter.view(-1)[slice(*self.own_range(parameter))] for parameter in parameters],
+            [parameter.grad.flatten()[slice(*self.own_range(parameter))] for parameter in parameters],
+            [self.state[parameter]["exp_avg"] for parameter in parameters],
+            [self.state[parameter]["exp_avg_sq"] for parameter in parameters],
+            max_exp_avg_sqs=[],
+            state_steps=list(steps.unbind()),
+            fused=parameters[0].device.type in ("cpu", "cuda"),
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
 
 
 class RowwiseAdam(ShardedOptimizer):
@@ -246,19 +222,18 @@ class RowwiseAdam(ShardedOptimizer):
     1 / (1 - beta2) of them. Steps in which a row has no gradient do not count: dense Adam would decay its moment in
     each of them, and the next update of a rare row would be up to ten times the learning rate.
 
-    State and work are small, so they are replicated: every rank does everything.
+    Groups also have "beta2" and "eps". State and work are small, so every rank does everything.
     """
 
-    def __init__(self, groups: list[dict], dist: DistContext):
-        """groups: {"names", "params", "lr", "beta2"}; the gradients are sparse."""
-        parameters = [parameter for group in groups for parameter in group["params"]]
-        ranges = {parameter: [(0, parameter.numel())] * dist.world_size for parameter in parameters}
-        shapes = {p: {"exp_avg_sq": p.shape[:1], "updates": p.shape[:1]} for p in parameters}
-        super().__init__(groups, {"eps": 1e-10}, dist, ranges, shapes)
+    STATE: ClassVar = {"exp_avg_sq": 1, "updates": 1}
+
+    def partition(self, parameters: list[nn.Parameter]) -> list[list[Range]]:
+        """Everything for every rank."""
+        return [[(0, parameter.numel())] * self.dist.world_size for parameter in parameters]
 
     @torch.no_grad()
     def start_step(self) -> list[Callable[[], None]]:
-        """Update the rows that have a gradient; there is nothing to wait for."""
+        """Update the rows that have a gradient; nothing is sent."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 gradient = parameter.grad.coalesce()
@@ -274,18 +249,13 @@ class RowwiseAdam(ShardedOptimizer):
 
 
 def build_optimizers(
-    roles: dict[str, dict[str, nn.Parameter]],
-    rates: dict[str, float],
-    weight_decay: float,
-    dtype: torch.dtype,
-    dist: DistContext,
+    roles: dict[str, Named], rates: dict[str, float], weight_decay: float, dtype: torch.dtype, dist: DistContext
 ) -> list[ShardedOptimizer]:
     """[Muon, AdamW] over the parameters of a model, plus RowwiseAdam if it has a bigram embedding.
 
     roles: {role: {name: parameter}} from `GPT.parameters_by_role`. rates: learning rates of "matrix", "embedding",
-    "unembedding" and "scalar"; those of the other roles are derived from these. dtype: the precision of Muon's matrix
-    products. dist: the ranks to shard over; the rank number alone determines a rank's shard.
-    `recipe.estimate_memory` knows what they need in memory.
+    "unembedding" and "scalar"; those of the other roles follow from these. dtype: the precision of Muon's matrix
+    products. `recipe.estimate_memory` knows what they need in memory.
     """
     # At step 1 the gradients of the scalars are rounding errors of about 1e-6; later ones are about 1e-2. A small eps
     # would turn these errors into full updates, which would depend on the number of ranks.
@@ -298,25 +268,18 @@ def build_optimizers(
         "x0": {"lr": rates["scalar"], **scalar},
         "gate": {"lr": rates["scalar"], **scalar},
     }
-    groups = [
-        {"names": list(roles[role]), "params": list(roles[role].values()), **option}
-        for role, option in options.items()
-        if role in roles
-    ]
-    muon = Muon(roles["matrix"], rates["matrix"], dist, weight_decay=weight_decay, dtype=dtype)
-    optimizers = [muon, AdamW(groups, dist)]
+    groups = [{"params": roles[role].items(), **option} for role, option in options.items() if role in roles]
+    muon = Muon(roles["matrix"], rates["matrix"], weight_decay, dtype, dist)
+    optimizers = [muon, AdamW(groups, dist, weight_decay=0.0, eps=1e-8)]
     if "bigram_embedding" in roles:
-        named = roles["bigram_embedding"]
-        rate = rates["embedding"] / 2
-        group = {"names": list(named), "params": list(named.values()), "lr": rate, "beta2": 0.99}
-        optimizers.append(RowwiseAdam([group], dist))
+        group = {"params": roles["bigram_embedding"].items(), "lr": rates["embedding"] / 2, "beta2": 0.99}
+        optimizers.append(RowwiseAdam([group], dist, eps=1e-10))
     return optimizers
 
 
 def step(optimizers: Sequence[ShardedOptimizer]) -> None:
-    """Update all parameters from their gradients; `optimizers` are those of `build_optimizers`.
-
-    In reverse order: AdamW's large tables are updated quickly and are sent while Muon computes.
+    """Update all parameters from their gradients, in reverse order: AdamW's large tables are updated quickly and are
+    sent while Muon computes.
     """
     waits = [wait for optimizer in reversed(optimizers) for wait in optimizer.start_step()]
     for wait in waits:
@@ -325,24 +288,21 @@ def step(optimizers: Sequence[ShardedOptimizer]) -> None:
 
 @torch.no_grad()
 def collect_gradients(parameters: Iterable[nn.Parameter], dist: DistContext) -> list[Tensor]:
-    """The gradients of `parameters` as dense tensors that share their memory; for sparse gradients, the values of the
-    rows present.
+    """The gradients of `parameters` as dense tensors that share their memory; for a sparse one, the values of its rows.
 
-    DistributedDataParallel skips the sparse ones, so they are averaged over the ranks here.
+    Sparse gradients, which DistributedDataParallel skips, are averaged over the ranks here.
     """
     found = []
     for parameter in parameters:
-        if parameter.grad.is_sparse:
-            own = parameter.grad.coalesce()  # sums duplicate rows, so each row is sent once
-            rows = dist.all_gather_rows(own.indices()[0])
-            values = dist.all_gather_rows(own.values() / dist.world_size)
-            alone = dist.world_size == 1
-            parameter.grad = torch.sparse_coo_tensor(
-                rows[None], values, parameter.shape, check_invariants=False, is_coalesced=alone
-            ).coalesce()
-            found.append(parameter.grad.values())
-        else:
-            found.append(parameter.grad)
+        gradient = parameter.grad
+        if gradient.is_sparse:
+            gradient = gradient.coalesce()  # sums duplicate rows, so each row is sent once
+            if dist.world_size > 1:
+                rows = dist.all_gather_rows(gradient.indices()[0])
+                values = dist.all_gather_rows(gradient.values() / dist.world_size)
+                gradient = torch.sparse_coo_tensor(rows[None], values, parameter.shape).coalesce()
+            parameter.grad, gradient = gradient, gradient.values()
+        found.append(gradient)
     return found
 
 
@@ -355,24 +315,17 @@ def set_schedule(optimizers: Iterable[ShardedOptimizer], rate: float, momentum: 
                 group["momentum"], group["weight_decay"] = momentum, weight_decay
 
 
-def _state_tensors_of(
-    optimizers: Iterable[ShardedOptimizer],
-) -> Iterator[tuple[str, ShardedOptimizer, nn.Parameter, str, Sequence[int]]]:
-    """(name, optimizer, parameter, state name, unsharded shape) of every state tensor, in the same order on all
-    ranks.
-    """
+def _state_tensors_of(optimizers):
+    """(name, optimizer, parameter, state name, unsharded shape) of every state tensor, in one order on all ranks."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            for name, parameter in zip(group["names"], group["params"], strict=True):
-                for key, shape in optimizer.shapes[parameter].items():
-                    yield f"{name}/{key}", optimizer, parameter, key, shape
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                for key, dimensions in optimizer.STATE.items():
+                    yield f"{name}/{key}", optimizer, parameter, key, parameter.shape[:dimensions]
 
 
 def state_tensors(optimizers: Iterable[ShardedOptimizer], dist: DistContext) -> dict[str, Tensor]:
-    """{"parameter name/state name": unsharded tensor} of all optimizers on rank 0, empty on the other ranks.
-
-    A collective operation: all ranks must call it.
-    """
+    """{"parameter name/state name": unsharded tensor} on rank 0, empty on the others. All ranks must call it."""
     found = {}
     for name, optimizer, parameter, key, shape in _state_tensors_of(optimizers):
         sizes, filled = [], 0
@@ -389,45 +342,12 @@ def state_tensors(optimizers: Iterable[ShardedOptimizer], dist: DistContext) -> 
 
 @torch.no_grad()
 def load_state_tensors(optimizers: Iterable[ShardedOptimizer], tensors: dict[str, Tensor]) -> None:
-    """Load the tensors of `state_tensors`; each rank copies its own shard. Raises ValueError for a missing, unexpected
-    or misshapen tensor.
-    """
-    expected = {name: place for name, *place in _state_tensors_of(optimizers)}
-    if expected.keys() != tensors.keys():
-        raise ValueError(f"optimizer state differs in {sorted(expected.keys() ^ tensors.keys())[:4]}")
-    for name, (optimizer, parameter, key, shape) in expected.items():
-        if tensors[name].shape != shape:
-            raise ValueError(f"optimizer state {name} has shape {tuple(tensors[name].shape)}, not {tuple(shape)}")
+    """Load the tensors of `state_tensors`. Raises ValueError for a missing, unexpected or misshapen one."""
+    places = list(_state_tensors_of(optimizers))
+    expected = {(name, shape) for name, *_, shape in places}
+    if different := expected ^ {(name, tensor.shape) for name, tensor in tensors.items()}:
+        raise ValueError(f"optimizer state differs in {sorted(different)[:4]}")
+    for name, optimizer, parameter, key, shape in places:
         start, end = _state_range(optimizer.own_range(parameter), parameter, shape)
         if end > start:
             optimizer.state[parameter][key].copy_(tensors[name].flatten()[start:end])
-
-
-def communication_bytes(optimizers: Sequence[ShardedOptimizer], dist: DistContext, table_rows: int) -> dict[str, int]:
-    """{"gradients", "rows", "parameters", "state": bytes}: what this rank sends per step, averaged over the ranks, for
-    the all-reduce of dense gradients (ring), the all-gather of sparse rows and the broadcast of updated parameters; and
-    the size of its optimizer state.
-
-    table_rows: the maximum number of rows of a sparse table that have a gradient on one rank in one step.
-    """
-    dense = [p for optimizer in optimizers if not isinstance(optimizer, RowwiseAdam) for p in optimizer.shard_ranges]
-    tables = [p for optimizer in optimizers if isinstance(optimizer, RowwiseAdam) for p in optimizer.shard_ranges]
-    others, dense_bytes = dist.world_size - 1, 4 * sum(p.numel() for p in dense)
-    rows_bytes = sum(min(table_rows, len(p)) * (8 + 4 * p.size(1)) + 16 for p in tables)  # index and values; two counts
-    states = (tensor for optimizer in optimizers for state in optimizer.state.values() for tensor in state.values())
-    return {
-        "gradients": 2 * dense_bytes * others // dist.world_size,
-        "rows": rows_bytes * others,
-        "parameters": dense_bytes * others // dist.world_size,
-        "state": sum(4 * tensor.numel() for tensor in states),
-    }
-
-
-def describe_communication(optimizers: Sequence[ShardedOptimizer], dist: DistContext, table_rows: int) -> str:
-    """The printed line about what the ranks send each other and hold; `table_rows` as for `communication_bytes`."""
-    num_bytes = communication_bytes(optimizers, dist, table_rows)
-    sent = sum(size for name, size in num_bytes.items() if name != "state")
-    return (
-        f"sharing    a rank sends at most {sent / 1e6:,.1f} MB a step"
-        f" and holds {num_bytes['state'] / 1e6:,.1f} MB of optimizer state"
-    )

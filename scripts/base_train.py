@@ -171,7 +171,7 @@ def train(cfg: SimpleNamespace, dist: DistContext, stop: guard.StopRequest, watc
     batch_size, grad_accum_steps = run.plan.device_batch_size, run.plan.grad_accum_steps
     pass_seconds = warmup.compile_and_warm_up(dist, model, batch_size, cfg.COMPILE, cfg.TARGET_MINUTES)
     train_step = TrainStep(model, optimizers, dist, run.plan, run.recipe.grad_clip, run.saved)
-    peak = hardware.peak_tokens_per_second(dist.device, dist.world_size, run.plan.flops_per_token)
+    peak = (hardware.peak_flops(dist.device) or 0.0) * dist.world_size / run.plan.flops_per_token
     metrics = dist.on_all_ranks(lambda: MetricLogger(run_dir, state.num_steps, state.step, dist.is_rank0, peak))
     budget = time_budget(cfg, pass_seconds * grad_accum_steps, dist, metrics)
     evals = Evals(eval_settings(cfg), model, data.tokenizer, sequences, bundle, dist, metrics, watchdog.beat)
@@ -242,8 +242,6 @@ def build(
     roles, rates = model.parameters_by_role(), run.recipe.learning_rates
     muon_dtype = torch.bfloat16 if dist.dtype == torch.bfloat16 else torch.float32
     optimizers = optim.build_optimizers(roles, rates, run.recipe.weight_decay, muon_dtype, dist)
-    if dist.world_size > 1:
-        dist.print0(optim.describe_communication(optimizers, dist, run.plan.total_batch_size // dist.world_size))
     if restored:
         restored.load_tensors(model, optimizers)
     elif run.first_weights:

@@ -394,7 +394,6 @@ def loader(dist: DistContext, threads: int, batch_size: int, seq_len: int) -> Wo
 
 def step_by_parts(dist: DistContext) -> Work:
     """A training step with the loader, plain and then under torch's profiler, which adds a cost of its own."""
-    hardware.silence_profiler()  # its lines would break the progress bar
     torch._inductor.config.cpp.enable_kernel_profile = True  # else all kernels of a graph are one event
     reader = open_reader(MAX_SEQ_LEN, hardware.cores_of_a_rank())
     loader = dataloader.DataLoader(reader, DEVICE_BATCH_SIZE, dist.device)

@@ -1,7 +1,6 @@
 """The model against its definition written out in NumPy, and the promises of its interface."""
 
 import itertools
-import json
 import math
 import re
 from dataclasses import replace
@@ -20,15 +19,12 @@ from nanotrain.hardware import can_compile
 
 SHAPES = {
     "one layer": GPTConfig(37, 12, 1, 2, 2, 8),
-    "four layers": GPTConfig(50, 16, 4, 2, 2, 8),
     "five layers": GPTConfig(41, 16, 5, 3, 3, 8),
     "grouped queries": GPTConfig(50, 16, 6, 4, 2, 8),
-    "one key for all": GPTConfig(33, 9, 2, 3, 1, 6),
     "narrower than the gate": GPTConfig(20, 8, 2, 1, 1, 8),
     "bigram table": GPTConfig(37, 12, 3, 2, 2, 8, bigram_rows=17),
     "plain": GPTConfig(37, 12, 3, 4, 2, 8, plain=True),
     "other constants": GPTConfig(37, 12, 3, 2, 1, 8, 17, False, 5.0, 50.0, 0.7, 0.05, 5),
-    "plain, other constants": GPTConfig(37, 12, 3, 4, 2, 8, plain=True, softcap=5.0, rope_base=50.0, norm_eps=0.05),
 }
 shapes = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
 
@@ -152,23 +148,15 @@ def test_init_weights_overwrites_every_parameter_and_buffer(config):
         for tensor in everything.values():
             tensor.fill_(math.nan)
     model.init_weights(seed=5)
-    again = fresh_model(config, seed=5)
+    torch.manual_seed(2)  # means nothing
+    again, other = fresh_model(config, seed=5), fresh_model(config, seed=6)
     expected = dict(itertools.chain(again.named_parameters(), again.named_buffers()))
     assert everything.keys() == expected.keys()
     for name, tensor in everything.items():
         assert tensor.isfinite().all(), name
         assert torch.equal(tensor, expected[name]), name
-
-
-def test_the_seed_decides_the_weights_and_nothing_else_does():
-    config = SHAPES["five layers"]
-    torch.manual_seed(1)
-    first = fresh_model(config, seed=7).state_dict()
-    torch.manual_seed(2)
-    second, other = fresh_model(config, seed=7).state_dict(), fresh_model(config, seed=8).state_dict()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert not torch.equal(first["embedding.weight"], other["embedding.weight"])
-    assert not torch.equal(first["blocks.4.up_proj.weight"], other["blocks.4.up_proj.weight"])
+    assert not torch.equal(again.embedding.weight, other.embedding.weight)
+    assert not torch.equal(again.blocks[-1].up_proj.weight, other.blocks[-1].up_proj.weight)
 
 
 def test_layers_begin_as_the_identity():
@@ -177,9 +165,7 @@ def test_layers_begin_as_the_identity():
     torch.testing.assert_close(model.hidden(tokens), F.rms_norm(embedded, embedded.shape[-1:]), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("num_layers", "layers"), [(1, "0"), (2, "01"), (4, "0123"), (5, "024"), (6, "135"), (7, "0246")]
-)
+@pytest.mark.parametrize(("num_layers", "layers"), [(1, "0"), (4, "0123"), (5, "024"), (6, "135")])
 def test_value_embeddings_are_in_every_layer_or_every_other_with_the_last(num_layers, layers):
     with torch.device("meta"):
         model = GPT(GPTConfig(20, 8, num_layers, 2, 2, 8))
@@ -210,28 +196,34 @@ def test_bigrams_are_spread_over_the_table():
 # ---- causality ----
 
 
-def assert_causal(model, shorter=True):
-    """Changing the tokens from t on, or leaving them out, leaves the logits before t; the former changes some after."""
-    tokens = random_tokens(model.config, rows=2)
+def leaks(model):
+    """Whether logits depend on later tokens."""
+    tokens = random_tokens(model.config)
     logits = model.logits(tokens)
-    for t in sorted({1, 2, tokens.size(1) // 2, tokens.size(1) - 1}):
+    for t in range(1, tokens.size(1)):
         changed = tokens.clone()
         changed[:, t:] = (changed[:, t:] + 1) % model.config.vocab_size
         other = model.logits(changed)
-        torch.testing.assert_close(other[:, :t], logits[:, :t], rtol=0, atol=1e-6)
         assert (other[:, t:] - logits[:, t:]).abs().amax() > 1e-3
-        if shorter:
-            torch.testing.assert_close(model.logits(tokens[:, :t]), logits[:, :t], rtol=0, atol=1e-5)
+        if (other[:, :t] - logits[:, :t]).abs().amax() > 1e-6:
+            return True
+    return False
 
 
 @shapes
-def test_logits_do_not_depend_on_later_tokens(config):
-    assert_causal(random_model(config))
+def test_logits_do_not_depend_on_later_tokens(config, monkeypatch):
+    model, attend = random_model(config), F.scaled_dot_product_attention
+    assert not leaks(model)
+    monkeypatch.setattr(gpt.F, "scaled_dot_product_attention", lambda *args, **options: attend(*args))
+    assert leaks(model), "the twin, without a causal mask"
+
+
+# ---- compiled ----
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not can_compile(), reason="no compiler")
-def test_compiled_logits_do_not_depend_on_later_tokens_either(monkeypatch, tmp_path):
+def test_compiled_logits_are_those_of_eager_code(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch.compiler.reset()
     config = GPTConfig(33, 9, 5, 4, 2, 6, bigram_rows=17)  # every option, blocks with and without value embeddings
@@ -239,17 +231,8 @@ def test_compiled_logits_do_not_depend_on_later_tokens_either(monkeypatch, tmp_p
     eager = model.logits(tokens)
     model.compile_parts()
     torch.testing.assert_close(model.logits(tokens), eager, rtol=0, atol=1e-4)
-    assert_causal(model, shorter=False)  # every length would be compiled anew
+    assert not leaks(model)
     torch.compiler.reset()
-
-
-def test_the_causality_check_notices_a_look_ahead(monkeypatch):
-    attend = F.scaled_dot_product_attention
-    monkeypatch.setattr(
-        gpt.F, "scaled_dot_product_attention", lambda *args, **options: attend(*args, **{**options, "is_causal": False})
-    )
-    with pytest.raises(AssertionError):
-        assert_causal(random_model(SHAPES["five layers"]))
 
 
 # ---- precision ----
@@ -268,24 +251,14 @@ class ProductTypes(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def product_types(config, dtype):
-    """The dtypes seen by the products of a forward and a backward pass with autocast to `dtype`."""
-    model, tokens = random_model(config), random_tokens(config)
-    with ProductTypes() as products, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        model(tokens, tokens).backward()
-    return products.seen
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_every_product_forward_and_backward_runs_in_the_autocast_dtype(dtype):
-    assert product_types(SHAPES["five layers"], dtype) == {dtype}
-
-
-def test_products_stay_in_bfloat16_where_autocast_makes_norms_float32(monkeypatch):
+def test_every_product_stays_in_bfloat16_where_autocast_makes_norms_float32(monkeypatch):
     """As it does on CUDA, not on the CPU."""
     rms_norm = F.rms_norm
     monkeypatch.setattr(gpt.F, "rms_norm", lambda x, *args, **options: rms_norm(x.float(), *args, **options))
-    assert product_types(SHAPES["five layers"], torch.bfloat16) == {torch.bfloat16}
+    model, tokens = random_model(SHAPES["five layers"]), random_tokens(SHAPES["five layers"])
+    with ProductTypes() as products, torch.autocast("cpu", torch.bfloat16):
+        model(tokens, tokens).backward()
+    assert products.seen == {torch.bfloat16}
 
 
 def test_logits_are_float32_even_inside_autocast():
@@ -299,9 +272,8 @@ def test_logits_are_float32_even_inside_autocast():
     assert torch.equal(inside, outside)
 
 
-@shapes
-def test_bfloat16_comes_close_to_float32(config):
-    model, tokens = random_model(config), random_tokens(config, rows=4)
+def test_bfloat16_comes_close_to_float32():
+    model, tokens = random_model(SHAPES["bigram table"]), random_tokens(SHAPES["bigram table"], rows=4)
     losses, gradients = [], []
     for enabled in (False, True):
         model.zero_grad()
@@ -316,13 +288,6 @@ def test_bfloat16_comes_close_to_float32(config):
 
 
 # ---- the interface ----
-
-
-@shapes
-def test_a_fresh_model_knows_nothing(config):
-    tokens = random_tokens(config, rows=8)
-    loss = fresh_model(config)(tokens, tokens.roll(-1, 1)).item()
-    assert loss == pytest.approx(math.log(config.vocab_size), abs=0.01)
 
 
 @shapes
@@ -354,18 +319,12 @@ def test_roles_hold_each_parameter_once():
 
 
 def test_too_many_tokens_are_refused_with_both_numbers():
-    config = SHAPES["four layers"]
+    config = SHAPES["five layers"]
     model = fresh_model(config)
-    assert model.logits(random_tokens(config, length=16)).shape == (2, 16, 50)
+    assert model.logits(random_tokens(config, length=16)).shape == (2, 16, 41)
     for use in (model.hidden, model.logits):
         with pytest.raises(ValueError, match=r"17.*16"):
             use(random_tokens(config, length=17))
-
-
-@shapes
-def test_the_config_survives_a_dict(config):
-    assert GPTConfig(**json.loads(json.dumps(config.to_dict()))) == config
-    assert config.model_dim == config.num_heads * config.head_dim
 
 
 @shapes

@@ -10,7 +10,6 @@ import time
 import numpy as np
 import pytest
 import torch
-import torch.distributed as torch_dist
 from conftest import ALONE, make_model
 from test_base_train import _global_state, column, saved, train  # noqa: F401
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -18,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nanotrain import dataloader, dataset, hardware, metrics, optim
-from nanotrain.dist import DistContext, init_distributed
+from nanotrain.dist import DistContext
 from nanotrain.gpt import GPTConfig
 from tests import soak
 
@@ -104,17 +103,6 @@ def assert_batches_are_the_sequences(device, data_dir, tokenizer):
 @on_each
 def test_a_slot_is_filled_again_only_after_the_copy_out_of_it(device, data_dir, tokenizer):
     assert_batches_are_the_sequences(device, data_dir, tokenizer)
-
-
-@cuda_only
-def test_the_check_of_the_slots_notices_a_missing_event(device, data_dir, tokenizer, monkeypatch):
-    class Never(torch.cuda.Event):
-        def synchronize(self):
-            pass
-
-    monkeypatch.setattr(torch.cuda, "Event", Never)
-    with pytest.raises(AssertionError):
-        assert_batches_are_the_sequences(device, data_dir, tokenizer)
 
 
 # ---- precision and attention ----
@@ -242,26 +230,6 @@ def test_the_check_of_waiting_notices_a_number_that_is_read_or_brought(train, mo
 
 
 # ---- ranks ----
-
-
-def test_ranks_on_cuda_use_nccl_for_tensors_of_the_gpu_and_gloo_for_others(monkeypatch):
-    """What is asked of torch; whether it works is seen only on GPUs."""
-    asked, order = [], []
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch_dist, "rendezvous", lambda url: iter([(torch_dist.HashStore(), 0, 2)]))
-    monkeypatch.setattr("nanotrain.dist._name_of_attempt", lambda store, rank, world_size: "name")
-    monkeypatch.setattr(
-        torch_dist, "init_process_group", lambda backend, **options: order.append("join") or asked.append(backend)
-    )
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: order.append(f"set {device}"))
-    monkeypatch.setattr(torch, "manual_seed", lambda seed: None)
-    init_distributed(device="cuda", dtype="bfloat16", deterministic=False)
-    init_distributed(device="cpu")
-    assert asked == ["cpu:gloo,cuda:nccl", "gloo"]
-    assert order == ["set cuda:0", "join", "join"]
 
 
 @cuda_only

@@ -1,24 +1,16 @@
 """Devices, precisions, memory, clocks, and the command that prints what there is."""
 
 import json
-import platform
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 
 from nanotrain import hardware
 
 pytestmark = pytest.mark.usefixtures("own_process_state")
-
-
-def fail(error):
-    raise error
 
 
 # ---- precision ----
@@ -55,19 +47,9 @@ def test_precision_of_a_gpu(capability, dtype, monkeypatch):
     assert hardware.find_dtype("float32", device)[0] == torch.float32
 
 
-PEAKS = {
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA GH200 480GB": 989e12,
-    "NVIDIA GB200": 2.5e15,
-    "NVIDIA B200": 2.25e15,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A10": None,
-}
-
-
 def test_published_peaks_by_device_name(monkeypatch):
-    for name, expected in PEAKS.items():
+    peaks = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA GB200": 2.5e15, "NVIDIA A10": None}
+    for name, expected in peaks.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert hardware.peak_flops(torch.device("cuda", 0)) == expected
     assert hardware.peak_flops(torch.device("cpu")) is None
@@ -93,40 +75,6 @@ def test_ranks_of_one_machine_share_its_free_memory(monkeypatch):
     assert hardware.free_memory_bytes(torch.device("cpu")) == pytest.approx(alone / 4, rel=0.2)
 
 
-HEAP = """
-import torch
-from pathlib import Path
-from nanotrain import hardware
-
-def resident_mib():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) // 1024
-
-hardware.configure(torch.device("cpu"))
-before = resident_mib()
-blocks = [torch.ones(2**18) for _ in range(200)]  # of 1 MiB
-last = blocks.pop()
-del blocks
-kept = resident_mib() - before
-hardware.give_back_freed_memory()
-print(kept, resident_mib() - before)
-"""
-
-
-@pytest.mark.skipif("glibc" not in platform.libc_ver()[0], reason="only glibc can be told to keep freed memory")
-def test_freed_memory_is_kept_until_it_is_given_back():
-    done = subprocess.run([sys.executable, "-c", HEAP], cwd=ROOT, capture_output=True, text=True, check=True)
-    kept, left = map(int, done.stdout.split())
-    assert 190 < kept < 220
-    assert left < 20
-
-
-def test_where_there_is_no_glibc_nothing_happens(monkeypatch):
-    monkeypatch.setattr(hardware.ctypes, "CDLL", lambda name: fail(TypeError("argument 1 must be str, not None")))
-    hardware.configure(torch.device("cpu"))
-    hardware.give_back_freed_memory()
-
-
 # ---- clock, hardware, command ----
 
 
@@ -139,19 +87,15 @@ def test_seconds_since_start_are_right_where_proc_uptime_is_the_containers(monke
     assert before + 0.04 <= hardware.seconds_since_start() < before + 5
 
 
-@pytest.mark.parametrize(
-    ("elapsed", "seconds"), [("00:07", 7), ("   02:03", 123), ("01:02:03", 3723), ("2-01:00:05", 176_405)]
-)
-def test_seconds_since_start_without_proc_are_those_of_ps_and_without_ps_those_of_work(
-    elapsed, seconds, monkeypatch, tmp_path
-):
+def test_without_proc_there_are_other_sources(monkeypatch, tmp_path):
+    device = torch.device("cpu")
+    hardware.configure(device)
+    peak = hardware.peak_memory_bytes(device)
     monkeypatch.setattr(hardware, "Path", lambda path: tmp_path / "no such file")
-    monkeypatch.setattr(
-        subprocess, "run", lambda *command, **options: subprocess.CompletedProcess([], 0, elapsed + "\n")
-    )
-    assert hardware.seconds_since_start() == seconds
-    monkeypatch.setattr(subprocess, "run", lambda command, **options: fail(FileNotFoundError(2, "no ps")))
-    assert hardware.seconds_since_start() == pytest.approx(time.process_time(), abs=0.1)
+    assert 0 < hardware.seconds_since_start() < time.monotonic()
+    assert hardware.peak_memory_bytes(device) * 1024 >= peak * 0.9  # macOS counts bytes, Linux KiB
+    assert hardware.free_memory_bytes(device) == hardware.memory_bytes(device)
+    assert hardware.device_name(device)
 
 
 def test_the_machine_describes_itself():

@@ -57,7 +57,7 @@ def build(model, dist=ALONE, weight_decay=0.1):
 def test_adamw_equals_the_one_of_torch(betas, weight_decay, eps):
     shapes, options = ((7, 5), (3,), ()), {"lr": 0.05, "betas": betas, "weight_decay": weight_decay, "eps": eps}
     ours, theirs = parameters(shapes), parameters(shapes)
-    optimizer = AdamW([{"names": list(ours), "params": list(ours.values()), **options}], ALONE)
+    optimizer = AdamW([{"params": ours.items(), **options}], ALONE)
     other = torch.optim.AdamW(theirs.values(), **options, foreach=False, fused=False)
     for number in range(1, 21):
         step([optimizer], ours, number)
@@ -68,12 +68,6 @@ def test_adamw_equals_the_one_of_torch(betas, weight_decay, eps):
 
 
 # ---- orthogonalisation ----
-
-
-def polar_factor(matrix):
-    """The nearest matrix whose singular values are all 1."""
-    u, _, vt = np.linalg.svd(matrix, full_matrices=False)
-    return u @ vt
 
 
 def polar_express(matrix):
@@ -92,27 +86,16 @@ def test_the_polynomials_bring_every_singular_value_near_one():
     assert max(ends) < 1.15
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (6, 16), (12, 40), (1, 5)])
-def test_orthogonalize_keeps_singular_vectors_and_sets_values_near_one(shape):
-    stack = draw(3, *shape) * torch.tensor([1e-4, 1.0, 1e4])[:, None, None]  # the size plays no part
-    for matrix, result in zip(stack, orthogonalize(stack, torch.float32), strict=True):
-        exact = matrix.double().numpy()
-        torch.testing.assert_close(result, torch.from_numpy(polar_express(exact)).float(), rtol=0, atol=2e-5)
-        values = np.linalg.svd(result.double().numpy(), compute_uv=False)
-        assert 0.85 < values.min() <= values.max() < 1.15
-        assert np.abs(result.numpy() - polar_factor(exact)).max() < 0.15
-
-
-@pytest.mark.parametrize("shape", [(8, 8), (6, 16), (12, 40), (1, 5)])
-def test_orthogonalize_in_bfloat16_stays_in_the_band(shape):
-    stack = draw(3, *shape)
-    result = orthogonalize(stack, torch.bfloat16)
-    assert result.dtype == torch.float32
-    for matrix, low in zip(stack, result.double().numpy(), strict=True):
-        values = np.linalg.svd(low, compute_uv=False)
-        assert 0.8 < values.min() <= values.max() < 1.2
-        exact = polar_factor(matrix.double().numpy())
-        assert (low * exact).sum() > 0.97 * np.linalg.norm(low) * np.linalg.norm(exact)
+@pytest.mark.parametrize(("dtype", "band"), [(torch.float32, 0.15), (torch.bfloat16, 0.2)])
+def test_orthogonalize_keeps_singular_vectors_and_sets_values_near_one(dtype, band):
+    for shape in ((8, 8), (6, 16), (12, 40), (1, 5)):
+        stack = draw(3, *shape) * torch.tensor([1e-4, 1.0, 1e4])[:, None, None]  # the size plays no part
+        for matrix, result in zip(stack.double().numpy(), orthogonalize(stack, dtype).double().numpy(), strict=True):
+            values = np.linalg.svd(result, compute_uv=False)
+            assert 1 - band < values.min() <= values.max() < 1 + band
+            u, _, vt = np.linalg.svd(matrix, full_matrices=False)
+            exact = u @ vt
+            assert (result * exact).sum() > 0.97 * np.linalg.norm(result) * np.linalg.norm(exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -151,26 +134,12 @@ def muon_steps(named, seeds, lr, momentum, weight_decay):
 def test_muon_equals_its_definition(weight_decay):
     named = parameters()
     expected = muon_steps(named, range(1, 6), 0.1, 0.9, weight_decay)
-    optimizer = Muon(named, 0.1, ALONE, momentum=0.9, weight_decay=weight_decay)
+    optimizer = Muon(named, 0.1, 0.0, torch.float32, ALONE)
+    optim.set_schedule([optimizer], 1.0, 0.9, weight_decay)
     for seed in range(1, 6):
         step([optimizer], named, seed)
     for name, parameter in named.items():
         torch.testing.assert_close(parameter.detach(), torch.from_numpy(expected[name]).float(), rtol=0, atol=1e-4)
-
-
-def test_muon_equals_the_one_of_torch_with_its_coefficients_and_precision(monkeypatch):
-    monkeypatch.setattr(optim, "POLAR_EXPRESS", ((3.4445, -4.7750, 2.0315),) * 5)
-    monkeypatch.setattr(optim, "POLAR_SAFETY", 1.0)
-    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)  # torch's knows no other precision
-    monkeypatch.setattr(optim, "normuon_normalize", lambda update, row_sq: update)  # nor this
-    ours, theirs = parameters(), parameters()
-    optimizer = Muon(ours, 0.1, ALONE, momentum=0.9)
-    other = torch.optim.Muon(theirs.values(), lr=0.1, momentum=0.9, weight_decay=0.0, nesterov=True)
-    for seed in range(1, 11):
-        step([optimizer], ours, seed)
-        step([other], theirs, seed)
-        for name in ours:
-            torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-4)
 
 
 # ---- RowwiseAdam ----
@@ -191,7 +160,7 @@ def sparse_gradient(seed):
 def test_row_adam_equals_its_definition_on_dense_gradients():
     """And leaves rows without a gradient alone to the bit."""
     table = torch.nn.Parameter(draw(ROWS, COLUMNS, seed=5))
-    optimizer = RowwiseAdam([{"names": ["table"], "params": [table], "lr": 0.3, "beta2": 0.9}], ALONE)
+    optimizer = RowwiseAdam([{"params": [("table", table)], "lr": 0.3, "beta2": 0.9}], ALONE, eps=1e-10)
     expected, second, updates = table.detach().double().clone(), [0.0] * ROWS, [0] * ROWS
     for number in range(1, 41):
         before = table.detach().clone()
@@ -207,12 +176,12 @@ def test_row_adam_equals_its_definition_on_dense_gradients():
     torch.testing.assert_close(table.detach(), expected.float(), rtol=1e-5, atol=1e-5)
 
 
-class Ranks:
+class TwoRanks:
     """Two ranks, the other of which has `there` where this one asks with `here`."""
 
     world_size = 2
 
-    def __init__(self, pairs):
+    def __init__(self, *pairs):
         self.pairs = pairs
 
     def all_gather_rows(self, tensor):
@@ -226,8 +195,8 @@ def test_collected_gradients_are_dense_share_memory_and_average_the_sparse_ones_
     matrix.grad = draw(3, 3, seed=2)
     other, other_dense = sparse_gradient(2)
     here, there = table.grad.coalesce(), other.coalesce()  # each row once
-    pairs = [(here.indices()[0], there.indices()[0]), (here.values() / 2, there.values() / 2)]
-    rows, whole = optim.collect_gradients([table, matrix], Ranks(pairs))
+    ranks = TwoRanks((here.indices()[0], there.indices()[0]), (here.values() / 2, there.values() / 2))
+    rows, whole = optim.collect_gradients([table, matrix], ranks)
     assert whole is matrix.grad
     torch.testing.assert_close(table.grad.to_dense(), (dense + other_dense) / 2)
     assert rows.size(0) == len(torch.unique(table.grad._indices()))  # every row once, so that norms are right
@@ -237,8 +206,6 @@ def test_collected_gradients_are_dense_share_memory_and_average_the_sparse_ones_
 
 # ---- shares of ranks ----
 
-WORLDS = (1, 2, 3, 4, 5, 7, 8)
-
 
 def test_costs_are_assigned_largest_first_to_the_rank_with_the_least():
     assert optim.partition_by_cost([1, 5, 4, 1, 3], 2) == [0, 0, 1, 0, 1]
@@ -246,34 +213,28 @@ def test_costs_are_assigned_largest_first_to_the_rank_with_the_least():
     assert optim.partition_by_cost([], 3) == []
 
 
-@pytest.mark.parametrize("world_size", WORLDS)
-def test_shards_differ_by_one_element_at_most(world_size):
-    sizes = [1, 40, 7, 7, 1, 1, 100]
-    ranges = optim.shard_ranges(sizes, world_size)
-    line = [rank for tensor in ranges for rank, (begin, end) in enumerate(tensor) for _ in range(end - begin)]
-    assert line == sorted(line)
-    counts = [line.count(rank) for rank in range(world_size)]
-    assert sum(counts) == sum(sizes)
-    assert max(counts) - min(counts) <= 1
-    for size, tensor in zip(sizes, ranges, strict=True):
-        owned = [element for begin, end in tensor for element in range(begin, end)]
-        assert owned == list(range(size))
+events = []
+
+
+class Place(DistContext):
+    """One rank of several, to whom nobody sends anything."""
+
+    def broadcast_owned(self, owned):
+        assert len(owned) == self.world_size
+        events.append(sum(len(tensor) for part in owned for tensor in part))
+        return lambda: events.append("wait")
+
+
+def place_among(world_size, rank):
+    return Place(rank, rank, world_size, torch.device("cpu"), torch.float32, "test")
 
 
 def test_what_is_updated_travels_while_the_rest_is_worked_on(monkeypatch):
-    """All is sent as soon as it is done, what takes no time first and the largest stack before the others, and nobody
-    waits before all is.
-    """
-    events = []
-
-    class Recorder(DistContext):
-        def broadcast_owned(self, owned):
-            events.append(sum(len(tensor) for part in owned for tensor in part))
-            return lambda: events.append("wait")
-
+    """What takes no time is sent first, then the largest stack, and nobody waits before all is sent."""
     monkeypatch.setattr(Muon, "update", lambda self, parameters, group: events.append(f"Muon {len(group['params'])}"))
+    events.clear()
     model = small_model()
-    optimizers = build(model, Recorder(0, 0, 2, torch.device("cpu"), torch.float32, "test"))
+    optimizers = build(model, place_among(2, 0))
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     model.bigram_embedding.weight.grad = torch.ones(11, 16).to_sparse(1)
@@ -284,19 +245,7 @@ def test_what_is_updated_travels_while_the_rest_is_worked_on(monkeypatch):
     assert sum(sent) == sum(parameter.numel() for parameter in model.parameters()) - 11 * 16
 
 
-class Lonely(DistContext):
-    """One rank of several, to whom nobody sends anything."""
-
-    def broadcast_owned(self, owned):
-        assert len(owned) == self.world_size
-        return lambda: None
-
-
-def place_among(world_size, rank):
-    return Lonely(rank, rank, world_size, torch.device("cpu"), torch.float32, "test")
-
-
-@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_every_rank_updates_what_it_owns_as_one_process_would_and_nothing_else(world_size):
     (alone, _), untouched = trained(3), small_model()
     moved = {name: 0 for name, _ in alone.named_parameters()}
@@ -306,33 +255,17 @@ def test_every_rank_updates_what_it_owns_as_one_process_would_and_nothing_else(w
         assert abs(owned - sum(parameter.numel() for parameter in optimizers[1].shard_ranges) / world_size) <= 1
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                for name, parameter in zip(group["names"], group["params"], strict=True):
+                for name, parameter in zip(group["param_names"], group["params"], strict=True):
                     begin, end = optimizer.own_range(parameter)
                     here = torch.zeros(parameter.numel(), dtype=torch.bool)
                     here[begin:end] = True
                     moved[name] += here.int()
-                    expected = torch.where(
-                        here.view_as(parameter), alone.get_parameter(name), untouched.get_parameter(name)
-                    )
+                    theirs, old = alone.get_parameter(name), untouched.get_parameter(name)
+                    expected = torch.where(here.view_as(parameter), theirs, old)
                     torch.testing.assert_close(parameter, expected, rtol=0, atol=1e-5)
                     assert (parameter in optimizer.state) == (end > begin)
     for name, times in moved.items():
         assert (times == (world_size if name.startswith("bigram") else 1)).all(), name
-
-
-def test_the_communication_bytes_of_a_small_model_are_those_counted_by_hand():
-    model = small_model()
-    dense = sum(parameter.numel() for parameter in model.parameters()) - 11 * 16
-    matrices, matrix_rows = 3 * 12 * 16 * 16, 3 * (4 * 16 + 64 + 16)
-    state = 4 * (matrices + matrix_rows) + 8 * (dense - matrices) + 8 * 11
-    alone = optim.communication_bytes(build(model), ALONE, 5)
-    assert alone == {"gradients": 0, "rows": 0, "parameters": 0, "state": state}
-    place = place_among(4, 1)
-    found = optim.communication_bytes(build(model, place), place, 5)
-    assert found["gradients"] == 4 * dense * 2 * 3 // 4  # around the ring twice, a quarter of them at a time
-    assert found["parameters"] == 4 * dense * 3 // 4  # everything but one's own
-    assert found["rows"] == 3 * (5 * (8 + 4 * 16) + 2 * 8)
-    assert found["state"] == pytest.approx((state - 8 * 11) / 4 + 8 * 11, rel=0.1)
 
 
 # ---- groups, schedule, state ----
@@ -343,11 +276,10 @@ def test_build_puts_every_parameter_in_one_group_with_the_rate_of_its_role():
     optimizers = build(model)
     named = dict(model.named_parameters())
     held = {}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for name, parameter in zip(group["names"], group["params"], strict=True):
-                assert parameter is named.pop(name)
-                held[name] = (type(optimizer), group["lr"], group.get("betas"), group.get("weight_decay"))
+    for optimizer, group in ((each, group) for each in optimizers for group in each.param_groups):
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            assert parameter is named.pop(name)
+            held[name] = (type(optimizer), group["lr"], group.get("betas"), group.get("weight_decay"))
     assert not named
     expected = {
         "embedding.weight": (AdamW, 0.3, (0.8, 0.99), 0.0),
@@ -373,11 +305,8 @@ def test_set_schedule_scales_every_rate_from_its_own_base():
     for rate in (0.5, 0.25):  # the second does not build on the first
         optim.set_schedule(optimizers, rate, momentum=0.87, weight_decay=0.03)
         assert [group["lr"] for group in groups] == [rate * lr for lr in base]
-    for group in optimizers[0].param_groups:
-        assert (group["momentum"], group["weight_decay"]) == (0.87, 0.03)
-    for group in optimizers[1].param_groups:
-        assert group["weight_decay"] == 0.0
-        assert "momentum" not in group
+    assert {(group["momentum"], group["weight_decay"]) for group in optimizers[0].param_groups} == {(0.87, 0.03)}
+    assert {group["weight_decay"] for group in optimizers[1].param_groups} == {0.0}
 
 
 def trained(steps, dist=ALONE):
@@ -387,19 +316,6 @@ def trained(steps, dist=ALONE):
     for seed in range(1, steps + 1):
         step(optimizers, dict(model.named_parameters()), seed)
     return model, optimizers
-
-
-def test_restored_state_makes_the_next_steps_bit_equal():
-    straight, _ = trained(5)
-    model, optimizers = trained(3)
-    fresh, fresh_optimizers = trained(0)
-    fresh.load_state_dict(model.state_dict())
-    optim.load_state_tensors(fresh_optimizers, optim.state_tensors(optimizers, ALONE))
-    fresh_optimizers[1].updates = optimizers[1].updates
-    for seed in (4, 5):
-        step(fresh_optimizers, dict(fresh.named_parameters()), seed)
-    for name, tensor in straight.state_dict().items():
-        assert torch.equal(tensor, fresh.state_dict()[name]), name
 
 
 def test_state_is_named_whole_and_in_float32():
@@ -423,33 +339,6 @@ def test_wrong_state_is_refused_with_the_name_of_the_tensor():
     name = "blocks.0.up_proj.weight/momentum"
     missing = {key: tensor for key, tensor in good.items() if key != name}
     misshapen = {**good, name: torch.zeros(2, 2)}
-    for bad in (missing, {**missing, "other/momentum": good[name]}, {**good, "other/momentum": good[name]}, misshapen):
+    for bad in (missing, {**good, "other/momentum": good[name]}, misshapen):
         with pytest.raises(ValueError, match=r"blocks\.0\.up_proj|other/momentum"):
             optim.load_state_tensors(optimizers, bad)
-
-
-# ---- accumulation ----
-
-
-def gradients(model, inputs, targets, micro_steps):
-    """As the training loop accumulates them: the mean over equal micro-steps."""
-    model.zero_grad()
-    for part, wanted in zip(inputs.chunk(micro_steps), targets.chunk(micro_steps), strict=True):
-        (model(part, wanted) / micro_steps).backward()
-    return {name: parameter.grad.to_dense().clone() for name, parameter in model.named_parameters()}
-
-
-@pytest.mark.parametrize("micro_steps", [2, 8])
-def test_accumulated_gradients_and_the_next_muon_step_equal_those_of_the_whole_batch(micro_steps):
-    tokens = torch.randint(23, (8, 9), generator=torch.Generator().manual_seed(0))
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    models = [small_model(), small_model()]
-    whole = gradients(models[0], inputs, targets, 1)
-    parts = gradients(models[1], inputs, targets, micro_steps)
-    for name, gradient in whole.items():
-        torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().amax().item())
-        assert gradient.any(), name
-    for model in models:  # AdamW's first step is a sign, which rounding may turn
-        build(model, weight_decay=0.0)[0].step()
-    for (name, one), two in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(one, two, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
