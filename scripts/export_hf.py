@@ -31,7 +31,6 @@ LICENCE = Path(__file__).parent.parent / "LICENSE"
 def main() -> None:
     if not OUT:
         raise UserError("where to? give a folder, as in --out=exported")
-    checkpoint.check_choice(BEST, STEP)
     out = Path(OUT).expanduser().absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={OUT} exists and is not an empty folder: choose another, or remove it")
