@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -171,12 +172,12 @@ class Restored:
     changed: set[str] = field(default_factory=set)  # settings that are other than in the checkpoint
 
     def check(
-        self, data: "TrainData", settings: dict, defaults: dict, identity: Sequence[str], trajectory: Sequence[str]
+        self, data: "TrainData", cfg: SimpleNamespace, defaults: dict, identity: Sequence[str], trajectory: Sequence[str]
     ) -> None:
         """Find `changed`. Raises DataError if tokenizer or data differ, and UserError if settings do that may not.
 
-        settings: {name: value}. defaults: of those that are newer than the checkpoint. identity: names of those that
-        cannot change within a run; trajectory: of those that can if ALLOW_CHANGE names them. All others may change.
+        defaults: {name: value} of settings that are newer than the checkpoint. identity: names of those that cannot
+        change within a run; trajectory: of those that can if ALLOW_CHANGE names them. All others may change.
         """
         if self.state["tokenizer_sha256"] != data.tokenizer.sha256():
             what = "give the copy in its folder with --tokenizer-dir"
@@ -186,9 +187,9 @@ class Restored:
         if self.state["data"] != data.fingerprint:
             what = "give their folder with --data-dir"
             raise DataError(f"the data are not those this run was trained with: {what}, or start anew with --run-name")
-        was = {**defaults, **self.state["settings"]}
+        was, settings = {**defaults, **self.state["settings"]}, vars(cfg)
         self.changed = {name for name in settings if was[name] != settings[name]}
-        may = {name.strip().replace("-", "_").upper() for name in settings["ALLOW_CHANGE"].split(",")}
+        may = {name.strip().replace("-", "_").upper() for name in cfg.ALLOW_CHANGE.split(",")}
         lines = []
         for name in (*identity, *trajectory):
             if name in self.changed and (name in identity or name not in may):

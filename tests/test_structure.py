@@ -159,7 +159,7 @@ def test_every_setting_is_used(name):
     users = [TREES[name]]
     used = set()
     if name == "scripts.base_train":
-        users.append(TREES["nanotrain.run_plan"])
+        users += [TREES["nanotrain.run_plan"], TREES["nanotrain.checkpoint"]]
         used |= {field.upper() for field in Recipe.__dataclass_fields__}
     for node in (node for tree in users for node in ast.walk(tree)):
         if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Load):
