@@ -13,7 +13,7 @@ the rest is JSON.
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -172,7 +172,7 @@ class Restored:
     changed: set[str] = field(default_factory=set)  # settings that are other than in the checkpoint
 
     def check(
-        self, data: "TrainData", cfg: SimpleNamespace, defaults: dict, identity: Sequence[str], trajectory: Sequence[str]
+        self, data: "TrainData", cfg: SimpleNamespace, defaults: dict, identity: tuple, trajectory: tuple
     ) -> None:
         """Find `changed`. Raises DataError if tokenizer or data differ, and UserError if settings do that may not.
 
@@ -180,13 +180,11 @@ class Restored:
         change within a run; trajectory: of those that can if ALLOW_CHANGE names them. All others may change.
         """
         if self.state["tokenizer_sha256"] != data.tokenizer.sha256():
-            what = "give the copy in its folder with --tokenizer-dir"
             raise DataError(
-                f"the tokenizer is not the one this run was trained with: {what}, or start anew with --run-name"
+                "the tokenizer is not the one this run was trained with: give its folder with --tokenizer-dir"
             )
         if self.state["data"] != data.fingerprint:
-            what = "give their folder with --data-dir"
-            raise DataError(f"the data are not those this run was trained with: {what}, or start anew with --run-name")
+            raise DataError("the data are not those this run was trained with: give their folder with --data-dir")
         was, settings = {**defaults, **self.state["settings"]}, vars(cfg)
         self.changed = {name for name in settings if was[name] != settings[name]}
         may = {name.strip().replace("-", "_").upper() for name in cfg.ALLOW_CHANGE.split(",")}
@@ -205,8 +203,7 @@ class Restored:
         names = ("packages", "cuda", "device_name", "threads", "world_size", "dtype", "deterministic")
         different = [f"{n} was {was.get(n)}, is {environment[n]}" for n in names if was.get(n) != environment[n]]
         if different:
-            what = "the same sequences, but not to the same bits"
-            dist.print0(f"warning    the run goes on with {what}: {'; '.join(different)}")
+            dist.print0(f"warning    the same sequences, but not to the same bits: {'; '.join(different)}")
 
     def load_tensors(self, model: GPT, optimizers: Iterable[optim.ShardedOptimizer]) -> None:
         """Load weights and optimizer state, and let go of the tensors: a run must not hold two copies of them."""
