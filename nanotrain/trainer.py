@@ -128,8 +128,8 @@ class TrainStep:
         if saved:
             for optimizer in optimizers:
                 optimizer.updates = saved["updates"]
-            if saved["scaler"] and self.scaler.is_enabled():
-                self.scaler.load_state_dict(saved["scaler"])
+            if saved["scaler"]:
+                self.scaler.load_state_dict(saved["scaler"])  # does nothing unless enabled
 
     def state(self) -> dict:
         """What a resume needs beside weights and optimizer tensors, JSON-like."""
@@ -169,8 +169,7 @@ class TrainStep:
         else:
             found["skipped"] = self._why_skipped(loss)
             found["scale_overflow"] = self.scaler.is_enabled() and self.scaler.get_scale() > 1
-        if self.scaler.is_enabled():
-            self.scaler.update()
+        self.scaler.update()  # does nothing unless enabled
         for parameter in self.parameters:
             if self.dist.world_size == 1 or parameter.grad.is_sparse:
                 parameter.grad = None
