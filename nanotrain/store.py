@@ -13,6 +13,7 @@ Every operation on files goes through a Disk, so that a test can end the process
 each of them. Nothing here knows what the files mean, or of torch.
 """
 
+import collections
 import contextlib
 import hashlib
 import json
@@ -216,12 +217,15 @@ class Store:
         folder = self.folder / self._places().get(step, f"step_{step:08d}")
         try:
             for name, entry in self._manifest(folder, step)["files"].items():
-                data = self.disk.read(folder / name, entry["bytes"])  # no longer than it should be
-                if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-                    raise CheckpointError(f"{folder}: {name} does not match its hash")
-                yield name, data
+                yield name, self._verified_file(folder / name, entry)  # no variable: one file is in memory at a time
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{folder}: {type(error).__name__}: {error}") from None
+
+    def _verified_file(self, path: Path, entry: dict) -> bytes:
+        data = self.disk.read(path, entry["bytes"])
+        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+            raise CheckpointError(f"{path.parent}: {path.name} does not match its hash")
+        return data
 
     def _manifest(self, folder: Path, step: int) -> dict:
         manifest = json.loads(self.disk.read(folder / MANIFEST, SMALL_FILE))
@@ -241,8 +245,7 @@ class Store:
         """Whether a set verifies; it is read once."""
         with contextlib.suppress(CheckpointError):
             if step not in self._verified:
-                for _ in self._verified_files(step):
-                    pass
+                collections.deque(self._verified_files(step), maxlen=0)  # reads all and keeps nothing
                 self._verified.add(step)
         return step in self._verified
 
