@@ -62,9 +62,7 @@ def main(**settings):
 
 @pytest.fixture(scope="module", autouse=True)
 def _global_state():
-    """Puts back what a run changes in its process. One thread, because the matrices are tiny and the cores shared. The
-    machine's speed is given, because to measure it takes longer than a run.
-    """
+    """Puts back what a run changes in its process. The machine's speed is given: to measure it takes longer than a run."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
@@ -181,9 +179,7 @@ def equal(first, second):
 
 
 def same_run(first, second, but_for=()):
-    """Whether two runs ended in the same weights, the same optimizer state, the same place, with the same record; the
-    settings `but_for` may differ.
-    """
+    """Whether two runs ended in the same weights, optimizer state and place, with the same record, settings aside."""
     ours, theirs = saved(first), saved(second)
     for name in but_for:
         del ours[2]["settings"][name], theirs[2]["settings"][name]
@@ -457,20 +453,14 @@ def test_memory_that_runs_out_before_the_first_pass_is_a_sentence(train):
 # ---- compilation ----
 
 
-def test_asking_for_a_compiler_that_does_not_work_is_a_sentence(train, monkeypatch):
-    monkeypatch.setattr(GPT, "compile_parts", lambda model: setattr(model, "loss_kernel", None))
+def test_a_compiler_that_does_not_work_is_a_sentence_where_asked_for_and_unused_in_a_run_too_short(train, monkeypatch):
+    asked = []
+    monkeypatch.setattr(GPT, "compile_parts", lambda model: asked.append(model) or setattr(model, "loss_kernel", None))
+    train("short", COMPILE="auto", TARGET_MINUTES=0.01, NUM_ITERATIONS=0)
+    assert asked == []
     with pytest.raises(UserError, match="--compile=on: it does not work here"):
         train(COMPILE="on")
-
-
-@pytest.mark.parametrize(
-    ("mode", "minutes", "compiles"), [("auto", 0.0, True), ("auto", 0.01, False), ("on", 0.01, True)]
-)
-def test_a_run_too_short_to_repay_the_compiler_goes_without(train, monkeypatch, mode, minutes, compiles):
-    asked = []
-    monkeypatch.setattr(GPT, "compile_parts", lambda model: asked.append(model))
-    train(COMPILE=mode, TARGET_MINUTES=minutes, NUM_ITERATIONS=0 if minutes else 1)
-    assert len(asked) == compiles
+    assert asked
 
 
 # ---- stopping and resuming ----
@@ -503,21 +493,13 @@ def test_p1_what_a_stop_left_out_comes_first_at_the_resume(train, at_step, tasks
     assert "samples" in json.loads(first)
 
 
-@pytest.mark.parametrize(
-    ("first", "step", "changed"),
-    [
-        ({}, 15, {"TOTAL_BATCH_SIZE": 64}),
-        ({}, 10, {"TOTAL_BATCH_SIZE": 256, "TARGET_FLOPS": 4e8}),
-        ({"BATCH_RAMP": True, "TOTAL_BATCH_SIZE": 256}, 7, {"BATCH_RAMP": False}),
-    ],
-    ids=["smaller", "longer", "off"],
-)
-def test_a_change_at_a_resume_keeps_the_tokens_of_the_horizon(train, at_step, first, step, changed):
-    settings = {"NUM_ITERATIONS": 0, "TARGET_FLOPS": 2e8, "EVAL_EVERY": 0, "SAVE_EVERY": 0, "RESUME": True, **first}
-    at_step(step, terminate)
+@pytest.mark.parametrize("changed", [{"TOTAL_BATCH_SIZE": 64, "TARGET_FLOPS": 4e8}, {"BATCH_RAMP": False}], ids=str)
+def test_a_change_at_a_resume_keeps_the_tokens_of_the_horizon(train, at_step, changed):
+    settings = {"NUM_ITERATIONS": 0, "TARGET_FLOPS": 2e8, "BATCH_RAMP": "BATCH_RAMP" in changed, "SAVE_EVERY": 0}
+    at_step(7, terminate)
     train(**settings)
     at_step()
-    run = train(**{**settings, **changed, "ALLOW_CHANGE": "total_batch_size,target_flops,batch_ramp"})
+    run = train(**{**settings, **changed}, RESUME=True, ALLOW_CHANGE="total_batch_size,target_flops,batch_ramp")
     plan = json.loads((run / "config.json").read_text())["plan"]
     trained = saved(run)[2]["loader"]["next_sequence"] * 16
     assert trained == pytest.approx(plan["tokens"], abs=plan["total_batch_size"] / 2 + 1)
@@ -628,8 +610,13 @@ def test_what_changes_the_training_must_be_allowed_by_name(train, stopped):
     assert [row["step"] for row in rows(stopped)] == [1, 2, 3, 4]
 
 
-def test_what_changes_nothing_about_the_training_is_free(train, whole, stopped):
+def test_what_changes_nothing_about_the_training_is_free_and_another_machine_is_said(
+    train, whole, stopped, monkeypatch, capsys
+):
+    environment = hardware.environment
+    monkeypatch.setattr(hardware, "environment", lambda *place: {**environment(*place), "threads": 99})
     train("stopped", RESUME=True, EVAL_EVERY=5, EVAL_TOKENS=32, SAVE_EVERY=1, KEEP_LAST=4, SAMPLE_EVERY=6)
+    assert re.search(r"warning .*threads was 1, is 99", capsys.readouterr().out)
     assert equal(saved(stopped)[0], saved(whole)[0])
     assert equal(saved(stopped)[1], saved(whole)[1])
 
@@ -660,14 +647,6 @@ def test_another_tokenizer_or_other_data_are_refused_on_resume(train, base_dir, 
     BPETokenizer.train(make_texts(60, seed=9), tokenizer.vocab_size).save(base_dir / "tokenizer")
     with pytest.raises(DataError, match="--tokenizer-dir"):
         train("stopped", RESUME=True)
-
-
-def test_a_machine_that_differs_from_that_of_the_checkpoint_is_said_in_one_line(train, stopped, monkeypatch, capsys):
-    environment = hardware.environment
-    monkeypatch.setattr(hardware, "environment", lambda *place: {**environment(*place), "threads": 99})
-    train("stopped", RESUME=True)
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    assert "threads was 1, is 99" in line
 
 
 # ---- non-finite numbers ----
@@ -746,17 +725,6 @@ def test_an_evaluation_that_is_not_finite_is_recorded_as_nothing_and_never_the_b
 # ---- what goes wrong ----
 
 
-def test_data_that_are_missing_end_with_6(train, base_dir, tmp_path):
-    for settings, message in (
-        ({"DATA_DIR": str(tmp_path / "nowhere")}, r"no data folder .*python -m nanotrain\.dataset"),
-        ({"DATA_DIR": ""}, r"no data set in .*python -m nanotrain\.dataset"),
-        ({"TOKENIZER_DIR": str(base_dir)}, r"no tokenizer at .*python -m scripts\.tok_train"),
-    ):
-        with pytest.raises(DataError, match=message) as caught:
-            train(**settings)
-        assert caught.value.exit_code == 6
-
-
 def test_a_shard_that_vanishes_costs_no_step(train, tmp_path, at_step):
     """The last finished step is saved, and the run goes on from there once the shard is back."""
     folder = make_shards(tmp_path / "folder")
@@ -808,20 +776,18 @@ def test_a_full_disk_ends_a_run_only_at_its_last_save_or_at_the_third_in_a_row(t
     assert checkpoint.newest(run.parent / "third")[0] == 6
 
 
-def test_the_best_checkpoint_is_one_that_was_saved(train, measured, disk_full_at):
-    disk_full_at(4)
-    measured([3.0, 2.0, 1.0, 2.5, 2.25])
-    run = train(SAVE_EVERY=1, NUM_ITERATIONS=8, EVAL_EVERY=2, KEEP_LAST=1)
-    assert checkpoint.steps(run) == [8, 2]
-    assert checkpoint.load_model(run, best=True)[2]["step"] == 2
-
-
-def test_old_checkpoints_that_cannot_be_removed_are_no_failed_saves(train, monkeypatch):
+def test_the_best_checkpoint_is_one_that_was_saved_and_the_older_ones_may_fail_to_go(
+    train, measured, disk_full_at, monkeypatch
+):
     def failing(*arguments):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(store.Store, "clean", failing)
-    assert checkpoint.steps(train(SAVE_EVERY=1, EVAL_EVERY=0)) == [6, 5, 4, 3, 2, 1]
+    disk_full_at(4)
+    measured([3.0, 2.0, 1.0, 2.5, 2.25])
+    monkeypatch.setattr(store.Store, "clean", failing)  # no reason to fail a save
+    run = train(SAVE_EVERY=2, NUM_ITERATIONS=8, EVAL_EVERY=2, KEEP_LAST=1)
+    assert checkpoint.steps(run) == [8, 6, 2]
+    assert checkpoint.load_model(run, best=True)[2]["step"] == 2
 
 
 def test_the_older_of_two_jobs_on_one_run_stops_before_it_overwrites(train, at_step, base_dir):
@@ -856,12 +822,9 @@ def test_p7_a_rank_that_hangs_is_ended_with_what_it_was_doing(train, at_step, mo
 
 def test_a_new_run_can_begin_with_the_weights_of_another(train, whole):
     run = train("second", INIT_FROM=str(whole), SEED=7, MATRIX_LR=0.01)
-    first = column(run, "val/bpb")[0]
-    assert first == pytest.approx(column(whole, "val/bpb")[-1], rel=1e-6)
+    assert column(run, "val/bpb")[0] == pytest.approx(column(whole, "val/bpb")[-1], rel=1e-6)
     assert [row["step"] for row in rows(run)] == [1, 2, 3, 4, 5, 6]
-    assert column(run, "data_hash") != column(whole, "data_hash")
-    state = saved(run)[2]
-    assert (state["updates"], state["settings"]["INIT_FROM"]) == (6, str(whole))
+    assert saved(run)[2]["updates"] == 6
 
 
 def test_what_another_run_must_have_to_begin_with_its_weights(train, whole, base_dir):
