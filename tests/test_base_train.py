@@ -62,7 +62,7 @@ def main(**settings):
 
 @pytest.fixture(scope="module", autouse=True)
 def _global_state():
-    """Puts back what a run changes in its process. The machine's speed is given: to measure it takes longer than a run."""
+    """Puts back what a run changes in its process. The speed is given: to measure it takes longer than a run."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
