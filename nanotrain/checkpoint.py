@@ -13,9 +13,10 @@ the rest is JSON.
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -38,36 +39,22 @@ if TYPE_CHECKING:
 
 FAILED_SAVES_LIMIT = 3  # consecutive ones that end a run
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optim-00000-of-00001.safetensors", "state.json"
-NEEDED = (  # in state.json, for a resume
-    "step", "train_state", "loader", "updates", "scaler", "model_config", "recipe", "total_batch_size",
-    "tokenizer_sha256", "data", "environment", "settings",
-)  # fmt: skip
 T = TypeVar("T")
-OTHER_BYTES = 1 << 20  # more than all of a checkpoint that is not the elements of tensors
+Tensors = dict[str, Tensor]  # by name
 
 
 def save(
-    run_dir: Path,
-    step: int,
-    model_tensors: Mapping[str, Tensor],
-    optimizer_tensors: Mapping[str, Tensor],
-    state: dict,
-    owner: str | None = None,
+    run_dir: Path, step: int, model_tensors: Tensors, optimizer_tensors: Tensors, state: dict, owner: str | None = None
 ) -> Path:
-    """Write the checkpoint of `step`: tensors by name (float32 weights, whole optimizer state) and `state`, a
-    JSON-like dict. Returns its folder.
-
-    It is there as a whole or not at all, whatever happens, and one serialized file is in memory at a time. A full disk
-    raises OSError and leaves nothing behind; so does SupersededError, if the run is no longer that of `owner` (an id
-    from `Store.claim`; None does not ask).
+    """Write the checkpoint of `step`: float32 weights, whole optimizer state, and `state`, a JSON-like dict. Returns
+    its folder. It is there as a whole or not at all: see `Store.commit`.
     """
     files = {
         MODEL: lambda: tensor_bytes(_plain(model_tensors)),
         OPTIMIZER: lambda: tensor_bytes(_plain(optimizer_tensors)),
         STATE: lambda: json.dumps(state, indent=1, allow_nan=False).encode(),
     }
-    size = sum(tensor.nbytes for tensors in (model_tensors, optimizer_tensors) for tensor in tensors.values())
-    return _store(run_dir).commit(step, files, size + OTHER_BYTES, owner)
+    return _store(run_dir).commit(step, files, owner)
 
 
 def steps(run_dir: Path) -> list[int]:
@@ -76,35 +63,27 @@ def steps(run_dir: Path) -> list[int]:
 
 
 def read(run_dir: Path, step: int) -> dict[str, bytes]:
-    """{file name: bytes} of the checkpoint of `step`, every byte verified. Raises CheckpointError that says what is
-    wrong.
-    """
+    """{file name: bytes} of the checkpoint of `step`, every byte verified: see `Store.read`."""
     return _store(run_dir).read(step)
 
 
 def newest(run_dir: Path) -> tuple[int | None, dict[str, bytes] | None, list[str]]:
-    """(step, files, complaints): the newest checkpoint that verifies, and why newer ones were rejected; (None, None,
-    []) if there is none.
-
-    Raises CheckpointError if there are checkpoints and none of them verifies.
-    """
+    """(step, files, complaints) of the newest checkpoint that verifies: see `Store.newest`."""
     return _store(run_dir).newest()
 
 
-def unpack(files: dict[str, bytes]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
-    """(model tensors, optimizer tensors, state) of the verified files of a checkpoint.
-
-    Raises CheckpointError if another program wrote them and they are not what they should be.
+def unpack(files: dict[str, bytes]) -> tuple[Tensors, Tensors, dict]:
+    """(model tensors, optimizer tensors, state) of the verified files of a checkpoint. Raises CheckpointError if they
+    are not what they should be.
     """
-    return _tensors(files[MODEL]), _tensors(files[OPTIMIZER]), _state(files)
-
-
-def check_choice(best: bool, step: int) -> None:
-    """Raise UserError if --best and --step contradict each other, or the step is negative."""
-    if step < 0:
-        raise UserError(f"--step={step}: at least 0")
-    if best and step:
-        raise UserError(f"--best and --step={step}: two checkpoints; give one of them")
+    try:
+        model_tensors, optimizer_tensors = load_tensors(files[MODEL]), load_tensors(files[OPTIMIZER])
+        state = json.loads(files[STATE])
+        if not isinstance(state, dict):
+            raise TypeError(f"{STATE} is no JSON object")
+    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, AssertionError) as error:
+        raise CheckpointError(f"a verified file of another program cannot be read: {error}") from None
+    return model_tensors, optimizer_tensors, state
 
 
 def find_run(name: str = "") -> Path:
@@ -129,16 +108,23 @@ def load_model(
     bits per byte, or of the one after `step` steps: float32 weights on `device`, in evaluation mode.
 
     meta is the checkpoint's state: step, settings, model_config, val_bpb and so on. Raises CheckpointError (none can
-    be used) or DataError (the tokenizer is missing or not that of the run).
+    be used), DataError (the tokenizer is missing or not that of the run) or UserError (both `best` and `step`).
     """
     run_dir = Path(run_dir)
-    files = _chosen(run_dir, step) if step else _newest_or_best(run_dir, best)
-    tensors, _, meta = unpack(files)
-    if not {"model_config", "tokenizer_sha256"} <= meta.keys():
-        raise CheckpointError(f"a checkpoint of {run_dir} lacks what a model needs: model_config or tokenizer_sha256")
-    model_config, tokenizer_sha256 = parsed(GPTConfig, meta["model_config"]), meta["tokenizer_sha256"]
+    if best and step:
+        raise UserError(f"--best and --step={step}: two checkpoints; give one of them")
+    if step and step not in steps(run_dir):
+        there = ", ".join(map(str, steps(run_dir))) or "none"
+        raise CheckpointError(f"--step={step}: no such checkpoint in {run_dir / 'checkpoints'}; there: {there}")
+    tensors, _, meta = unpack(read(run_dir, step)) if step else _newest(run_dir)
+    if best:
+        best_step = (meta.get("train_state") or {}).get("best_step", -1)
+        if best_step < 0:
+            raise CheckpointError(f"no checkpoint of {run_dir} is known as its best: it was never evaluated")
+        tensors, _, meta = unpack(read(run_dir, best_step))
+    model_config = parsed(GPTConfig, meta.get("model_config"))
     tokenizer = BPETokenizer.load(run_dir)
-    if tokenizer.sha256() != tokenizer_sha256:
+    if tokenizer.sha256() != meta.get("tokenizer_sha256"):
         raise DataError(f"{run_dir / 'tokenizer.json'} is not the tokenizer this run was trained with")
     model = build_model(model_config, torch.device(device))
     load_weights(model, tensors)
@@ -152,25 +138,17 @@ def build_model(model_config: GPTConfig, device: str | torch.device) -> GPT:
     return model.to_empty(device=device)
 
 
-def load_weights(model: GPT, tensors: Mapping[str, Tensor]) -> None:
-    """Fill a model from {name: tensor}. Raises CheckpointError that lists what is missing, extra, misshapen or of
-    another dtype.
-    """
-    own = model.state_dict()
-    wrong = sorted(own.keys() ^ tensors.keys())
-    for name in sorted(own.keys() & tensors.keys()):
-        if (own[name].shape, own[name].dtype) != (tensors[name].shape, tensors[name].dtype):
-            wrong.append(name)
-    if wrong:
-        raise CheckpointError(f"the checkpoint's weights are not those of this model: {', '.join(wrong[:5])}")
+def load_weights(model: GPT, tensors: Tensors) -> None:
+    """Fill a model. Raises CheckpointError that lists what is missing, extra or misshapen."""
     model.init_buffers()
-    model.load_state_dict(tensors)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"the checkpoint's weights are not those of this model: {error}") from None
 
 
 def parsed(kind: type[T], saved: object) -> T:
-    """The dataclass `kind` of the fields that a checkpoint holds. Raises CheckpointError if they are not of its types,
-    not finite, or refused by it.
-    """
+    """The dataclass `kind` of the fields that a checkpoint holds. Raises CheckpointError if they are not valid."""
     types = {found.name: found.type for found in fields(kind)}
     try:
         for name, value in saved.items():
@@ -184,58 +162,38 @@ def parsed(kind: type[T], saved: object) -> T:
         raise CheckpointError(f"a checkpoint holds no valid {kind.__name__}: {error}") from None
 
 
-def checked(state: dict, step: int) -> dict:
-    """`state` itself if it has all that a resume needs and is that of `step`; raises CheckpointError if not."""
-    lacking = [name for name in NEEDED if name not in state]
-    if lacking or state["step"] != step:
-        raise CheckpointError(f"the state of step {step} is not one to go on from: {', '.join(lacking) or 'its step'}")
-    return state
-
-
 @dataclass
 class Restored:
     """A checkpoint that a run goes on from."""
 
     state: dict
-    model_tensors: dict[str, Tensor]
-    optimizer_tensors: dict[str, Tensor]
+    model_tensors: Tensors
+    optimizer_tensors: Tensors
     changed: set[str] = field(default_factory=set)  # settings that are other than in the checkpoint
 
     def check(
-        self,
-        data: "TrainData",
-        settings: dict,
-        defaults: dict,
-        identity: Sequence[str],
-        trajectory: Sequence[str],
-        allowed: str,
+        self, data: "TrainData", cfg: SimpleNamespace, defaults: dict, identity: tuple, trajectory: tuple
     ) -> None:
-        """Find `changed`. Raises an error with a readable difference if tokenizer or data differ, or settings that may
-        not.
+        """Find `changed`. Raises DataError if tokenizer or data differ, and UserError if settings do that may not.
 
-        settings: {name: value}. defaults: of those that are newer than the checkpoint. identity: names of those that
-        cannot change within a run; trajectory: of those that can if `allowed`, names separated by commas, has them. All
-        others may change.
+        defaults: {name: value} of settings that are newer than the checkpoint. identity: names of those that cannot
+        change within a run; trajectory: of those that can if ALLOW_CHANGE names them. All others may change.
         """
-        was = {**defaults, **self.state["settings"]}
         if self.state["tokenizer_sha256"] != data.tokenizer.sha256():
             raise DataError(
-                "the tokenizer is not the one this run was trained with: give --tokenizer-dir (the run's folder has "
-                "a copy), or start another run with --run-name"
+                "the tokenizer is not the one this run was trained with: give its folder with --tokenizer-dir"
             )
         if self.state["data"] != data.fingerprint:
-            raise DataError(
-                "the data are not those this run was trained with: give their folder with --data-dir, or start another "
-                "run with --run-name"
-            )
+            raise DataError("the data are not those this run was trained with: give their folder with --data-dir")
+        was, settings = {**defaults, **self.state["settings"]}, vars(cfg)
         self.changed = {name for name in settings if was[name] != settings[name]}
-        may = {name.strip().replace("-", "_").upper() for name in allowed.split(",")}
+        may = {name.strip().replace("-", "_").upper() for name in cfg.ALLOW_CHANGE.split(",")}
         lines = []
         for name in (*identity, *trajectory):
             if name in self.changed and (name in identity or name not in may):
-                what = f"{config.flag_of(name)} was {was[name]}, is {settings[name]}"
                 allow = f"allow it with --allow-change={name.lower()}"
-                lines.append(f"{what}: {'it cannot change within a run' if name in identity else allow}")
+                rule = "it cannot change within a run" if name in identity else allow
+                lines.append(f"{config.flag_of(name)} was {was[name]}, is {settings[name]}: {rule}")
         if lines:
             raise UserError("this run was started with other settings:\n  " + "\n  ".join(lines))
 
@@ -245,8 +203,7 @@ class Restored:
         names = ("packages", "cuda", "device_name", "threads", "world_size", "dtype", "deterministic")
         different = [f"{n} was {was.get(n)}, is {environment[n]}" for n in names if was.get(n) != environment[n]]
         if different:
-            what = "the same sequences, but not to the same bits"
-            dist.print0(f"warning    the run goes on with {what}: {'; '.join(different)}")
+            dist.print0(f"warning    the same sequences, but not to the same bits: {'; '.join(different)}")
 
     def load_tensors(self, model: GPT, optimizers: Iterable[optim.ShardedOptimizer]) -> None:
         """Load weights and optimizer state, and let go of the tensors: a run must not hold two copies of them."""
@@ -284,10 +241,8 @@ class CheckpointManager:
                 step, files_of_rank0["files"], complaints = self.store.newest()
                 return step, complaints
             if there := self.store.steps():
-                raise UserError(
-                    f"run {self.run_dir.name!r} is already at step {there[0]}: go on with --resume, or choose another "
-                    "--run-name"
-                )
+                begun = f"run {self.run_dir.name!r} is already at step {there[0]}"
+                raise UserError(f"{begun}: go on with --resume, or choose another --run-name")
             return None, []
 
         step, complaints = self.dist.on_rank0(find)
@@ -300,7 +255,7 @@ class CheckpointManager:
         )
         self.dist.print0(f"resume     {self.run_dir.name} at step {step}")
         self.resumed_step = step
-        return Restored(checked(state, step), model_tensors, optimizer_tensors)
+        return Restored(state, model_tensors, optimizer_tensors)
 
     def claim(self, tokenizer: BPETokenizer) -> None:
         """Make this process the one that writes to the run's folder, and put the tokenizer there."""
@@ -335,30 +290,29 @@ class CheckpointManager:
                 f"step {state.step}: the weights are not finite and were not saved; the last checkpoint is intact. "
                 f"{guard.lower_rates(self.record['recipe']['matrix_lr'])}"
             )
-        seconds = state.seconds + hardware.seconds_since_start()
         state.wandb_id = self.metrics.wandb_id or state.wandb_id  # which a sweep chooses itself
         found = {
             "step": state.step,
             "val_bpb": state.val_bpb if state.evaluated_step == state.step else None,
-            "train_state": {**asdict(state), "seconds": seconds},
+            "train_state": {**asdict(state), "seconds": state.seconds + hardware.seconds_since_start()},
             "loader": batches.state(self.dist),
             **train_step.state(),
             **self.record,
         }
         hardware.give_back_freed_memory()  # a file is put together in memory
         weights, moments = train_step.model.state_dict(), optim.state_tensors(train_step.optimizers, self.dist)
-        failure, is_there = self.dist.on_rank0(lambda: self._write(state, weights, moments, found))
-        self.failures = self.failures + 1 if failure else 0
-        if failure and (is_final or self.failures == FAILED_SAVES_LIMIT):
+        failure = self.dist.on_rank0(lambda: self._write(state, weights, moments, found))
+        if not failure:
+            self.failures, self.saved = 0, (state.step, state.evals_step)
+            self.saved_best = state.best_bpb, state.best_step
+            self.metrics.event(f"step {state.step}: checkpoint saved")
+            return
+        self.failures += 1
+        state.best_bpb, state.best_step = self.saved_best  # one that can be loaded
+        if is_final or self.failures == FAILED_SAVES_LIMIT:
             which = "the last checkpoint" if is_final else f"{self.failures} checkpoints in a row"
             raise CheckpointError(f"{which} could not be written: {failure}: {self.run_dir}. Older ones are intact")
-        if is_there:
-            self.saved_best = state.best_bpb, state.best_step
-        state.best_bpb, state.best_step = self.saved_best  # one that can be loaded
-        if not failure:
-            self.saved = state.step, state.evals_step
-        outcome = f"could not be written ({failure}); training goes on" if failure else "saved"
-        self.metrics.event(f"step {state.step}: {'the ' if failure else ''}checkpoint {outcome}")
+        self.metrics.event(f"step {state.step}: the checkpoint could not be written ({failure}); training goes on")
 
     def save_then_raise(self, state: "TrainState", train_step: "TrainStep", batches: "Prefetcher") -> None:
         """Save the finished steps after an error of the data, then raise it on all ranks."""
@@ -367,101 +321,49 @@ class CheckpointManager:
         self.dist.on_all_ranks(batches.raise_error)
 
     def _write(self, state, weights, moments, found):
-        """(why it could not be written, as on a full disk, or None; whether a checkpoint of this step is there)."""
+        """Why it could not be written, as on a full disk; empty if it was."""
         try:
             save(self.run_dir, state.step, weights, moments, found, self.owner)
         except OSError as error:
-            return error.strerror or str(error), state.step in self.store.steps()
+            return error.strerror or str(error)
         with contextlib.suppress(OSError):  # it is saved; what could not be removed is removed at the next save
             self.store.clean(self.keep_last, self.keep_every, state.best_step, self.resumed_step, self.owner)
-        return None, True
+        return ""
 
 
 def load_first_weights(
     dist: DistContext, source: str, model_config: GPTConfig, tokenizer: BPETokenizer
-) -> tuple[dict[str, Tensor], GPTConfig]:
-    """({name: tensor}, configuration) of the newest checkpoint of the run `source`, for a new run to begin with: of the
-    same shape as `model_config`, with the constants of `source`. Raises CheckpointError, DataError or UserError if
-    there is none, or if it has another tokenizer or another shape.
+) -> tuple[Tensors, GPTConfig]:
+    """(weights, configuration) of the newest checkpoint of the run `source`, for a new run to begin with: of the same
+    shape as `model_config`, with the constants of `source`. Raises CheckpointError (there is none), DataError (another
+    tokenizer) or UserError (another shape).
     """
     run_dir = dist.on_rank0(lambda: find_run(source))
 
     def load():
-        step, files, _ = newest(run_dir)
-        if step is None:
-            raise CheckpointError(f"--init-from={source}: no checkpoint in {run_dir}")
-        tensors, _, state = unpack(files)
-        if state["tokenizer_sha256"] != tokenizer.sha256():
+        tensors, _, state = _newest(run_dir)
+        if state.get("tokenizer_sha256") != tokenizer.sha256():
             raise DataError(f"--init-from={source} has another tokenizer: give its own, --tokenizer-dir={run_dir}")
-        own, found = model_config.to_dict(), parsed(GPTConfig, state["model_config"])
+        own, found = model_config.to_dict(), parsed(GPTConfig, state.get("model_config"))
         other = {name: value for name, value in found.to_dict().items() if name not in CONSTANTS and own[name] != value}
         if other:
             shape = ", ".join(f"{name} {value}" for name, value in other.items())
             raise UserError(f"--init-from={source} has another shape: {shape}; use the settings it was trained with")
-        dist.print0(f"weights    of {source} at step {step}")
+        dist.print0(f"weights    of {source} at step {state['step']}")
         return tensors, found
 
     return dist.on_all_ranks(load)
 
 
-def _chosen(run_dir, step):
-    there = steps(run_dir)
-    if step not in there:
-        listed = ", ".join(map(str, there)) or "none"
-        raise CheckpointError(f"--step={step}: no such checkpoint in {run_dir / 'checkpoints'}; there: {listed}")
-    return read(run_dir, step)
-
-
-def _newest_or_best(run_dir, best):
+def _newest(run_dir):
     step, files, _ = newest(run_dir)
     if step is None:
-        raise CheckpointError(
-            f"no checkpoint in {run_dir / 'checkpoints'}: train one with python -m scripts.base_train"
-        )
-    return _best(run_dir, step, files) if best else files
-
-
-def _best(run_dir, step, files):
-    """The files of the checkpoint with the best validation bits per byte, which the newest one (`files` of `step`)
-    knows.
-    """
-    try:
-        best_step = _state(files)["train_state"]["best_step"]
-    except (KeyError, TypeError):
-        best_step = None
-    if type(best_step) is not int or best_step < 0:
-        raise CheckpointError(f"no checkpoint of {run_dir} is known as its best: it was never evaluated")
-    if best_step == step:
-        return files
-    try:
-        return read(run_dir, best_step)
-    except CheckpointError as error:
-        raise CheckpointError(f"the best checkpoint, of step {best_step}, cannot be used: {error}") from None
+        raise CheckpointError(f"no checkpoint in {run_dir}: train one with python -m scripts.base_train")
+    return unpack(files)
 
 
 def _store(run_dir):
     return Store(run_dir, (MODEL, OPTIMIZER, STATE))
-
-
-def _tensors(data):
-    try:
-        return load_tensors(data)
-    except (SafetensorError, ValueError, KeyError, RuntimeError, AssertionError) as error:
-        raise _foreign(error) from None
-
-
-def _state(files):
-    try:
-        state = json.loads(files[STATE])
-    except (ValueError, RecursionError) as error:
-        raise _foreign(error) from None
-    if not isinstance(state, dict):
-        raise _foreign(f"{STATE} is no JSON object")
-    return state
-
-
-def _foreign(problem):
-    return CheckpointError(f"a verified file cannot be read ({problem}): was it written by another program?")
 
 
 def _plain(tensors):

@@ -51,7 +51,7 @@ class TrainState:
         return progress_at_step(step, self.num_steps, self.corrected_step, self.corrected_progress)
 
     def set_horizon(self, horizon: Horizon, plan: Plan, tokens: int, batch_ramp: bool) -> None:
-        """Begin with a horizon, or change to it after `tokens`: what is left of its plan is what is left to do."""
+        """Begin with a horizon, or change to it after `tokens`: what is left of its plan is left to do."""
         progress = horizon.progress_after(self.step, self.seconds, tokens, plan, batch_ramp)
         steps_left = round((1 - progress) * plan.num_steps)
         self.correct(self.step + (max(steps_left, 1) if horizon.is_timed else steps_left), progress)
@@ -62,9 +62,7 @@ class TrainState:
         self.num_steps, self.corrected_step, self.corrected_progress = num_steps, self.step, progress
 
     def advance(self, result: "StepResult") -> float:
-        """Count a finished step. Returns by how many standard deviations its loss is above the recent ones, NaN if its
-        update was skipped.
-        """
+        """Count a finished step. Returns how many deviations its loss is above the recent ones, NaN if skipped."""
         self.step += 1
         if not result.skipped:
             deviations = guard.deviations(self.recent_losses, result.loss)
@@ -130,8 +128,8 @@ class TrainStep:
         if saved:
             for optimizer in optimizers:
                 optimizer.updates = saved["updates"]
-            if saved["scaler"] and self.scaler.is_enabled():
-                self.scaler.load_state_dict(saved["scaler"])
+            if saved["scaler"]:
+                self.scaler.load_state_dict(saved["scaler"])  # does nothing unless enabled
 
     def state(self) -> dict:
         """What a resume needs beside weights and optimizer tensors, JSON-like."""
@@ -171,9 +169,12 @@ class TrainStep:
         else:
             found["skipped"] = self._why_skipped(loss)
             found["scale_overflow"] = self.scaler.is_enabled() and self.scaler.get_scale() > 1
-        if self.scaler.is_enabled():
-            self.scaler.update()
-        self._clear_gradients()
+        self.scaler.update()  # does nothing unless enabled
+        for parameter in self.parameters:
+            if self.dist.world_size == 1 or parameter.grad.is_sparse:
+                parameter.grad = None
+            else:
+                parameter.grad.zero_()  # a view of DDP's bucket, which must stay
         # A GPU still works on the update, which counts in the next step: waiting for it would leave the GPU idle.
         return StepResult(
             **found,
@@ -205,10 +206,3 @@ class TrainStep:
         named = self.model.named_parameters()
         bad = next((name for name, p in named if p.grad is not None and not p.grad.sum().isfinite()), "none")
         return f"loss {', '.join(map(str, losses))} on the ranks, first parameter with a bad gradient: {bad}"
-
-    def _clear_gradients(self):
-        for parameter in self.parameters:
-            if self.dist.world_size == 1 or parameter.grad.is_sparse:
-                parameter.grad = None
-            else:
-                parameter.grad.zero_()  # a view of DDP's bucket, which must stay

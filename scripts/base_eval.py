@@ -40,7 +40,6 @@ REPORT = True  # write the run's report anew
 
 def main() -> None:
     config.check_numbers(config.snapshot(__name__), at_least_one=("DEVICE_BATCH_SIZE",))
-    checkpoint.check_choice(BEST, STEP)
     dist = init_distributed(DEVICE, DTYPE)
     run_dir = dist.on_rank0(lambda: checkpoint.find_run(RUN_NAME))
     model, tokenizer, meta = dist.on_all_ranks(lambda: checkpoint.load_model(run_dir, dist.device, BEST, STEP))

@@ -153,7 +153,7 @@ def train(cfg: SimpleNamespace, dist: DistContext, stop: guard.StopRequest, watc
     checkpoints = CheckpointManager(run_dir, dist, cfg.SAVE_EVERY, cfg.KEEP_LAST, cfg.KEEP_EVERY)
     restored = checkpoints.restore(cfg.RESUME)  # None for a new run
     if restored:
-        restored.check(data, vars(cfg), config.defaults(__file__), IDENTITY, TRAJECTORY, cfg.ALLOW_CHANGE)
+        restored.check(data, cfg, config.defaults(__file__), IDENTITY, TRAJECTORY)
     run = RunPlan(cfg, data, dist, restored)
     state = run.state
     sequences = validation_sequences(cfg, data, run.model_config.max_seq_len, dist)

@@ -30,7 +30,6 @@ LICENCE = Path(__file__).parent.parent / "LICENSE"
 def main() -> None:
     if not OUT:
         raise UserError("where to? give a folder, as in --out=exported")
-    checkpoint.check_choice(BEST, STEP)
     out = Path(OUT).expanduser().absolute()
     try:
         import transformers  # noqa: F401

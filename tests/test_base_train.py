@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import itertools
 import json
 import math
 import re
@@ -11,12 +10,9 @@ import signal
 import struct
 import sys
 import time
-import weakref
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -39,7 +35,6 @@ from nanotrain import (
     loss,
     loss_eval,
     recipe,
-    report,
     store,
     time_budget,
     trainer,
@@ -47,7 +42,7 @@ from nanotrain import (
 )
 from nanotrain.dist import DistContext
 from nanotrain.errors import CheckpointError, DataError, MemoryLimitError, NonFiniteError, SupersededError, UserError
-from nanotrain.gpt import GPT, Block, GPTConfig
+from nanotrain.gpt import GPT
 from nanotrain.run_plan import RunPlan
 from nanotrain.tokenizer import BPETokenizer
 from scripts import base_train
@@ -67,9 +62,7 @@ def main(**settings):
 
 @pytest.fixture(scope="module", autouse=True)
 def _global_state():
-    """Puts back what a run changes in its process. One thread, because the matrices are tiny and the cores shared. The
-    machine's speed is given, because to measure it takes longer than a run.
-    """
+    """Puts back what a run changes in its process. The speed is given: to measure it takes longer than a run."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
@@ -132,7 +125,7 @@ def measured(monkeypatch):
 
 @pytest.fixture
 def disk_full_at(monkeypatch):
-    """disk_full_at(2, 4): the disk is full when these steps are saved; later calls add to them."""
+    """disk_full_at(2, 4): the disk is full when these steps are saved."""
     save, full = checkpoint.save, set()
 
     def saving(run_dir, step, *arguments):
@@ -141,7 +134,7 @@ def disk_full_at(monkeypatch):
         return save(run_dir, step, *arguments)
 
     monkeypatch.setattr(checkpoint, "save", saving)
-    return lambda *steps: full.update(steps)
+    return lambda *steps: (full.clear(), full.update(steps))
 
 
 def terminate():
@@ -174,6 +167,7 @@ def saved(run_dir, step=None):
         del state["train_state"][name]
     for name in ("RUN_NAME", "TOKENIZER_DIR", "RESUME", "SAVE_EVERY"):
         del state["settings"][name]
+    del state["environment"]["commit"]
     return weights, moments, state
 
 
@@ -186,9 +180,7 @@ def equal(first, second):
 
 
 def same_run(first, second, but_for=()):
-    """Whether two runs ended in the same weights, the same optimizer state, the same place, with the same record; the
-    settings `but_for` may differ.
-    """
+    """Whether two runs ended in the same weights, optimizer state and place, with the same record, settings aside."""
     ours, theirs = saved(first), saved(second)
     for name in but_for:
         del ours[2]["settings"][name], theirs[2]["settings"][name]
@@ -200,21 +192,13 @@ def same_run(first, second, but_for=()):
 
 
 def test_a_run_starts_as_the_bigram_model_of_its_first_tokens_where_the_vocabulary_is_small(train, monkeypatch):
-    shapes, init = [], bigram_init.bigram_init
-    monkeypatch.setattr(bigram_init, "bigram_init", lambda data, *rest: shapes.append(data.shape) or init(data, *rest))
-    few, many = (column(train(f"t{n}", NUM_ITERATIONS=7, SPECTRAL_TOKENS=n), "val/bpb")[0] for n in (64, 5000))
-    assert shapes == [(64 // 16, 16 + 1), (5 * 7 * 128 // 16, 16 + 1)]  # of at most the tokens of five such runs
-    at_random = column(train("random", NUM_ITERATIONS=1, SPECTRAL_TOKENS=0), "val/bpb")[0]
+    few, many, at_random = (
+        column(train(f"t{n}", NUM_ITERATIONS=7, SPECTRAL_TOKENS=n), "val/bpb")[0] for n in (64, 5000, 0)
+    )
     assert many < few < at_random
     assert many < 0.6 * at_random
     monkeypatch.setattr(bigram_init, "LARGEST_VOCABULARY", 319)
     assert column(train("large", NUM_ITERATIONS=1), "val/bpb")[0] == at_random
-
-
-def test_the_loss_falls(train):
-    losses = column(train(NUM_ITERATIONS=30, SPECTRAL_TOKENS=0), "train/loss")
-    assert losses[0] == pytest.approx(math.log(320), abs=0.05)  # weights know nothing: all tokens are equally likely
-    assert sum(losses[-5:]) / 5 < 0.6 * losses[0]
 
 
 def test_every_step_has_a_row_and_the_evaluations_have_theirs(train):
@@ -240,26 +224,22 @@ def tasks(data_dir, tmp_path):
 
 def test_tasks_and_samples_are_those_of_the_weights_and_change_nothing_else(train, tasks, whole, capsys):
     run = train("scored", **tasks, SAMPLE_EVERY=4)
-    printed = re.split(r"\n\d\d:\d\d:\d\d ", "\n" + capsys.readouterr().out)
     scored = rows(run, "core/core_metric")
     assert [row["step"] for row in scored] == [0, 4, 6]
     model, tokenizer, _ = checkpoint.load_model(run)
-    bundle = core_bundle.read(tasks["CORE_BUNDLE"], 6)
-    result = core_eval.evaluate(model, tokenizer, bundle, ALONE, 100)
+    result = core_eval.evaluate(model, tokenizer, core_bundle.read(tasks["CORE_BUNDLE"], 6), ALONE, 100)
     expected = {f"core/{label}": task["centered"] for label, task in result["tasks"].items()}
     assert scored[-1] == {"step": 6, "core/core_metric": result["core_metric"], **expected}
-    samples = [event.removeprefix("sample: ").rstrip("\n") for event in printed if event.startswith("sample: ")]
-    assert len(samples) == 2 * len(engine.PROMPTS)  # after steps 4 and 6
-    for prompt, sample in zip(engine.PROMPTS, samples[len(engine.PROMPTS) :], strict=True):
-        ids = list(engine.generate(model, [tokenizer.bos, *tokenizer.encode(prompt)], 48, stop=[tokenizer.bos]))
-        assert sample == (prompt + tokenizer.decode(ids)).rstrip("\n")
+    ids = engine.generate(model, [tokenizer.bos, *tokenizer.encode(engine.PROMPTS[0])], 48, stop=[tokenizer.bos])
+    assert f"sample: {engine.PROMPTS[0]}{tokenizer.decode(list(ids))}".rstrip("\n") in capsys.readouterr().out
     assert equal(saved(run)[0], saved(whole)[0])
     assert [row for row in timeless(run) if "core/core_metric" not in row] == timeless(whole)
 
 
 def test_the_same_command_gives_the_same_run_and_another_seed_does_not(train, whole):
-    other = train("other", SEED=1)
     assert same_run(train("again"), whole)
+    assert same_run(train("recomputed", GRAD_CHECKPOINT=True), whole, but_for=["GRAD_CHECKPOINT"])
+    other = train("other", SEED=1)
     assert not equal(saved(other)[0], saved(whole)[0])
     assert set(column(other, "data_hash")).isdisjoint(column(whole, "data_hash"))
 
@@ -273,10 +253,9 @@ def test_the_run_folder_is_whole_by_itself(whole, tokenizer):
 
 
 def test_checkpoints_are_saved_on_time_and_kept_by_rule(train, measured):
-    assert checkpoint.steps(train("a", EVAL_EVERY=0, SAVE_EVERY=0)) == [6]
-    assert checkpoint.steps(train("b", EVAL_EVERY=0, SAVE_EVERY=1, KEEP_LAST=2, KEEP_EVERY=2)) == [6, 5, 4, 2]
+    assert checkpoint.steps(train("a", EVAL_EVERY=0, SAVE_EVERY=1, KEEP_LAST=2, KEEP_EVERY=2)) == [6, 5, 4, 2]
     measured((1.0, 3.0, 2.0, 4.0))  # step 0 is never the best, because it is not saved
-    run = train("c", EVAL_EVERY=2, SAVE_EVERY=0, KEEP_LAST=1)
+    run = train("b", EVAL_EVERY=2, SAVE_EVERY=0, KEEP_LAST=1)
     assert checkpoint.steps(run) == [6, 4]
     assert checkpoint.load_model(run, best=True)[2]["step"] == 4
 
@@ -306,21 +285,6 @@ def test_target_minutes_ends_in_time_and_the_horizon_is_recorded(train, monkeypa
     assert state["train_state"]["horizon_fixed"] is True
 
 
-def test_a_run_with_time_for_one_step_is_not_at_its_end_for_all_that_follow(train, monkeypatch):
-    Clock(monkeypatch)
-    rates = column(train(NUM_ITERATIONS=0, TARGET_MINUTES=0.01), "train/lr")  # less than is kept for the last save
-    assert len(rates) == 2
-    assert rates[-1] > 5 * base_train.FINAL_LR_FRAC * base_train.MATRIX_LR
-
-
-def test_tasks_count_in_the_time_of_a_run(monkeypatch):
-    monkeypatch.setattr(hardware, "seconds_since_start", lambda: 10.0)
-    state = trainer.TrainState(0, horizon_fixed=False, step=5, seconds=9.0, evaluation_seconds=3.0, core_seconds=7.0)
-    left = 120 - 9 - 10 - 1 - 1.1 * (3 + 7)
-    budget = time_budget.TimeBudget(2.0, 10, 20, 0.0, 1.0, ALONE, None)
-    assert budget.steps_in_time(state, 0.5) == 5 + round(left / (0.5 + 3 / 10 + 7 / 20))
-
-
 def test_a_node_with_other_files_than_rank_0_is_named(data_dir, tokenizer, tmp_path):
     class Second(DistContext):
         def broadcast_object(self, value):
@@ -331,58 +295,44 @@ def test_a_node_with_other_files_than_rank_0_is_named(data_dir, tokenizer, tmp_p
     place = Second(1, 0, 1, torch.device("cpu"), torch.float32, "test")
     for _ in range(2):
         dataloader.check_nodes(place, tokenizer, shards)
-    with pytest.raises(DataError, match="rank 1 has not the tokenizer"):
-        dataloader.check_nodes(place, BPETokenizer.train(make_texts(50, seed=1), 320), shards)
     with pytest.raises(DataError, match="rank 1 has not the shards"):
         dataloader.check_nodes(place, tokenizer, dataset.open_shards(make_shards(tmp_path / "data", documents=39)))
 
 
-def test_float16_trains_through_the_gradient_scaler(train):
-    run = train(NUM_ITERATIONS=30, DTYPE="float16", SPECTRAL_TOKENS=0)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_loss_falls(train, dtype):
+    run = train(NUM_ITERATIONS=30, DTYPE=dtype, SPECTRAL_TOKENS=0)
     losses, (weights, _, state) = column(run, "train/loss"), saved(run)
-    assert losses[-1] < 0.6 * losses[0]
-    assert state["scaler"]["scale"] > 1
+    assert losses[0] == pytest.approx(math.log(320), abs=0.05)  # weights know nothing: all tokens are equally likely
+    assert sum(losses[-5:]) / 5 < 0.6 * losses[0]
+    assert (state["scaler"].get("scale", 0) > 1) == (dtype == "float16")
     assert state["train_state"]["skipped_steps"] < 10
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-
-
-def test_a_plain_run_trains_what_the_stock_class_of_transformers_has(train):
-    run = train("plain", PLAIN=True, NUM_ITERATIONS=10)
-    tensors, _, state = saved(run)
-    assert state["model_config"]["plain"]
-    assert not [name for name in tensors if "value" in name or "scale" in name or "bigram" in name]
-    losses = column(run, "train/loss")
-    assert losses[-1] < losses[0]
 
 
 # ---- the dial ----
 
 
 def test_without_a_depth_the_machine_and_the_minutes_choose_the_model(train, capsys, monkeypatch):
-    def model_line(name, flops_per_second, **settings):
-        monkeypatch.setattr(hardware, "training_flops_per_second", lambda *_: flops_per_second)
-        train(name, DEPTH=0, ASPECT_RATIO=0, HEAD_DIM=128, NUM_ITERATIONS=0, DRY_RUN=True, **settings)
-        return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("model"))
-
-    depth = recipe.choose_depth(9e14, 128)
-    assert depth > 3
-    assert "depth 2 (9.0e+10 FLOPs: 2 minutes at 1 GFLOP/s), width 256" in model_line("a", 1e9, TARGET_MINUTES=2.0)
-    assert f"depth {depth} (9.0e+14 FLOPs" in model_line("b", 1e13, TARGET_MINUTES=2.0)
-    assert "depth 12 (1.0e+18 FLOPs)" in model_line("c", 1e9, TARGET_FLOPS=1e18, TOTAL_BATCH_SIZE=0)
+    monkeypatch.setattr(hardware, "training_flops_per_second", lambda *_: 1e9)
+    settings = {"DEPTH": 0, "ASPECT_RATIO": 0, "HEAD_DIM": 128, "NUM_ITERATIONS": 0, "DRY_RUN": True}
+    train(TARGET_MINUTES=2.0, **settings)
+    assert "depth 2 (9.0e+10 FLOPs: 2 minutes at 1 GFLOP/s), width 256" in capsys.readouterr().out
+    train(TARGET_FLOPS=1e18, TOTAL_BATCH_SIZE=0, **settings)
+    assert "depth 12 (1.0e+18 FLOPs)" in capsys.readouterr().out
 
 
-def test_a_run_whose_shape_was_chosen_keeps_it_on_another_machine(train, monkeypatch):
+def test_a_run_whose_shape_was_chosen_keeps_it_on_another_machine(train, at_step, monkeypatch):
     settings = {"DEPTH": 0, "ASPECT_RATIO": 8, "HEAD_DIM": 8, "NUM_ITERATIONS": 0, "TARGET_FLOPS": 2e7}
-    settings.update(SAVE_EVERY=1, EVAL_EVERY=0, KEEP_LAST=99)
     monkeypatch.setattr(recipe, "choose_depth", lambda *_: 2)
-    run = train(**settings)
-    before = saved(run)
-    assert before[2]["model_config"]["num_layers"] == 2
-    shutil.rmtree(run / "checkpoints" / f"step_{checkpoint.steps(run)[0]:08d}")
+    undisturbed = train("undisturbed", **settings)
+    at_step(2, terminate)
+    train(**settings)
+    at_step()
     monkeypatch.setattr(recipe, "choose_depth", lambda *_: 5)
-    again = saved(train(RESUME=True, **settings))
-    assert again[2]["model_config"] == before[2]["model_config"]
-    assert equal(again[0], before[0])
+    resumed = train(RESUME=True, **settings)
+    assert saved(resumed)[2]["model_config"]["num_layers"] == 2
+    assert same_run(undisturbed, resumed)
 
 
 # ---- the data of a run ----
@@ -431,35 +381,23 @@ def test_the_number_of_micro_steps_changes_neither_rows_nor_losses(train):
         assert column(run, "train/grad_norm") == pytest.approx(column(runs[0], "train/grad_norm"), rel=1e-4)
 
 
-def test_a_growing_batch_takes_the_same_rows_in_order_with_smaller_steps_first(train, data_dir, tokenizer):
-    settings = {"BATCH_RAMP": True, "NUM_ITERATIONS": 20, "DEVICE_BATCH_SIZE": 2}  # four micro-steps of two rows
-    run = train(SAVE_EVERY=1, KEEP_LAST=99, **settings)
-    micro_steps = [1, 1, 2, 2] + [4] * 16
+def test_a_growing_batch_takes_the_same_rows_in_order_with_smaller_steps_first(train, data_dir, tokenizer, at_step):
+    settings = {"BATCH_RAMP": True, "NUM_ITERATIONS": 20, "DEVICE_BATCH_SIZE": 2, "SAVE_EVERY": 0}
+    micro_steps = [1, 1, 2, 2] + [4] * 16  # of two rows
     counts = [2 * sum(micro_steps[:step]) for step in range(21)]
-    whole = data_hashes(data_dir, tokenizer, counts[-1], 1)  # row by row
-    expected = [sum(int(one, 16) for one in whole[counts[step] : counts[step + 1]]) % 2**64 for step in range(20)]
-    assert [int(found, 16) for found in column(run, "data_hash")] == expected
+    single = data_hashes(data_dir, tokenizer, counts[-1], 1)  # row by row
+    expected = [sum(int(one, 16) for one in single[counts[step] : counts[step + 1]]) % 2**64 for step in range(20)]
+    undisturbed = train(**settings)
+    assert [int(found, 16) for found in column(undisturbed, "data_hash")] == expected
     full = column(train("full", NUM_ITERATIONS=20), "train/lr")
-    shares = [grown / rate for grown, rate in zip(column(run, "train/lr"), full, strict=True)]
+    shares = [grown / rate for grown, rate in zip(column(undisturbed, "train/lr"), full, strict=True)]
     assert shares == pytest.approx([math.sqrt(count / 4) for count in micro_steps])
-    undisturbed = saved(run)[0]
-    for step in range(3, 21):
-        shutil.rmtree(run / "checkpoints" / f"step_{step:08d}")
-    weights, _, state = saved(train(RESUME=True, SAVE_EVERY=0, **settings))
-    assert equal(weights, undisturbed)
-    assert state["loader"]["next_sequence"] == counts[-1]
-
-
-def test_the_report_is_written_after_the_last_save_of_a_finished_run(train, at_step, monkeypatch):
-    checkpoints = []
-    monkeypatch.setattr(report, "write", lambda run_dirs: checkpoints.append(checkpoint.steps(run_dirs[0])[0]))
-    at_step(2, terminate)
-    train(REPORT=True)
-    assert checkpoints == []
+    at_step(3, terminate)
+    train("stopped", **settings)
     at_step()
-    run = train(REPORT=True, RESUME=True)
-    assert checkpoints == [6]
-    assert json.loads((run / "config.json").read_text())["defaults"]["NUM_ITERATIONS"] == 0
+    stopped = train("stopped", RESUME=True, **settings)
+    assert same_run(undisturbed, stopped)
+    assert saved(stopped)[2]["loader"]["next_sequence"] == counts[-1]
 
 
 # ---- memory ----
@@ -473,81 +411,38 @@ def test_a_dry_run_prints_the_plan_and_leaves_no_trace(train, base_dir, capsys, 
     assert not (base_dir / "runs").exists()
 
 
-def forbid_rows(monkeypatch, most):
-    """Passes over more than `most` rows run out of memory, and the number of rows is found by trying."""
-    tried, forward = [], GPT.forward
+def test_a_device_batch_of_0_is_the_most_that_fits_where_it_is_tried(train, whole, monkeypatch, capsys):
+    tried, most, forward = [], [5], GPT.forward
 
     def limited(self, inputs, targets):
         tried.append(len(inputs))
-        if len(inputs) > most:
+        if len(inputs) > most[0]:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(self, inputs, targets)
 
     monkeypatch.setattr(GPT, "forward", limited)
-    monkeypatch.setattr(RunPlan, "tries_batch_sizes", property(lambda self: self.cfg.DEVICE_BATCH_SIZE == 0))
-    return tried
-
-
-def test_a_device_batch_of_0_is_the_most_that_fits_where_it_is_tried(train, whole, monkeypatch, capsys):
-    tried = forbid_rows(monkeypatch, 5)
+    monkeypatch.setattr(RunPlan, "tries_batch_sizes", True)
     run = train(DEVICE_BATCH_SIZE=0)
     assert tried[:3] == [8, 4, 4]
     assert set(tried[3:]) == {4}
     assert "fits       4 sequences\nbatch      128 tokens = 4 sequences of 16 x 2" in capsys.readouterr().out
     assert equal(saved(run)[0], saved(whole)[0])
     assert json.loads((run / "config.json").read_text())["plan"]["device_batch_size"] == 4
-    forbid_rows(monkeypatch, 0)
+    most[0] = 0
     with pytest.raises(MemoryLimitError, match="with a single sequence"):
         train("second", DEVICE_BATCH_SIZE=0)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_on_a_gpu_the_most_rows_fit_and_twice_as_many_do_not(monkeypatch):
-    device = torch.device("cuda", 0)
-    dist = DistContext(0, 0, 1, device, torch.bfloat16, "test")
-    model = checkpoint.build_model(GPTConfig(512, 256, 4, 2, 2, 64, 1000), device)
-    model.init_weights(0)
-    torch.cuda.set_per_process_memory_fraction(2**30 / hardware.memory_bytes(device))
-    try:
-        rows = warmup.largest_batch_that_fits(dist, model, 4096)
-        assert 1 < rows < 4096
-        assert torch.cuda.memory_allocated(device) < 2**26  # what did not fit has gone
-        assert warmup.largest_batch_that_fits(dist, model, 2 * rows) == rows
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-
-
-def test_checkpointed_activations_run_the_blocks_twice_and_give_the_same_bits(train, whole, monkeypatch):
-    runs, forward = [], Block.forward
-
-    def counted(self, *arguments):
-        runs.append(torch.is_grad_enabled())
-        return forward(self, *arguments)
-
-    monkeypatch.setattr(Block, "forward", counted)
-    train("kept")
-    kept = sum(runs)
-    assert same_run(train("checkpointed", GRAD_CHECKPOINT=True), whole, but_for=["GRAD_CHECKPOINT"])
-    assert sum(runs) == 3 * kept > 0
-
-
-@pytest.mark.parametrize(
-    ("place", "asked", "half"),
-    [("step", 4, 2), ("step", 99, 4), ("step", 0, 4), ("evaluation", 64, 32), ("evaluation", 0, 8)],
-)
-def test_memory_that_runs_out_names_half_of_the_rows_that_ran(train, at_step, monkeypatch, place, asked, half):
-    """A step has 8 rows and no more can run; an evaluation runs as many as were asked for, or 16."""
-
+def test_memory_that_runs_out_names_half_of_the_rows_that_ran(train, at_step, monkeypatch):
     def run_out(*arguments):
         raise MemoryError
 
-    if place == "step":
-        at_step(2, run_out)
-    else:
-        monkeypatch.setattr(loss_eval, "bits_per_byte", run_out)
-    with pytest.raises(MemoryLimitError, match=f"--device-batch-size={half} "):
-        train(DEVICE_BATCH_SIZE=asked)
+    at_step(2, run_out)
+    with pytest.raises(MemoryLimitError, match="--device-batch-size=4 "):
+        train(DEVICE_BATCH_SIZE=99)  # of which a step has 8
+    monkeypatch.setattr(loss_eval, "bits_per_byte", run_out)
+    with pytest.raises(MemoryLimitError, match="--device-batch-size=8 "):
+        train(DEVICE_BATCH_SIZE=0)  # 16 in an evaluation
 
 
 def test_memory_that_runs_out_before_the_first_pass_is_a_sentence(train):
@@ -556,42 +451,17 @@ def test_memory_that_runs_out_before_the_first_pass_is_a_sentence(train):
     assert caught.value.exit_code == 5
 
 
-@pytest.mark.parametrize("how", ["RESUME", "INIT_FROM"])
-def test_a_run_lets_go_of_the_checkpoint_that_it_began_with(train, at_step, monkeypatch, how):
-    at_step(2, terminate)
-    first = train("first", SAVE_EVERY=0)
-    references, alive, load_weights = [], [], checkpoint.load_weights
-
-    def noted(model, tensors):
-        references.extend(map(weakref.ref, tensors.values()))
-        load_weights(model, tensors)
-
-    monkeypatch.setattr(checkpoint, "load_weights", noted)
-    at_step(2, lambda: alive.extend(reference() is not None for reference in references))
-    train(**{"RESUME": {"name": "first", "RESUME": True}, "INIT_FROM": {"INIT_FROM": str(first)}}[how])
-    assert alive
-    assert not any(alive)
-
-
 # ---- compilation ----
 
 
-def test_asking_for_a_compiler_that_does_not_work_is_a_sentence(train, monkeypatch):
-    monkeypatch.setattr(GPT, "compile_parts", lambda model: setattr(model, "loss_kernel", None))
+def test_a_compiler_that_does_not_work_is_a_sentence_where_asked_for_and_unused_in_a_run_too_short(train, monkeypatch):
+    asked = []
+    monkeypatch.setattr(GPT, "compile_parts", lambda model: asked.append(model) or setattr(model, "loss_kernel", None))
+    train("short", COMPILE="auto", TARGET_MINUTES=0.01, NUM_ITERATIONS=0)
+    assert asked == []
     with pytest.raises(UserError, match="--compile=on: it does not work here"):
         train(COMPILE="on")
-
-
-@pytest.mark.parametrize(
-    ("mode", "minutes", "compiles"),
-    [("auto", 0.0, True), ("auto", 0.01, False), ("on", 0.01, True), ("off", 0.0, False)],
-)
-def test_a_run_too_short_to_repay_the_compiler_goes_without(train, monkeypatch, capsys, mode, minutes, compiles):
-    asked = []
-    monkeypatch.setattr(GPT, "compile_parts", lambda model: asked.append(model))
-    train(COMPILE=mode, TARGET_MINUTES=minutes, NUM_ITERATIONS=0 if minutes else 1)
-    assert len(asked) == compiles
-    assert ("compile    off" in capsys.readouterr().out) == (mode == "auto" and not compiles)
+    assert asked
 
 
 # ---- stopping and resuming ----
@@ -619,52 +489,21 @@ def test_p1_what_a_stop_left_out_comes_first_at_the_resume(train, at_step, tasks
     at_step()
     train("stopped", **due, RESUME=True)
     assert same_run(undisturbed, stopped)
-    for step in (0, 2, 4, 6):
-        first, second = ((run / "evaluation" / f"step_{step:08d}.json").read_text() for run in (undisturbed, stopped))
-        assert json.loads(first) == json.loads(second)
-        assert ("samples" in json.loads(first)) == (step > 0)
+    first, second = ((run / "evaluation" / "step_00000002.json").read_text() for run in (undisturbed, stopped))
+    assert json.loads(first) == json.loads(second)
+    assert "samples" in json.loads(first)
 
 
-def test_a_stop_whose_save_fails_is_no_success(train, at_step, disk_full_at, capsys):
-    disk_full_at(3)
-    at_step(3, terminate)
-    with pytest.raises(CheckpointError, match="the last checkpoint could not be written"):
-        train(SAVE_EVERY=0)
-    assert "stopped and saved" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("first", "stops"),
-    [
-        ({}, [(15, {"TOTAL_BATCH_SIZE": 64})]),
-        ({}, [(10, {"TOTAL_BATCH_SIZE": 256}), (3, {"TOTAL_BATCH_SIZE": 0}), (2, {"TOTAL_BATCH_SIZE": 64})]),
-        ({}, [(10, {"TOTAL_BATCH_SIZE": 256}), (3, {"TOTAL_BATCH_SIZE": 0, "TARGET_FLOPS": 4e8})]),
-        ({"BATCH_RAMP": True, "TOTAL_BATCH_SIZE": 256}, [(7, {"BATCH_RAMP": False})]),
-        ({"TOTAL_BATCH_SIZE": 256}, [(1, {"BATCH_RAMP": True})]),
-    ],
-    ids=["smaller", "twice", "longer", "off", "on"],
-)
-def test_a_change_at_a_resume_keeps_the_tokens_of_the_horizon_and_the_schedule(train, at_step, first, stops):
-    settings = {"NUM_ITERATIONS": 0, "TARGET_FLOPS": 2e8, "EVAL_EVERY": 0, "SAVE_EVERY": 0, **first}
-    settings.update(RESUME=True, ALLOW_CHANGE="total_batch_size,target_flops,batch_ramp")
-    for step, changed in stops:
-        at_step(step, terminate)
-        train(**settings)
-        settings.update(changed)
+@pytest.mark.parametrize("changed", [{"TOTAL_BATCH_SIZE": 64, "TARGET_FLOPS": 4e8}, {"BATCH_RAMP": False}], ids=str)
+def test_a_change_at_a_resume_keeps_the_tokens_of_the_horizon(train, at_step, changed):
+    settings = {"NUM_ITERATIONS": 0, "TARGET_FLOPS": 2e8, "BATCH_RAMP": "BATCH_RAMP" in changed, "SAVE_EVERY": 0}
+    at_step(7, terminate)
+    train(**settings)
     at_step()
-    run = train(**settings)
+    run = train(**{**settings, **changed}, RESUME=True, ALLOW_CHANGE="total_batch_size,target_flops,batch_ramp")
     plan = json.loads((run / "config.json").read_text())["plan"]
     trained = saved(run)[2]["loader"]["next_sequence"] * 16
     assert trained == pytest.approx(plan["tokens"], abs=plan["total_batch_size"] / 2 + 1)
-    if "BATCH_RAMP" in settings:  # whose smaller batches lower the rate, too
-        return
-    names = ("train/tok_per_sec", "train/seconds")
-    tokens = [rate * seconds for rate, seconds in zip(*map(partial(column, run), names), strict=True)]
-    places = [(end - now / 2) / plan["tokens"] for now, end in zip(tokens, itertools.accumulate(tokens), strict=True)]
-    shape = (base_train.WARMUP_RATIO, base_train.WARMDOWN_RATIO, base_train.FINAL_LR_FRAC)
-    resumed = slice(sum(step for step, _ in stops), None)
-    rates = [base_train.MATRIX_LR * recipe.wsd(place, *shape) for place in places[resumed]]
-    assert column(run, "train/lr")[resumed] == pytest.approx(rates, abs=0.06 * base_train.MATRIX_LR)
 
 
 def test_p1_a_run_that_was_killed_loses_only_the_steps_since_its_checkpoints(train, whole, at_step, base_dir):
@@ -707,28 +546,6 @@ def finished(whole, base_dir):
     return Path(shutil.copytree(whole, base_dir / "runs" / "finished"))
 
 
-@pytest.mark.parametrize("forgotten", ["momentum", "loader", "updates"])
-def test_p1_the_comparison_notices_a_resume_that_forgets_something(train, whole, stopped, monkeypatch, forgotten):
-    unpack = checkpoint.unpack
-
-    def forgetful(files):
-        weights, moments, state = unpack(files)
-        if forgotten == "momentum":
-            moments = {name: torch.zeros_like(tensor) for name, tensor in moments.items()}
-        elif forgotten == "loader":
-            streams = {stream: [int(stream), 0, 0] for stream in state["loader"]["streams"]}
-            state["loader"] = {"next_sequence": 0, "streams": streams}
-        else:
-            state["updates"] = 0
-        return weights, moments, state
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "unpack", forgetful)
-        train("stopped", RESUME=True)
-    assert not same_run(whole, stopped)
-    assert not equal(saved(whole)[0], saved(stopped)[0])
-
-
 def test_resuming_at_the_last_step_says_that_there_is_nothing_to_do(train, finished, capsys):
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     train("finished", RESUME=True)
@@ -741,81 +558,10 @@ def test_resuming_at_the_last_step_says_that_there_is_nothing_to_do(train, finis
     assert (finished / "report" / "report.html").exists()
 
 
-def test_a_longer_horizon_goes_on_from_the_last_step(train, whole, finished, capsys):
+def test_a_longer_horizon_goes_on_from_the_last_step(train, whole, finished):
     train("finished", RESUME=True, NUM_ITERATIONS=8, ALLOW_CHANGE="num_iterations", EVAL_EVERY=0)
     assert column(finished, "train/loss")[:6] == column(whole, "train/loss")
     assert [row["step"] for row in rows(finished)] == list(range(1, 9))
-    assert re.search(r"done in .*: loss \d\.\d{4} after 8 steps", capsys.readouterr().out)  # and not the earlier BPB
-
-
-def test_a_checkpoint_without_a_newer_setting_and_the_old_name_of_the_schedule_change_nothing(
-    train, stopped, whole, monkeypatch
-):
-    unpack = checkpoint.unpack
-
-    def older(files):
-        *tensors, state = unpack(files)
-        del state["settings"]["BATCH_RAMP"]
-        return *tensors, state
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "unpack", older)
-        patch.setattr(trainer.TrainState, "set_horizon", None)  # which only a changed horizon asks for
-        train("stopped", RESUME=True, SCHEDULE="trapezoid")
-    assert same_run(whole, stopped)
-
-
-def test_p7_an_evaluation_that_goes_on_is_no_hang(train, monkeypatch):
-    """Every batch of an evaluation, three here, is progress to the watchdog."""
-    bits_per_byte, beat, seen, beats = loss_eval.bits_per_byte, guard.Watchdog.beat, [], []
-
-    def watched(*arguments):
-        before = len(seen)
-        result = bits_per_byte(*arguments)
-        beats.append(len(seen) - before)
-        return result
-
-    monkeypatch.setattr(guard.Watchdog, "beat", lambda self, seconds: seen.append(seconds) or beat(self, seconds))
-    monkeypatch.setattr(loss_eval, "bits_per_byte", watched)
-    train(EVAL_EVERY=6, EVAL_TOKENS=16 * 8 * 3, DEVICE_BATCH_SIZE=8)
-    assert beats == [3, 3]
-
-
-def test_a_run_by_minutes_that_was_stopped_goes_on_by_steps_and_the_other_way_round(train, at_step, monkeypatch):
-    clock = Clock(monkeypatch)
-    allowed = {"EVAL_EVERY": 0, "RESUME": True, "ALLOW_CHANGE": "num_iterations,target_minutes"}
-    at_step(1, terminate)
-    run = train(NUM_ITERATIONS=0, TARGET_MINUTES=0.1, **allowed)
-    assert saved(run)[2]["train_state"]["horizon_fixed"] is False
-    at_step(5, terminate)
-    train(NUM_ITERATIONS=12, **allowed)
-    state = saved(run)[2]
-    assert (state["train_state"]["num_steps"], state["step"]) == (12, 6)
-    at_step()
-    spent = checkpoint.unpack(checkpoint.newest(run)[1])[2]["train_state"]["seconds"]
-    minutes = (spent + clock.now + 1.6) / 60  # of which a second is kept for the last save
-    train(NUM_ITERATIONS=0, TARGET_MINUTES=minutes, **allowed)
-    assert clock.now == pytest.approx(60 * minutes - spent - 1, abs=0.1)
-    assert saved(run)[2]["train_state"]["num_steps"] == len(rows(run)) > 12
-
-
-@pytest.mark.parametrize("changed", [{"TARGET_MINUTES": 0.1}, {"TOTAL_BATCH_SIZE": 64}])
-def test_a_change_in_a_run_by_minutes_leaves_the_schedule_where_its_time_stands(train, at_step, monkeypatch, changed):
-    clock = Clock(monkeypatch)
-    settings = {"NUM_ITERATIONS": 0, "TARGET_MINUTES": 0.06, "EVAL_EVERY": 0, "SAVE_EVERY": 0, "SCHEDULE": "linear"}
-    at_step(60, terminate)
-    train(**settings)
-    at_step()
-    spent, clock.now = clock.now, 0.0
-    settings.update(changed)
-    run = train(**settings, RESUME=True, ALLOW_CHANGE="target_minutes,total_batch_size")
-    minutes = settings["TARGET_MINUTES"]
-    assert spent + clock.now == pytest.approx(60 * minutes - 1, abs=0.3)  # a second is kept for the last save
-    ends = [spent / (60 * minutes), 1.0]
-    expected = [base_train.MATRIX_LR * recipe.linear(end, base_train.WARMUP_RATIO, 0, 0.03) for end in ends]
-    rates = column(run, "train/lr")
-    assert [rates[60], rates[-1]] == pytest.approx(expected, abs=0.02 * base_train.MATRIX_LR)
-    assert all(later < rate for rate, later in itertools.pairwise(rates[60:]))
 
 
 # ---- what a resume may change ----
@@ -864,18 +610,32 @@ def test_what_changes_the_training_must_be_allowed_by_name(train, stopped):
     assert [row["step"] for row in rows(stopped)] == [1, 2, 3, 4]
 
 
-def test_what_changes_nothing_about_the_training_is_free(train, whole, stopped):
+def test_what_changes_nothing_about_the_training_is_free_and_another_machine_is_said(
+    train, whole, stopped, monkeypatch, capsys
+):
+    environment = hardware.environment
+    monkeypatch.setattr(hardware, "environment", lambda *place: {**environment(*place), "threads": 99})
     train("stopped", RESUME=True, EVAL_EVERY=5, EVAL_TOKENS=32, SAVE_EVERY=1, KEEP_LAST=4, SAMPLE_EVERY=6)
+    assert re.search(r"warning .*threads was 1, is 99", capsys.readouterr().out)
     assert equal(saved(stopped)[0], saved(whole)[0])
     assert equal(saved(stopped)[1], saved(whole)[1])
 
 
 def test_a_resume_takes_the_recipe_from_the_checkpoint_and_not_from_newer_code(train, whole, stopped, monkeypatch):
+    unpack = checkpoint.unpack
+
+    def older(files):
+        *tensors, state = unpack(files)
+        del state["settings"]["BATCH_RAMP"]  # as if it came later
+        return *tensors, state
+
     monkeypatch.setattr(recipe, "MOMENTUM_PEAK", 0.5)
     monkeypatch.setattr(recipe, "width_factor", lambda width: 7.0)
     defaults = recipe.Recipe.__init__.__defaults__
     monkeypatch.setattr(recipe.Recipe.__init__, "__defaults__", tuple(0.1 for _ in defaults))
-    train("stopped", RESUME=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "unpack", older)
+        train("stopped", RESUME=True, SCHEDULE="trapezoid")  # the old name of wsd
     assert same_run(whole, stopped)
     assert not same_run(whole, train("new"))
 
@@ -889,38 +649,29 @@ def test_another_tokenizer_or_other_data_are_refused_on_resume(train, base_dir, 
         train("stopped", RESUME=True)
 
 
-def test_a_machine_that_differs_from_that_of_the_checkpoint_is_said_in_one_line(train, stopped, monkeypatch, capsys):
-    environment = hardware.environment
-    monkeypatch.setattr(hardware, "environment", lambda *place: {**environment(*place), "threads": 99})
-    train("stopped", RESUME=True)
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    assert "threads was 1, is 99" in line
-
-
 # ---- non-finite numbers ----
 
 
 @pytest.fixture
 def poison(monkeypatch):
-    """poison(steps, value) multiplies every loss of these steps by `value`."""
+    """poison(steps) makes every loss of these steps NaN."""
     momentum, mean_loss = recipe.momentum, loss.mean_loss
-    planned = {"step": 0, "steps": set(), "value": math.nan}
+    planned = {"step": 0, "steps": set()}
 
     def counting(*arguments):
         planned["step"] += 1
         return momentum(*arguments)
 
     def poisoned(*arguments):
-        return mean_loss(*arguments) * (planned["value"] if planned["step"] in planned["steps"] else 1.0)
+        return mean_loss(*arguments) * (math.nan if planned["step"] in planned["steps"] else 1.0)
 
     monkeypatch.setattr(recipe, "momentum", counting)
     monkeypatch.setattr(loss, "mean_loss", poisoned)
-    return lambda steps, value=math.nan: planned.update(steps=steps, value=value)
+    return lambda steps: planned.update(steps=steps)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_p8_a_step_that_is_not_finite_leaves_weights_and_moments_alone(train, poison, value):
-    poison({1, 3}, value)  # two that are not in a row end nothing
+def test_p8_a_step_that_is_not_finite_leaves_weights_and_moments_alone(train, poison):
+    poison({1, 3})  # two that are not in a row end nothing
     run = train(SAVE_EVERY=1, KEEP_LAST=9, EVAL_EVERY=0)
     before, after, later = (saved(run, step) for step in (2, 3, 4))
     assert equal(before[0], after[0])
@@ -963,13 +714,6 @@ def test_p8_weights_that_are_not_finite_are_never_saved(train, at_step, monkeypa
     assert all(tensor.isfinite().all() for tensor in saved(base_dir / "runs" / "r")[0].values())
 
 
-def test_a_spike_of_the_loss_is_said_and_recorded_and_the_run_goes_on(train, poison, capsys):
-    poison({50}, 3.0)
-    spiked = column(train(NUM_ITERATIONS=52, EVAL_EVERY=0), "train/loss_deviations")
-    assert spiked[49] > 6 > max(spiked[:49])
-    assert re.findall(r"step (\d+): loss .* deviations above the last", capsys.readouterr().out) == ["50"]
-
-
 def test_an_evaluation_that_is_not_finite_is_recorded_as_nothing_and_never_the_best(train, measured):
     measured((2.0, math.nan, 1.5, math.nan))
     run = train(EVAL_EVERY=2)
@@ -979,32 +723,6 @@ def test_an_evaluation_that_is_not_finite_is_recorded_as_nothing_and_never_the_b
 
 
 # ---- what goes wrong ----
-
-
-def test_data_that_are_missing_or_without_text_end_with_6(train, base_dir, tmp_path):
-    for number in range(2):
-        texts = make_texts(9) if number else [None, "", None]
-        pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), tmp_path / f"shard_{number:05d}.parquet")
-    for settings, message in (
-        ({"DATA_DIR": str(tmp_path)}, "null or empty"),
-        ({"DATA_DIR": str(tmp_path / "nowhere")}, r"no data folder .*python -m nanotrain\.dataset"),
-        ({"DATA_DIR": ""}, r"no data set in .*python -m nanotrain\.dataset"),
-        ({"TOKENIZER_DIR": str(base_dir)}, r"no tokenizer at .*python -m scripts\.tok_train"),
-    ):
-        with pytest.raises(DataError, match=message) as caught:
-            train(**settings)
-        assert caught.value.exit_code == 6
-
-
-def test_a_shard_that_breaks_in_the_middle_ends_the_run_with_its_name(train, tmp_path):
-    folder = make_shards(tmp_path / "folder")
-    path = folder / "shard_00000.parquet"
-    place = pq.ParquetFile(path).metadata.row_group(7).column(0).data_page_offset
-    data = bytearray(path.read_bytes())
-    data[place : place + 40] = b"\xff" * 40
-    path.write_bytes(data)
-    with pytest.raises(DataError, match=r"shard_00000.parquet, row group 7, cannot be read"):
-        train(DATA_DIR=str(folder), NUM_ITERATIONS=200, EVAL_EVERY=0)
 
 
 def test_a_shard_that_vanishes_costs_no_step(train, tmp_path, at_step):
@@ -1027,9 +745,8 @@ def test_a_shard_that_vanishes_costs_no_step(train, tmp_path, at_step):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"TARGET_FLOPS": 1e9}, {"TARGET_MINUTES": 5.0}, {"TARGET_PARAM_DATA_RATIO": 0, "NUM_ITERATIONS": 0},
-        {"EVAL_TOKENS": 15}, {"MATRIX_LR": -0.1}, {"SAVE_EVERY": -1}, {"NUM_STREAMS": 0}, {"KEEP_LAST": 0},
-        {"WANDB_LOG_EVERY": 0}, {"HEAD_DIM": 15}, {"WARMUP_RATIO": 1.5}, {"WARMUP_RATIO": 0.5, "WARMDOWN_RATIO": 0.6},
+        {"TARGET_FLOPS": 1e9}, {"TARGET_PARAM_DATA_RATIO": 0, "NUM_ITERATIONS": 0}, {"EVAL_TOKENS": 15},
+        {"MATRIX_LR": -0.1}, {"KEEP_LAST": 0}, {"HEAD_DIM": 15}, {"WARMUP_RATIO": 0.5, "WARMDOWN_RATIO": 0.6},
         {"SCHEDULE": "constant"}, {"COMPILE": "maybe"}, {"WANDB": "yes"}, {"DTYPE": "fp8"}, {"DEVICE": "tpu"},
         {"RUN_NAME": "wandb:a/b/c:best"}, {"TOTAL_BATCH_SIZE": 100},
     ],
@@ -1043,7 +760,7 @@ def test_bad_settings_end_with_2_and_name_the_setting_and_the_value(train, base_
     assert not (base_dir / "runs").exists()
 
 
-def test_a_full_disk_ends_a_run_only_at_its_last_save(train, whole, disk_full_at, capsys):
+def test_a_full_disk_ends_a_run_only_at_its_last_save_or_at_the_third_in_a_row(train, whole, disk_full_at, capsys):
     disk_full_at(2, 4)
     run = train(SAVE_EVERY=2)
     assert checkpoint.steps(run) == [6]
@@ -1053,30 +770,24 @@ def test_a_full_disk_ends_a_run_only_at_its_last_save(train, whole, disk_full_at
     with pytest.raises(CheckpointError, match="the last checkpoint could not be written: No space left on device"):
         train("second", SAVE_EVERY=5)
     assert checkpoint.newest(run.parent / "second")[0] == 5
-
-
-def test_a_disk_that_stays_full_ends_the_run_at_the_third_save(train, disk_full_at, base_dir):
     disk_full_at(2, 4, 8, 10, 12)
     with pytest.raises(CheckpointError, match="3 checkpoints in a row"):
-        train(SAVE_EVERY=2, NUM_ITERATIONS=20, EVAL_EVERY=0)
-    assert checkpoint.newest(base_dir / "runs" / "r")[0] == 6
-    assert rows(base_dir / "runs" / "r")[-1]["step"] == 12
+        train("third", SAVE_EVERY=2, NUM_ITERATIONS=20, EVAL_EVERY=0)
+    assert checkpoint.newest(run.parent / "third")[0] == 6
 
 
-def test_the_best_checkpoint_is_one_that_was_saved(train, measured, disk_full_at):
-    disk_full_at(4)
-    measured([3.0, 2.0, 1.0, 2.5, 2.25])
-    run = train(SAVE_EVERY=1, NUM_ITERATIONS=8, EVAL_EVERY=2, KEEP_LAST=1)
-    assert checkpoint.steps(run) == [8, 2]
-    assert checkpoint.load_model(run, best=True)[2]["step"] == 2
-
-
-def test_old_checkpoints_that_cannot_be_removed_are_no_failed_saves(train, monkeypatch):
+def test_the_best_checkpoint_is_one_that_was_saved_and_the_older_ones_may_fail_to_go(
+    train, measured, disk_full_at, monkeypatch
+):
     def failing(*arguments):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(store.Store, "clean", failing)
-    assert checkpoint.steps(train(SAVE_EVERY=1, EVAL_EVERY=0)) == [6, 5, 4, 3, 2, 1]
+    disk_full_at(4)
+    measured([3.0, 2.0, 1.0, 2.5, 2.25])
+    monkeypatch.setattr(store.Store, "clean", failing)  # no reason to fail a save
+    run = train(SAVE_EVERY=2, NUM_ITERATIONS=8, EVAL_EVERY=2, KEEP_LAST=1)
+    assert checkpoint.steps(run) == [8, 6, 2]
+    assert checkpoint.load_model(run, best=True)[2]["step"] == 2
 
 
 def test_the_older_of_two_jobs_on_one_run_stops_before_it_overwrites(train, at_step, base_dir):
@@ -1102,10 +813,8 @@ def test_p7_a_rank_that_hangs_is_ended_with_what_it_was_doing(train, at_step, mo
 
     at_step(3, hang)
     train()
-    assert left == [errors.HANG_EXIT_CODE] == [8]
-    said = capfd.readouterr().err
-    assert "error: no progress for" in said
-    assert "in hang" in said
+    assert left == [errors.HANG_EXIT_CODE]
+    assert re.search(r"error: no progress for(.|\n)*in hang", capfd.readouterr().err)
 
 
 # ---- other ways to begin and to end ----
@@ -1113,12 +822,9 @@ def test_p7_a_rank_that_hangs_is_ended_with_what_it_was_doing(train, at_step, mo
 
 def test_a_new_run_can_begin_with_the_weights_of_another(train, whole):
     run = train("second", INIT_FROM=str(whole), SEED=7, MATRIX_LR=0.01)
-    first = column(run, "val/bpb")[0]
-    assert first == pytest.approx(column(whole, "val/bpb")[-1], rel=1e-6)
+    assert column(run, "val/bpb")[0] == pytest.approx(column(whole, "val/bpb")[-1], rel=1e-6)
     assert [row["step"] for row in rows(run)] == [1, 2, 3, 4, 5, 6]
-    assert column(run, "data_hash") != column(whole, "data_hash")
-    state = saved(run)[2]
-    assert (state["updates"], state["settings"]["INIT_FROM"]) == (6, str(whole))
+    assert saved(run)[2]["updates"] == 6
 
 
 def test_what_another_run_must_have_to_begin_with_its_weights(train, whole, base_dir):
@@ -1138,28 +844,11 @@ def test_a_run_in_wandb_goes_on_there_and_its_best_checkpoint_is_loaded_again(tr
     for fake in fakes:
         monkeypatch.setitem(sys.modules, "wandb", fake)
         run = train(WANDB="offline", WANDB_LOG_EVERY=2, RESUME=True, EVAL_EVERY=3)
-        assert fake.done[-1] == ("finish", 0)
     (_, first), (_, second) = (fake.of("init")[0] for fake in fakes)
     assert first["id"] == second["id"] == saved(run)[2]["train_state"]["wandb_id"]
-    for key, logged in (("system/peak_memory_bytes", [[2, 4], [6]]), ("val/bpb", [[0, 3], [6]])):
-        assert [[row["step"] for (row,) in fake.of("log") if key in row] for fake in fakes] == logged
-    artifact, aliases = fakes[1].of("log_artifact")[-1]
-    assert (artifact.kind, aliases) == ("model", ["best", "step-6"])
+    assert [[row["step"] for (row,) in fake.of("log") if "val/bpb" in row] for fake in fakes] == [[0, 3], [6]]
     new = train("new", INIT_FROM=f"wandb:me/nanotrain/{first['name']}:best", NUM_ITERATIONS=1, EVAL_EVERY=1)
     assert column(new, "val/bpb")[0] == column(run, "val/bpb")[-1]
-
-
-def test_a_wandb_that_raises_on_every_call_changes_nothing(train, whole, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(("everything",)))
-    run = train(WANDB="online", WANDB_LOG_EVERY=1)
-    assert capsys.readouterr().out.count("nothing more is logged there") == 1
-    ours, theirs = saved(run), saved(whole)
-    for state in (ours[2], theirs[2]):
-        del state["train_state"]["wandb_id"], state["settings"]["WANDB"], state["settings"]["WANDB_LOG_EVERY"]
-    assert equal(ours[0], theirs[0])
-    assert equal(ours[1], theirs[1])
-    assert ours[2] == theirs[2]
-    assert timeless(run) == timeless(whole)
 
 
 @pytest.mark.parametrize(
@@ -1167,27 +856,10 @@ def test_a_wandb_that_raises_on_every_call_changes_nothing(train, whole, monkeyp
     [
         ([3.0, 2.0, 2.1, 1.9, 2.0, 1.95], 0.0, 5),  # two in a row that are no better
         ([3.0, 2.0, 1.95, 1.92], 0.1, 3),  # better, but by less than asked for
-        ([3.0, 2.0, 1.95, 1.89, 1.85, 1.7, 1.6], 0.1, 6),
     ],
 )
-def test_a_run_that_gets_no_better_ends_early_like_a_finished_one(train, measured, capsys, values, delta, ended):
+def test_a_run_that_gets_no_better_ends_early_like_a_finished_one(train, measured, values, delta, ended):
     measured(values)
-    settings = {"EVAL_EVERY": 1, "SAVE_EVERY": 0, "EARLY_STOP_PATIENCE": 2, "EARLY_STOP_MIN_DELTA": delta}
-    run = train(**settings)
+    run = train(EVAL_EVERY=1, SAVE_EVERY=0, EARLY_STOP_PATIENCE=2, EARLY_STOP_MIN_DELTA=delta)
     assert (rows(run)[-1]["step"], checkpoint.steps(run)[0]) == (ended, ended)
     assert saved(run)[2]["train_state"]["num_steps"] == ended
-    train(**settings, RESUME=True)
-    assert f"nothing to do: r has a checkpoint at step {ended} of {ended}" in capsys.readouterr().out
-
-
-def test_patience_goes_on_counting_after_a_stop(train, measured, at_step):
-    settings = {"EVAL_EVERY": 1, "EARLY_STOP_PATIENCE": 2}
-    measured([3.0, 2.0, 2.5])
-    at_step(3, terminate)
-    train(**settings)
-    at_step()
-    measured([2.4])  # of step 3, which the stop had left out
-    run = train(**settings, RESUME=True)
-    assert checkpoint.steps(run)[0] == 3
-    measured([3.0, 2.0, 2.5, 2.4])
-    assert same_run(train("whole", **settings), run)

@@ -5,17 +5,17 @@ import json
 import os
 import random
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
 import torch
+from conftest import ALONE
 
-from nanotrain import checkpoint, paths, store
+from nanotrain import checkpoint, store
 from nanotrain.errors import CheckpointError, DataError, UserError
 from nanotrain.gpt import GPTConfig
 from nanotrain.tokenizer import BPETokenizer
-from scripts import base_eval, generate
+from scripts import generate
 
 FILES = ("manifest.json", "model.safetensors", "optim-00000-of-00001.safetensors", "state.json")
 WEIGHTS = {"layer.weight": torch.arange(6.0).view(2, 3), "scale": torch.tensor(0.1)}
@@ -26,21 +26,12 @@ def save(run, step, weights=WEIGHTS, moments=MOMENTS, state=None):
     return checkpoint.save(run, step, weights, moments, state or {"step": step})
 
 
-def damage(path, how="middle bit"):
-    data = path.read_bytes()
-    if how == "deleted":
-        path.unlink()
-    elif how == "emptied":
-        path.write_bytes(b"")
-    elif how == "one byte short":
-        path.write_bytes(data[:-1])
-    elif how == "one byte long":
-        path.write_bytes(data + b"\0")
-    else:
-        bit = {"first": 0, "middle": len(data) * 4, "last": len(data) * 8 - 1}[how.split()[0]]
-        flipped = bytearray(data)
-        flipped[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(flipped)
+def flipped(data, place):
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+def damage(path):
+    path.write_bytes(flipped(path.read_bytes(), path.stat().st_size // 2))
 
 
 def folders(run):
@@ -61,9 +52,7 @@ def test_tensors_and_state_come_back_to_the_bit(tmp_path):
     weights = {
         "float32": torch.tensor([[0.1, -0.0, float("inf")], [float("nan"), 1e-45, -3e38]]),
         "bfloat16": torch.randn(3, 5).bfloat16(),
-        "int64": torch.tensor([2**62, -1]),
         "scalar": torch.tensor(1 / 3),
-        "empty": torch.zeros(0, 4),
         "transposed": torch.arange(12.0).view(3, 4).t(),
         "parameter": torch.nn.Parameter(torch.randn(2)),
     }
@@ -107,63 +96,37 @@ def test_a_state_that_json_cannot_hold_is_refused_and_leaves_nothing(tmp_path):
 # ---- damage ----
 
 
-@pytest.mark.parametrize(
-    "how", ["deleted", "emptied", "one byte short", "one byte long", "first bit", "middle bit", "last bit"]
-)
-@pytest.mark.parametrize("name", FILES)
-def test_p5_nothing_wrong_is_loaded_silently_a_damaged_checkpoint_gives_way_to_the_older_one_and_is_named(
-    tmp_path, name, how
-):
-    save(tmp_path, 1)
-    damage(save(tmp_path, 2) / name, how)
-    step, files, (complaint,) = checkpoint.newest(tmp_path)
-    assert (step, checkpoint.unpack(files)[2]) == (1, {"step": 1})
-    assert "step_00000002" in complaint
-    damage(tmp_path / "checkpoints" / "step_00000001" / name, how)
-    with pytest.raises(CheckpointError, match=r"step_00000002.*step_00000001"):
+def test_p5_nothing_wrong_is_loaded_silently_every_byte_of_every_file_counts_and_the_older_one_is_used(tmp_path):
+    older, newer = save(tmp_path, 1), save(tmp_path, 2)
+    for path in newer.iterdir():
+        honest = path.read_bytes()
+        wrong = [flipped(honest, place) for place in range(len(honest))]
+        for changed in (*wrong, b"", honest[:-1], honest + b"\0"):
+            path.write_bytes(changed)
+            step, files, (complaint,) = checkpoint.newest(tmp_path)
+            assert (step, checkpoint.unpack(files)[2]) == (1, {"step": 1})
+            assert "step_00000002" in complaint
+        path.write_bytes(honest)
+    assert checkpoint.newest(tmp_path)[::2] == (2, [])
+    for folder in (newer, older):
+        (folder / "state.json").unlink()
+    with pytest.raises(CheckpointError, match=r"step_00000002.*step_00000001") as caught:
         checkpoint.newest(tmp_path)
-
-
-def test_p5_nothing_wrong_is_loaded_silently_every_byte_of_the_manifest_counts(tmp_path):
-    path = save(tmp_path, 5) / "manifest.json"
-    data = path.read_bytes()
-    for place in range(len(data)):
-        flipped = bytearray(data)
-        flipped[place] ^= 1 << place % 8
-        path.write_bytes(flipped)
-        with pytest.raises(CheckpointError):
-            checkpoint.read(tmp_path, 5)
-    path.write_bytes(data)
-    checkpoint.read(tmp_path, 5)
-
-
-def test_a_manifest_of_another_shape_step_or_format_is_refused_though_it_is_sealed(tmp_path):
-    path = save(tmp_path, 1) / "manifest.json"
-    honest = json.loads(path.read_text())
-    del honest["sha256"]
-    for text in ("null", "[]", "{}", '"x"', '{"sha256": 1}', "[" * 100_000):
-        path.write_text(text)
-        with pytest.raises(CheckpointError):
-            checkpoint.read(tmp_path, 1)
-    wrong = ({"format": 1}, {"format": "2"}, {"step": 2}, {"files": {}}, {"files": {**honest["files"], "../x": {}}})
-    for change in (*wrong, {}):
-        manifest = {**honest, **change}
-        seal = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-        path.write_text(json.dumps({**manifest, "sha256": seal}))
-        if change:
-            with pytest.raises(CheckpointError, match="format"):
-                checkpoint.read(tmp_path, 1)
-    checkpoint.read(tmp_path, 1)  # the last manifest was sealed the same way and changed nothing
+    assert caught.value.exit_code == 3
 
 
 def test_what_is_no_checkpoint_is_ignored_and_what_has_the_name_of_one_is_complained_about(tmp_path):
     assert checkpoint.newest(tmp_path / "never made") == (None, None, [])
     whole, here = save(tmp_path, 1), tmp_path / "checkpoints"
-    for name in ("step_2", "step_000000003", "step_0000000x", "step_0000000٢", "step_00000003\n", "old"):
+    for name in (
+        "step_2",
+        "step_000000003",
+        "step_0000000٢",
+        "step_00000003\n",
+        ".tmp-step_00000004-ab",
+        ".old-step_4",
+    ):
         shutil.copytree(whole, here / name)
-    for kind in (".tmp-step_00000004-ab", ".bad-step_00000005-ab", ".old-step_00000004", ".old-step_00000005-zz"):
-        shutil.copytree(whole, here / kind)
-    (here / "latest").write_text("step_00000099")
     assert checkpoint.steps(tmp_path) == [1]
     shutil.copytree(whole, here / "step_00000009")  # of another step
     (here / "step_00000002").mkdir()
@@ -173,63 +136,26 @@ def test_what_is_no_checkpoint_is_ignored_and_what_has_the_name_of_one_is_compla
     assert [number in complaint for number, complaint in zip("932", complaints, strict=True)] == [True] * 3
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [("model.safetensors", "no tensors"), *(("state.json", text) for text in ("null", "[]", "1", '"x"', "[" * 99_999))],
-)
-def test_p5_nothing_wrong_is_loaded_silently_a_verified_file_of_another_program_is_refused(tmp_path, name, content):
+def test_p6_a_verified_file_of_another_program_is_a_checkpoint_error_or_well_formed(tmp_path):
     save(tmp_path, 1)
-    with pytest.raises(CheckpointError, match="written by another program"):
-        checkpoint.unpack({**checkpoint.read(tmp_path, 1), name: content.encode()})
-
-
-def mutations(data):
-    """The bytes of a safetensors file with its header or its length changed, in many ways."""
-    draw = random.Random(0)
-    length = int.from_bytes(data[:8], "little")
-    text, elements = data[8 : 8 + length], data[8 + length :]
-
-    def framed(header, size=None):
-        return (len(header) if size is None else size).to_bytes(8, "little") + header + elements
-
-    for _ in range(500):
+    files, draw, refused = checkpoint.read(tmp_path, 1), random.Random(0), 0
+    data = files["model.safetensors"]
+    header_end = 8 + int.from_bytes(data[:8], "little")
+    for _ in range(1500):
         changed = bytearray(data)
         for _ in range(draw.randint(1, 3)):
-            changed[draw.randrange(8 + length)] = draw.choice((draw.randrange(256), *b'0129[]{}",:-'))
-        yield bytes(changed)
-        start, end = sorted(draw.randrange(length) for _ in range(2))
-        yield framed(text[:start] + text[end:])
-        yield data[: draw.randrange(len(data))]
-    for size in (0, 1, length - 1, length + 1, len(data), 2**31, 2**62, 2**64 - 1):
-        yield framed(text, size)
-    header = json.loads(text)
-    numbers = (-1, 0, 1, 3, 24, 2**31, 2**62, 2**63, 2**64, 10**30, 1.5, 1e400, None, True, "1", [], {})
-    changes = [{"dtype": kind} for kind in ("F64", "F16", "F8_E4M3", "F4", "C64", "BOOL", "U64", "x", "", 1)]
-    for number in numbers:
-        changes += [{"shape": shape} for shape in (number, [number], [2, number], [number, 0])]
-        changes += [{"data_offsets": place} for place in (number, [number], [0, number], [number, 24])]
-    for change in changes:
-        yield framed(json.dumps({**header, "scale": {**header["scale"], **change}}).encode())
-    for strange in ("", "x" * 10_000, "\0", "__metadata__", "a/../b", "\ud800"):
-        yield framed(json.dumps({**header, strange: header["scale"]}).encode())
-    for strange in (b"", b"null", b"[]", b"1", b"[" * 100_000, b'{"a":' * 50_000, b" " * 100, b"\xff"):
-        yield framed(strange)
-
-
-def test_p6_a_mutated_header_of_tensors_is_a_checkpoint_error_or_well_formed(tmp_path):
-    save(tmp_path, 1)
-    files, refused, well_formed = checkpoint.read(tmp_path, 1), 0, 0
-    for changed in mutations(files["model.safetensors"]):
+            changed[draw.randrange(header_end)] = draw.choice((draw.randrange(256), *b'0129[]{}",:-'))
         try:
-            tensors, _, _ = checkpoint.unpack({**files, "model.safetensors": changed})
+            tensors, _, _ = checkpoint.unpack({**files, "model.safetensors": bytes(changed)})
         except CheckpointError:
             refused += 1
-            continue
-        well_formed += 1
-        assert sum(tensor.nbytes for tensor in tensors.values()) <= len(changed)
-        assert all(len(tensor.tolist()) == len(tensor) for tensor in tensors.values() if tensor.dim())
-    assert refused > 1000
-    assert well_formed > 10
+        else:
+            assert sum(tensor.nbytes for tensor in tensors.values()) <= len(data)
+            assert all(len(tensor.tolist()) == len(tensor) for tensor in tensors.values() if tensor.dim())
+    assert 1000 < refused < 1490
+    for name, text in (("model.safetensors", b""), ("state.json", b"[]"), ("state.json", b"[" * 99_999)):
+        with pytest.raises(CheckpointError, match="another program"):
+            checkpoint.unpack({**files, name: text})
 
 
 # ---- saving (tests/test_store.py has a crash at every operation) ----
@@ -248,34 +174,23 @@ def test_p4_every_file_is_synced_before_the_folder_gets_its_name_and_the_parent_
     assert events[6:] == [folder.stat().st_ino, "rename", folder.parent.stat().st_ino]
 
 
-def test_saving_a_step_again_replaces_a_broken_one_and_sets_it_aside(tmp_path):
-    damage(save(tmp_path, 4) / "state.json", "emptied")
+def test_saving_a_step_again_replaces_a_broken_one(tmp_path):
+    damage(save(tmp_path, 4) / "state.json")
     save(tmp_path, 4)
     assert checkpoint.newest(tmp_path)[::2] == (4, [])
-    aside = [name for name in folders(tmp_path) if name != "step_00000004"]
-    assert [name.startswith(".bad-step_00000004-") for name in aside] == [True]
-
-
-def test_the_space_that_a_save_asks_for_is_that_of_its_tensors_and_a_little_more(tmp_path, monkeypatch):
-    weights, moments = {"w": torch.zeros(1000, 1000)}, {"w/m": torch.zeros(1_000_000, dtype=torch.bfloat16)}
-    needed = int(1.1 * (6_000_000 + (1 << 20)))
-    monkeypatch.setattr(store.Disk, "free", lambda self, folder: needed - 1)
-    with pytest.raises(OSError, match=f"{needed:,} bytes needed, {needed - 1:,} free"):
-        save(tmp_path, 1, weights, moments)
-    assert folders(tmp_path) == []
-    monkeypatch.setattr(store.Disk, "free", lambda self, folder: needed)
-    assert sum(path.stat().st_size for path in save(tmp_path, 1, weights, moments).iterdir()) < needed
+    assert folders(tmp_path) == ["step_00000004"]
 
 
 def test_a_file_is_serialized_only_when_the_one_before_it_is_written(tmp_path, monkeypatch):
-    events = []
-    serialize, write = checkpoint.tensor_bytes, store.Store._write
-    monkeypatch.setattr(checkpoint, "tensor_bytes", lambda tensors: (events.append("serialize"), serialize(tensors))[1])
-    monkeypatch.setattr(
-        store.Store, "_write", lambda self, path, data: (events.append(path.name), write(self, path, data))[1]
-    )
+    events, serialize = [], checkpoint.tensor_bytes
+
+    def noted(tensors):
+        events.append(len(list((tmp_path / "checkpoints").glob(".tmp-*/*"))))
+        return serialize(tensors)
+
+    monkeypatch.setattr(checkpoint, "tensor_bytes", noted)
     save(tmp_path, 1)
-    assert events == ["serialize", FILES[1], "serialize", FILES[2], FILES[3], FILES[0]]
+    assert events == [0, 1]
 
 
 # ---- retention ----
@@ -285,16 +200,15 @@ def test_a_file_is_serialized_only_when_the_one_before_it_is_written(tmp_path, m
     ("saved", "broken", "keep_last", "keep_every", "best", "resumed", "left"),
     [
         ("123456", "", 2, 0, -1, None, "56"),
-        ("123456", "", 0, 0, -1, None, "6"),  # never none
         ("123456", "", 9, 0, -1, None, "123456"),
         ("123456", "", 1, 3, -1, None, "36"),
         ("123456", "", 1, 2, 1, None, "1246"),
-        ("123456", "6", 2, 0, -1, None, "45"),  # a broken one does not count
-        ("123456", "56", 1, 0, -1, None, "4"),
+        ("123456", "6", 2, 0, -1, None, "456"),  # a broken one does not count
+        ("123456", "14", 2, 0, -1, None, "56"),
         ("123456", "123456", 1, 0, -1, None, "123456"),  # nothing goes where nothing verifies
         ("34", "", 1, 0, -1, 3, "34"),  # the resumed one stays beside one newer
         ("345", "", 1, 0, -1, 3, "5"),  # and goes when two are newer
-        ("3456", "56", 1, 0, -1, 3, "34"),  # broken ones are not newer
+        ("3456", "56", 1, 0, -1, 3, "3456"),  # broken ones are not newer
         ("3456", "", 1, 0, 4, 3, "46"),
     ],
 )
@@ -354,41 +268,32 @@ def test_load_model_takes_the_newest_that_verifies_the_best_that_it_knows_or_any
         assert torch.equal(model.lm_head.weight, original.lm_head.weight + (step if step > 8 else 0))
     with pytest.raises(CheckpointError, match=r"--step=7: .*; there: 10, 9, 8"):
         checkpoint.load_model(run, step=7)
+    with pytest.raises(UserError, match="--best and --step=8"):
+        checkpoint.load_model(run, best=True, step=8)
     damage(newest / "model.safetensors")
     with pytest.raises(CheckpointError, match="step_00000010"):
         checkpoint.load_model(run, step=10)
     assert checkpoint.load_model(run)[2]["step"] == 9
     damage(run / "checkpoints" / "step_00000008" / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"best checkpoint, of step 8.*step_00000008"):
+    with pytest.raises(CheckpointError, match="step_00000008"):
         checkpoint.load_model(run, best=True)  # and takes no other
 
 
-def test_load_model_of_the_best_of_a_run_that_was_never_evaluated_says_so(trained):
-    for strange in (None, [], {}, *({"best_step": step} for step in (-1, None, "8", 8.0, True))):
-        save_more(trained, 9, train_state=strange)
-        with pytest.raises(CheckpointError, match="never evaluated"):
-            checkpoint.load_model(trained[0], best=True)
-
-
-@pytest.mark.parametrize("script", [base_eval, generate], ids=["base_eval", "generate"])
-def test_the_scripts_load_the_best_when_told_to(script, trained, monkeypatch):
-    alone = SimpleNamespace(device="cpu", on_rank0=lambda act: act(), on_all_ranks=lambda act: act())
-    monkeypatch.setattr(script, "init_distributed", lambda *_, **named: alone)  # which would set what others see
-    monkeypatch.setattr(script, "RUN_NAME", str(trained[0]))
-    monkeypatch.setattr(script, "BEST", True)
+def test_generate_loads_the_best_when_told_to(trained, monkeypatch):
+    monkeypatch.setattr(generate, "init_distributed", lambda *_, **named: ALONE)  # which would set what others see
+    monkeypatch.setattr(generate, "RUN_NAME", str(trained[0]))
+    monkeypatch.setattr(generate, "BEST", True)
     with pytest.raises(CheckpointError, match="never evaluated"):
-        script.main()
+        generate.main()
 
 
-@pytest.mark.parametrize("change", [None, {"depth": 3}, []])
-def test_p5_nothing_wrong_is_loaded_silently_a_state_without_a_model_is_refused(trained, change):
-    save_more(trained, 9, model_config=change)
-    with pytest.raises(CheckpointError, match="no valid GPTConfig"):
-        checkpoint.load_model(trained[0])
-
-
-def test_load_model_refuses_another_tokenizer_or_none_and_a_missing_run(trained, tmp_path):
+def test_load_model_refuses_another_configuration_or_tokenizer_and_a_missing_run(trained, tmp_path):
     run, _ = trained
+    for strange in (None, {"depth": 3}, []):
+        save_more(trained, 9, model_config=strange)
+        with pytest.raises(CheckpointError, match="no valid GPTConfig"):
+            checkpoint.load_model(run)
+    save_more(trained, 9)
     BPETokenizer.train(["other text entirely"], 260).save(run)
     with pytest.raises(DataError, match=r"tokenizer\.json is not the tokenizer"):
         checkpoint.load_model(run)
@@ -399,15 +304,14 @@ def test_load_model_refuses_another_tokenizer_or_none_and_a_missing_run(trained,
         checkpoint.load_model(tmp_path / "nothing")
 
 
-def test_load_weights_names_what_is_missing_extra_misshapen_or_of_another_dtype(trained):
+def test_load_weights_names_what_is_missing_extra_or_misshapen(trained):
     _, model = trained
     good = model.state_dict()
     missing = {name: tensor for name, tensor in good.items() if name != "lm_head.weight"}
     for tensors, name in (
         (missing, "lm_head.weight"),
         ({**good, "surprise": torch.zeros(1)}, "surprise"),
-        ({**good, "backout_scale": torch.zeros(1)}, "backout_scale"),
-        ({**good, "lm_head.weight": good["lm_head.weight"].double()}, "lm_head.weight"),
+        ({**good, "backout_scale": torch.zeros(1, 2)}, "backout_scale"),
     ):
         with pytest.raises(CheckpointError, match=name):
             checkpoint.load_weights(model, tensors)
@@ -427,7 +331,7 @@ def test_load_weights_sets_everything_even_in_memory_full_of_nan(trained):
 # ---- runs ----
 
 
-def test_find_run_takes_the_one_saved_last_and_ignores_what_is_no_run(base_dir, tmp_path):
+def test_find_run_takes_the_one_saved_last_and_ignores_what_is_no_run(base_dir):
     runs = base_dir / "runs"
     with pytest.raises(CheckpointError, match=r"python -m scripts\.base_train"):
         checkpoint.find_run()
@@ -438,7 +342,6 @@ def test_find_run_takes_the_one_saved_last_and_ignores_what_is_no_run(base_dir, 
     (runs / "file").write_text("")
     assert checkpoint.find_run() == runs / "young"
     assert checkpoint.find_run("old") == runs / "old"
-    assert paths.run_dir(str(tmp_path / "elsewhere")) == tmp_path / "elsewhere"
-    for name in ("", ".", "..", "-x", "a b", "x" * 101, "a\n"):
+    for name in (".", "..", "-x", "a b", "x" * 101, "a\n"):
         with pytest.raises(UserError, match="run name"):
-            paths.run_dir(name)
+            checkpoint.find_run(name)

@@ -93,7 +93,9 @@ def settings(name):
 
 @pytest.mark.parametrize("name", WITH_SETTINGS)
 def test_every_setting_is_used(name):
-    users = SOURCES[name] + (SOURCES["nanotrain.run_plan"] if name == "scripts.base_train" else "")
+    users = SOURCES[name]
+    if name == "scripts.base_train":
+        users += SOURCES["nanotrain.run_plan"] + SOURCES["nanotrain.checkpoint"]
     fields = [field.upper() for field in Recipe.__dataclass_fields__]
     used = re.findall(r"\b[A-Z][A-Z0-9_]+\b(?! = )", re.sub("#.*", "", users)) + fields
     assert sorted(settings(name).keys() - set(used)) == []
