@@ -20,12 +20,14 @@ Choices, as environment variables (MINUTES=3 bash speedrun.sh):
 
   DATASET        stdlib (embedded, no network), fineweb-edu or climbmix
   DATA_DIR       a folder of your own parquet shards instead of DATASET
-  TRAIN_SHARDS   shards to download of a hosted data set (240 of about 100 MB)
+  TRAIN_SHARDS   shards to download of a hosted data set (what DEPTH trains on: 84
+                 of about 100 MB at depth 20)
   MINUTES        all-in after data are there: tokenizer, compilation, training,
                  and evaluation (3; below 2 these read less text; with CUDA the
                  model's size decides, and the evaluation comes on top)
   DEPTH          layers (20 with CUDA; else as suit MINUTES on this machine)
-  VOCAB_SIZE     tokens of the vocabulary (32768 with CUDA; else as suit MINUTES)
+  VOCAB_SIZE     tokens of the vocabulary (as suit the depth: 4096 to 32768)
+  SEED           of the first weights and the order of the data (1337)
   RUN_NAME       folder of the run (<data set>-<minutes>min and what else is chosen)
   NPROC          processes on this machine (all GPUs, or 1)
   WANDB          off, offline or online (off)
@@ -41,13 +43,14 @@ esac
 
 stopped=""
 child=""
+download="" # the process that fetches shards while the tokenizer trains on the first ones
 names=()
 seconds=()
 
 # A stage runs in the background, so that Ctrl-C and SIGTERM reach this script at once; it passes them on.
 on_signal() {
     stopped=yes
-    if [ -n "${child:-${pip:-}}" ]; then kill -TERM "${child:-$pip}" 2> /dev/null || true; fi
+    if [ -n "${child:-${pip:-}}" ]; then kill -TERM "${child:-$pip}" $download 2> /dev/null || true; fi
 }
 trap on_signal INT TERM
 
@@ -92,7 +95,7 @@ stage() { # stage NAME COMMAND...
 }
 
 chosen="" # the choices, to say how to go on
-for name in DATASET DATA_DIR TRAIN_SHARDS MINUTES DEPTH VOCAB_SIZE RUN_NAME NPROC WANDB NANOTRAIN_DIR; do
+for name in DATASET DATA_DIR TRAIN_SHARDS MINUTES DEPTH VOCAB_SIZE SEED RUN_NAME NPROC WANDB NANOTRAIN_DIR; do
     if [ -n "${!name:-}" ]; then chosen+=$(printf '%s=%q ' "$name" "${!name}"); fi
 done
 if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then chosen+=$(printf 'CUDA_VISIBLE_DEVICES=%q ' "$CUDA_VISIBLE_DEVICES"); fi # may be empty
@@ -102,6 +105,10 @@ for name in TRAIN_SHARDS DEPTH VOCAB_SIZE NPROC; do
         exit 2
     fi
 done
+if [ -n "${SEED:-}" ] && ! [[ $SEED =~ ^[0-9]{1,9}$ ]]; then
+    echo "error: SEED=$SEED: must be a whole number" >&2
+    exit 2
+fi
 if [ -n "${MINUTES:-}" ] && ! [[ $MINUTES =~ ^[0-9]*\.?[0-9]+$ && $MINUTES =~ [1-9] ]]; then
     echo "error: MINUTES=$MINUTES: must be a number above 0, as in MINUTES=2.5" >&2
     exit 2
@@ -129,20 +136,19 @@ dataset=${DATASET:-$([ "$gpus" -gt 0 ] && echo fineweb-edu || echo stdlib)}
 data_dir=${DATA_DIR:-$NANOTRAIN_DIR/data/$dataset}
 if [ -d "$data_dir" ]; then data_dir=$(cd "$data_dir" > /dev/null && pwd); fi # which has a name, as `.` has not
 if [ "$gpus" -gt 0 ]; then
-    depth=${DEPTH:-20} vocab_size=${VOCAB_SIZE:-32768} minutes=${MINUTES:-}
-    tokenizer_preset=() tasks=""
-    preset=(--max-seq-len=2048 --device-batch-size=0 --matrix-lr=0.02 --weight-decay=0.1 --warmdown-ratio=0.75
-        --batch-ramp --bigram-rows=0 --spectral-tokens=0 --eval-tokens=10485760 --core-metric-every=2000)
+    depth=${DEPTH:-20} minutes=${MINUTES:-} tasks=""
+    tokenizer_preset=("--depth=$depth")
+    preset=(--eval-tokens=10485760 --core-metric-every=2000)
     evaluation=(--eval-tokens=10485760 --core-max-per-task=0)
 else
-    depth=${DEPTH:-0} vocab_size=${VOCAB_SIZE:-0} minutes=${MINUTES:-3}
+    depth=${DEPTH:-0} minutes=${MINUTES:-3}
     whole=${minutes%%.*}
     if [ "${whole:-0}" -ge 2 ]; then
         max_chars=20000000 eval_tokens=65536 evaluations=8 # more text makes the tokenizer no better
     else
         max_chars=5000000 eval_tokens=32768 evaluations=6 # these would take most of the time
     fi
-    tokenizer_preset=("--max-chars=$max_chars" "--target-minutes=$minutes")
+    tokenizer_preset=("--max-chars=$max_chars" "--target-minutes=$minutes" "--depth=$depth")
     preset=(--eval-tokens=32768 "--evaluations-after=$evaluations") # for what base_eval does
     tasks=own # of the validation text: no network needed
     evaluation=("--eval-tokens=$eval_tokens" --eval-document-bytes=250000 "--core-bundle=$tasks" --core-max-per-task=40
@@ -152,21 +158,41 @@ data_name=$(basename "$data_dir" | tr -c 'A-Za-z0-9._\n-' -)
 data_name=${data_name#"${data_name%%[A-Za-z0-9]*}"} # of a folder of any name
 data_name=${data_name:0:60}
 data_name=${data_name:-data}
-run_name=${RUN_NAME:-$data_name${minutes:+-${minutes}min}${DEPTH:+-d$DEPTH}${VOCAB_SIZE:+-v$VOCAB_SIZE}}
+run_name=${RUN_NAME:-$data_name${minutes:+-${minutes}min}${DEPTH:+-d$DEPTH}${VOCAB_SIZE:+-v$VOCAB_SIZE}${SEED:+-s$SEED}}
 run_dir=$NANOTRAIN_DIR/runs/$run_name
 
 if [ -z "${DATA_DIR:-}" ]; then
     if [ "$dataset" = stdlib ]; then
         stage data "$PYTHON" -m nanotrain.dataset --dataset=stdlib
     else
-        stage data "$PYTHON" -m nanotrain.dataset "--dataset=$dataset" -n "${TRAIN_SHARDS:-240}"
+        if [ -n "${TRAIN_SHARDS:-}" ]; then
+            shards=(-n "$TRAIN_SHARDS")
+        elif [ "$depth" -gt 0 ]; then
+            shards=("--for-depth=$depth")
+        else
+            shards=(-n 2)
+        fi
+        stage data "$PYTHON" -m nanotrain.dataset "--dataset=$dataset" -n 1 # enough for the tokenizer
     fi
 fi
 
 clock=$SECONDS
 if ! compgen -G "$run_dir/checkpoints/step_*" > /dev/null; then # not a run that goes on
+    if [ -n "${shards:-}" ]; then # more of them come meanwhile
+        "$PYTHON" -m nanotrain.dataset "--dataset=$dataset" "${shards[@]}" > /dev/null 2>&1 &
+        download=$!
+    fi
     stage tokenizer "$PYTHON" -m scripts.tok_train "--data-dir=$data_dir" "--tokenizer-dir=$run_dir" \
-        "--vocab-size=$vocab_size" "${tokenizer_preset[@]}"
+        "--vocab-size=${VOCAB_SIZE:-0}" "${tokenizer_preset[@]}"
+fi
+if [ -n "${shards:-}" ]; then
+    if [ -n "$download" ]; then
+        kill -TERM "$download" 2> /dev/null || true
+        wait "$download" || true
+        download=""
+    fi
+    stage download "$PYTHON" -m nanotrain.dataset "--dataset=$dataset" "${shards[@]}"
+    clock=$((clock + ${seconds[${#seconds[@]} - 1]}))
 fi
 
 after=0 # seconds of base_eval besides its evaluations: to start and to draw take about twice what starting takes here
@@ -196,7 +222,7 @@ if [ "$nproc" -gt 1 ]; then
 fi
 stage training "${launch[@]}" -m scripts.base_train --resume "--run-name=$run_name" "--data-dir=$data_dir" \
     "--tokenizer-dir=$run_dir" "--depth=$depth" \
-    "--wandb=${WANDB:-off}" --report=false "${preset[@]}" "${horizon[@]}"
+    "--wandb=${WANDB:-off}" "--seed=${SEED:-1337}" --report=false "${preset[@]}" "${horizon[@]}"
 stage evaluation "${launch[@]}" -m scripts.base_eval "--run-name=$run_name" "${evaluation[@]}"
 
 heading summary

@@ -94,11 +94,20 @@ def _parsed(text, default, flag):
     raise UserError(f"{flag}={text}: expected {expected}, as in {flag}={default}")
 
 
-def check_numbers(settings: SimpleNamespace, at_least_one: Iterable[str] = (), fractions: Iterable[str] = ()) -> None:
-    """Raise UserError unless each number is 0 to 2^63 - 1; those `at_least_one` from 1, the `fractions` up to 1."""
+def check_numbers(
+    settings: SimpleNamespace,
+    at_least_one: Iterable[str] = (),
+    fractions: Iterable[str] = (),
+    or_minus_one: Iterable[str] = (),
+) -> None:
+    """Raise UserError unless each number is 0 to 2^63 - 1; those `at_least_one` from 1, the `fractions` up to 1, and
+    those `or_minus_one` in their range or -1.
+    """
     for name, value in vars(settings).items():
         least, most = int(name in at_least_one), 1 if name in fractions else 2**63 - 1
-        if not isinstance(value, str) and not least <= value <= most:
+        if isinstance(value, str) or (value == -1 and name in or_minus_one):
+            continue
+        if not least <= value <= most:
             raise UserError(f"{flag_of(name)}={value}: must be from {least} to {most}")
 
 

@@ -36,7 +36,11 @@ from nanotrain.tokenizer import BPETokenizer
 
 # Longer documents are tokenized in pieces, which bounds memory. Changing this changes the data order.
 MAX_PIECE_CHARS = 100_000
-PREFETCH_SEQUENCES = 16  # tokenized at a time in each stream
+PREFETCH_SEQUENCES = 4  # tokenized at a time in each stream
+# The more streams, the more ranks can share them without tokenizing a text twice, and the more memory they need.
+NUM_STREAMS = (192, 96, 64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
+HELD_BYTES = 256e6  # of texts, read by all streams and not tokenized yet
+WINDOW_BYTES, MOST_WINDOWS = 1e6, 8  # of a row group read at a time; each window decodes what is before it once more
 CHARS_PER_TOKEN = 3  # estimate of how much text to tokenize; a bad one costs time but never changes a sequence
 
 
@@ -82,13 +86,26 @@ def check_nodes(dist: DistContext, tokenizer: BPETokenizer, shards: Shards) -> N
 
 @dataclass(frozen=True)
 class Slice:
-    """Rows `start` to `stop` of one row group; `name` determines its place in each epoch."""
+    """Rows `start` to `stop` of one row group, to be read `window_rows` at a time."""
 
-    name: str
-    path: Path
+    shard: Shard
     group: int
     start: int
     stop: int
+    window_rows: int
+
+    @property
+    def name(self) -> str:
+        """What determines its place in each epoch."""
+        return f"{self.shard.name}:{self.group}:{self.start}"
+
+
+def choose_num_streams(shards: Sequence[Shard]) -> int:
+    """How many streams to read train shards with: as many of NUM_STREAMS as hold HELD_BYTES, huge row groups or not."""
+    groups = sum(sum(map(bool, shard.group_rows)) for shard in shards)
+    mean_bytes = sum(shard.text_bytes for shard in shards) / max(groups, 1)
+    held = max(WINDOW_BYTES, mean_bytes / MOST_WINDOWS)
+    return next((count for count in NUM_STREAMS if count * held <= HELD_BYTES), 1)
 
 
 def slices_of(shards: Sequence[Shard], num_streams: int) -> list[Slice]:
@@ -97,10 +114,11 @@ def slices_of(shards: Sequence[Shard], num_streams: int) -> list[Slice]:
     parts = math.ceil(2 * num_streams / max(len(groups), 1))
     slices = []
     for shard, group, rows in groups:
+        windows = min(math.ceil(shard.text_bytes * rows / sum(shard.group_rows) / WINDOW_BYTES), MOST_WINDOWS)
         edges = [rows * part // parts for part in range(parts + 1)]
         for start, stop in itertools.pairwise(edges):
             if start < stop:
-                slices.append(Slice(f"{shard.name}:{group}:{start}", shard.path, group, start, stop))
+                slices.append(Slice(shard, group, start, stop, rows // max(windows, 1) + 1))
     return slices
 
 
@@ -143,7 +161,7 @@ class Stream:
     def __init__(self, order: SliceOrder, number: int, num_streams: int, state: tuple | None = None):
         self.order, self.num_streams = order, num_streams
         self.position, self.piece, self.skip = state or (number, 0, 0)
-        self.pieces = None  # texts of the slice at `position`, once read
+        self.pieces = None  # iterator over the texts of the slice at `position`, from `piece` on
         self.taken = deque()  # (slice position, piece) of the texts being tokenized
         self.parts = deque()  # tokenized and unused
         self.available = 0
@@ -155,11 +173,11 @@ class Stream:
         taken, chars = [], 0
         while not taken or chars < num_tokens * CHARS_PER_TOKEN:
             if self.pieces is None:
-                self.pieces = self._read()
-            if self.piece >= len(self.pieces):
+                self.pieces = itertools.islice(self._read(), self.piece, None)
+            text, first = next(self.pieces, ("", False))
+            if not text:
                 self.position, self.piece, self.pieces = self.position + self.num_streams, 0, None
                 continue
-            text, first = self.pieces[self.piece]
             taken.append((text, first))
             self.taken.append((self.position, self.piece))
             chars += len(text)
@@ -167,20 +185,24 @@ class Stream:
         return taken
 
     def _read(self):
-        current, empty = self.order[self.position], self.order.empty
-        pieces = []
-        place = current.path, current.group, current.start, current.stop
-        for text in [] if current in empty else read_texts(*place):
-            if not text:
-                self.skipped_documents += 1
-                continue
-            for begin in range(0, len(text), MAX_PIECE_CHARS):
-                pieces.append((text[begin : begin + MAX_PIECE_CHARS], begin == 0))
-        if not pieces:
+        """Yield the pieces of the slice at `position`."""
+        current, empty, is_empty = self.order[self.position], self.order.empty, True
+        if len(empty) == len(self.order.slices):
+            raise DataError("the train shards hold no text: every document is null or empty")
+        if current in empty:
+            return
+        shard = current.shard
+        for start in range(current.start, current.stop, current.window_rows):
+            stop = min(start + current.window_rows, current.stop)
+            for text in read_texts(shard.path, current.group, start, stop, shard.modified_ns):
+                if not text:
+                    self.skipped_documents += 1
+                    continue
+                is_empty = False
+                for begin in range(0, len(text), MAX_PIECE_CHARS):
+                    yield text[begin : begin + MAX_PIECE_CHARS], begin == 0
+        if is_empty:
             empty.add(current)
-            if len(empty) == len(self.order.slices):
-                raise DataError("the train shards hold no text: every document is null or empty")
-        return pieces
 
     def append(self, tokens: np.ndarray) -> None:
         """Add the tokens of the next piece returned by `take_texts`."""

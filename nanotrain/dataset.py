@@ -12,6 +12,7 @@ A data folder holds `shard_<digits>.parquet` files with a string column `text`. 
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -19,14 +20,13 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from nanotrain import config, corpus, download, errors, paths
+from nanotrain import config, corpus, download, errors, paths, recipe
 from nanotrain.errors import DataError, UserError, first_line
 from nanotrain.files import file_sha256, new_folder, write_json
 
@@ -37,6 +37,7 @@ BASE_URL = ""  # another host of shards, as in https://host/path
 NAME = ""  # of the data set, for --from, --base-url and --verify: its folder under NANOTRAIN_DIR/data
 # --- how much of it, and how it is read
 TRAIN_SHARDS = 0  # how many train shards to download; 0: all (with --base-url)
+FOR_DEPTH = 0  # instead of TRAIN_SHARDS: as many as a model of this depth trains on by default
 NUM_SHARDS = 0  # with --base-url: how many shards the host has, the last of them for validation
 TEXT_COLUMN = "text"  # with --from: the field of .jsonl rows or the column of .parquet files
 VERIFY = False  # hash the shards again and compare with the manifest
@@ -45,7 +46,9 @@ VERIFY = False  # hash the shards again and compare with the manifest
 MANIFEST = "manifest.json"
 STDLIB = "stdlib of Python"  # with its version: what the manifest of the embedded corpus calls it
 SHARD_NAME = re.compile(r"shard_[0-9]{1,12}\.parquet")
+SHARD_TEXT_BYTES, BYTES_PER_TOKEN = 250e6, 4.8  # about, of a hosted shard and of its text
 MAX_GROUP_BYTES = 2 << 30  # of text in one row group, as its footer declares it: more is a mistake or an attack
+READ_BYTES = 1 << 20  # of a row group, decoded at a time
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class Shard:
     name: str
     path: Path
     num_bytes: int
+    modified_ns: int
     group_rows: tuple[int, ...]
     text_bytes: int
 
@@ -119,7 +123,7 @@ def open_shard(path: Path) -> Shard:
             groups = [details.row_group(group) for group in range(details.num_row_groups)]
             columns = [details.schema.column(number) for number in range(details.num_columns)]
             kinds = {column.path: column.logical_type.type for column in columns}
-        size = path.stat().st_size
+        status = path.stat()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a readable parquet file ({first_line(error)}): get it again") from None
     if kinds.get("text") != "STRING":
@@ -129,26 +133,36 @@ def open_shard(path: Path) -> Shard:
     sizes = [group.column(place).total_uncompressed_size for group in groups]
     if max(sizes, default=0) > MAX_GROUP_BYTES:
         raise DataError(f"{path} declares a row group of {max(sizes) / 2**30:.1f} GiB of text: use smaller row groups")
-    return Shard(path.name, path, size, tuple(group.num_rows for group in groups), sum(sizes))
+    group_rows = tuple(group.num_rows for group in groups)
+    return Shard(path.name, path, status.st_size, status.st_mtime_ns, group_rows, sum(sizes))
 
 
-def read_texts(path: Path, group: int, start: int = 0, stop: int | None = None) -> list[str | None]:
-    """The texts of rows `start` to `stop` of a row group, None for nulls. Raises DataError that names the place."""
-    where, texts = f"{path}, row group {group}", []
+def read_texts(
+    path: Path, group: int, start: int = 0, stop: int | None = None, modified_ns: int | None = None
+) -> list[str | None]:
+    """The texts of rows `start` to `stop` of a row group, None for nulls; what is before them is decoded, not held.
+
+    modified_ns: when the file was last changed, where another one in its place is an error. Raises DataError that names
+    the place.
+    """
+    where, texts, at = f"{path}, row group {group}", [], 0
     try:
-        for value in _read_column(path, group, path.stat().st_mtime_ns)[start:stop]:
-            texts.append(value.as_py())
+        if modified_ns not in (None, path.stat().st_mtime_ns):
+            raise DataError(f"{where}, cannot be read: the file has changed since it was opened")
+        with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:  # which reads no whole column chunk
+            details = file.metadata.row_group(group)
+            rows = max(READ_BYTES * details.num_rows // max(details.total_byte_size, 1), 1)
+            for batch in file.iter_batches(min(rows, 4096), [group], ["text"], use_threads=False):
+                if stop is not None and at >= stop:
+                    break
+                for value in batch.column("text")[max(start - at, 0) : None if stop is None else stop - at]:
+                    texts.append(value.as_py())
+                at += len(batch)
         return texts
     except UnicodeDecodeError:
         raise DataError(f"{where}, row {start + len(texts)}: the text is not UTF-8; make this shard again") from None
     except (pa.ArrowException, OSError, KeyError) as error:  # KeyError: another file is there now, without the column
         raise DataError(f"{where}, cannot be read ({first_line(error)}): delete the file and get it again") from None
-
-
-@lru_cache(maxsize=1)  # for a row group that is read slice by slice
-def _read_column(path, group, modified):
-    with pq.ParquetFile(path) as file:
-        return file.read_row_group(group, columns=["text"]).column("text")
 
 
 def row_groups(shard_paths: Iterable[str | Path]) -> Iterator[list[str]]:
@@ -346,10 +360,16 @@ def main() -> None:
         source = Source(BASE_URL.rstrip("/"), NUM_SHARDS, 0, "see the host")
         fetch(NAME, source, TRAIN_SHARDS or source.num_shards - 1, folder)
     elif DATASET in SOURCES:
-        fetch(DATASET, SOURCES[DATASET], TRAIN_SHARDS, folder)
+        fetch(DATASET, SOURCES[DATASET], shards_for(FOR_DEPTH) if FOR_DEPTH else TRAIN_SHARDS, folder)
     else:
         built = build_stdlib(folder)
         print(f"{folder}: {'built' if built else 'there already, every shard is as the manifest says'}")
+
+
+def shards_for(depth: int) -> int:
+    """How many hosted shards hold the text that a model of this depth trains on: ten tokens for each weight."""
+    width, _ = recipe.model_width(depth, 0, 128)
+    return math.ceil(10 * recipe.num_weights(depth, width) * BYTES_PER_TOKEN / SHARD_TEXT_BYTES)
 
 
 def verify_command() -> None:

@@ -1,12 +1,16 @@
-"""The training recipe as pure arithmetic: model shape and batch from depth or time, the plan of a run with an estimate
-of its memory, and the schedules of learning rate, momentum, weight decay and batch.
+"""Every number that follows from a model's depth, the token budget and the kind of device, an estimate of memory, and
+the schedules of learning rate, momentum, weight decay and batch.
 
-No torch, no environment, no files, so a plan can be tested and printed before anything is allocated.
+Pure arithmetic: no torch, no environment, no files, so a plan can be tested and printed before anything is allocated.
+
+Two recipes are known to work: SMALL, measured here, and LARGE, published. Learning rates pass through both and go from
+one to the other as a power of the training tokens; between them and beyond they are an assumption.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from nanotrain.errors import UserError
@@ -14,29 +18,51 @@ from nanotrain.errors import UserError
 if TYPE_CHECKING:
     from nanotrain.gpt import GPTConfig
 
-# Batch size in tokens as a power law of the training tokens, through two recipes known to work: 4,096 at 3M tokens
-# (minutes on a CPU) and 2^19 at 1.4B (nanochat, depth 12). Between and beyond them it is an assumption.
-BATCH_ANCHOR_TOKENS, BATCH_ANCHOR = 3e6, 4096
-BATCH_EXPONENT = math.log(2**19 / BATCH_ANCHOR) / math.log(1.4e9 / BATCH_ANCHOR_TOKENS)
+
+@dataclass(frozen=True)
+class Anchor:
+    """A recipe that works at one batch and one number of training tokens."""
+
+    tokens: float
+    batch: int  # tokens of an optimizer step
+    matrix_lr: float
+    embedding_lr: float  # at REFERENCE_WIDTH, as the next one
+    unembedding_lr: float
+    scalar_lr: float
+    momentum_peak: float
+    final_lr_frac: float
+
+
+SMALL = Anchor(3e6, 4096, 0.04, 0.35, 0.005, 0.05, 0.95, 0.03)  # depth 2 to 4, minutes on a CPU (dev/LOG.md)
+LARGE = Anchor(1.4e9, 2**19, 0.02, 0.3, 0.008, 0.5, 0.97, 0.05)  # nanochat's, published for depth 12 to 26
+RATES = ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr")
+REFERENCE_WIDTH = 768
+MOST_OF_RATE = 2.0  # times the larger anchor: no batch asks for more
+BATCH_EXPONENT = 0.383  # of the batch in the training tokens (arXiv:2505.13738)
 MAX_BATCH = 2**20
-REFERENCE_WIDTH = 768  # at which the embedding and head learning rates are given
+DECAY_EPOCHS = 15.0  # rate x decay x steps, which nanochat keeps constant (0.28 at LARGE)
+WARMUP_STEPS, WARMUP_SHARE = 40, 0.04  # the fewer of both, as a fraction of the run
+MOMENTUM_WARMUP_STEPS, MOMENTUM_WARMUP_SHARE = 400, 0.30  # likewise
+MOMENTUM_START, MOMENTUM_END = 0.85, 0.90
+WARMDOWN_SHARE = 0.65
 
 # Compute-optimal number of weights in matrices and head as a power law of the training FLOPs, through our best CPU runs
-# (dev/ladder.md) and nanochat's published optimum. Between them it is an assumption.
+# (dev/ladder.md) and nanochat's published optimum.
 OPTIMUM_FLOPS, OPTIMUM_WEIGHTS = 7.2e13, 3.0e6
 OPTIMUM_EXPONENT = math.log(129e6 / OPTIMUM_WEIGHTS) / math.log(1e18 / OPTIMUM_FLOPS)
-WIDTH_PER_LAYER, LEAST_WIDTH, MOST_LAYERS, DEFAULT_DEPTH = 64, 256, 26, 4
+WIDTH_PER_LAYER, LEAST_WIDTH, MOST_LAYERS, DEFAULT_DEPTH = 64, 256, 32, 4
 # (up to this width, tokens); only the first entry of each was measured by us
 VOCABULARIES = ((256, 4096), (512, 8192), (640, 16384), (math.inf, 32768))
 SEQUENCE_LENGTHS = ((384, 256), (512, 512), (640, 1024), (math.inf, 2048))
+# Tables pay where they were measured to: in small models, for which a row more costs less than a weight more.
+TABLES_WIDTH, BIGRAM_ROWS, SPECTRAL_TOKENS = 512, 65536, 2_000_000
+LONG_CONTEXT, ROPE_BASE, LONG_ROPE_BASE = 2048, 10_000.0, 100_000.0  # nanochat's base at its length
 EFFICIENCY = 0.9  # training FLOP/s, with all overhead, as a fraction of the measured `training_flops_per_second`
 START_SECONDS = 20.0  # of a timed run not spent training: imports, compilation, evaluations, the last save
 
 # A CPU process needs more than its tensors (dev/LOG.md): what torch loads, and fragmentation of the heap.
 LOADED_BYTES, HEAP = 150e6, 2.0
 
-MOMENTUM_START, MOMENTUM_PEAK, MOMENTUM_END = 0.85, 0.95, 0.90
-MOMENTUM_WARMUP = 0.30  # fraction of the run
 BATCH_RAMP = ((0.10, 0.25), (0.22, 0.5))  # (until this progress, this fraction of the batch)
 BATCH_PARTS = 4  # the fractions are whole multiples of 1 / BATCH_PARTS
 
@@ -56,9 +82,14 @@ def choose_depth(flops: float, head_dim: int, aspect_ratio: int = 0) -> int:
 
     def distance(depth: int) -> float:
         width, _ = model_width(depth, aspect_ratio, head_dim)
-        return abs(math.log((12 * depth * width**2 + vocabulary(width) * width) / goal))
+        return abs(math.log(num_weights(depth, width) / goal))
 
     return min(range(2, MOST_LAYERS + 1), key=distance)
+
+
+def num_weights(depth: int, width: int) -> int:
+    """Weights in the matrices and the head of a model with the vocabulary of its width."""
+    return 12 * depth * width**2 + vocabulary(width) * width
 
 
 def vocabulary(width: int) -> int:
@@ -83,6 +114,21 @@ def model_width(depth: int, aspect_ratio: int, head_dim: int) -> tuple[int, int]
     return heads * head_dim, heads
 
 
+def rope_base(seq_len: int) -> float:
+    """Base of the rotary frequencies for sequences of this length."""
+    return LONG_ROPE_BASE if seq_len >= LONG_CONTEXT else ROPE_BASE
+
+
+def bigram_rows(width: int) -> int:
+    """Rows of the hashed bigram table for a model of this width; 0: no table."""
+    return BIGRAM_ROWS if width <= TABLES_WIDTH else 0
+
+
+def spectral_tokens(width: int) -> int:
+    """Tokens to count for bigram init in a model of this width; 0: random init."""
+    return SPECTRAL_TOKENS if width <= TABLES_WIDTH else 0
+
+
 def resolve_depth(
     depth: int, horizon: "Horizon", head_dim: int, aspect_ratio: int, flops_per_second: float
 ) -> tuple[int, str]:
@@ -98,11 +144,6 @@ def resolve_depth(
     return choose_depth(flops, head_dim, aspect_ratio), reason
 
 
-def width_factor(width: int) -> float:
-    """Scale of the embedding and head learning rates relative to REFERENCE_WIDTH: 1 / sqrt(width), as in nanochat."""
-    return (width / REFERENCE_WIDTH) ** -0.5
-
-
 def training_flops_per_token(weights: int, depth: int, width: int, seq_len: int) -> int:
     """FLOPs per token, forward and backward: 6 per matrix and head weight, and attention (PaLM, arXiv:2204.02311)."""
     return 6 * weights + 12 * depth * width * seq_len
@@ -111,10 +152,15 @@ def training_flops_per_token(weights: int, depth: int, width: int, seq_len: int)
 # ---- batch ----
 
 
-def batch_tokens(training_tokens: float, seq_len: int, world_size: int, parts: int = 1) -> int:
-    """Tokens per optimizer step: the power law's nearest power of two, in `parts` of whole sequences on every rank."""
-    ideal = BATCH_ANCHOR * (training_tokens / BATCH_ANCHOR_TOKENS) ** BATCH_EXPONENT
-    ideal = 2 ** round(math.log2(min(max(ideal, BATCH_ANCHOR), MAX_BATCH)))
+def batch_tokens(training_tokens: float, seq_len: int, world_size: int, on_gpu: bool, parts: int = 1) -> int:
+    """Tokens per optimizer step, in `parts` of whole sequences on every rank, near a power of two.
+
+    On GPUs it grows from LARGE, which keeps many of them busy; on a CPU, where a smaller batch takes less time, from
+    SMALL.
+    """
+    anchor = LARGE if on_gpu else SMALL
+    ideal = anchor.batch * (training_tokens / anchor.tokens) ** BATCH_EXPONENT
+    ideal = 2 ** round(math.log2(min(max(ideal, SMALL.batch), MAX_BATCH)))
     unit = seq_len * world_size * parts
     return max(round(ideal / unit), 1) * unit
 
@@ -213,6 +259,31 @@ def process_growth(memory: Memory) -> int:
 # ---- optimization ----
 
 
+def learning_rate(name: str, tokens: float, batch: int) -> float:
+    """The peak of `name`, one of RATES, for a run of so many training tokens in steps of `batch` tokens.
+
+    It goes with the root of the batch, as in nanochat (arXiv:2405.14578 for Adam), and as a power of the tokens that
+    takes it through both anchors. For the matrices this power is -0.5: the rate falls as 1 / sqrt(steps).
+    """
+    small, large = getattr(SMALL, name), getattr(LARGE, name)
+    exponent = math.log(small / large * math.sqrt(LARGE.batch / SMALL.batch)) / math.log(LARGE.tokens / SMALL.tokens)
+    tokens = min(max(tokens, SMALL.tokens), LARGE.tokens)
+    rate = large * math.sqrt(batch / LARGE.batch) * (LARGE.tokens / tokens) ** exponent
+    return min(rate, MOST_OF_RATE * max(small, large))
+
+
+def between_anchors(name: str, tokens: float) -> float:
+    """A number of the anchors at so many training tokens: linear in their logarithm, and constant beyond."""
+    place = math.log(tokens / SMALL.tokens) / math.log(LARGE.tokens / SMALL.tokens)
+    place = min(max(place, 0.0), 1.0)
+    return getattr(SMALL, name) + place * (getattr(LARGE, name) - getattr(SMALL, name))
+
+
+def width_factor(width: int) -> float:
+    """Scale of the embedding and head learning rates relative to REFERENCE_WIDTH: 1 / sqrt(width), as in nanochat."""
+    return (width / REFERENCE_WIDTH) ** -0.5
+
+
 @dataclass(frozen=True)
 class StepSchedule:
     """The schedules at one optimizer step."""
@@ -226,8 +297,8 @@ class StepSchedule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The numbers by which settings and width decide the optimization, and Muon's momentum, all of them resolved. A
-    checkpoint holds them, and a resumed run takes them from there, whatever newer code would choose.
+    """The numbers of the optimization, all of them resolved. A checkpoint holds them, and a resumed run takes them from
+    there, whatever newer code would choose.
     """
 
     # Settings of scripts.base_train, in lower case:
@@ -243,10 +314,10 @@ class Recipe:
     final_lr_frac: float
     batch_ramp: bool
     # Not settings:
-    momentum_start: float = MOMENTUM_START
-    momentum_peak: float = MOMENTUM_PEAK
-    momentum_end: float = MOMENTUM_END
-    momentum_warmup: float = MOMENTUM_WARMUP
+    momentum_start: float
+    momentum_peak: float
+    momentum_end: float
+    momentum_warmup: float  # fraction of the run
 
     def __post_init__(self) -> None:
         numbers = [value for value in vars(self).values() if type(value) is float]
@@ -255,12 +326,32 @@ class Recipe:
             raise ValueError(f"{self}: a number is out of range")
 
     @classmethod
-    def from_settings(cls, settings: dict, width: int) -> "Recipe":
-        """The recipe of a new run: `settings` {NAME: value} of scripts.base_train, at the model's `width`."""
-        chosen = {field.name: settings[field.name.upper()] for field in fields(cls) if field.default is MISSING}
-        factor = width_factor(width)
-        chosen["embedding_lr"] *= factor
-        chosen["unembedding_lr"] *= factor
+    def of(cls, width: int, tokens: float, batch: int, settings: Mapping = MappingProxyType({})) -> "Recipe":
+        """The recipe of a model of this `width` that trains on so many tokens, in steps of `batch` tokens.
+
+        settings: {NAME: value} of scripts.base_train, which come first; -1 leaves a number to the recipe. Rates of
+        embedding and head are given for REFERENCE_WIDTH.
+        """
+        steps = max(tokens / batch, 1.0)
+        chosen = {name: learning_rate(name, tokens, batch) for name in RATES}
+        chosen |= {
+            "weight_decay": 0.0,
+            "grad_clip": 0.0,
+            "schedule": "wsd",
+            "warmup_ratio": min(WARMUP_STEPS / steps, WARMUP_SHARE),
+            "warmdown_ratio": WARMDOWN_SHARE,
+            "final_lr_frac": between_anchors("final_lr_frac", tokens),
+            "batch_ramp": False,
+            "momentum_start": MOMENTUM_START,
+            "momentum_peak": between_anchors("momentum_peak", tokens),
+            "momentum_end": MOMENTUM_END,
+            "momentum_warmup": min(MOMENTUM_WARMUP_STEPS / steps, MOMENTUM_WARMUP_SHARE),
+        }
+        chosen |= {name: settings[name.upper()] for name in chosen if settings.get(name.upper(), -1) != -1}
+        if settings.get("WARMDOWN_RATIO", -1) == -1:
+            chosen["warmdown_ratio"] = min(WARMDOWN_SHARE, 1 - chosen["warmup_ratio"])
+        chosen["embedding_lr"] *= width_factor(width)
+        chosen["unembedding_lr"] *= width_factor(width)
         return cls(**chosen)
 
     def resumed(self, saved: dict, changed: set[str]) -> "Recipe":
@@ -272,16 +363,6 @@ class Recipe:
         """{"matrix", "embedding", "unembedding", "scalar": peak}."""
         return {name: getattr(self, f"{name}_lr") for name in ("matrix", "embedding", "unembedding", "scalar")}
 
-    @property
-    def batch_parts(self) -> int:
-        """The number of equal parts that a step's sequences must divide into."""
-        return BATCH_PARTS if self.batch_ramp else 1
-
-    @property
-    def mean_batch_share(self) -> float:
-        """Mean fraction of the full batch over a whole run."""
-        return mean_batch_share() if self.batch_ramp else 1.0
-
     def at(self, progress: float, grad_accum_steps: int) -> StepSchedule:
         """The settings of the step at `progress`; `grad_accum_steps` micro-steps make up the full batch."""
         share = batch_share(progress) if self.batch_ramp else 1.0
@@ -292,6 +373,33 @@ class Recipe:
         beta = momentum(progress, self.warmdown_ratio, peaks, self.momentum_warmup)
         decay = weight_decay(progress, self.weight_decay)
         return StepSchedule(micro_steps, factor, self.matrix_lr * factor, beta, decay)
+
+
+REASONS = {  # of what `Recipe.of` and the functions above choose
+    "width": "64 a layer, at least 256, in whole heads",
+    "heads": "width / --head-dim",
+    "max_seq_len": "by width: 256 (measured) to 384, 2,048 (nanochat) from 768",
+    "vocab_size": "the tokenizer's; 4,096 (measured) suits width 256",
+    "rope_base": "10,000, and 100,000 (nanochat) for sequences of 2,048",
+    "bigram_rows": "65,536 to width 512, where it pays (measured at 256)",
+    "spectral_tokens": "2,000,000 to width 512, where it pays (measured at 256)",
+    "total_batch_size": "4,096 at 3 M tokens on a CPU, 2^19 at 1.4 G on GPUs; ^0.383",
+    "matrix_lr": "0.04 at 4,096 of 3 M tokens, 0.02 at 2^19 of 1.4 G",
+    "embedding_lr": "0.35 and 0.3 there, times (width / 768)^-0.5",
+    "unembedding_lr": "0.005 and 0.008 there, times (width / 768)^-0.5",
+    "scalar_lr": "0.05 and 0.5 there",
+    "weight_decay": "none",
+    "grad_clip": "off, as in nanochat",
+    "schedule": "warmup, stable, decay (arXiv:2404.06395)",
+    "warmup_ratio": "40 steps (nanochat), at most 4 % of the run (measured)",
+    "warmdown_ratio": "nanochat's; flat around it here",
+    "final_lr_frac": "0.03 (measured) at 3 M tokens, 0.05 (nanochat) at 1.4 G",
+    "batch_ramp": "off: not measured here",
+    "momentum_start": "nanochat's",
+    "momentum_peak": "0.95 (measured) at 3 M tokens, 0.97 (nanochat) at 1.4 G",
+    "momentum_end": "nanochat's",
+    "momentum_warmup": "400 steps (nanochat), at most 30 % of the run (measured)",
+}
 
 
 # ---- the plan ----
@@ -310,6 +418,16 @@ class Horizon:
     def is_timed(self) -> bool:
         """Whether the time of steps, measured later, decides how many there are."""
         return self.target_minutes > 0
+
+    def tokens(self, weights: int, flops_per_token: int, flops_per_second: float) -> float:
+        """The training tokens of a model with so many `weights` in matrices and head; for a timed run an estimate, and
+        for a number of steps those that the default would be, which decide its batch.
+        """
+        if self.target_flops:
+            return self.target_flops / flops_per_token
+        if self.target_minutes:
+            return 60 * self.target_minutes * flops_per_second / flops_per_token
+        return self.param_data_ratio * weights
 
     def progress_after(self, step: int, seconds: float, tokens: int, plan: "Plan", batch_ramp: bool) -> float:
         """The progress of a run that has this horizon and `plan` after `step` steps, `seconds` and `tokens`."""
@@ -346,101 +464,28 @@ def make_plan(
     total_batch_size: int,
     max_device_batch_size: int,
     world_size: int,
+    on_gpu: bool,
     flops_per_second: float,
     policy: ActivationPolicy,
-    batch_parts: int = 1,
-    mean_batch_share: float = 1.0,
+    batch_ramp: bool = False,
 ) -> Plan:
     """The Plan of a run. Raises UserError for a batch size that does not divide.
 
-    total_batch_size: tokens, 0 to derive it from the horizon. flops_per_second: of all ranks together. batch_parts,
-    mean_batch_share: those of the Recipe.
+    total_batch_size: tokens, 0 to derive it from the horizon. flops_per_second: of all ranks together.
     """
-    seq_len = model_config.max_seq_len
+    seq_len, parts = model_config.max_seq_len, BATCH_PARTS if batch_ramp else 1
     weights = parameters["matrix"] + parameters["unembedding"]
     flops_per_token = training_flops_per_token(weights, model_config.num_layers, model_config.model_dim, seq_len)
-    if horizon.num_iterations:
-        tokens = None
-    elif horizon.target_flops:
-        tokens = horizon.target_flops / flops_per_token
-    elif horizon.target_minutes:  # an estimate until steps have been timed
-        tokens = horizon.target_minutes * 60 * flops_per_second / flops_per_token
-    else:
-        tokens = horizon.param_data_ratio * weights
-    if not total_batch_size:
-        total_batch_size = batch_tokens(tokens or horizon.param_data_ratio * weights, seq_len, world_size, batch_parts)
-    split = split_batch(total_batch_size, seq_len, max_device_batch_size, world_size, batch_parts)
-    mean_tokens = total_batch_size * mean_batch_share
+    tokens = horizon.tokens(weights, flops_per_token, flops_per_second)
+    total_batch_size = total_batch_size or batch_tokens(tokens, seq_len, world_size, on_gpu, parts)
+    split = split_batch(total_batch_size, seq_len, max_device_batch_size, world_size, parts)
+    mean_tokens = total_batch_size * (mean_batch_share() if batch_ramp else 1.0)
     num_steps = horizon.num_iterations or max(round(tokens / mean_tokens), 1)
     tokens = round(num_steps * mean_tokens)
     flops = float(tokens * flops_per_token)
     memory = estimate_memory(parameters, model_config, *split, world_size, policy)
     seconds = flops / flops_per_second
     return Plan(parameters, flops_per_token, total_batch_size, *split, num_steps, tokens, flops, seconds, memory)
-
-
-def describe_batch(
-    plan: Plan,
-    model_config: "GPTConfig",
-    world_size: int,
-    max_device_batch_size: int,
-    grad_checkpoint: bool,
-    free_bytes: int,
-    process_bytes: int | None,
-) -> list[str]:
-    """The printed lines about the batch and its memory, with a warning if that exceeds `free_bytes` of a rank.
-
-    process_bytes: what a CPU process has taken already; None on other devices.
-    """
-    memory, size, gib = plan.memory, plan.device_batch_size, 2**30
-    lowered = f" (lowered from {max_device_batch_size})" if size < max_device_batch_size else ""
-    names = ("weights", "gradients", "optimizer", "activations", "logits", "update")
-    parts = [f"{name} {getattr(memory, name) / gib:.2f}" for name in names]
-    lines = [
-        f"batch      {plan.total_batch_size:,} tokens = {size} sequences{lowered} of {model_config.max_seq_len}"
-        f" x {plan.grad_accum_steps} micro-steps x {world_size} ranks",
-        f"memory     about {memory.peak / gib:.2f} GiB a rank: {', '.join(parts[:3])},",
-        f"           and {' with '.join(parts[3:5])} or, later, {parts[5]}",
-    ]
-    needed = memory.peak
-    if process_bytes is not None:
-        needed = process_growth(memory)
-        total = (process_bytes + needed) / gib
-        lines.append(f"process    about {total:.1f} GiB at most, {process_bytes / gib:.1f} of them taken already")
-    if needed > free_bytes:
-        peak_in_passes = memory.update <= memory.activations + memory.logits
-        smaller = f"--device-batch-size={max(size // 2, 1)} (now {size})"
-        if not peak_in_passes or size == 1:
-            smaller = f"--depth={model_config.num_layers // 2 or 1} (now {model_config.num_layers})"
-        lower = "lower" if grad_checkpoint or not peak_in_passes else "give --grad-checkpoint, or lower"
-        free = f"{free_bytes / gib:.1f} GiB that are free for a rank"
-        lines.append(f"warning    more than the {free}: {lower} {smaller}")
-    return lines
-
-
-def describe_model(plan: Plan, model_config: "GPTConfig", reason: str) -> list[str]:
-    """The printed lines about the model; `reason`: why it has this depth."""
-    counts = plan.parameters
-    tables = sum(count for role, count in counts.items() if "embedding" in role and role != "unembedding")
-    return [
-        f"model      depth {model_config.num_layers} ({reason}), width {model_config.model_dim}",
-        f"weights    {counts['matrix']:,} in matrices, {counts['unembedding']:,} in the head, {tables:,} in tables",
-    ]
-
-
-def describe_horizon(
-    plan: Plan, horizon: Horizon, num_steps: int, tokens: float, text_tokens: float, folder: object
-) -> list[str]:
-    """The printed lines about the length of a run of `num_steps` and `tokens`, on about `text_tokens` in `folder`."""
-    minutes = horizon.target_minutes or plan.seconds / 60
-    lines = [
-        f"horizon    {'about ' if horizon.is_timed else ''}{num_steps:,} steps, {tokens / 1e6:,.1f} M tokens,"
-        f" {tokens * plan.flops_per_token:.1e} FLOPs, about {minutes:.1f} minutes",
-        f"data       about {text_tokens / 1e6:,.1f} M tokens in {folder}: {tokens / text_tokens:.1f} epochs",
-    ]
-    if tokens > 2 * text_tokens:  # a small model with tables begins to memorize then (dev/LOG.md)
-        lines.append("warning    more than 2 epochs: more text would help more than more steps")
-    return lines
 
 
 # ---- schedules, as functions of progress in (0, 1) ----
@@ -481,16 +526,11 @@ def linear(progress: float, warmup: float, warmdown: float, final: float) -> flo
 SCHEDULES: dict[str, Callable[[float, float, float, float], float]] = {"wsd": wsd, "cosine": cosine, "linear": linear}
 
 
-def schedule_name(name: str) -> str:
-    """The current name of a schedule; runs made before the renaming call WSD `trapezoid`."""
-    return "wsd" if name == "trapezoid" else name
-
-
 def momentum(
     progress: float,
     warmdown: float,
-    values: tuple[float, float, float] = (MOMENTUM_START, MOMENTUM_PEAK, MOMENTUM_END),
-    warmup: float = MOMENTUM_WARMUP,
+    values: tuple[float, float, float],
+    warmup: float,
 ) -> float:
     """Muon's momentum, `values` at start, peak and end: linear warmup, constant, and a slight linear decrease over the
     learning rate's warmdown.

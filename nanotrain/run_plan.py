@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 from nanotrain import checkpoint, hardware, recipe, warmup
 from nanotrain.checkpoint import Restored, parsed
-from nanotrain.dataloader import TrainData
+from nanotrain.dataloader import TrainData, choose_num_streams
 from nanotrain.dist import DistContext
 from nanotrain.errors import UserError
 from nanotrain.gpt import GPTConfig
@@ -13,7 +13,7 @@ from nanotrain.loss import chunk_rows
 from nanotrain.trainer import TrainState
 
 HORIZON = ("NUM_ITERATIONS", "TARGET_FLOPS", "TARGET_MINUTES", "TARGET_PARAM_DATA_RATIO")
-DEFAULT_BATCH = 16  # sequences of a forward pass
+DEFAULT_BATCH = 16  # sequences of a forward pass where the largest that fits is not found by trying
 
 
 class RunPlan:
@@ -38,18 +38,26 @@ class RunPlan:
         )
         self.depth_reason = "as before"
         self.model_config = parsed(GPTConfig, was["model_config"]) if restored else self._choose_model()
-        seq_len = self.model_config.max_seq_len
+        width, seq_len = self.model_config.model_dim, self.model_config.max_seq_len
         if cfg.EVAL_EVERY and cfg.EVAL_TOKENS < seq_len:
             raise UserError(f"--eval-tokens={cfg.EVAL_TOKENS}: less than one sequence of {seq_len} tokens")
-        self.recipe = recipe.Recipe.from_settings(vars(cfg), self.model_config.model_dim)
+        self.total_batch_size = cfg.TOTAL_BATCH_SIZE or was.get("total_batch_size", 0)
+        self.batch_ramp = cfg.BATCH_RAMP
+        if restored and "BATCH_RAMP" not in changed:
+            self.batch_ramp = was["recipe"]["batch_ramp"]
+        elif self.total_batch_size % (recipe.BATCH_PARTS * seq_len * dist.world_size):
+            self.batch_ramp = False  # a batch that was given is not refused for its sake
+        self.set_batch(cfg.DEVICE_BATCH_SIZE or DEFAULT_BATCH)
+        settings = {**vars(cfg), "BATCH_RAMP": self.batch_ramp}
+        self.recipe = recipe.Recipe.of(width, self.plan.tokens, self.plan.total_batch_size, settings)
         if restored:
             self.recipe = self.recipe.resumed(asdict(parsed(recipe.Recipe, was["recipe"])), changed)
-        self.total_batch_size = cfg.TOTAL_BATCH_SIZE or was.get("total_batch_size", 0)
-        self.set_batch(cfg.DEVICE_BATCH_SIZE or DEFAULT_BATCH)
         self.state = parsed(TrainState, was.get("train_state", {}))
         self.trained_tokens = was["loader"]["next_sequence"] * seq_len if restored else 0
         if not restored or changed & {*HORIZON, "TOTAL_BATCH_SIZE", "BATCH_RAMP"}:
-            self.state.set_horizon(self.horizon, self.plan, self.trained_tokens, self.recipe.batch_ramp)
+            self.state.set_horizon(self.horizon, self.plan, self.trained_tokens, self.batch_ramp)
+        streams = was["loader"]["streams"] if restored else ()
+        self.num_streams = len(streams) or cfg.NUM_STREAMS or choose_num_streams(data.shards.train)
         self.first_weights = None
         if cfg.INIT_FROM and not restored:
             self.first_weights, self.model_config = checkpoint.load_first_weights(
@@ -62,15 +70,18 @@ class RunPlan:
             cfg.DEPTH, self.horizon, cfg.HEAD_DIM, cfg.ASPECT_RATIO, self.flops_per_second
         )
         width, heads = recipe.model_width(depth, cfg.ASPECT_RATIO, cfg.HEAD_DIM)
+        seq_len = cfg.MAX_SEQ_LEN or recipe.sequence_length(width)
+        rows = recipe.bigram_rows(width) if cfg.BIGRAM_ROWS == -1 else cfg.BIGRAM_ROWS
         return GPTConfig(
             vocab_size=self.data.tokenizer.vocab_size,
-            max_seq_len=cfg.MAX_SEQ_LEN or recipe.sequence_length(width),
+            max_seq_len=seq_len,
             num_layers=depth,
             num_heads=heads,
             num_kv_heads=heads,
             head_dim=cfg.HEAD_DIM,
-            bigram_rows=0 if cfg.PLAIN else cfg.BIGRAM_ROWS,
+            bigram_rows=0 if cfg.PLAIN else rows,
             plain=cfg.PLAIN,
+            rope_base=recipe.rope_base(seq_len),
         )
 
     def set_batch(self, max_device_batch_size: int) -> None:
@@ -84,11 +95,17 @@ class RunPlan:
             total_batch_size=self.total_batch_size,
             max_device_batch_size=max_device_batch_size,
             world_size=dist.world_size,
+            on_gpu=dist.device.type == "cuda",
             flops_per_second=self.flops_per_second,
             policy=recipe.ActivationPolicy(dist.dtype.itemsize, compiled, cfg.GRAD_CHECKPOINT, chunk_rows(dist.device)),
-            batch_parts=self.recipe.batch_parts,
-            mean_batch_share=self.recipe.mean_batch_share,
+            batch_ramp=self.batch_ramp,
         )
+
+    @property
+    def spectral_tokens(self) -> int:
+        """Tokens to count for bigram init, 0 for random init."""
+        chosen = self.cfg.SPECTRAL_TOKENS
+        return recipe.spectral_tokens(self.model_config.model_dim) if chosen == -1 else chosen
 
     @property
     def tries_batch_sizes(self) -> bool:
@@ -108,30 +125,108 @@ class RunPlan:
             "settings": vars(self.cfg),
         }
 
+    # ---- for people ----
+
     def describe(self) -> list[str]:
         """The lines that a person reads before the first step."""
-        state, dist, share = self.state, self.dist, 1.0
-        steps_left = max(state.num_steps - state.step, 0)
-        if self.recipe.batch_ramp and steps_left:
-            share = recipe.mean_batch_share(state.progress(state.step + 0.5))
-        tokens = self.trained_tokens + steps_left * self.plan.total_batch_size * share
-        text_tokens, folder = self.data.estimated_tokens(), self.data.shards.folder
+        dist = self.dist
         lines = [
             f"device     {dist.world_size} x {hardware.device_name(dist.device)}",
             f"precision  {str(dist.dtype).removeprefix('torch.')} ({dist.dtype_reason})",
-            *recipe.describe_model(self.plan, self.model_config, self.depth_reason),
+            *self._describe_model(),
             *self.describe_batch(),
-            *recipe.describe_horizon(self.plan, self.horizon, state.num_steps, tokens, text_tokens, folder),
+            *self._describe_horizon(),
+            *self._describe_recipe(),
         ]
         if self.tries_batch_sizes:
             lines.append("fits       the largest batch is found by trying, once the model is there")
         return lines
 
+    def _describe_model(self):
+        shape, counts = self.model_config, self.plan.parameters
+        tables = sum(count for role, count in counts.items() if "embedding" in role and role != "unembedding")
+        return [
+            f"model      depth {shape.num_layers} ({self.depth_reason}), width {shape.model_dim}",
+            f"weights    {counts['matrix']:,} in matrices, {counts['unembedding']:,} in the head, {tables:,} in tables",
+        ]
+
+    def _describe_horizon(self):
+        state, plan = self.state, self.plan
+        steps_left, share = max(state.num_steps - state.step, 0), 1.0
+        if self.batch_ramp and steps_left:
+            share = recipe.mean_batch_share(state.progress(state.step + 0.5))
+        tokens = self.trained_tokens + steps_left * plan.total_batch_size * share
+        text_tokens, folder = self.data.estimated_tokens(), self.data.shards.folder
+        minutes = self.horizon.target_minutes or plan.seconds / 60
+        lines = [
+            f"horizon    {'about ' if self.horizon.is_timed else ''}{state.num_steps:,} steps, {tokens / 1e6:,.1f} M"
+            f" tokens, {tokens * plan.flops_per_token:.1e} FLOPs, about {minutes:.1f} minutes",
+            f"data       about {text_tokens / 1e6:,.1f} M tokens in {folder}: {tokens / text_tokens:.1f} epochs",
+        ]
+        if tokens > 2 * text_tokens:  # a small model with tables begins to memorize then (dev/LOG.md)
+            lines.append("warning    more than 2 epochs: more text would help more than more steps")
+        return lines
+
     def describe_batch(self) -> list[str]:
-        """The lines about batch and memory."""
-        cfg, dist = self.cfg, self.dist
-        taken = hardware.peak_memory_bytes(dist.device) if dist.device.type == "cpu" else None
-        free, most = hardware.free_memory_bytes(dist.device), cfg.DEVICE_BATCH_SIZE
-        return recipe.describe_batch(
-            self.plan, self.model_config, dist.world_size, most, cfg.GRAD_CHECKPOINT, free, taken
-        )
+        """The lines about batch and memory, with a warning if a rank has too little of it."""
+        plan, shape, memory, gib = self.plan, self.model_config, self.plan.memory, 2**30
+        size, most = plan.device_batch_size, self.cfg.DEVICE_BATCH_SIZE
+        lowered = f" (lowered from {most})" if size < most else ""
+        names = ("weights", "gradients", "optimizer", "activations", "logits", "update")
+        parts = [f"{name} {getattr(memory, name) / gib:.2f}" for name in names]
+        lines = [
+            f"batch      {plan.total_batch_size:,} tokens = {size} sequences{lowered} of {shape.max_seq_len}"
+            f" x {plan.grad_accum_steps} micro-steps x {self.dist.world_size} ranks",
+            f"memory     about {memory.peak / gib:.2f} GiB a rank: {', '.join(parts[:3])},",
+            f"           and {' with '.join(parts[3:5])} or, later, {parts[5]}",
+        ]
+        if self.cfg.BATCH_RAMP and not self.batch_ramp:
+            lines.append("           no ramp: it would need a batch of four equal parts")
+        needed, free = memory.peak, hardware.free_memory_bytes(self.dist.device)
+        if self.dist.device.type == "cpu":
+            needed, taken = recipe.process_growth(memory), hardware.peak_memory_bytes(self.dist.device)
+            total = (taken + needed) / gib
+            lines.append(f"process    about {total:.1f} GiB at most, {taken / gib:.1f} of them taken already")
+        if needed > free:
+            lines.append(
+                f"warning    more than the {free / gib:.1f} GiB that are free for a rank: {self._less_memory()}"
+            )
+        return lines
+
+    def _less_memory(self):
+        memory, size, depth = self.plan.memory, self.plan.device_batch_size, self.model_config.num_layers
+        peak_in_passes = memory.update <= memory.activations + memory.logits
+        if not peak_in_passes or size == 1:
+            smaller = f"--depth={depth // 2 or 1} (now {depth})"
+        else:
+            smaller = f"--device-batch-size={size // 2} (now {size})"
+        checkpointing_helps = peak_in_passes and not self.cfg.GRAD_CHECKPOINT
+        return f"{'give --grad-checkpoint, or lower' if checkpointing_helps else 'lower'} {smaller}"
+
+    def _describe_recipe(self):
+        """The numbers of the optimization: the most important ones, or in a dry run all of them with their reasons."""
+        found, shape = self.recipe, self.model_config
+        warmup_steps = round(found.warmup_ratio * self.state.num_steps)
+        if not self.cfg.DRY_RUN:
+            return [
+                f"rates      {found.matrix_lr:.3g} matrices (Muon), {found.embedding_lr:.3g} embedding,"
+                f" {found.unembedding_lr:.3g} head, {found.scalar_lr:.3g} scalars",
+                f"schedule   {found.schedule}, {warmup_steps:,} steps of warmup, weight decay {found.weight_decay:.3g}",
+            ]
+        numbers = {
+            "width": shape.model_dim,
+            "heads": shape.num_heads,
+            "max_seq_len": shape.max_seq_len,
+            "vocab_size": shape.vocab_size,
+            "rope_base": shape.rope_base,
+            "bigram_rows": shape.bigram_rows,
+            "spectral_tokens": self.spectral_tokens,
+            "total_batch_size": self.plan.total_batch_size,
+            **asdict(found),
+        }
+        lines = []
+        for name, value in numbers.items():
+            given = getattr(self.cfg, name.upper(), -1) not in (-1, 0, False, "wsd")
+            reason = "from the checkpoint" if self.saved else "as given" if given else recipe.REASONS[name]
+            lines.append(f"  {name:<16} {f'{value:.4g}' if type(value) is float else value!s:<8} {reason}")
+        return lines

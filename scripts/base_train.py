@@ -60,14 +60,14 @@ SEED = 1337  # of the initial weights and the data order
 DATA_DIR = ""  # folder of shards; empty: the only data set in NANOTRAIN_DIR/data
 TOKENIZER_DIR = ""  # folder of tokenizer.json; empty: NANOTRAIN_DIR/tokenizer
 MAX_SEQ_LEN = 0  # tokens of a sequence; 0: chosen by the width
-NUM_STREAMS = 48  # token streams from which sequences are taken in turn
+NUM_STREAMS = 0  # token streams from which sequences are taken in turn; 0: 192, fewer for huge row groups
 # --- model
 DEPTH = 0  # layers; 0: chosen by the horizon in minutes or operations, else 4
 ASPECT_RATIO = 0  # width per layer; 0: 64, and a width of at least 256
 HEAD_DIM = 128  # the width is rounded up to whole heads
-BIGRAM_ROWS = 65536  # of the hashed bigram embedding; 0: none
+BIGRAM_ROWS = -1  # of the hashed bigram embedding; 0: none, -1: by the recipe (65,536 up to depth 8, then none)
 PLAIN = False  # only what transformers' own NanoChat class has, so no bigram embedding either: for scripts.export_hf
-SPECTRAL_TOKENS = 2_000_000  # counted for bigram init of embedding and head (vocabularies to 16,384); 0: random init
+SPECTRAL_TOKENS = -1  # counted for bigram init of embedding and head; 0: random init, -1: by the recipe
 # --- horizon: at most one of the first three
 NUM_ITERATIONS = 0  # optimizer steps
 TARGET_FLOPS = 0.0  # floating-point operations
@@ -75,21 +75,21 @@ TARGET_MINUTES = 0.0  # from process start to the last save
 EVALUATIONS_AFTER = 0.0  # of EVAL_TOKENS each, for which TARGET_MINUTES leaves time after the run
 TARGET_PARAM_DATA_RATIO = 10.0  # training tokens per matrix and head weight, where none of the others is set
 # --- batch
-TOTAL_BATCH_SIZE = 0  # tokens of one optimizer step; 0: by the plan
-BATCH_RAMP = False  # begin with a quarter of the micro-steps, then half of them
-DEVICE_BATCH_SIZE = 16  # sequences per forward pass, lowered to a divisor; 0: on CUDA the most that fit, elsewhere 16
+TOTAL_BATCH_SIZE = 0  # tokens of one optimizer step; 0: by the recipe
+BATCH_RAMP = False  # begin with a quarter of the micro-steps, then half of them, where the batch divides
+DEVICE_BATCH_SIZE = 0  # sequences per forward pass, lowered to a divisor; 0: on CUDA the most that fit, elsewhere 16
 GRAD_CHECKPOINT = False  # run each block again in the backward pass: less memory, more time, the same bits
-# --- optimization
-MATRIX_LR = 0.04  # Muon, for the matrices of the blocks
-EMBEDDING_LR = 0.35  # AdamW, for the token embedding (half of it for value embeddings), at width 768
-UNEMBEDDING_LR = 0.005  # AdamW, for the head, at width 768
-SCALAR_LR = 0.05  # AdamW, for residual scalars and gates
-WEIGHT_DECAY = 0.0  # of the matrices, at the start; it falls to zero
-GRAD_CLIP = 0.0  # largest norm of the gradient; 0: not clipped
+# --- optimization; -1: by the recipe (--dry-run prints every number)
+MATRIX_LR = -1.0  # Muon, for the matrices of the blocks
+EMBEDDING_LR = -1.0  # AdamW, for the token embedding (half of it for value embeddings), at width 768
+UNEMBEDDING_LR = -1.0  # AdamW, for the head, at width 768
+SCALAR_LR = -1.0  # AdamW, for residual scalars and gates
+WEIGHT_DECAY = -1.0  # of the matrices, at the start; it falls to zero
+GRAD_CLIP = -1.0  # largest norm of the gradient; 0: not clipped
 SCHEDULE = "wsd"  # of the learning rate: wsd (warmup-stable-decay), cosine or linear
-WARMUP_RATIO = 0.04  # fraction of the run in which the learning rate rises
-WARMDOWN_RATIO = 0.65  # fraction of the run in which it falls (wsd), and Muon's momentum a little
-FINAL_LR_FRAC = 0.03  # where it ends, as a fraction of its peak
+WARMUP_RATIO = -1.0  # fraction of the run in which the learning rate rises
+WARMDOWN_RATIO = -1.0  # fraction of the run in which it falls (wsd), and Muon's momentum a little
+FINAL_LR_FRAC = -1.0  # where it ends, as a fraction of its peak
 # --- evaluation and saving: every so many steps and at the last; 0: never
 EVAL_EVERY = 250  # bits per byte on validation sequences
 EVAL_TOKENS = 131072  # of the validation shard
@@ -232,8 +232,8 @@ def build(
     """(model with its weights, optimizers, reader of the sequences to come). Where the batch size is found by trying,
     run.plan changes.
     """
-    slices = dataloader.slices_of(data.shards.train, cfg.NUM_STREAMS)
-    stream = (slices, data.tokenizer, run.model_config.max_seq_len, cfg.NUM_STREAMS, cfg.SEED)
+    slices = dataloader.slices_of(data.shards.train, run.num_streams)
+    stream = (slices, data.tokenizer, run.model_config.max_seq_len, run.num_streams, cfg.SEED)
     threads = hardware.cores_of_a_rank()
     hardware.use_tokenizer_threads(False)  # the readers have threads of their own
     model = checkpoint.build_model(run.model_config, dist.device)
@@ -249,8 +249,8 @@ def build(
         run.first_weights = None
     else:
         model.init_weights(cfg.SEED)
-        if cfg.SPECTRAL_TOKENS and data.tokenizer.vocab_size <= bigram_init.LARGEST_VOCABULARY:
-            num_tokens = min(cfg.SPECTRAL_TOKENS, SPECTRAL_RUNS * run.plan.tokens)
+        if run.spectral_tokens and data.tokenizer.vocab_size <= bigram_init.LARGEST_VOCABULARY:
+            num_tokens = min(run.spectral_tokens, SPECTRAL_RUNS * run.plan.tokens)
             # On rank 0 only: DistributedDataParallel broadcasts the result.
             dist.on_rank0(
                 lambda: bigram_init.initialize(
@@ -296,12 +296,13 @@ def write_report(cfg: SimpleNamespace, run_dir: Path, state: TrainState, dist: D
 
 def check_settings(cfg: SimpleNamespace) -> None:
     config.choice("COMPILE", cfg.COMPILE, ("auto", "on", "off"))
-    cfg.SCHEDULE = config.choice("SCHEDULE", recipe.schedule_name(cfg.SCHEDULE), tuple(recipe.SCHEDULES))
+    config.choice("SCHEDULE", cfg.SCHEDULE, tuple(recipe.SCHEDULES))
     config.choice("WANDB", cfg.WANDB, ("off", "offline", "online"))
     config.check_numbers(
         cfg,
-        at_least_one=("NUM_STREAMS", "KEEP_LAST", "WANDB_LOG_EVERY"),
+        at_least_one=("KEEP_LAST", "WANDB_LOG_EVERY"),
         fractions=("WARMUP_RATIO", "WARMDOWN_RATIO", "FINAL_LR_FRAC"),
+        or_minus_one=[name for name, value in config.defaults(__file__).items() if value == -1],
     )
     horizons = [f"{config.flag_of(name)}={getattr(cfg, name)}" for name in HORIZON[:3] if getattr(cfg, name)]
     if len(horizons) > 1:
@@ -312,7 +313,7 @@ def check_settings(cfg: SimpleNamespace) -> None:
         raise UserError(f"--run-name={cfg.RUN_NAME}: begin a new run with its weights, by --init-from={cfg.RUN_NAME}")
     if cfg.EARLY_STOP_PATIENCE and not cfg.EVAL_EVERY:
         raise UserError("--early-stop-patience needs evaluations: give --eval-every, as in --eval-every=250")
-    if cfg.WARMUP_RATIO + cfg.WARMDOWN_RATIO > 1:
+    if max(cfg.WARMUP_RATIO, 0) + max(cfg.WARMDOWN_RATIO, 0) > 1:
         ratios = f"--warmup-ratio={cfg.WARMUP_RATIO} and --warmdown-ratio={cfg.WARMDOWN_RATIO}"
         raise UserError(f"{ratios} overlap: together at most 1")
 

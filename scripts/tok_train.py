@@ -15,8 +15,9 @@ from nanotrain.tokenizer import FILE_NAME, BPETokenizer
 # --- settings
 DATA_DIR = ""  # folder of shards; empty: the only data set in NANOTRAIN_DIR/data
 TOKENIZER_DIR = ""  # where tokenizer.json goes; empty: NANOTRAIN_DIR/tokenizer
-VOCAB_SIZE = 4096  # tokens, BOS included; 4096 suits minutes on a CPU, 32768 days on GPUs; 0: by TARGET_MINUTES
-TARGET_MINUTES = 0.0  # that the model will be trained for, by the same plan as in base_train
+VOCAB_SIZE = 4096  # tokens, BOS included; 4096 suits minutes on a CPU, 32768 days on GPUs; 0: by depth or minutes
+DEPTH = 0  # of the model that the tokenizer is for
+TARGET_MINUTES = 0.0  # that the model will be trained for, where its depth follows from them
 MAX_CHARS = 200_000_000  # of text to train on; memory and time grow with it
 DOC_CHARS = 10_000  # of one document to train on
 HEAD_DIM = 128  # of the model, which the plan of its width needs
@@ -38,18 +39,22 @@ def main() -> None:
 
 
 def planned_vocab_size() -> int:
-    """The vocabulary that suits the model which this machine can train in TARGET_MINUTES."""
+    """The vocabulary that suits DEPTH, or the model that this machine can train in TARGET_MINUTES."""
+    depth = DEPTH or planned_depth()
+    width, _ = recipe.model_width(depth, 0, HEAD_DIM)
+    print(f"for a model of depth {depth} and width {width}")
+    return recipe.vocabulary(width)
+
+
+def planned_depth() -> int:
     if TARGET_MINUTES <= 0:
-        raise UserError("--vocab-size=0 leaves the choice to the plan, which needs --target-minutes")
+        raise UserError("--vocab-size=0 leaves the choice to the plan, which needs --depth or --target-minutes")
     from nanotrain import hardware  # here, so that a tokenizer of a given size does not wait for torch
     from nanotrain.dist import init_distributed
 
     dist = init_distributed()
-    rate = hardware.training_flops_per_second(dist.device, dist.dtype) * recipe.EFFICIENCY
-    depth = recipe.choose_depth(recipe.training_flops(TARGET_MINUTES, rate), HEAD_DIM)
-    width, _ = recipe.model_width(depth, 0, HEAD_DIM)
-    print(f"{TARGET_MINUTES:g} minutes suit a model of depth {depth} and width {width}")
-    return recipe.vocabulary(width)
+    speed = hardware.training_flops_per_second(dist.device, dist.dtype) * recipe.EFFICIENCY
+    return recipe.choose_depth(recipe.training_flops(TARGET_MINUTES, speed), HEAD_DIM)
 
 
 def texts(shards: dataset.Shards) -> Iterator[list[str]]:

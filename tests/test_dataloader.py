@@ -5,7 +5,7 @@ import itertools
 import json
 import struct
 import threading
-from collections import deque
+from collections import Counter, deque
 from multiprocessing.pool import ThreadPool
 
 import numpy as np
@@ -273,18 +273,40 @@ def test_a_row_group_without_text_is_read_once(tokenizer, tmp_path, monkeypatch)
     assert max(reads.count(group) for group in range(41) if group != 20) == 1
 
 
-def test_streams_that_share_a_row_group_decode_it_once(tokenizer, tmp_path, monkeypatch):
-    folder = write(tmp_path, make_texts(300), rows_per_group=1000)
-    expected = Reference(folder, tokenizer, 16, 48, 480)
-    decoded, read_row_group = [], pq.ParquetFile.read_row_group
+@pytest.mark.parametrize("num_streams", [1, 4])
+def test_a_huge_row_group_is_read_in_windows(tokenizer, tmp_path, monkeypatch, num_streams):
+    monkeypatch.setattr(dataloader, "WINDOW_BYTES", 1000)
+    folder, windows = write(tmp_path, make_texts(40), rows_per_group=1000), []
 
-    def counting(file, group, **settings):
-        decoded.append(group)
-        return read_row_group(file, group, **settings)
+    def noting(path, group, start, stop, stamp):
+        windows.append(stop - start)
+        return dataset.read_texts(path, group, start, stop, stamp)
 
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counting)
-    assert_follows(Ranks(folder, tokenizer, 16, 48), expected, 10, 48)
-    assert decoded == [0]
+    monkeypatch.setattr(dataloader, "read_texts", noting)
+    expected = Reference(folder, tokenizer, 16, num_streams, 200)
+    assert_follows(Ranks(folder, tokenizer, 16, num_streams), expected, 10, 20)
+    assert len(windows) > 8
+    assert max(windows) <= 6
+
+
+@pytest.mark.parametrize(
+    ("groups", "megabytes", "expected"),
+    [(10_000, 4, 192), (400, 250, 8), (101, 25, 64), (10, 250, 8), (1, 250, 8), (1, 0.1, 192), (1, 1e4, 1)],
+)
+def test_the_number_of_streams_follows_the_row_groups(groups, megabytes, expected):
+    shards = [dataset.Shard(f"{n}", None, 0, 0, (100,), int(megabytes * 1e6)) for n in range(groups)]
+    assert dataloader.choose_num_streams(shards) == expected
+
+
+def test_every_text_is_tokenized_once_at_the_usual_world_sizes():
+    for world_size in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128):
+        readers = [
+            SequenceReader([dataloader.Slice(None, 0, 0, 1, 1)], None, 16, 192, SEED, rank, world_size)
+            for rank in range(world_size)
+        ]
+        read = Counter(itertools.chain.from_iterable(reader.streams for reader in readers))
+        assert set(read.values()) == {2 if world_size == 128 else 1}
+        assert len(read) == 192
 
 
 def test_no_slices_are_a_data_error(tokenizer):
