@@ -161,7 +161,7 @@ def read_texts(
         return texts
     except UnicodeDecodeError:
         raise DataError(f"{where}, row {start + len(texts)}: the text is not UTF-8; make this shard again") from None
-    except (pa.ArrowException, OSError, KeyError) as error:  # KeyError: another file is there now, without the column
+    except (pa.ArrowException, OSError, LookupError) as error:  # LookupError: another file is there now
         raise DataError(f"{where}, cannot be read ({first_line(error)}): delete the file and get it again") from None
 
 

@@ -4,7 +4,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -63,7 +63,7 @@ class Evals:
             if self._due(settings.eval_every, state):
                 self.bits_per_byte(state)
                 self._end_early(state)
-            if self.bundle and self._due(settings.core_every, state):  # at step 0 to find out whether it works
+            if self.bundle and self._due(settings.core_every, state):
                 self.core(state)
             if self._due(settings.sample_every, state) and state.step and self.dist.is_rank0:
                 self.sample(state)
@@ -103,11 +103,17 @@ class Evals:
             state.num_steps, state.horizon_fixed = state.step, True
 
     def core(self, state: TrainState) -> None:
-        """Score the tasks of the bundle."""
-        begin, tasks = time.monotonic(), self.bundle.tasks
-        with self._progress("tasks", sum(len(task.items) for task in tasks)) as done:
-            batch_size = self.settings.batch_size
-            result = core_eval.evaluate(self.model, self.tokenizer, self.bundle, self.dist, batch_size, done)
+        """Score the tasks of the bundle; before the first step only one item, to find out whether it works."""
+        begin, bundle, batch_size = time.monotonic(), self.bundle, self.settings.batch_size
+        num_items = sum(len(task.items) for task in bundle.tasks)
+        if not state.step:
+            task = bundle.tasks[0]
+            bundle = replace(bundle, tasks=[replace(task, items=task.items[:1], num_shots=0)])
+            core_eval.evaluate(self.model, self.tokenizer, bundle, self.dist, batch_size)
+            state.core_seconds = (time.monotonic() - begin) * num_items / self.dist.world_size
+            return
+        with self._progress("tasks", num_items) as done:
+            result = core_eval.evaluate(self.model, self.tokenizer, bundle, self.dist, batch_size, done)
         centered = {f"core/{label}": task["centered"] for label, task in result["tasks"].items()}
         self.metrics.record(state.step, {"core/core_metric": result["core_metric"], **centered})
         self.metrics.evaluation(state.step, core=result)

@@ -124,7 +124,7 @@ class TrainStep:
             ignored = list(model.parameters_by_role().get("bigram_embedding", {}))  # its sparse gradient: optim
             ignored += [name for name, _ in model.named_buffers()]  # constants that every rank has computed
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
-            self.wrapped_model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+            self.wrapped_model = DistributedDataParallel(model, gradient_as_bucket_view=True, init_sync=False)
         if saved:
             for optimizer in optimizers:
                 optimizer.updates = saved["updates"]

@@ -248,24 +248,28 @@ def build(
         checkpoint.load_weights(model, run.first_weights)
         run.first_weights = None
     else:
-        model.init_weights(cfg.SEED)
-        if run.spectral_tokens and data.tokenizer.vocab_size <= bigram_init.LARGEST_VOCABULARY:
-            num_tokens = min(run.spectral_tokens, SPECTRAL_RUNS * run.plan.tokens)
-            # On rank 0 only: DistributedDataParallel broadcasts the result.
-            dist.on_rank0(
-                lambda: bigram_init.initialize(
-                    model, dataloader.SequenceReader(*stream, threads=threads), num_tokens, cfg.SEED
-                )
-            )
-            hardware.give_back_freed_memory()  # the bigram counts
+        model.init_buffers()
+        dist.on_rank0(lambda: draw_weights(model, run, dataloader.SequenceReader(*stream, threads=threads)))
+        drawn = [parameter.detach().view(-1) for parameter in model.parameters()]
+        dist.broadcast_owned([drawn, *[[]] * (dist.world_size - 1)])()
     if run.tries_batch_sizes:
-        most = run.plan.device_batch_size * run.plan.grad_accum_steps // run.recipe.batch_parts
+        most = run.plan.device_batch_size * run.plan.grad_accum_steps // (recipe.BATCH_PARTS if run.batch_ramp else 1)
         fitting = warmup.largest_batch_that_fits(dist, model, most)
         run.set_batch(fitting)
         dist.print0("\n".join([f"fits       {fitting} sequences", *run.describe_batch()]))
     loader_state = restored.state["loader"] if restored else None
     reader = dataloader.SequenceReader(*stream, dist.rank, dist.world_size, loader_state, threads)
     return model, optimizers, reader
+
+
+def draw_weights(model: GPT, run: RunPlan, reader: dataloader.SequenceReader) -> None:
+    """Set all weights; embedding and head from the bigrams of the next sequences, if the plan wants that."""
+    seed = run.cfg.SEED
+    model.init_weights(seed)
+    if run.spectral_tokens and model.config.vocab_size <= bigram_init.LARGEST_VOCABULARY:
+        num_tokens = min(run.spectral_tokens, SPECTRAL_RUNS * run.plan.tokens)
+        bigram_init.initialize(model, reader, num_tokens, seed)
+        hardware.give_back_freed_memory()  # the bigram counts
 
 
 # ---- around the loop ----

@@ -1,5 +1,6 @@
 """The training loop: what it records, that a resume changes nothing, what it refuses, and how it ends."""
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -207,7 +208,7 @@ def test_every_step_has_a_row_and_the_evaluations_have_theirs(train):
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
     for row in steps:
         assert {"train/loss", "train/lr", "train/grad_norm", "train/tok_per_sec", "data_hash"} <= row.keys()
-        assert 0 < row["train/lr"] <= base_train.MATRIX_LR
+        assert 0 < row["train/lr"] <= recipe.learning_rate("matrix_lr", 768, 128)
     bpb = column(run, "val/bpb")
     assert [row["step"] for row in rows(run, "val/bpb")] == [0, 4, 6]
     assert bpb[0] > bpb[1] > bpb[2] > 0
@@ -629,13 +630,11 @@ def test_a_resume_takes_the_recipe_from_the_checkpoint_and_not_from_newer_code(t
         del state["settings"]["BATCH_RAMP"]  # as if it came later
         return *tensors, state
 
-    monkeypatch.setattr(recipe, "MOMENTUM_PEAK", 0.5)
+    monkeypatch.setattr(recipe, "SMALL", dataclasses.replace(recipe.SMALL, matrix_lr=0.3, momentum_peak=0.5))
     monkeypatch.setattr(recipe, "width_factor", lambda width: 7.0)
-    defaults = recipe.Recipe.__init__.__defaults__
-    monkeypatch.setattr(recipe.Recipe.__init__, "__defaults__", tuple(0.1 for _ in defaults))
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "unpack", older)
-        train("stopped", RESUME=True, SCHEDULE="trapezoid")  # the old name of wsd
+        train("stopped", RESUME=True)
     assert same_run(whole, stopped)
     assert not same_run(whole, train("new"))
 
@@ -746,7 +745,7 @@ def test_a_shard_that_vanishes_costs_no_step(train, tmp_path, at_step):
     "settings",
     [
         {"TARGET_FLOPS": 1e9}, {"TARGET_PARAM_DATA_RATIO": 0, "NUM_ITERATIONS": 0}, {"EVAL_TOKENS": 15},
-        {"MATRIX_LR": -0.1}, {"KEEP_LAST": 0}, {"HEAD_DIM": 15}, {"WARMUP_RATIO": 0.5, "WARMDOWN_RATIO": 0.6},
+        {"MATRIX_LR": -0.1}, {"DEPTH": -1}, {"KEEP_LAST": 0}, {"HEAD_DIM": 15}, {"WARMUP_RATIO": 0.5, "WARMDOWN_RATIO": 0.6},
         {"SCHEDULE": "constant"}, {"COMPILE": "maybe"}, {"WANDB": "yes"}, {"DTYPE": "fp8"}, {"DEVICE": "tpu"},
         {"RUN_NAME": "wandb:a/b/c:best"}, {"TOTAL_BATCH_SIZE": 100},
     ],

@@ -18,7 +18,7 @@ from nanotrain.time_budget import TimeBudget
 from nanotrain.trainer import StepResult, TrainState, TrainStep
 
 RESULT = StepResult(2.0, 1.0, 7, 64, 0, stop_requested=False, seconds=0.5)
-RECIPE = recipe.Recipe(0.04, 0.3, 0.005, 0.05, 0.0, 0.0, "wsd", 0.1, 0.5, 0.0, batch_ramp=False)
+RECIPE = recipe.Recipe(0.04, 0.3, 0.005, 0.05, 0.0, 0.0, "wsd", 0.1, 0.5, 0.0, False, 0.85, 0.95, 0.9, 0.3)
 CONFIG = GPTConfig(50, 16, 1, 2, 2, 8)
 RATES = {"matrix": 0.02, "embedding": 0.2, "unembedding": 0.004, "scalar": 0.04}
 
