@@ -745,7 +745,8 @@ def test_a_shard_that_vanishes_costs_no_step(train, tmp_path, at_step):
     "settings",
     [
         {"TARGET_FLOPS": 1e9}, {"TARGET_PARAM_DATA_RATIO": 0, "NUM_ITERATIONS": 0}, {"EVAL_TOKENS": 15},
-        {"MATRIX_LR": -0.1}, {"DEPTH": -1}, {"KEEP_LAST": 0}, {"HEAD_DIM": 15}, {"WARMUP_RATIO": 0.5, "WARMDOWN_RATIO": 0.6},
+        {"MATRIX_LR": -0.1}, {"KEEP_LAST": 0}, {"HEAD_DIM": 15}, {"DEPTH": -1},
+        {"WARMUP_RATIO": 0.5, "WARMDOWN_RATIO": 0.6},
         {"SCHEDULE": "constant"}, {"COMPILE": "maybe"}, {"WANDB": "yes"}, {"DTYPE": "fp8"}, {"DEVICE": "tpu"},
         {"RUN_NAME": "wandb:a/b/c:best"}, {"TOTAL_BATCH_SIZE": 100},
     ],
