@@ -140,7 +140,7 @@ def test_several_runs_are_side_by_side(tmp_path):
     assert page.all("h1") == ["one against two"]
     assert page.rows[0] == ["", "one", "two"]
     assert ["tokens", "3,000", "3,000"] in page.rows
-    assert ["MATRIX_LR", "0.04", "0.5", "0.04"] in page.rows
+    assert ["MATRIX_LR", "-1.0", "0.5", "-1.0"] in page.rows
 
 
 def test_the_curves_are_those_of_the_runs_and_the_pictures_are_in_the_page(tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ def build(runs: Sequence[Run]) -> dict[str, Any]:
         rows = []
         for what in dict.fromkeys(itertools.chain(*columns.values())):
             cells = [facts.get(what, "") for facts in columns.values()]
-            rows.append((what, cells, part in (settings, environment) and len(set(cells)) > 1))
+            rows.append((what, cells, part in (settings, recipe, environment) and len(set(cells)) > 1))
         tables[title] = (list(columns), sorted(rows, key=lambda row: not row[2]))
     notes = [f"{run.name}: {complaint}." for run in runs for complaint in run.complaints]
     return {"tables": tables, "texts": texts, "notes": notes, "most_bits": MOST_BITS}
@@ -109,6 +109,12 @@ def settings(run: Run, part: str = "settings") -> dict[str, str]:
     return {name: _value(value) for name, value in run.config.get(part, {}).items()}
 
 
+def recipe(run: Run) -> dict[str, str]:
+    """{what: value} of the numbers of the optimization, as given or chosen."""
+    chosen = run.config.get("recipe", {}).items()
+    return {name: f"{value:.4g}" if isinstance(value, float) else _value(value) for name, value in chosen}
+
+
 def environment(run: Run) -> dict[str, str]:
     """{what: value} of versions, hardware and model, and the fingerprints of data and tokenizer."""
     if not run.config:
@@ -182,6 +188,7 @@ TABLES = {
     "Evaluations during training": evaluations,
     "Tasks": tasks,
     "Settings": settings,
+    "Recipe": recipe,
     "Environment and data": environment,
 }
 TEXTS = {"Samples": samples, "Validation text": documents, "Reproduce": commands}
