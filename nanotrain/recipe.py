@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from nanotrain.errors import UserError
 
@@ -51,12 +51,6 @@ WARMDOWN_SHARE = 0.65
 OPTIMUM_FLOPS, OPTIMUM_WEIGHTS = 7.2e13, 3.0e6
 OPTIMUM_EXPONENT = math.log(129e6 / OPTIMUM_WEIGHTS) / math.log(1e18 / OPTIMUM_FLOPS)
 WIDTH_PER_LAYER, LEAST_WIDTH, MOST_LAYERS, DEFAULT_DEPTH = 64, 256, 32, 4
-# (up to this width, tokens); only the first entry of each was measured by us
-VOCABULARIES = ((256, 4096), (512, 8192), (640, 16384), (math.inf, 32768))
-SEQUENCE_LENGTHS = ((384, 256), (512, 512), (640, 1024), (math.inf, 2048))
-# Tables pay where they were measured to: in small models, for which a row more costs less than a weight more.
-TABLES_WIDTH, BIGRAM_ROWS, SPECTRAL_TOKENS = 512, 65536, 2_000_000
-LONG_CONTEXT, ROPE_BASE, LONG_ROPE_BASE = 2048, 10_000.0, 100_000.0  # nanochat's base at its length
 EFFICIENCY = 0.9  # training FLOP/s, with all overhead, as a fraction of the measured `training_flops_per_second`
 START_SECONDS = 20.0  # of a timed run not spent training: imports, compilation, evaluations, the last save
 
@@ -68,6 +62,32 @@ BATCH_PARTS = 4  # the fractions are whole multiples of 1 / BATCH_PARTS
 
 
 # ---- model shape ----
+
+
+class Sizes(NamedTuple):
+    """What follows from the width of a model."""
+
+    vocab_size: int
+    seq_len: int  # tokens of a sequence
+    rope_base: float  # of the rotary frequencies
+    bigram_rows: int  # of the hashed bigram table; 0: no table
+    spectral_tokens: int  # to count for bigram init; 0: random init
+
+
+# Up to this width. The first line was measured here (dev/ladder.md), the last is nanochat's. The tables, which take no
+# matrix product, pay most in small models; beyond width 512 nobody has shown here that they do.
+SIZES = {
+    256: Sizes(4096, 256, 10_000.0, 65536, 2_000_000),
+    384: Sizes(8192, 256, 10_000.0, 65536, 2_000_000),
+    512: Sizes(8192, 512, 10_000.0, 65536, 2_000_000),
+    640: Sizes(16384, 1024, 10_000.0, 0, 0),
+    math.inf: Sizes(32768, 2048, 100_000.0, 0, 0),
+}
+
+
+def sizes(width: int) -> Sizes:
+    """The Sizes of a model of this width."""
+    return next(found for most, found in SIZES.items() if width <= most)
 
 
 def training_flops(minutes: float, flops_per_second: float) -> float:
@@ -89,17 +109,7 @@ def choose_depth(flops: float, head_dim: int, aspect_ratio: int = 0) -> int:
 
 def num_weights(depth: int, width: int) -> int:
     """Weights in the matrices and the head of a model with the vocabulary of its width."""
-    return 12 * depth * width**2 + vocabulary(width) * width
-
-
-def vocabulary(width: int) -> int:
-    """Vocabulary size for a model of this width."""
-    return next(size for most, size in VOCABULARIES if width <= most)
-
-
-def sequence_length(width: int) -> int:
-    """Sequence length in tokens for a model of this width."""
-    return next(length for most, length in SEQUENCE_LENGTHS if width <= most)
+    return 12 * depth * width**2 + sizes(width).vocab_size * width
 
 
 def model_width(depth: int, aspect_ratio: int, head_dim: int) -> tuple[int, int]:
@@ -112,21 +122,6 @@ def model_width(depth: int, aspect_ratio: int, head_dim: int) -> tuple[int, int]
     width = depth * aspect_ratio or max(depth * WIDTH_PER_LAYER, LEAST_WIDTH)
     heads = math.ceil(width / head_dim)
     return heads * head_dim, heads
-
-
-def rope_base(seq_len: int) -> float:
-    """Base of the rotary frequencies for sequences of this length."""
-    return LONG_ROPE_BASE if seq_len >= LONG_CONTEXT else ROPE_BASE
-
-
-def bigram_rows(width: int) -> int:
-    """Rows of the hashed bigram table for a model of this width; 0: no table."""
-    return BIGRAM_ROWS if width <= TABLES_WIDTH else 0
-
-
-def spectral_tokens(width: int) -> int:
-    """Tokens to count for bigram init in a model of this width; 0: random init."""
-    return SPECTRAL_TOKENS if width <= TABLES_WIDTH else 0
 
 
 def resolve_depth(

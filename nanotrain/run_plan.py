@@ -70,18 +70,18 @@ class RunPlan:
             cfg.DEPTH, self.horizon, cfg.HEAD_DIM, cfg.ASPECT_RATIO, self.flops_per_second
         )
         width, heads = recipe.model_width(depth, cfg.ASPECT_RATIO, cfg.HEAD_DIM)
-        seq_len = cfg.MAX_SEQ_LEN or recipe.sequence_length(width)
-        rows = recipe.bigram_rows(width) if cfg.BIGRAM_ROWS == -1 else cfg.BIGRAM_ROWS
+        sizes = recipe.sizes(width)
+        rows = sizes.bigram_rows if cfg.BIGRAM_ROWS == -1 else cfg.BIGRAM_ROWS
         return GPTConfig(
             vocab_size=self.data.tokenizer.vocab_size,
-            max_seq_len=seq_len,
+            max_seq_len=cfg.MAX_SEQ_LEN or sizes.seq_len,
             num_layers=depth,
             num_heads=heads,
             num_kv_heads=heads,
             head_dim=cfg.HEAD_DIM,
             bigram_rows=0 if cfg.PLAIN else rows,
             plain=cfg.PLAIN,
-            rope_base=recipe.rope_base(seq_len),
+            rope_base=sizes.rope_base,
         )
 
     def set_batch(self, max_device_batch_size: int) -> None:
@@ -105,7 +105,7 @@ class RunPlan:
     def spectral_tokens(self) -> int:
         """Tokens to count for bigram init, 0 for random init."""
         chosen = self.cfg.SPECTRAL_TOKENS
-        return recipe.spectral_tokens(self.model_config.model_dim) if chosen == -1 else chosen
+        return recipe.sizes(self.model_config.model_dim).spectral_tokens if chosen == -1 else chosen
 
     @property
     def tries_batch_sizes(self) -> bool:

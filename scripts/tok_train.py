@@ -43,7 +43,7 @@ def planned_vocab_size() -> int:
     depth = DEPTH or planned_depth()
     width, _ = recipe.model_width(depth, 0, HEAD_DIM)
     print(f"for a model of depth {depth} and width {width}")
-    return recipe.vocabulary(width)
+    return recipe.sizes(width).vocab_size
 
 
 def planned_depth() -> int:

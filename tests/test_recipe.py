@@ -56,16 +56,16 @@ def test_impossible_shapes_are_refused_with_their_values(bad):
 
 def test_what_follows_from_the_width():
     widths = (128, 256, 384, 512, 640, 768, 2048)
-    assert [recipe.vocabulary(width) for width in widths] == [4096, 4096, 8192, 8192, 16384, 32768, 32768]
-    assert [recipe.sequence_length(width) for width in widths] == [256, 256, 256, 512, 1024, 2048, 2048]
+    found = [recipe.sizes(width) for width in widths]
+    assert [sizes.vocab_size for sizes in found] == [4096, 4096, 8192, 8192, 16384, 32768, 32768]
+    assert [sizes.seq_len for sizes in found] == [256, 256, 256, 512, 1024, 2048, 2048]
+    assert [sizes.bigram_rows > 0 for sizes in found] == [True] * 4 + [False] * 3
     assert [recipe.width_factor(width) for width in (192, 768, 3072)] == pytest.approx([2, 1, 0.5])
-    assert [recipe.bigram_rows(width) for width in widths] == [65536] * 4 + [0] * 3
-    assert [recipe.rope_base(length) for length in (256, 1024, 2048)] == [10_000, 10_000, 100_000]
 
 
 def weights_of(depth):
     width, _ = recipe.model_width(depth, 0, 128)
-    return 12 * depth * width**2 + recipe.vocabulary(width) * width
+    return 12 * depth * width**2 + recipe.sizes(width).vocab_size * width
 
 
 def test_the_chosen_depth_grows_with_the_operations_and_passes_the_published_optimum():
@@ -166,12 +166,22 @@ def test_a_planned_batch_can_be_met_and_is_near_a_power_of_two(world_size, seq_l
 def numbers(depth, on_gpu=True, world_size=8, tokens=0):
     """What the recipe chooses for `--depth` alone, at ten tokens a weight or a given number of them."""
     width, heads = recipe.model_width(depth, 0, 128)
-    seq_len = recipe.sequence_length(width)
+    seq_len = recipe.sizes(width).seq_len
     tokens = tokens or 10 * weights_of(depth)
     batch = recipe.batch_tokens(tokens, seq_len, world_size, on_gpu)
     found = recipe.Recipe.of(width, tokens, batch)
-    shape = {"width": width, "heads": heads, "seq_len": seq_len, "vocab_size": recipe.vocabulary(width), "batch": batch}
-    shape |= {"rows": recipe.bigram_rows(width), "rope_base": recipe.rope_base(seq_len), "steps": round(tokens / batch)}
+    shape = {
+        "width": width,
+        "heads": heads,
+        "seq_len": seq_len,
+        "vocab_size": recipe.sizes(width).vocab_size,
+        "batch": batch,
+    }
+    shape |= {
+        "rows": recipe.sizes(width).bigram_rows,
+        "rope_base": recipe.sizes(width).rope_base,
+        "steps": round(tokens / batch),
+    }
     return shape | asdict(found)
 
 
