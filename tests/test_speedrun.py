@@ -164,3 +164,15 @@ def test_runs_of_other_data_have_their_own_tokenizer(tree):
         shutil.rmtree(run / "checkpoints")
     speedrun(tree, "RUN_NAME=mine-2min DATA_DIR=/y/mine bash speedrun.sh")
     assert "--data-dir=/y/mine" in dict(called(tree))["scripts.tok_train"]
+
+
+def test_hosted_shards_come_as_the_depth_needs_while_the_tokenizer_trains(tree):
+    speedrun(tree, "DATASET=fineweb-edu DEPTH=4 SEED=5 bash speedrun.sh")
+    calls = called(tree)
+    shards = [arguments[-1] for module, arguments in calls if module == "nanotrain.dataset"]
+    assert (shards[0], shards[-1]) == ("1", "--for-depth=4"), "and between them the one that runs beside"
+    modules = [module for module, _ in calls]
+    assert modules.index("scripts.tok_train") < len(modules) - 1 - modules[::-1].index("nanotrain.dataset")
+    training = dict(calls)["scripts.base_train"]
+    assert {"--seed=5", "--depth=4", "--run-name=fineweb-edu-3min-d4-s5"} <= set(training)
+    assert not any(argument.startswith(("--matrix", "--weight", "--batch", "--max-seq")) for argument in training)
