@@ -370,30 +370,30 @@ class Recipe:
         return StepSchedule(micro_steps, factor, self.matrix_lr * factor, beta, decay)
 
 
-REASONS = {  # of what `Recipe.of` and the functions above choose
+REASONS = {  # of what `sizes`, `batch_tokens` and `Recipe.of` choose
     "width": "64 a layer, at least 256, in whole heads",
     "heads": "width / --head-dim",
-    "max_seq_len": "by width: 256 (measured) to 384, 2,048 (nanochat) from 768",
-    "vocab_size": "the tokenizer's; 4,096 (measured) suits width 256",
-    "rope_base": "10,000, and 100,000 (nanochat) for sequences of 2,048",
-    "bigram_rows": "65,536 to width 512, where it pays (measured at 256)",
-    "spectral_tokens": "2,000,000 to width 512, where it pays (measured at 256)",
-    "total_batch_size": "4,096 at 3 M tokens on a CPU, 2^19 at 1.4 G on GPUs; ^0.383",
+    "max_seq_len": "256 (measured) at width 256, 2,048 from 768",
+    "vocab_size": "that of the tokenizer",
+    "rope_base": "10,000; 100,000 (nanochat) from width 768",
+    "bigram_rows": "65,536 to width 512, where it pays",
+    "spectral_tokens": "2,000,000 to width 512, where it pays",
+    "total_batch_size": "4,096 at 3 M tokens on a CPU, 2^19 at 1.4 G on GPUs",
     "matrix_lr": "0.04 at 4,096 of 3 M tokens, 0.02 at 2^19 of 1.4 G",
-    "embedding_lr": "0.35 and 0.3 there, times (width / 768)^-0.5",
-    "unembedding_lr": "0.005 and 0.008 there, times (width / 768)^-0.5",
+    "embedding_lr": "0.35 and 0.3 there, by width",
+    "unembedding_lr": "0.005 and 0.008 there, by width",
     "scalar_lr": "0.05 and 0.5 there",
     "weight_decay": "none",
     "grad_clip": "off, as in nanochat",
     "schedule": "warmup, stable, decay (arXiv:2404.06395)",
-    "warmup_ratio": "40 steps (nanochat), at most 4 % of the run (measured)",
+    "warmup_ratio": "40 steps (nanochat), at most 4 % (measured)",
     "warmdown_ratio": "nanochat's; flat around it here",
-    "final_lr_frac": "0.03 (measured) at 3 M tokens, 0.05 (nanochat) at 1.4 G",
+    "final_lr_frac": "0.03 at 3 M tokens (measured), 0.05 at 1.4 G",
     "batch_ramp": "off: not measured here",
     "momentum_start": "nanochat's",
-    "momentum_peak": "0.95 (measured) at 3 M tokens, 0.97 (nanochat) at 1.4 G",
+    "momentum_peak": "0.95 at 3 M tokens (measured), 0.97 at 1.4 G",
     "momentum_end": "nanochat's",
-    "momentum_warmup": "400 steps (nanochat), at most 30 % of the run (measured)",
+    "momentum_warmup": "400 steps (nanochat), at most 30 % (measured)",
 }
 
 

@@ -13,7 +13,7 @@ from nanotrain.loss import chunk_rows
 from nanotrain.trainer import TrainState
 
 HORIZON = ("NUM_ITERATIONS", "TARGET_FLOPS", "TARGET_MINUTES", "TARGET_PARAM_DATA_RATIO")
-DEFAULT_BATCH = 16  # sequences of a forward pass where the largest that fits is not found by trying
+DEFAULT_BATCH_TOKENS = 4096  # of a forward pass, where the largest that fits is not found by trying
 
 
 class RunPlan:
@@ -47,7 +47,7 @@ class RunPlan:
             self.batch_ramp = was["recipe"]["batch_ramp"]
         elif self.total_batch_size % (recipe.BATCH_PARTS * seq_len * dist.world_size):
             self.batch_ramp = False  # a batch that was given is not refused for its sake
-        self.set_batch(cfg.DEVICE_BATCH_SIZE or DEFAULT_BATCH)
+        self.set_batch(cfg.DEVICE_BATCH_SIZE or max(DEFAULT_BATCH_TOKENS // seq_len, 1))
         settings = {**vars(cfg), "BATCH_RAMP": self.batch_ramp}
         self.recipe = recipe.Recipe.of(width, self.plan.tokens, self.plan.total_batch_size, settings)
         if restored:
@@ -228,5 +228,5 @@ class RunPlan:
         for name, value in numbers.items():
             given = getattr(self.cfg, name.upper(), -1) not in (-1, 0, False, "wsd")
             reason = "from the checkpoint" if self.saved else "as given" if given else recipe.REASONS[name]
-            lines.append(f"  {name:<16} {f'{value:.4g}' if type(value) is float else value!s:<8} {reason}")
+            lines.append(f"  {name:<16} {f'{value:.4g}' if type(value) is float else value!s:<9} {reason}")
         return lines

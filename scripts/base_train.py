@@ -38,7 +38,7 @@ from nanotrain.evals import Evals, EvalSettings
 from nanotrain.files import write_json
 from nanotrain.gpt import GPT
 from nanotrain.metrics import WANDB_PREFIX, MetricLogger
-from nanotrain.run_plan import DEFAULT_BATCH, HORIZON, RunPlan
+from nanotrain.run_plan import HORIZON, RunPlan
 from nanotrain.store import FORMAT
 from nanotrain.time_budget import TimeBudget
 from nanotrain.trainer import TrainState, TrainStep
@@ -77,7 +77,9 @@ TARGET_PARAM_DATA_RATIO = 10.0  # training tokens per matrix and head weight, wh
 # --- batch
 TOTAL_BATCH_SIZE = 0  # tokens of one optimizer step; 0: by the recipe
 BATCH_RAMP = False  # begin with a quarter of the micro-steps, then half of them, where the batch divides
-DEVICE_BATCH_SIZE = 0  # sequences per forward pass, lowered to a divisor; 0: on CUDA the most that fit, elsewhere 16
+DEVICE_BATCH_SIZE = (
+    0  # sequences per forward pass, lowered to a divisor; 0: on CUDA the most that fit, else 4,096 tokens
+)
 GRAD_CHECKPOINT = False  # run each block again in the backward pass: less memory, more time, the same bits
 # --- optimization; -1: by the recipe (--dry-run prints every number)
 MATRIX_LR = -1.0  # Muon, for the matrices of the blocks
@@ -123,6 +125,7 @@ TRAJECTORY = (
     "WEIGHT_DECAY", "GRAD_CLIP", "SCHEDULE", "WARMUP_RATIO", "WARMDOWN_RATIO", "FINAL_LR_FRAC", "DTYPE", "COMPILE",
     "DETERMINISTIC",
 )  # fmt: skip
+EVAL_BATCH = 16  # sequences of a forward pass without gradients
 SPECTRAL_RUNS = 5  # bigram init counts at most so many times the tokens of the run
 
 
@@ -288,7 +291,7 @@ def time_budget(cfg: SimpleNamespace, pass_seconds: float, dist: DistContext, me
 
 
 def eval_settings(cfg: SimpleNamespace) -> EvalSettings:
-    batch_size = cfg.DEVICE_BATCH_SIZE or DEFAULT_BATCH
+    batch_size = cfg.DEVICE_BATCH_SIZE or EVAL_BATCH
     every = (cfg.EVAL_EVERY, cfg.CORE_METRIC_EVERY, cfg.SAMPLE_EVERY)
     return EvalSettings(*every, batch_size, cfg.EARLY_STOP_PATIENCE, cfg.EARLY_STOP_MIN_DELTA)
 
