@@ -111,8 +111,7 @@ def evaluate(
 
 
 def _first_least(losses):
-    values = [math.inf if math.isnan(value) else value for value in losses]
-    return next(place for place, value in enumerate(values) if value <= min(values) + TIE_NATS)
+    return next((place for place, nats in enumerate(losses) if nats <= min(losses) + TIE_NATS), 0)  # 0: one is NaN
 
 
 @torch.no_grad()
