@@ -241,20 +241,6 @@ def test_shards_without_text_are_an_error_and_not_an_endless_search(tokenizer, t
     assert caught.value.exit_code == 6
 
 
-def test_a_row_group_without_text_is_read_once(tokenizer, tmp_path, monkeypatch):
-    folder = a_needle(tmp_path)
-    reads = []
-
-    def counting(path, group, *rows):
-        reads.append(group)
-        return dataset.read_texts(path, group, *rows)
-
-    monkeypatch.setattr(dataloader, "read_texts", counting)
-    Ranks(folder, tokenizer, 16, 4).step(40)
-    assert reads.count(20) > 1, "the one that holds the document"
-    assert max(reads.count(group) for group in range(41) if group != 20) == 1
-
-
 @pytest.mark.parametrize("num_streams", [1, 4])
 def test_a_huge_row_group_is_read_in_windows(tokenizer, tmp_path, monkeypatch, num_streams):
     monkeypatch.setattr(dataloader, "WINDOW_BYTES", 1000)
@@ -289,14 +275,6 @@ def test_every_text_is_tokenized_once_at_the_usual_world_sizes():
         read = Counter(itertools.chain.from_iterable(reader.streams for reader in readers))
         assert set(read.values()) == {2 if world_size == 128 else 1}
         assert len(read) == 192
-
-
-def test_the_first_sequences_come_without_tokenizing_whole_slices(tokenizer, tmp_path):
-    texts = make_texts(2000, seed=1)
-    folder, watching = write(tmp_path, texts, rows_per_group=1000), Watching(tokenizer)
-    Ranks(folder, watching, 16, 2).step(2)
-    first = [sum(lengths) for lengths in watching.lengths[:2]]  # one job for each stream
-    assert sum(first) < 0.01 * sum(map(len, texts))
 
 
 # ---- the state ----

@@ -51,13 +51,6 @@ def test_a_small_case_by_hand():
     assert found == pytest.approx(nats / math.log(2) / size, rel=1e-12)
 
 
-def test_sums_are_float64():
-    count, cost = 100_000, 0.1
-    windows = np.ones((1, 2, count), dtype=np.int32)
-    found = bits_per_byte(TableModel([[0.0, 0.0], [0.0, cost]]), windows, torch.tensor([0, 1]), ALONE, 1)
-    assert found == pytest.approx(float(np.float32(cost)) / math.log(2), rel=1e-12)
-
-
 def test_a_real_model_gives_the_definition(case):
     nats, size = 0.0, 0
     for sequence in case.sequences.tolist():
