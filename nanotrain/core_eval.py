@@ -144,10 +144,7 @@ def _scores(model, sequences, greedy, dist, batch_size):
 
 
 def summary(bundle: Bundle, num_right: Sequence[float]) -> dict[str, Any]:
-    """The scores as a JSON-like dict: of each task, and their means, `core_metric` being that of the centred scores.
-
-    Accuracies, their standard errors (over draws of as many items) and the baselines are in [0, 1].
-    """
+    """The scores as a JSON-like dict: of each task, and their means; `core_metric` is that of the centred scores."""
     tasks = {}
     for task, right in zip(bundle.tasks, num_right, strict=True):
         accuracy, num_items = right / len(task.items), len(task.items)

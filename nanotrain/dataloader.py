@@ -275,8 +275,6 @@ class SequenceReader:
         """state: the merged `state()` of all ranks, from a run with any number of ranks; None: the start of the run.
         threads: how many tokenize ahead.
         """
-        if not slices:
-            raise DataError("the train shards hold no rows")
         self.tokenizer, self.seq_len, self.num_streams = tokenizer, seq_len, num_streams
         self.rank, self.world_size = rank, world_size
         self.next_sequence = state["next_sequence"] if state else 0
@@ -452,10 +450,8 @@ class Prefetcher:
 
 
 def packed_sequences(paths: Sequence[Path], tokenizer: BPETokenizer, seq_len: int, num_tokens: int) -> np.ndarray:
-    """The first num_tokens // T sequences of shards read in order, (N, T + 1) int32; fewer if the shards are shorter.
-    For evaluation; independent of the number of ranks.
-
-    Raises DataError if the shards are shorter than one sequence.
+    """The first num_tokens // T sequences of shards read in order, (N, T + 1) int32, to evaluate on; fewer if the
+    shards are shorter. Raises DataError if they are shorter than one sequence.
     """
     parts, total, most = [], 0, num_tokens // seq_len
     for _, ids in _encoded_documents(paths, tokenizer):
@@ -475,9 +471,7 @@ def packed_sequences(paths: Sequence[Path], tokenizer: BPETokenizer, seq_len: in
 
 def validation_documents(path: Path, tokenizer: BPETokenizer, num_bytes: int) -> list[np.ndarray]:
     """The first whole documents of a shard with at least `num_bytes` UTF-8 bytes in total, as (n,) int32 arrays without
-    BOS. Independent of the number of ranks.
-
-    Raises DataError if the shard has no documents.
+    BOS. Raises DataError if the shard has no documents.
     """
     found, total = [], 0
     for text, ids in _encoded_documents([path], tokenizer):

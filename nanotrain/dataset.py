@@ -91,9 +91,7 @@ class Shards:
 
 
 def open_shards(folder: str | Path) -> Shards:
-    """The Shards of a data folder. Raises DataError if there is none, no text to train on, or a shard that is missing,
-    broken, of another size than in the manifest, or without a string column `text`.
-    """
+    """The Shards of a data folder. Raises DataError that says which shard is missing, broken or not the manifest's."""
     folder, names = Path(folder), _shard_names(folder)
     if not names:
         fix = "python -m nanotrain.dataset --dataset=stdlib builds one"
@@ -138,7 +136,6 @@ def read_texts(
     path: Path, group: int, start: int = 0, stop: int | None = None, modified_ns: int | None = None
 ) -> list[str | None]:
     """The texts of rows `start` to `stop` of a row group, None for nulls; what is before them is decoded, not held.
-
     Raises DataError that names the place, also if the file was changed at another time than `modified_ns`.
     """
     where, texts, at = f"{path}, row group {group}", [], 0
@@ -239,8 +236,7 @@ def _shard_names(folder):
 def build_stdlib(folder: Path) -> bool:
     """Write the embedded corpus to `folder`: the sources of this Python's standard library and the help of pydoc.
 
-    The same Python (and pyarrow) gives the same bytes. Returns False if it is there already; that of another Python, or
-    a damaged one, is replaced.
+    Returns False if it is there already; that of another Python, or a damaged one, is replaced.
     """
     title, held = f"{STDLIB} {platform.python_version()}", read_manifest(folder)
     if held["dataset"] == title and not verify(folder):
@@ -274,8 +270,7 @@ def import_text(source: str | Path, folder: Path, text_column: str = "text") -> 
 def fetch(name: str, source: Source, train_shards: int, folder: Path) -> None:
     """Fetch the first `train_shards` train shards and the validation shard of a hosted data set into `folder`.
 
-    Good files that are there stay, bad ones are fetched again. Raises DataError with the list of what could not be had,
-    and UserError if the folder holds other data.
+    Good files that are there stay, bad ones are fetched again. Raises DataError that lists what could not be had.
     """
     most = source.num_shards - 1
     if not 1 <= train_shards <= most:
