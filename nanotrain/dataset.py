@@ -285,7 +285,7 @@ def fetch(name: str, source: Source, train_shards: int, folder: Path) -> None:
         what = f"{held['dataset'] or 'of others'}, validated on {held['validation']}, which would become a train shard"
         raise UserError(f"{folder} holds other data ({what}): choose another --name, or move it away")
     earlier = [shard for shard in held["shards"] if (folder / shard).is_file()]
-    good, urls = {}, {}
+    good, bad = {}, []
     for shard in tqdm(dict.fromkeys([*shards, *earlier]), "checking", leave=False, disable=None):
         path = folder / shard
         with contextlib.suppress(DataError):
@@ -295,19 +295,19 @@ def fetch(name: str, source: Source, train_shards: int, folder: Path) -> None:
                 good[shard] = digest
         if shard not in good:
             path.unlink(missing_ok=True)
-            urls[shard] = f"{base}/{shard}"
-    size, count = len(urls) * source.shard_megabytes * 1_000_000, len(good) + len(urls)
-    print(f"{name} (licence: {source.licence}): {len(urls)} of {count} shards to fetch from {download.host_of(base)}")
+            bad.append(shard)
+    size, count = len(bad) * source.shard_megabytes * 1_000_000, len(good) + len(bad)
+    print(f"{name} (licence: {source.licence}): {len(bad)} of {count} shards to fetch from {download.host_of(base)}")
     print(f"into {folder}" + (f", about {size / 1e9:.2f} GB" if size else ""), flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder.parent).free
     if size > free:
         raise DataError(f"the disk is full: {size / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free in {folder}")
     write_manifest(folder, name, validation, good)  # after a kill, the folder is known as ours
-    with tqdm(None, "download", size or None, unit="B", unit_scale=True, disable=not urls, mininterval=2) as bar:
-        for some in (list(urls)[:1], list(urls)[1:]):  # the first one shows whether the host can be reached
-            some = {shard: urls[shard] for shard in some}
-            fetched, failed = download.fetch_all(some, folder, open_shard, bar.update, token)
+    with tqdm(None, "download", size or None, unit="B", unit_scale=True, disable=not bad, mininterval=2) as bar:
+        for some in (bad[:1], bad[1:]):  # the first one shows whether the host can be reached
+            urls = {shard: f"{base}/{shard}" for shard in some}
+            fetched, failed = download.fetch_all(urls, folder, open_shard, bar.update, token)
             good |= fetched
             if failed:
                 break
