@@ -85,7 +85,7 @@ def main():
     dist = init_distributed("cpu", "float32")
     folder = paths.data_dir(DATA_DIR or meta["data_dir"])
     bundle = core_bundle.read(
-        Path(BUNDLE).expanduser() if BUNDLE else paths.core_dir() / f"tasks-of-{folder.name}", ITEMS
+        Path(BUNDLE).expanduser() if BUNDLE else paths.base_dir() / "core" / f"tasks-of-{folder.name}", ITEMS
     )
     named = {task.label: task for task in bundle.tasks if task.kind == core_bundle.MULTIPLE_CHOICE}
     labels = TASKS.split(",") if TASKS else list(named)
@@ -118,7 +118,7 @@ def documents(out, shard, model, tokenizer, dist):
     ids = [tokenizer.encode(text) for text in texts]
     windows = loss_eval.document_windows(ids, tokenizer.bos, model.config.max_seq_len)
     assert len(windows) == len(texts), "each fits into one"
-    return loss_eval.document_bits_per_byte(model, windows, tokenizer.token_bytes(), dist, 16)
+    return loss_eval.bits_per_byte(model, windows, tokenizer.token_bytes(), dist, 16)
 
 
 def choices(out, task, model, tokenizer, dist):

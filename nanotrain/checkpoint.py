@@ -91,7 +91,7 @@ def find_run(name: str = "") -> Path:
     of one, which is fetched. Raises CheckpointError if there is none.
     """
     if name.startswith(WANDB_PREFIX):
-        return fetch_artifact(name, paths.artifacts_dir())
+        return fetch_artifact(name, paths.base_dir() / "artifacts")
     if name:
         return paths.run_dir(name)
     runs = paths.base_dir() / "runs"

@@ -111,8 +111,7 @@ def evaluate(
 
 
 def _first_least(losses):
-    values = [math.inf if math.isnan(value) else value for value in losses]
-    return next(place for place, value in enumerate(values) if value <= min(values) + TIE_NATS)
+    return next((place for place, nats in enumerate(losses) if nats <= min(losses) + TIE_NATS), 0)  # 0: one is NaN
 
 
 @torch.no_grad()
@@ -145,10 +144,7 @@ def _scores(model, sequences, greedy, dist, batch_size):
 
 
 def summary(bundle: Bundle, num_right: Sequence[float]) -> dict[str, Any]:
-    """The scores as a JSON-like dict: of each task, and their means, `core_metric` being that of the centred scores.
-
-    Accuracies, their standard errors (over draws of as many items) and the baselines are in [0, 1].
-    """
+    """The scores as a JSON-like dict: of each task, and their means; `core_metric` is that of the centred scores."""
     tasks = {}
     for task, right in zip(bundle.tasks, num_right, strict=True):
         accuracy, num_items = right / len(task.items), len(task.items)

@@ -18,7 +18,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,7 +26,8 @@ from tqdm import tqdm
 from nanotrain.errors import DataError, first_line
 
 MAX_CHARS = 4000  # of a document cut from a longer text
-BLOCK_CHARS = 1 << 16  # of a long line read at a time
+BLOCK_CHARS = 16 << 20  # of a plain text file, read and cut at a time
+BLANK_LINES = re.compile(r"\n(?:[ \t]*\n)+")
 VALIDATION_SHARE, MAX_VALIDATION_BYTES = 1 / 16, 32 << 20
 STDLIB_SEED, STDLIB_SHARDS = 1337, 4
 STDLIB_EXCLUDED = {
@@ -46,12 +46,12 @@ GROUP_BYTES = 4 << 20  # of text in a row group, at most
 MIN_TRAIN_SHARDS, MIN_GROUPS = 4, 100  # spreads a small corpus, so that many streams find something to read
 
 
-def cut(file: TextIO, max_chars: int = MAX_CHARS) -> Iterator[str]:
+def cut(text: str, max_chars: int = MAX_CHARS) -> Iterator[str]:
     """Yield a text as documents of at most `max_chars`, cut at blank lines where possible, else at line ends, else
     anywhere. Each is as long as what follows allows; nothing but blank lines is lost.
     """
     document = ""
-    for part in _paragraphs(file, max_chars):
+    for part in itertools.chain.from_iterable(_cut_lines(part, max_chars) for part in BLANK_LINES.split(text)):
         if document and len(document) + 2 + len(part) > max_chars:
             if document.strip():
                 yield document
@@ -59,23 +59,6 @@ def cut(file: TextIO, max_chars: int = MAX_CHARS) -> Iterator[str]:
         document = f"{document}\n\n{part}" if document else part
     if document.strip():
         yield document
-
-
-def _paragraphs(file, max_chars):
-    """Yield what lies between blank lines, in parts of at most `max_chars`; a first line is never a blank one."""
-    paragraph, line_end, after_blank = "", "", False
-    while line := file.readline(BLOCK_CHARS):
-        if (line_end or after_blank) and line.endswith("\n") and not line.strip(" \t\n"):
-            if not after_blank:
-                yield paragraph
-            paragraph, line_end, after_blank = "", "", True
-            continue
-        paragraph += line_end + line.removesuffix("\n")
-        line_end, after_blank = "\n" if line.endswith("\n") else "", False
-        if len(paragraph) > max_chars:
-            *parts, paragraph = _cut_lines(paragraph, max_chars)
-            yield from parts
-    yield from _cut_lines(paragraph + line_end, max_chars)
 
 
 def _cut_lines(paragraph, max_chars):
@@ -104,7 +87,7 @@ def stdlib_documents() -> tuple[list[str], list[str]]:
             chars += len(sources[name])
     sides = {}  # whether it is for validation, of each document
     for name in sorted(sources, key=lambda name: name in validation):
-        for document in cut(io.StringIO(sources[name])):
+        for document in cut(sources[name]):
             sides.setdefault(document, name in validation)
     documents = sorted(sides, key=lambda text: _order("text", text))
     return [text for text in documents if not sides[text]], [text for text in documents if sides[text]]
@@ -143,8 +126,8 @@ def import_text(source: str | Path, folder: Path, text_column: str = "text") -> 
     source, skipped = Path(source).expanduser(), Counter()
     files = _files(source, skipped)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as temporary:
-        texts = (text for path in files for text in _documents(path, text_column, skipped))
-        texts = tqdm(_encoded(texts, skipped), "reading", unit=" documents", leave=False, disable=None)
+        texts = itertools.chain.from_iterable(_documents(path, text_column, skipped) for path in files)
+        texts = tqdm(texts, "reading", unit=" documents", leave=False, disable=None)
         found = _spread(texts, Path(temporary))
         buckets, documents, text_bytes = sorted(Path(temporary).iterdir()), 0, 0
         for bucket in buckets:
@@ -182,15 +165,21 @@ def _reader(path):
 
 
 def _documents(path, text_column, skipped):
+    """Yield the UTF-8 of the documents of a file; lone surrogates become U+FFFD."""
     try:
-        yield from _reader(path)(path, text_column, skipped)
+        for text in _reader(path)(path, text_column, skipped):
+            if not isinstance(text, str) or not text.strip():
+                skipped["empty or not a string"] += 1
+            else:
+                yield (text if text.isascii() else LONE_SURROGATES.sub("\ufffd", text)).encode()
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise DataError(f"{path} cannot be read: {first_line(error)}") from None
 
 
 def _plain_documents(path, text_column, skipped):
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-        for document in cut(file):
+        blocks = iter(lambda: "".join(file.readlines(BLOCK_CHARS)), "")
+        for document in itertools.chain.from_iterable(map(cut, blocks)):
             if "\0" in document or (not document.isascii() and LONE_SURROGATES.search(document)):
                 skipped["not UTF-8 text"] += 1
             else:
@@ -219,15 +208,6 @@ def _parquet_documents(path, text_column, skipped):
             raise DataError(f"{path} has no column {text_column!r}, only: {names} (--text-column=NAME chooses one)")
         for batch in file.iter_batches(256, columns=[text_column]):
             yield from batch.column(0).to_pylist()
-
-
-def _encoded(texts, skipped):
-    """Yield the UTF-8 of the texts that are documents; lone surrogates become U+FFFD."""
-    for text in texts:
-        if not isinstance(text, str) or not text.strip():
-            skipped["empty or not a string"] += 1
-        else:
-            yield (text if text.isascii() else LONE_SURROGATES.sub("\ufffd", text)).encode()
 
 
 # ---- buckets: files of (length, UTF-8) ----

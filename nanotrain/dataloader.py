@@ -13,12 +13,9 @@ and three integers per stream.
     N sequences in a batch   T tokens in a sequence   S streams   W ranks
 """
 
-import contextlib
 import hashlib
 import itertools
 import math
-import queue
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -278,8 +275,6 @@ class SequenceReader:
         """state: the merged `state()` of all ranks, from a run with any number of ranks; None: the start of the run.
         threads: how many tokenize ahead.
         """
-        if not slices:
-            raise DataError("the train shards hold no rows")
         self.tokenizer, self.seq_len, self.num_streams = tokenizer, seq_len, num_streams
         self.rank, self.world_size = rank, world_size
         self.next_sequence = state["next_sequence"] if state else 0
@@ -369,71 +364,45 @@ class SequenceReader:
 
 
 class DataLoader:
-    """The batches of one rank on its device, as an iterator and context manager; a background thread prepares the next.
+    """The batches of one rank on its device, as an iterator and context manager; a thread prepares the next two.
 
-    Two buffers (pinned for CUDA) are filled alternately; a buffer is reused only after the copy out of it has finished.
+    Two buffers (pinned for CUDA) are filled in turn; a buffer is reused only after the copy out of it has finished.
     """
 
     def __init__(self, reader: SequenceReader, batch_size: int, device: torch.device):
         self.reader, self.device = reader, device
+        self._worker, self._filled = ThreadPoolExecutor(1, "nanotrain-data"), deque()
         shape = (batch_size, reader.seq_len + 1)
-        pinned = device.type == "cuda"
-        slots = [torch.empty(shape, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
-        self._free, self._ready, self._stopped = queue.Queue(), queue.Queue(maxsize=1), threading.Event()
-        for slot in slots:
-            self._free.put((slot, None))
-        self._thread = threading.Thread(target=self._work, name="nanotrain-data", daemon=True)
-        self._thread.start()
+        for _ in range(2):
+            self._fill_later(torch.empty(shape, dtype=torch.int64, pin_memory=device.type == "cuda"))
 
-    def _work(self):
-        try:
-            while True:
-                slot, copied = self._free.get()
-                if slot is None:
-                    return
-                if copied is not None:
-                    copied.synchronize()
-                state = self.reader.state()
-                self._put((slot, self.reader.fill(slot.numpy()), state, None))
-        except Exception as error:  # any error must reach the training thread
-            self._put((None, 0, None, error))
+    def _fill_later(self, buffer, copied=None):
+        self._filled.append(self._worker.submit(self._fill, buffer, copied))
 
-    def _put(self, item):
-        while not self._stopped.is_set():
-            try:
-                return self._ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
+    def _fill(self, buffer, copied):
+        if copied is not None:
+            copied.synchronize()
+        state = self.reader.state()
+        return buffer, self.reader.fill(buffer.numpy()), state
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        slot, total, state, error = self._ready.get()
-        if error is not None:
-            self._ready.put((slot, total, state, error))  # for later calls
-            raise error
-        sequences = slot.to(self.device, non_blocking=True, copy=True)
-        copied = None
+        buffer, total, state = self._filled[0].result()  # raises an error of the thread again and again
+        self._filled.popleft()
+        sequences, copied = buffer.to(self.device, non_blocking=True, copy=True), None
         if self.device.type == "cuda":
             copied = torch.cuda.Event()
             copied.record()
-        self._free.put((slot, copied))
+        self._fill_later(buffer, copied)
         return Batch(sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous(), total, state)
-
-    def close(self) -> None:
-        """Stop the thread."""
-        self._stopped.set()
-        self._free.put((None, None))
-        with contextlib.suppress(queue.Empty):
-            self._ready.get_nowait()  # unblock the thread if it is waiting to put a batch
-        self._thread.join(timeout=10)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        self.close()
+        self._worker.shutdown(cancel_futures=True)
 
 
 class Prefetcher:
@@ -481,54 +450,48 @@ class Prefetcher:
 
 
 def packed_sequences(paths: Sequence[Path], tokenizer: BPETokenizer, seq_len: int, num_tokens: int) -> np.ndarray:
-    """The first num_tokens // T sequences of shards read in order, (N, T + 1) int32; fewer if the shards are shorter.
-    For evaluation; independent of the number of ranks.
-
-    Raises DataError if the shards are shorter than one sequence.
+    """The first num_tokens // T sequences of shards read in order, (N, T + 1) int32, to evaluate on; fewer if the
+    shards are shorter. Raises DataError if they are shorter than one sequence.
     """
-    stream, total, goal = [], 0, num_tokens // seq_len * seq_len + 1
-    batches = _text_batches(paths)
-    while total < goal and (texts := next(batches, None)):
-        for ids in tokenizer.encode_batch(texts):
-            stream.append(np.array([tokenizer.bos, *ids], dtype=np.int32))
-            total += len(stream[-1])
-    count = min((total - 1) // seq_len, num_tokens // seq_len)
+    parts, total, most = [], 0, num_tokens // seq_len
+    for _, ids in _encoded_documents(paths, tokenizer):
+        parts.append(np.array([tokenizer.bos, *ids], dtype=np.int32))
+        total += len(parts[-1])
+        if total > most * seq_len:
+            break
+    count = min((total - 1) // seq_len, most)
     if count < 1:
         holds = f"{paths[0]} holds" if len(paths) == 1 else f"the {len(paths)} train shards in {paths[0].parent} hold"
         raise DataError(
             f"{holds} {total} tokens, less than one sequence of {seq_len + 1}: train with a shorter --max-seq-len"
         )
-    tokens = np.concatenate(stream)
     starts = np.arange(count)[:, None] * seq_len
-    return tokens[starts + np.arange(seq_len + 1)]
-
-
-def _text_batches(paths: Iterable[Path]) -> Iterator[list[str]]:
-    """Lists of up to 64 texts or a million characters from shards; a row group may be far more text than needed."""
-    texts, chars = [], 0
-    for text in itertools.chain.from_iterable(row_groups(paths)):
-        texts.append(text)
-        chars += len(text)
-        if len(texts) == 64 or chars >= 1_000_000:
-            yield texts
-            texts, chars = [], 0
-    if texts:
-        yield texts
+    return np.concatenate(parts)[starts + np.arange(seq_len + 1)]
 
 
 def validation_documents(path: Path, tokenizer: BPETokenizer, num_bytes: int) -> list[np.ndarray]:
     """The first whole documents of a shard with at least `num_bytes` UTF-8 bytes in total, as (n,) int32 arrays without
-    BOS. Independent of the number of ranks.
-
-    Raises DataError if the shard has no documents.
+    BOS. Raises DataError if the shard has no documents.
     """
     found, total = [], 0
-    batches = _text_batches([path])
-    while total < num_bytes and (texts := next(batches, None)):
-        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-            if total < num_bytes:
-                found.append(np.array(ids, dtype=np.int32))
-                total += len(text.encode("utf-8"))
+    for text, ids in _encoded_documents([path], tokenizer):
+        found.append(np.array(ids, dtype=np.int32))
+        total += len(text.encode("utf-8"))
+        if total >= num_bytes:
+            return found
     if not found:
         raise DataError(f"{path} holds no text: prepare this data set again")
     return found
+
+
+def _encoded_documents(paths: Iterable[Path], tokenizer: BPETokenizer) -> Iterator[tuple[str, list[int]]]:
+    """Yield each text of shards with its ids. Up to 64 texts or a million characters are tokenized at a time: a row
+    group may be far more text than needed.
+    """
+    texts = []
+    for text in itertools.chain.from_iterable(row_groups(paths)):
+        texts.append(text)
+        if len(texts) == 64 or sum(map(len, texts)) >= 1_000_000:
+            yield from zip(texts, tokenizer.encode_batch(texts), strict=True)
+            texts = []
+    yield from zip(texts, tokenizer.encode_batch(texts), strict=True)

@@ -47,7 +47,6 @@ MANIFEST = "manifest.json"
 STDLIB = "stdlib of Python"  # with its version: what the manifest of the embedded corpus calls it
 SHARD_NAME = re.compile(r"shard_[0-9]{1,12}\.parquet")
 SHARD_TEXT_BYTES, BYTES_PER_TOKEN = 250e6, 4.8  # about, of a hosted shard and of its text
-MAX_GROUP_BYTES = 2 << 30  # of text in one row group, as its footer declares it: more is a mistake or an attack
 READ_BYTES = 1 << 20  # of a row group, decoded at a time
 
 
@@ -92,9 +91,7 @@ class Shards:
 
 
 def open_shards(folder: str | Path) -> Shards:
-    """The Shards of a data folder. Raises DataError if there is none, no text to train on, or a shard that is missing,
-    broken, of another size than in the manifest, or without a string column `text`.
-    """
+    """The Shards of a data folder. Raises DataError that says which shard is missing, broken or not the manifest's."""
     folder, names = Path(folder), _shard_names(folder)
     if not names:
         fix = "python -m nanotrain.dataset --dataset=stdlib builds one"
@@ -130,20 +127,16 @@ def open_shard(path: Path) -> Shard:
         found = ", ".join(f"{name} ({kind.lower()})" for name, kind in kinds.items())
         raise DataError(f"{path} has no column 'text' of strings, only: {found or 'none'}")
     place = list(kinds).index("text")
-    sizes = [group.column(place).total_uncompressed_size for group in groups]
-    if max(sizes, default=0) > MAX_GROUP_BYTES:
-        raise DataError(f"{path} declares a row group of {max(sizes) / 2**30:.1f} GiB of text: use smaller row groups")
+    text_bytes = sum(group.column(place).total_uncompressed_size for group in groups)
     group_rows = tuple(group.num_rows for group in groups)
-    return Shard(path.name, path, status.st_size, status.st_mtime_ns, group_rows, sum(sizes))
+    return Shard(path.name, path, status.st_size, status.st_mtime_ns, group_rows, text_bytes)
 
 
 def read_texts(
     path: Path, group: int, start: int = 0, stop: int | None = None, modified_ns: int | None = None
 ) -> list[str | None]:
     """The texts of rows `start` to `stop` of a row group, None for nulls; what is before them is decoded, not held.
-
-    modified_ns: when the file was last changed, where another one in its place is an error. Raises DataError that names
-    the place.
+    Raises DataError that names the place, also if the file was changed at another time than `modified_ns`.
     """
     where, texts, at = f"{path}, row group {group}", [], 0
     try:
@@ -155,13 +148,10 @@ def read_texts(
             for batch in file.iter_batches(min(rows, 4096), [group], ["text"], use_threads=False):
                 if stop is not None and at >= stop:
                     break
-                for value in batch.column("text")[max(start - at, 0) : None if stop is None else stop - at]:
-                    texts.append(value.as_py())
+                texts += batch.column("text")[max(start - at, 0) : None if stop is None else stop - at].to_pylist()
                 at += len(batch)
         return texts
-    except UnicodeDecodeError:
-        raise DataError(f"{where}, row {start + len(texts)}: the text is not UTF-8; make this shard again") from None
-    except (pa.ArrowException, OSError, LookupError) as error:  # LookupError: another file is there now
+    except (pa.ArrowException, OSError, LookupError, UnicodeDecodeError) as error:  # LookupError: another file is there
         raise DataError(f"{where}, cannot be read ({first_line(error)}): delete the file and get it again") from None
 
 
@@ -199,24 +189,16 @@ def read_manifest(folder: Path) -> dict:
     """{dataset, validation, shards: {name: {bytes, sha256}}} of a data folder. Without a manifest, validation is the
     last shard by name. Raises DataError if the manifest is broken or another program's.
     """
-    path = folder / MANIFEST
+    path, shards = folder / MANIFEST, {}
     if not path.is_file():
-        return {"dataset": "", "validation": max(_shard_names(folder), default=""), "shards": {}}
-    with contextlib.suppress(ValueError, RecursionError):
-        if manifest := _parse(json.loads(path.read_bytes())):
-            return manifest
-    raise DataError(f"{path} is broken or another program's: rename it, and the last shard by name is validation")
-
-
-def _parse(manifest):
-    """What `read_manifest` returns; None if a name, size or hash is missing or bad."""
-    with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
-        shards = {}
+        return {"dataset": "", "validation": max(_shard_names(folder), default=""), "shards": shards}
+    with contextlib.suppress(KeyError, TypeError, ValueError, RecursionError):
+        manifest = json.loads(path.read_bytes())
         for entry in manifest["shards"]:
-            shards[entry["name"]] = {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
+            shards[entry["name"]] = {"bytes": entry["bytes"], "sha256": str(entry["sha256"])}
         if all(map(SHARD_NAME.fullmatch, [manifest["validation"], *shards])):
             return {"dataset": str(manifest.get("dataset")), "validation": manifest["validation"], "shards": shards}
-    return None
+    raise DataError(f"{path} is broken or another program's: rename it, and the last shard by name is validation")
 
 
 def write_manifest(folder: Path, dataset: str, validation: str, hashes: Mapping[str, str] | None = None) -> None:
@@ -254,8 +236,7 @@ def _shard_names(folder):
 def build_stdlib(folder: Path) -> bool:
     """Write the embedded corpus to `folder`: the sources of this Python's standard library and the help of pydoc.
 
-    The same Python (and pyarrow) gives the same bytes. Returns False if it is there already; that of another Python, or
-    a damaged one, is replaced.
+    Returns False if it is there already; that of another Python, or a damaged one, is replaced.
     """
     title, held = f"{STDLIB} {platform.python_version()}", read_manifest(folder)
     if held["dataset"] == title and not verify(folder):
@@ -289,8 +270,7 @@ def import_text(source: str | Path, folder: Path, text_column: str = "text") -> 
 def fetch(name: str, source: Source, train_shards: int, folder: Path) -> None:
     """Fetch the first `train_shards` train shards and the validation shard of a hosted data set into `folder`.
 
-    Good files that are there stay, bad ones are fetched again. Raises DataError with the list of what could not be had,
-    and UserError if the folder holds other data.
+    Good files that are there stay, bad ones are fetched again. Raises DataError that lists what could not be had.
     """
     most = source.num_shards - 1
     if not 1 <= train_shards <= most:
@@ -299,45 +279,43 @@ def fetch(name: str, source: Source, train_shards: int, folder: Path) -> None:
     base = source.url if "://" in source.url else f"{endpoint}/{source.url}"
     download.check_url(base)
     token = os.environ.get("HF_TOKEN", "").strip() if download.host_of(base) == download.host_of(endpoint) else None
-    try:
-        found = download.json_beside(f"{base}/{MANIFEST}", token)
-    except DataError as error:
-        raise DataError(f"{error}. Without it: --dataset=stdlib (DATASET=stdlib bash speedrun.sh)") from None
-    shards = [f"shard_{number:05d}.parquet" for number in range(source.num_shards)]
-    remote = {"validation": shards[-1], "shards": {}} if found is None else _parse(found)
-    if remote is None:
-        raise DataError(f"the host's {MANIFEST} is broken")
-    validation, held = remote["validation"], read_manifest(folder)
+    shards = [f"shard_{number:05d}.parquet" for number in (most, *range(train_shards))]
+    validation, held = shards[0], read_manifest(folder)
     if held["validation"] and (held["dataset"], held["validation"]) != (name, validation):
         what = f"{held['dataset'] or 'of others'}, validated on {held['validation']}, which would become a train shard"
         raise UserError(f"{folder} holds other data ({what}): choose another --name, or move it away")
-    train = [shard for shard in shards if shard != validation][:train_shards]
     earlier = [shard for shard in held["shards"] if (folder / shard).is_file()]
-    good, items = {}, []
-    for shard in tqdm(dict.fromkeys([validation, *train, *earlier]), "checking", leave=False, disable=None):
-        path, entry = folder / shard, remote["shards"].get(shard, {})
+    good, bad = {}, []
+    for shard in tqdm(dict.fromkeys([*shards, *earlier]), "checking", leave=False, disable=None):
+        path = folder / shard
         with contextlib.suppress(DataError):
             open_shard(path)
             digest = file_sha256(path)
-            if digest == (entry or held["shards"].get(shard, {})).get("sha256", digest):
+            if digest == held["shards"].get(shard, {}).get("sha256", digest):
                 good[shard] = digest
         if shard not in good:
             path.unlink(missing_ok=True)
-            items.append(download.Item(shard, f"{base}/{shard}", entry.get("bytes"), entry.get("sha256")))
-    size, count = sum(item.size or source.shard_megabytes * 1_000_000 for item in items), len(good) + len(items)
-    print(f"{name} (licence: {source.licence}): {len(items)} of {count} shards to fetch from {download.host_of(base)}")
+            bad.append(shard)
+    size, count = len(bad) * source.shard_megabytes * 1_000_000, len(good) + len(bad)
+    print(f"{name} (licence: {source.licence}): {len(bad)} of {count} shards to fetch from {download.host_of(base)}")
     print(f"into {folder}" + (f", about {size / 1e9:.2f} GB" if size else ""), flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder.parent).free
     if size > free:
         raise DataError(f"the disk is full: {size / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free in {folder}")
     write_manifest(folder, name, validation, good)  # after a kill, the folder is known as ours
-    with tqdm(None, "download", size or None, unit="B", unit_scale=True, disable=not items, mininterval=2) as bar:
-        fetched, failed = download.fetch_all(items, folder, open_shard, bar.update, token=token)
-    write_manifest(folder, name, validation, good | fetched)
+    with tqdm(None, "download", size or None, unit="B", unit_scale=True, disable=not bad, mininterval=2) as bar:
+        for some in (bad[:1], bad[1:]):  # the first one shows whether the host can be reached
+            urls = {shard: f"{base}/{shard}" for shard in some}
+            fetched, failed = download.fetch_all(urls, folder, open_shard, bar.update, token)
+            good |= fetched
+            if failed:
+                break
+    write_manifest(folder, name, validation, good)
     if failed:
         listed, reasons = ", ".join(sorted(failed)[:20]), "; ".join(sorted(set(failed.values()))[:3])
-        raise DataError(f"{len(failed)} of {count} shards are missing ({listed}): {reasons}")
+        missing = f"{count - len(good)} of {count} shards are missing ({listed}): {reasons}"
+        raise DataError(f"{missing}. Run this again, or without a network DATASET=stdlib bash speedrun.sh")
 
 
 def main() -> None:

@@ -5,20 +5,15 @@ that may pass is retried from the beginning. No message shows a URL: a signed on
 """
 
 import contextlib
-import hashlib
-import json
 import logging
 import os
 import re
-import tempfile
 import threading
 import time
 from collections import ChainMap
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import requests
@@ -26,6 +21,7 @@ import urllib3
 from urllib3.exceptions import HTTPError
 
 from nanotrain.errors import DataError, UserError
+from nanotrain.files import file_sha256
 
 RETRY = urllib3.Retry(4, backoff_factor=1, backoff_jitter=1, backoff_max=60)  # five attempts in all
 WORKERS = 4
@@ -35,16 +31,6 @@ STALE_SECONDS = 3600.0  # without a change, after which a temporary file belongs
 NOT_TRIED = "not tried"
 SHA256 = re.compile(r"[0-9a-f]{64}")
 SAFE_URL = re.compile(r"(https://[^/@?#\\]+|http://(127\.0\.0\.1|localhost|\[::1\])(:\d+)?)([/?#].*)?")
-
-
-@dataclass(frozen=True)
-class Item:
-    """One file to fetch; size (in bytes) and sha256 (in hex) are None where they are not known beforehand."""
-
-    name: str
-    url: str
-    size: int | None = None
-    sha256: str | None = None
 
 
 class RefusedError(DataError):
@@ -63,32 +49,32 @@ def host_of(url: str) -> str:
 
 
 def fetch_all(
-    items: Sequence[Item],
+    urls: Mapping[str, str],
     folder: Path,
     check: Callable[[Path], object],
     on_bytes: Callable[[int], object],
     token: str | None = None,
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Fetch the items into `folder`.
+    """Fetch each {name: url} into `folder`.
 
     Returns ({name: SHA-256} of what was fetched, {name: reason} of what was not). check(path) raises DataError for a
-    wrong file; on_bytes(n) is told of progress. `token` goes to the items' own host alone. Ctrl-C leaves no piece.
+    wrong file; on_bytes(n) is told of progress. `token` goes to the host of the URL alone. Ctrl-C leaves no piece.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".*.part"):
         if time.time() - left.stat().st_mtime > STALE_SECONDS:
             left.unlink(missing_ok=True)
-    session, done, failed = _Session(folder, check, token, on_bytes), {}, {}
+    session, done, failed = _Session(folder, check, on_bytes, token), {}, {}
 
-    def work(item):
+    def work(name):
         try:
-            done[item.name] = session.fetch(item)
+            done[name] = session.fetch(name, urls[name])
         except DataError as error:
-            failed[item.name] = str(error)
+            failed[name] = str(error)
 
     with ThreadPool(WORKERS) as pool:  # of daemon threads: one that waits for a silent host does not delay the exit
         try:
-            pool.map(work, items, chunksize=1)
+            pool.map(work, urls, chunksize=1)
         finally:
             session.stop.set()
             for left in folder.glob(f".*.{os.getpid()}.part"):
@@ -96,19 +82,10 @@ def fetch_all(
     return done, failed
 
 
-def json_beside(url: str, token: str | None) -> Any:
-    """The JSON value at `url`, or None where the host refuses to give one. Raises DataError for any other failure."""
-    found = []
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(RefusedError):
-        session = _Session(Path(folder), lambda path: found.append(json.loads(path.read_bytes())), token)
-        session.fetch(Item("manifest.json", url))
-    return found[0] if found else None
-
-
 class _Session(requests.Session):
     """Proxies as the environment says, but no netrc; a token only for its own host, and no redirect away from https."""
 
-    def __init__(self, folder, check, token, on_bytes=lambda count: None):
+    def __init__(self, folder, check, on_bytes, token):
         super().__init__()
         logging.getLogger("urllib3").setLevel(logging.ERROR)  # its warnings show URLs
         self.headers["Accept-Encoding"] = "identity"
@@ -124,21 +101,21 @@ class _Session(requests.Session):
         if self.should_strip_auth(before, url):
             prepared_request.headers.pop("Authorization", None)
 
-    def fetch(self, item):
-        """Fetch one item, attempt by attempt; returns its SHA-256. Raises DataError."""
-        part, retry = self.folder / f".{item.name}.{os.getpid()}.part", RETRY
+    def fetch(self, name, url):
+        """Fetch one file, attempt by attempt; returns its SHA-256. Raises DataError."""
+        part, retry = self.folder / f".{name}.{os.getpid()}.part", RETRY
         while not self.stop.wait(retry.get_backoff_time()):
             try:
-                digest = self.attempt(item, part)
-                os.replace(part, self.folder / item.name)
+                digest = self.attempt(url, part)
+                os.replace(part, self.folder / name)
                 return digest
             except RefusedError:
                 raise
-            except (DataError, requests.RequestException, HTTPError, ValueError, RecursionError) as error:
+            except (DataError, requests.RequestException, HTTPError, ValueError) as error:
                 if not retry.total:
                     own = isinstance(error, DataError)  # what others say may show a URL
                     reason = str(error).replace(str(part), "it") if own else f"no whole answer ({type(error).__name__})"
-                    raise DataError(f"{item.name} from {host_of(item.url)}: {reason}") from None
+                    raise DataError(f"{name} from {host_of(url)}: {reason}") from None
                 retry = retry.increment()
             except OSError as error:  # such as a full disk
                 self.stop.set()
@@ -147,27 +124,25 @@ class _Session(requests.Session):
                 part.unlink(missing_ok=True)
         raise DataError(NOT_TRIED)
 
-    def attempt(self, item, part):
-        """Write one item to `part` and check it; returns its SHA-256."""
-        digest = hashlib.sha256()
-        with self.get(item.url, stream=True, timeout=TIMEOUT_SECONDS) as response, open(part, "wb") as file:
-            self.check_status(response, item)
+    def attempt(self, url, part):
+        """Write one file to `part` and check it; returns its SHA-256."""
+        with self.get(url, stream=True, timeout=TIMEOUT_SECONDS) as response, open(part, "wb") as file:
+            self.check_status(response)
             for block in response.iter_content(1 << 18):
                 file.write(block)
-                digest.update(block)
                 self.on_bytes(len(block))
         # Hugging Face says size and hash where it redirects, and the first host has the last word.
         headers, received = ChainMap(*(hop.headers for hop in (*response.history, response))), part.stat().st_size
-        size = item.size or headers.get("X-Linked-Size", received)
-        sha256 = item.sha256 or headers.get("X-Linked-Etag", "").strip('"')
+        size, sha256 = headers.get("X-Linked-Size", received), headers.get("X-Linked-Etag", "").strip('"')
         if str(size) != str(received):
             raise DataError(f"{received} of {size} bytes")
-        if SHA256.fullmatch(sha256) and sha256 != digest.hexdigest():
+        digest = file_sha256(part)
+        if SHA256.fullmatch(sha256) and sha256 != digest:
             raise DataError("another SHA-256 than expected")
         self.check(part)
-        return digest.hexdigest()
+        return digest
 
-    def check_status(self, response, item):
+    def check_status(self, response):
         """Raise DataError unless the status is 200, after as long as the host asks to wait before another request."""
         status = response.status_code
         said = f"{urlsplit(response.url).hostname} answers {status}"
@@ -177,4 +152,4 @@ class _Session(requests.Session):
             raise DataError(said)
         if status != 200:
             fix = ": set HF_TOKEN to a token that may read this data set" if status in (401, 403) else ""
-            raise RefusedError(f"{said} for {item.name}{fix}")
+            raise RefusedError(f"{said}{fix}")

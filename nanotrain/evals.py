@@ -33,24 +33,18 @@ class EvalSettings:
     min_delta: float  # bits per byte by which an evaluation must be better to count
 
 
+@dataclass(frozen=True)
 class Evals:
     """The evaluations of one run. Their results go into its TrainState and its metrics."""
 
-    def __init__(
-        self,
-        settings: EvalSettings,
-        model: GPT,
-        tokenizer: BPETokenizer,
-        sequences: np.ndarray | None,
-        bundle: Bundle | None,
-        dist: DistContext,
-        metrics: MetricLogger,
-        beat: Callable[[float], None],
-    ):
-        """sequences: (N, T + 1) validation sequences. beat: the watchdog's."""
-        self.settings, self.model, self.tokenizer = settings, model, tokenizer
-        self.sequences, self.bundle = sequences, bundle
-        self.dist, self.metrics, self.beat = dist, metrics, beat
+    settings: EvalSettings
+    model: GPT
+    tokenizer: BPETokenizer
+    sequences: np.ndarray | None  # (N, T + 1), for validation
+    bundle: Bundle | None
+    dist: DistContext
+    metrics: MetricLogger
+    beat: Callable[[float], None]  # the watchdog's
 
     def run(self, state: TrainState) -> None:
         """Run what is due after this step, once. A run whose patience ends is finished at this step."""
@@ -75,10 +69,10 @@ class Evals:
     def bits_per_byte(self, state: TrainState) -> None:
         """Measure bits per byte on the validation sequences."""
         begin, stats = time.monotonic(), loss_eval.TokenLossStats(self.tokenizer)
-        token_bytes = self.tokenizer.token_bytes()
-        with self._progress("evaluation", len(self.sequences)) as done:
+        windows, token_bytes = loss_eval.packed_windows(self.sequences), self.tokenizer.token_bytes()
+        with self._progress("evaluation", len(windows)) as done:
             val_bpb = loss_eval.bits_per_byte(
-                self.model, self.sequences, token_bytes, self.dist, self.settings.batch_size, done, stats.add
+                self.model, windows, token_bytes, self.dist, self.settings.batch_size, done, stats.add
             )
         is_finite = math.isfinite(val_bpb)
         state.val_bpb = val_bpb if is_finite else None  # a checkpoint holds no NaN
@@ -96,10 +90,9 @@ class Evals:
         state.evaluation_seconds = time.monotonic() - begin
 
     def _end_early(self, state):
-        if not state.is_finished and 0 < self.settings.patience <= state.stale_evaluations and state.step:
-            self.metrics.event(
-                f"step {state.step}: {state.stale_evaluations} evaluations without a better one: the end"
-            )
+        stale = state.stale_evaluations
+        if not state.is_finished and 0 < self.settings.patience <= stale and state.step:
+            self.metrics.event(f"step {state.step}: {stale} evaluations without a better one: the end")
             state.num_steps, state.horizon_fixed = state.step, True
 
     def core(self, state: TrainState) -> None:

@@ -24,9 +24,7 @@ def file_sha256(path: str | Path) -> str:
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """`with atomic_file(path) as temporary:` write to `temporary`; it becomes `path` at the end, or vanishes on an
-    error.
-    """
+    """`with atomic_file(path) as temporary:` write to it; it becomes `path` at the end, or vanishes on an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")

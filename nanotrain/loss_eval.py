@@ -1,8 +1,8 @@
 """Bits per byte: the loss in a unit that does not depend on the tokenizer.
 
-`bits_per_byte` measures what training minimizes: text packed into sequences, with documents split at sequence ends.
-`document_bits_per_byte` shows the model every document from its beginning, in overlapping windows, so its result does
-not depend on the packing either. `TokenLossStats` finds the texts with the highest and lowest loss.
+`packed_windows` measure what training minimizes: text packed into sequences, with documents split at sequence ends.
+`document_windows` show the model every document from its beginning and overlap, so the result does not depend on the
+packing either. `TokenLossStats` finds the texts with the highest and lowest loss.
 """
 
 import codecs
@@ -19,47 +19,9 @@ from nanotrain.errors import DataError
 from nanotrain.tokenizer import BPETokenizer
 
 
-def bits_per_byte(
-    model: nn.Module,
-    sequences: np.ndarray,
-    token_bytes: Tensor,
-    dist: DistContext,
-    batch_size: int,
-    progress: Callable[[int], object] | None = None,
-    stats: Callable[[Tensor, Tensor], None] | None = None,
-) -> float:
-    """Sum of nats / (ln 2 x UTF-8 bytes of the targets) over `sequences` (N, T + 1) int32, the same on every rank.
-
-    Targets without bytes (special tokens) count in neither sum. `progress` is called with the number of sequences done,
-    `stats` (see `TokenLossStats.add`) with the loss of every token. Sums are float64, so batch size and rank count do
-    not matter. Raises DataError if no target has any bytes.
-    """
-    mine = sequences[dist.rank :: dist.world_size]
-    parts = (mine[start : start + batch_size] for start in range(0, len(mine), batch_size))
-    return _bits_per_byte(model, ((part[:, :-1], part[:, 1:]) for part in parts), token_bytes, dist, progress, stats)
-
-
-def document_bits_per_byte(
-    model: nn.Module,
-    windows: Sequence[np.ndarray],
-    token_bytes: Tensor,
-    dist: DistContext,
-    batch_size: int,
-    progress: Callable[[int], object] | None = None,
-) -> float:
-    """Bits per byte over the windows of `document_windows`, which count every token of a document exactly once."""
-    bos = windows[0][0, 0]
-    mine = windows[dist.rank :: dist.world_size]
-
-    def batches():
-        for start in range(0, len(mine), batch_size):
-            some = mine[start : start + batch_size]
-            batch = np.full((2, len(some), max(window.shape[1] for window in some)), bos, dtype=np.int32)
-            for index, window in enumerate(some):
-                batch[:, index, : window.shape[1]] = window
-            yield batch
-
-    return _bits_per_byte(model, batches(), token_bytes, dist, progress)
+def packed_windows(sequences: np.ndarray) -> np.ndarray:
+    """Sequences (N, T + 1) as windows of inputs and targets, (N, 2, T)."""
+    return np.stack((sequences[:, :-1], sequences[:, 1:]), axis=1)
 
 
 def document_windows(documents: Sequence[np.ndarray], bos: int, seq_len: int) -> list[np.ndarray]:
@@ -83,20 +45,36 @@ def document_windows(documents: Sequence[np.ndarray], bos: int, seq_len: int) ->
 
 
 @torch.no_grad()
-def _bits_per_byte(model, batches, token_bytes, dist: DistContext, progress, stats=None):
-    """batches: this rank's (inputs, targets), both (B, T) int32."""
-    nats, num_bytes = 0.0, 0
-    for batch in batches:
-        inputs, targets = (torch.tensor(part, dtype=torch.int64, device=dist.device) for part in batch)
+def bits_per_byte(
+    model: nn.Module,
+    windows: Sequence[np.ndarray],
+    token_bytes: Tensor,
+    dist: DistContext,
+    batch_size: int,
+    progress: Callable[[int], object] = lambda count: None,
+    stats: Callable[[Tensor, Tensor], object] = lambda targets, nats: None,
+) -> float:
+    """Sum of nats / (ln 2 x UTF-8 bytes of the targets) over windows, (2, T) int32 each, the same on every rank.
+
+    Targets without bytes (special tokens) count in neither sum. `progress` is called with the number of windows done,
+    `stats` (see `TokenLossStats.add`) with the loss of every token. Sums are float64, so batch size and rank count do
+    not matter. Raises DataError if no target has any bytes.
+    """
+    nats, num_bytes, mine = 0.0, 0, windows[dist.rank :: dist.world_size]
+    padding = int(token_bytes.argmin())  # a special token
+    for start in range(0, len(mine), batch_size):
+        some = mine[start : start + batch_size]
+        batch = torch.full((2, len(some), max(window.shape[1] for window in some)), padding)
+        for index, window in enumerate(some):
+            batch[:, index, : window.shape[1]] = torch.from_numpy(window)
+        inputs, targets = batch.to(dist.device)
         with dist.autocast():
             losses = model.token_losses(inputs, targets)
-        losses, sizes = losses.cpu().double(), token_bytes[targets.cpu()]
+        losses, sizes = losses.cpu().double(), token_bytes[batch[1]]
         nats += losses[sizes > 0].sum().item()
         num_bytes += sizes.sum().item()
-        if stats:
-            stats(targets.cpu(), losses)
-        if progress:
-            progress(len(inputs))
+        stats(batch[1], losses)
+        progress(len(some))
     total_nats, total_bytes = dist.all_reduce_sum([nats, num_bytes])
     if not total_bytes:
         raise DataError(

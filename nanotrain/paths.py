@@ -1,4 +1,4 @@
-"""Where things live: every folder of nanotrain is found through these functions, and nowhere else."""
+"""Where things live: every folder of nanotrain is found through these functions."""
 
 import os
 import re
@@ -20,9 +20,7 @@ def dataset_dir(name: str) -> Path:
 
 
 def data_dir(path: str = "") -> Path:
-    """The folder of shards at `path`; without one, the only data set that is prepared. Raises DataError if there is
-    none or a choice.
-    """
+    """The folder of shards at `path`; without one, the only data set, or DataError if there are none or several."""
     if path:
         return Path(path).expanduser().absolute()
     parent = base_dir() / "data"
@@ -37,16 +35,6 @@ def data_dir(path: str = "") -> Path:
 def tokenizer_dir(path: str = "") -> Path:
     """The folder of the tokenizer: `path`, or the default one."""
     return Path(path).expanduser().absolute() if path else base_dir() / "tokenizer"
-
-
-def core_dir() -> Path:
-    """The folder of the public CORE bundle."""
-    return base_dir() / "core"
-
-
-def artifacts_dir() -> Path:
-    """The folder of runs that were loaded from wandb."""
-    return base_dir() / "artifacts"
 
 
 def run_dir(name: str) -> Path:

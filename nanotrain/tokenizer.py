@@ -50,8 +50,7 @@ class BPETokenizer:
     def train(cls, texts: Iterable[str] | Iterable[list[str]], vocab_size: int) -> "BPETokenizer":
         """Train on texts (or lists of texts). From too little text come fewer than `vocab_size` tokens."""
         if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
-            limits = f"{MIN_VOCAB_SIZE} (BOS and the 256 bytes) to {MAX_VOCAB_SIZE}"
-            raise UserError(f"--vocab-size={vocab_size}: must be {limits}")
+            raise UserError(f"--vocab-size={vocab_size}: must be {MIN_VOCAB_SIZE} (BOS, all bytes) to {MAX_VOCAB_SIZE}")
         inner = Tokenizer(models.BPE())
         split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -89,7 +88,7 @@ class BPETokenizer:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without BOS. A lone surrogate becomes U+FFFD."""
+        """The ids of a text, without BOS. A lone surrogate becomes a question mark."""
         return self.inner.encode(_clean(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -115,8 +114,4 @@ class BPETokenizer:
 
 
 def _clean(text):
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text.encode("utf-8", "replace").decode()

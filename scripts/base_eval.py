@@ -6,8 +6,6 @@ The result also goes into `evaluation.json` in the run's folder, and into the ru
     torchrun --standalone --nproc_per_node=8 -m scripts.base_eval --run-name=d20
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
 from functools import partial
 
 from tqdm import tqdm
@@ -52,8 +50,8 @@ def main() -> None:
     result = {"step": meta["step"], "tokens": meta["loader"]["next_sequence"] * model.config.max_seq_len}
     result |= text_bits_per_byte(dist, model, tokenizer, shards)
     if bundle:
-        with progress(dist, "tasks", sum(len(task.items) for task in bundle.tasks)) as done:
-            found = core_eval.evaluate(model, tokenizer, bundle, dist, DEVICE_BATCH_SIZE, done)
+        with progress(dist, "tasks", sum(len(task.items) for task in bundle.tasks)) as bar:
+            found = core_eval.evaluate(model, tokenizer, bundle, dist, DEVICE_BATCH_SIZE, bar.update)
         dist.print0(core_eval.table(found))
         dist.print0(core_eval.headline(found))
         result["core"] = {**found, "max_per_task": CORE_MAX_PER_TASK}
@@ -73,30 +71,29 @@ def text_bits_per_byte(
 ) -> dict[str, float]:
     """{train_bpb, val_bpb, doc_bpb} of packed train and validation text and of whole validation documents."""
     seq_len, token_bytes, found = model.config.max_seq_len, tokenizer.token_bytes(), {}
+
+    def measure(split, windows, what):
+        with progress(dist, split, len(windows)) as bar:
+            bpb = loss_eval.bits_per_byte(model, windows, token_bytes, dist, DEVICE_BATCH_SIZE, bar.update)
+        found[f"{split}_bpb"] = bpb
+        dist.print0(f"{split:<5} bpb {bpb:.4f} on {what}")
+
     for split, part in (("train", shards.train), ("val", (shards.validation,))):
         read = partial(dataloader.packed_sequences, [shard.path for shard in part], tokenizer, seq_len, EVAL_TOKENS)
-        sequences = dist.on_all_ranks(read)
-        with progress(dist, split, len(sequences)) as done:
-            bpb = loss_eval.bits_per_byte(model, sequences, token_bytes, dist, DEVICE_BATCH_SIZE, done)
-        found[f"{split}_bpb"] = bpb
-        dist.print0(f"{split:<5} bpb {bpb:.4f} on {sequences[:, 1:].size:,} tokens")
+        windows = loss_eval.packed_windows(dist.on_all_ranks(read))
+        measure(split, windows, f"{len(windows) * seq_len:,} tokens")
     if EVAL_DOCUMENT_BYTES:
-        path = shards.validation.path
-        documents = dist.on_all_ranks(lambda: dataloader.validation_documents(path, tokenizer, EVAL_DOCUMENT_BYTES))
+        read = partial(dataloader.validation_documents, shards.validation.path, tokenizer, EVAL_DOCUMENT_BYTES)
+        documents = dist.on_all_ranks(read)
         windows = loss_eval.document_windows(documents, tokenizer.bos, seq_len)
-        with progress(dist, "documents", len(windows)) as done:
-            bpb = loss_eval.document_bits_per_byte(model, windows, token_bytes, dist, DEVICE_BATCH_SIZE, done)
-        found["doc_bpb"] = bpb
-        dist.print0(f"doc   bpb {bpb:.4f} on {len(documents):,} whole validation documents")
+        measure("doc", windows, f"{len(documents):,} whole validation documents")
     return found
 
 
-@contextlib.contextmanager
-def progress(dist: DistContext, description: str, count: int) -> Iterator[Callable[[int], object]]:
-    """A bar that vanishes; yields the function to call with the number of things, `count` on all ranks, done here."""
+def progress(dist: DistContext, description: str, count: int) -> tqdm:
+    """A bar that vanishes, for this rank's part of `count` things."""
     hidden = None if dist.is_rank0 else True  # None: shown on a terminal
-    with tqdm(total=-(-count // dist.world_size), desc=description, leave=False, disable=hidden) as bar:
-        yield bar.update
+    return tqdm(total=-(-count // dist.world_size), desc=description, leave=False, disable=hidden)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,8 @@ Several samples are made together, which takes little longer than one; they are 
 
 import codecs
 import itertools
-import operator
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from nanotrain import checkpoint, config, errors, hardware
 from nanotrain.dist import init_distributed
@@ -79,23 +78,15 @@ def answer(model: GPT, tokenizer: BPETokenizer, prompt: str) -> None:
     steps = generate_batch(
         model, [ids] * NUM_SAMPLES, MAX_NEW_TOKENS, TEMPERATURE, TOP_K, TOP_P, SEED, stop=(tokenizer.bos,)
     )
-    for tokens in samples(steps):
+    for number, steps_again in enumerate(itertools.tee(steps, NUM_SAMPLES)):
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         print(prompt, end="", flush=True)
-        for token in tokens:
-            text = decoder.decode(strings[token])
-            if text:
+        for tokens in steps_again:
+            if tokens[number] is None:
+                break
+            if text := decoder.decode(strings[tokens[number]]):
                 print(text, end="", flush=True)
         print(decoder.decode(b"", final=True))
-
-
-def samples(steps: Iterator[list[int | None]]) -> Iterator[Iterator[int]]:
-    """The tokens of each sample, to be read in turn, from the lists of `generate_batch`, which are asked for as the
-    first sample is read.
-    """
-    for number, column in enumerate(itertools.tee(steps, NUM_SAMPLES)):
-        of_sample = map(operator.itemgetter(number), column)
-        yield itertools.takewhile(lambda token: token is not None, of_sample)
 
 
 if __name__ == "__main__":

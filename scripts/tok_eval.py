@@ -17,13 +17,9 @@ MAX_CHARS = 2_000_000  # of train and of validation text to measure on
 # ------------
 
 KINDS = {
-    "english": "The harbour was quiet that morning. A few boats had gone out before dawn, and the others lay at "
-    "their ropes, waiting for the wind that the old men said would come by noon.",
-    "code": "def moving_average(values, width):\n    total = sum(values[:width])\n"
-    "    for i in range(width, len(values)):\n        yield total / width\n"
-    "        total += values[i] - values[i - width]\n",
-    "german": "Am Abend saßen sie noch lange vor dem Haus und sprachen über die Ernte, "
-    "die in diesem Jahr später kam als sonst.",
+    "english": "The harbour was quiet that morning. A few boats had gone out before dawn.",
+    "code": "def mean(values):\n    for value in values[1:]:\n        total += value\n    return total / len(values)\n",
+    "german": "Am Abend saßen sie noch lange vor dem Haus und sprachen über die späte Ernte.",
     "chinese": "今天早上港口很安静，几条船在天亮以前就出海了，其余的还在等风。",
     "numbers": "1024 2048 4096, 3.14159, 2026-01-31 12:45:00, 192.0.2.17, 0xdeadbeef, -17.5e-3, 99.95 %",
     "emoji": "Fine weather ☀️, a good wind 🌬️ and a full net 🐟🐟🐟: what more could one want? 😀",

@@ -40,27 +40,24 @@ def main() -> None:
 
 def planned_vocab_size() -> int:
     """The vocabulary that suits DEPTH, or the model that this machine can train in TARGET_MINUTES."""
-    depth = DEPTH or planned_depth()
+    if not DEPTH and TARGET_MINUTES <= 0:
+        raise UserError("--vocab-size=0 leaves the choice to the plan, which needs --depth or --target-minutes")
+    depth = DEPTH
+    if not depth:
+        from nanotrain import hardware  # here, so that a tokenizer of a given size does not wait for torch
+        from nanotrain.dist import init_distributed
+
+        dist = init_distributed()
+        speed = hardware.training_flops_per_second(dist.device, dist.dtype) * recipe.EFFICIENCY
+        depth = recipe.choose_depth(recipe.training_flops(TARGET_MINUTES, speed), HEAD_DIM)
     width, _ = recipe.model_width(depth, 0, HEAD_DIM)
     print(f"for a model of depth {depth} and width {width}")
     return recipe.sizes(width).vocab_size
 
 
-def planned_depth() -> int:
-    if TARGET_MINUTES <= 0:
-        raise UserError("--vocab-size=0 leaves the choice to the plan, which needs --depth or --target-minutes")
-    from nanotrain import hardware  # here, so that a tokenizer of a given size does not wait for torch
-    from nanotrain.dist import init_distributed
-
-    dist = init_distributed()
-    speed = hardware.training_flops_per_second(dist.device, dist.dtype) * recipe.EFFICIENCY
-    return recipe.choose_depth(recipe.training_flops(TARGET_MINUTES, speed), HEAD_DIM)
-
-
 def texts(shards: dataset.Shards) -> Iterator[list[str]]:
     """The texts to train on, row group by row group, cut and counted as the settings say."""
-    total = min(sum(shard.text_bytes for shard in shards.train), MAX_CHARS)
-    chars = 0
+    chars, total = 0, min(sum(shard.text_bytes for shard in shards.train), MAX_CHARS)
     with tqdm(desc="tokenizer", total=total, unit="B", unit_scale=True, leave=False, disable=None) as bar:
         for group in dataset.row_groups([shard.path for shard in shards.train]):
             cut = [text[:DOC_CHARS] for text in group]

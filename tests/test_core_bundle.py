@@ -89,9 +89,6 @@ BROKEN = [
     ("core.yaml", "icl_tasks: !!python/object/apply:os.system [true]", "ConstructorError"),
     ("core.yaml", YAML.replace("schema", "essay"), "core.yaml.*essay"),
     ("core.yaml", YAML.replace("[10]", "[-1]"), "core.yaml.*animals"),
-    ("core.yaml", YAML.replace("who.jsonl", "../core.yaml"), "core.yaml.*not a task"),
-    ("core.yaml", YAML.replace("who.jsonl", "/etc/passwd"), "core.yaml.*not a task"),
-    ("eval_meta_data.csv", CSV.replace("who,x,50", "who,x,100"), "not a task"),
     ("eval_meta_data.csv", CSV.replace("who,", "whom,"), "who"),
     ("eval_data/who.jsonl", "", "who.jsonl.*no items"),
     ("eval_data/who.jsonl", lines(WHO) + "{", "who.jsonl, line 2"),
@@ -106,15 +103,6 @@ def test_what_is_wrong_with_a_bundle_is_said(tmp_path, name, text, message):
     folder = write_bundle(tmp_path / "b", {name: text})
     with pytest.raises(DataError, match=message):
         core_bundle.read(folder)
-
-
-def test_a_zip_with_a_damaged_byte_is_refused(tmp_path):
-    path = zipped(write_bundle(tmp_path / "b"), tmp_path / "b.zip")
-    data = bytearray(path.read_bytes())
-    data[60] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(DataError, match=r"core\.yaml"):
-        core_bundle.read(path)
 
 
 # ---- fetching ----
@@ -162,17 +150,6 @@ def own(tmp_path_factory):
     return shard, folder / "bundle"
 
 
-def test_a_bundle_is_made_in_the_public_format_with_all_kinds_of_tasks(own):
-    bundle = core_bundle.read(own[1])
-    assert [(task.label, task.kind, task.num_shots, task.baseline, len(task.items)) for task in bundle.tasks] == [
-        ("last_word", LANGUAGE_MODELING, 0, 0.0, 50),
-        ("next_piece", MULTIPLE_CHOICE, 0, 0.25, 50),
-        ("which_context", SCHEMA, 0, 0.5, 50),
-        ("copy", LANGUAGE_MODELING, 3, 0.0, 50),
-        ("brackets", LANGUAGE_MODELING, 3, 0.0, 50),
-    ]
-
-
 def test_every_answer_is_right_and_no_other_one_is(own):
     texts = make_texts(60, seed=2)
     tasks = {task.label: task.items for task in core_bundle.read(own[1]).tasks}
@@ -197,7 +174,7 @@ def test_every_answer_is_right_and_no_other_one_is(own):
             text = shorter
         assert text == ""
     for label, items in tasks.items():
-        assert len(set(map(str, items))) == len(items), label
+        assert len(set(map(str, items))) == len(items) == 50, label
 
 
 def test_the_same_shard_gives_the_same_bytes_and_another_another(own, tmp_path):

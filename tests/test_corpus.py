@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import io
 import json
 import platform
 import random
@@ -32,33 +31,17 @@ def hashes(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
-def peak_of(function):
-    """The most bytes of Python objects that `function` held at a time."""
-    tracemalloc.start()
-    try:
-        function()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-
-
 # ---- cut ----
 
 
-def cut(text, max_chars=corpus.MAX_CHARS):
-    return list(corpus.cut(io.StringIO(text), max_chars))
-
-
-@pytest.mark.parametrize("block", [7, corpus.BLOCK_CHARS])
 @pytest.mark.parametrize("longest_line", [10, 50, 500])
-def test_cut_loses_nothing_but_blank_lines_and_makes_no_document_too_long(monkeypatch, longest_line, block):
-    """Paragraphs of lines of many lengths between blank lines of many kinds, also where lines are read in pieces."""
-    monkeypatch.setattr(corpus, "BLOCK_CHARS", block)
+def test_cut_loses_nothing_but_blank_lines_and_makes_no_document_too_long(longest_line):
+    """Paragraphs of lines of many lengths between blank lines of many kinds."""
     draw, text = random.Random(7), ""
     for _ in range(30):
         lines = ["".join(draw.choices("ab cé日 ", k=draw.randint(1, longest_line))) for _ in range(draw.randint(1, 8))]
         text += "\n".join(lines) + draw.choice(["\n\n", "\n \t\n", "\n\n\n\n", "\n  \n\t\n"])
-    documents = cut(text, 60)
+    documents = list(corpus.cut(text, 60))
     assert len(documents) > 10
     assert all(document.strip() and len(document) <= 60 for document in documents)
     assert "".join("".join(documents).split()) == "".join(text.split())
@@ -80,17 +63,7 @@ def test_cut_loses_nothing_but_blank_lines_and_makes_no_document_too_long(monkey
     ],
 )
 def test_cut_by_hand(text, documents):
-    assert cut(text, 10) == documents
-
-
-@pytest.mark.parametrize("text", ["a", "\n ", "ab \n", "word\n\n"])
-def test_cut_holds_a_few_lines_of_a_file_and_not_all_of_it(tmp_path, monkeypatch, text):
-    monkeypatch.setattr(corpus, "BLOCK_CHARS", 1 << 13)
-    data, lengths = (text * 500_000)[:500_000], []
-    (tmp_path / "a.txt").write_text(data)
-    with open(tmp_path / "a.txt", encoding="utf-8") as file:
-        assert peak_of(lambda: lengths.extend(len("".join(part.split())) for part in corpus.cut(file))) < 250_000
-    assert sum(lengths) == len("".join(data.split()))
+    assert list(corpus.cut(text, 10)) == documents
 
 
 # ---- the embedded corpus ----
@@ -139,7 +112,7 @@ def test_embedded_corpus_has_every_document_once_and_no_source_on_both_sides(sou
     assert not in_train & in_validation
     cuts = {True: set(), False: set()}
     for source in sources.values():
-        cuts[source[:6] in in_validation].update(cut(source))
+        cuts[source[:6] in in_validation].update(corpus.cut(source))
     assert cuts[True] & cuts[False], "the two sides must share texts for this to mean anything"
     assert (sorted(train), sorted(validation)) == (sorted(cuts[False]), sorted(cuts[True] - cuts[False]))
 
@@ -239,14 +212,14 @@ def test_import_of_a_folder_takes_every_kind_of_file_at_every_depth_and_nothing_
         WRITERS[name](parent / name, texts[10 * number : 10 * number + 10])
     (source / "READ.ME.MD").write_text(texts[50])
     (source / ".git").mkdir()
-    for name in (".hidden.txt", ".git/config.txt", "picture.png", "no_suffix", "a.jsonl.part"):
+    for name in (".hidden.txt", ".git/config.txt", "picture.png", "no_suffix"):
         (source / name).write_text(f"not to be read {name}")
     found = imported(source, tmp_path / "shards")
     assert sorted(all_of(*found)) == sorted(texts)
-    assert sum(found[2].values()) == 5
+    assert sum(found[2].values()) == 4
 
 
-@pytest.mark.parametrize("texts", [*map(make_texts, (2, 5)), ["a", "a" * 50_000], ["c", "c" * 50_000]], ids=len)
+@pytest.mark.parametrize("texts", [make_texts(2), ["a", "a" * 50_000], ["c", "c" * 50_000]], ids=len)
 def test_import_always_has_train_and_validation_and_no_text_in_both(tmp_path, texts):
     """Also where one document, the first or the last, is nearly all."""
     train, validation, skipped = imported([*texts, *texts[: len(texts) // 2]], tmp_path / "shards")
@@ -260,10 +233,23 @@ def test_import_holds_a_bucket_of_the_text_at_a_time(tmp_path, monkeypatch):
     texts, source, folder = [f"{n} " + "a" * 10_000 for n in range(1200)], tmp_path / "a.jsonl", tmp_path / "shards"
     source.write_bytes(json_lines([*texts, *texts[:20], *["b" * 10_000] * 500]))
     folder.mkdir()
-    assert peak_of(lambda: corpus.import_text(source, folder)) < source.stat().st_size / 4, "with what readers take"
+    tracemalloc.start()
+    corpus.import_text(source, folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < source.stat().st_size / 4, "with what readers take"
     monkeypatch.setattr(corpus, "NUM_BUCKETS", 3)
     imported(source, tmp_path / "few")
     assert hashes(folder) == hashes(tmp_path / "few")
+
+
+def test_a_large_plain_text_is_cut_in_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "BLOCK_CHARS", 1000)
+    texts = make_texts(200)
+    (tmp_path / "a.txt").write_text("\n\n".join(texts))
+    found = all_of(*imported(tmp_path, tmp_path / "shards"))
+    assert len(found) > 50
+    assert sorted(text for document in found for text in document.strip().split("\n\n")) == sorted(texts)
 
 
 def test_import_bounds_the_text_of_row_groups_and_of_shards_without_a_drift(tmp_path, monkeypatch):
@@ -282,15 +268,6 @@ def test_import_bounds_the_text_of_row_groups_and_of_shards_without_a_drift(tmp_
     assert max(sizes) < 9000 + longest
 
 
-def test_import_of_little_text_still_has_many_row_groups(tmp_path):
-    """Streams and ranks find something to read."""
-    train, validation, _ = imported(make_texts(1000), tmp_path / "shards")
-    assert len(train) == 4
-    assert max(map(len, train)) < 1.2 * min(map(len, train))
-    assert 0.7 * 1000 / 16 < len(validation) < 1.3 * 1000 / 16
-    assert 100 < sum(pq.read_metadata(path).num_row_groups for path in (tmp_path / "shards").iterdir()) < 120
-
-
 @pytest.mark.parametrize(
     ("data", "documents", "left_out"),
     [
@@ -298,9 +275,8 @@ def test_import_of_little_text_still_has_many_row_groups(tmp_path):
         (b"\xef\xbb\xbfone \xef\xbb\xbf", ["one \ufeff"], 0),  # a byte order mark is one only at the start
         (b"a" * 3000 + b"\n\ncaf\xe9 " + b"b" * 3000, ["a" * 3000], 1),
         ("a".encode("utf-16-le") * 1500, [], 1),
-        (b"a" * 4000 + b"\n\n" + "日".encode()[:2], ["a" * 4000], 1),  # the end in the middle of a character
     ],
-    ids=range(5),
+    ids=range(4),
 )
 def test_import_of_plain_text_leaves_out_the_documents_that_are_not_utf8(tmp_path, data, documents, left_out):
     (tmp_path / "a.txt").write_bytes(data)
@@ -324,13 +300,6 @@ def test_import_counts_what_it_leaves_out_by_reason(tmp_path, monkeypatch):
     }  # fmt: skip
 
 
-def test_import_of_another_column(tmp_path):
-    texts = make_texts(5)
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": "no", "body": text}) + "\n" for text in texts[:3]))
-    pq.write_table(pa.table({"body": pa.array(texts[3:]).dictionary_encode()}), tmp_path / "a.parquet")
-    assert sorted(all_of(*imported(tmp_path, tmp_path / "shards", text_column="body"))) == sorted(texts)
-
-
 # ---- import: errors ----
 
 
@@ -349,7 +318,6 @@ BAD_SOURCES = [
     ("a.parquet", lambda path: pq.write_table(pa.table({"body": ["a"]}), path), "only: body .*--text-column"),
     ("a.jsonl.gz", cut_short("a.jsonl.gz"), "a.jsonl.gz cannot be read"),
     ("a.jsonl.zst", cut_short("a.JSONL.zst"), "a.jsonl.zst cannot be read"),
-    ("a.jsonl.zst", lambda path: path.write_bytes(json_lines(["a", "b"])), "a.jsonl.zst cannot be read"),
     ("a.parquet", cut_short("a.parquet"), "a.parquet cannot be read"),
 ]
 
@@ -367,23 +335,17 @@ def test_import_says_what_is_wrong_and_leaves_nothing(tmp_path, name, make, says
 def test_import_command_end_to_end(run_script, base_dir, tmp_path):
     source, folder = tmp_path / "source", base_dir / "data" / "mine"
     source.mkdir()
-    (source / "a.jsonl").write_bytes(json_lines([*make_texts(100), None]))
+    (source / "a.jsonl").write_bytes(json_lines([*make_texts(100), None]).replace(b'"text"', b'"body"'))
     (source / "b.txt").write_text("my own text\n\nin two paragraphs")
-    done = run_script("nanotrain.dataset", f"--from={source}", "--name=mine")
+    done = run_script("nanotrain.dataset", f"--from={source}", "--name=mine", "--text-column=body")
     assert (done.returncode, done.stderr) == (0, "")
     assert re.match(rf"{folder}: 101 documents, 1 left out: empty.*\n.*--data-dir={folder}", done.stdout)
     assert names_in(base_dir / "data") == ["mine"]
     assert sorted(all_of(read_all(folder), [])) == sorted([*make_texts(100), (source / "b.txt").read_text()])
     assert dataset.open_shards(folder).validation.name == "shard_00004.parquet"
-    done = run_script("nanotrain.dataset", f"--from={source / 'none'}", "--name=other")
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (6, "", 1)
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [{}, {"DATASET": "x"}, {"FROM": "x"}, {"FROM": "x", "NAME": "../x"}, {"FROM": "x", "DATASET": "stdlib"}],
-    ids=str,
-)
+@pytest.mark.parametrize("flags", [{"DATASET": "x"}, {"FROM": "x"}, {"FROM": "x", "NAME": "../x"}], ids=str)
 def test_import_command_says_what_is_missing(monkeypatch, base_dir, flags):
     for name, value in flags.items():
         monkeypatch.setattr(dataset, name, value)

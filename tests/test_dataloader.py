@@ -207,24 +207,6 @@ def test_p2_the_order_of_sequences_is_the_definition_at_every_world_size(
     assert_follows(Ranks(folder, tokenizer, 12, num_streams, world_size), expected, steps, sequences_per_rank)
 
 
-def test_a_rank_reads_only_the_streams_it_needs(tokenizer, small):
-    for world_size, expected in ((2, [0, 2, 4]), (3, [0, 3]), (4, [0, 2, 4]), (5, [0, 1, 2, 3, 4, 5]), (6, [0])):
-        reader = Ranks(small, tokenizer, 16, 6, world_size).readers[0]
-        assert [int(stream) for stream in reader.state()["streams"]] == expected
-
-
-def test_an_epoch_holds_every_document_once_and_the_next_has_another_order(tokenizer, tmp_path):
-    texts = make_texts(30, seed=1)
-    folder = write(tmp_path, texts[:20], texts[20:], rows_per_group=3)
-    epoch_tokens = sum(len(tokenizer.encode(text)) + 1 for text in texts)
-    stream = Ranks(folder, tokenizer, 1, 1).step(2 * epoch_tokens)[0][:, 0].tolist()
-    epochs = [stream[:epoch_tokens], stream[epoch_tokens:]]
-    documents = [tokenizer.decode(epoch).removeprefix("<|bos|>").split("<|bos|>") for epoch in epochs]
-    assert sorted(documents[0]) == sorted(documents[1]) == sorted(texts)
-    assert documents[0] != documents[1]
-    assert documents[0] != texts
-
-
 def test_a_long_document_is_one_document_tokenized_in_bounded_pieces(tokenizer, tmp_path):
     long = " ".join(make_texts(800, seed=3))
     assert len(long) > 250_000
@@ -248,7 +230,7 @@ def test_null_and_empty_documents_are_skipped_and_counted(tokenizer, tmp_path, w
     assert sum(reader.skipped_documents for reader in ranks.readers) == skipped > 0
 
 
-@pytest.mark.parametrize("num_streams", [1, 4, 48])
+@pytest.mark.parametrize("num_streams", [1, 48])
 @pytest.mark.parametrize("texts", [[None], [None, ""] * 40])
 def test_shards_without_text_are_an_error_and_not_an_endless_search(tokenizer, tmp_path, texts, num_streams):
     folder = write(tmp_path, texts, rows_per_group=1)
@@ -257,20 +239,6 @@ def test_shards_without_text_are_an_error_and_not_an_endless_search(tokenizer, t
         with pytest.raises(DataError, match="the train shards hold no text") as caught:
             soon(lambda: ranks.step(4))
     assert caught.value.exit_code == 6
-
-
-def test_a_row_group_without_text_is_read_once(tokenizer, tmp_path, monkeypatch):
-    folder = a_needle(tmp_path)
-    reads = []
-
-    def counting(path, group, *rows):
-        reads.append(group)
-        return dataset.read_texts(path, group, *rows)
-
-    monkeypatch.setattr(dataloader, "read_texts", counting)
-    Ranks(folder, tokenizer, 16, 4).step(40)
-    assert reads.count(20) > 1, "the one that holds the document"
-    assert max(reads.count(group) for group in range(41) if group != 20) == 1
 
 
 @pytest.mark.parametrize("num_streams", [1, 4])
@@ -307,27 +275,6 @@ def test_every_text_is_tokenized_once_at_the_usual_world_sizes():
         read = Counter(itertools.chain.from_iterable(reader.streams for reader in readers))
         assert set(read.values()) == {2 if world_size == 128 else 1}
         assert len(read) == 192
-
-
-def test_no_slices_are_a_data_error(tokenizer):
-    with pytest.raises(DataError, match="hold no rows"):
-        SequenceReader([], tokenizer, 16, 4, SEED)
-
-
-def test_the_first_sequences_come_without_tokenizing_whole_slices(tokenizer, tmp_path):
-    texts = make_texts(2000, seed=1)
-    folder, watching = write(tmp_path, texts, rows_per_group=1000), Watching(tokenizer)
-    Ranks(folder, watching, 16, 2).step(2)
-    first = [sum(lengths) for lengths in watching.lengths[:2]]  # one job for each stream
-    assert sum(first) < 0.01 * sum(map(len, texts))
-
-
-def test_sequence_hash_is_blake2b_of_number_and_tokens():
-    sequence = [0, 5, 70_000, 2**31 - 1]
-    packed = b"\x07\x01\0\0\0\0\0\0" + b"\0\0\0\0" + b"\x05\0\0\0" + b"\x70\x11\x01\0" + b"\xff\xff\xff\x7f"
-    expected = int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
-    for kind in (np.int64, np.int32):
-        assert dataloader.sequence_hash(263, np.array(sequence, dtype=kind)) == expected == hash_by_hand(263, sequence)
 
 
 # ---- the state ----
@@ -376,25 +323,11 @@ def test_p3_a_state_with_one_cursor_off_by_one_gives_other_sequences(tokenizer, 
     assert set(different % 3) == {1}, "and only in that stream"
 
 
-def test_the_epoch_is_the_one_of_the_stream_that_is_furthest(tokenizer, small):
-    reader = Ranks(small, tokenizer, 16, 3).readers[0]
-    assert reader.epoch(reader.state()) == 0
-    sequences = np.empty((1, 17), dtype=np.int64)
-    while (epoch := reader.epoch(reader.state())) < 3:
-        reader.fill(sequences)
-        furthest = max(position for position, _, _ in reader.state()["streams"].values())
-        assert epoch <= reader.epoch(reader.state()) == furthest // reader.num_slices
-
-
 # ---- the loader ----
 
 
 def reader_of(folder, tokenizer, rank=0, world_size=1):
     return Ranks(folder, tokenizer, 16, 3, world_size).readers[rank]
-
-
-def loader_threads():
-    return [thread for thread in threading.enumerate() if thread.name == "nanotrain-data"]
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2), (2, 3)])
@@ -420,40 +353,24 @@ def test_a_shard_that_vanishes_is_a_data_error_of_every_later_batch(tokenizer, s
             (small / f"shard_{number:05d}.parquet").unlink()
         with pytest.raises(DataError, match=r"shard_0000\d.parquet, row group \d, cannot be read"):
             soon(lambda: deque(itertools.islice(loader, 1000)))
-        for _ in range(3):
-            with pytest.raises(DataError, match="cannot be read"):
-                soon(lambda: next(loader))
+        with pytest.raises(DataError, match="cannot be read"):
+            soon(lambda: next(loader))
 
 
-@pytest.mark.parametrize("error", [RuntimeError("odd"), MemoryError(), KeyError("x")])
-def test_any_error_of_the_thread_reaches_the_caller_again_and_again(small, error):
+def test_any_error_of_the_thread_reaches_the_caller_again_and_again(small):
     class Broken:
         bos = 0
 
         def encode_batch(self, texts):
             raise error
 
+    error = KeyError("x")
     with DataLoader(reader_of(small, Broken()), 4, CPU) as loader:
         for _ in range(3):
-            with pytest.raises(type(error)) as caught:
+            with pytest.raises(KeyError) as caught:
                 soon(lambda: next(loader))
             assert caught.value is error
-    assert loader_threads() == []
-
-
-@pytest.mark.parametrize("taken", [0, 1, 5])
-def test_the_thread_ends_also_when_training_fails(tokenizer, small, taken):
-    def train():
-        with loader:
-            assert len(loader_threads()) == 1
-            deque(itertools.islice(loader, taken))
-            raise ZeroDivisionError
-
-    loader = DataLoader(reader_of(small, tokenizer), 4, CPU)
-    with pytest.raises(ZeroDivisionError):
-        train()
-    assert loader_threads() == []
-    loader.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("nanotrain-data")]
 
 
 # ---- validation ----
@@ -473,15 +390,12 @@ def test_packed_sequences_by_hand(tokenizer, tmp_path):
         sequences = dataloader.packed_sequences(paths, tokenizer, 3, num_tokens)
         assert sequences.dtype == np.int32
         assert sequences.tolist() == [stream[3 * n : 3 * n + 4] for n in range(count)]
-    for seq_len in range(1, len(stream)):  # one of them ends just at the end of the shards, one a token behind it
-        sequences = dataloader.packed_sequences(paths, tokenizer, seq_len, 10**6)
-        whole = [stream[at : at + seq_len + 1] for at in range(0, len(stream), seq_len)]
-        assert sequences.tolist() == [sequence for sequence in whole if len(sequence) == seq_len + 1]
+    assert len(dataloader.packed_sequences(paths, tokenizer, len(stream) - 1, 10**6)) == 1
     with pytest.raises(DataError, match="the 3 train shards in"):
         dataloader.packed_sequences(paths, tokenizer, 10**4, 10**5)
 
 
-@pytest.mark.parametrize(("texts", "tokens"), [(["a"], 2), ([None, ""], 0), ([], 0)])
+@pytest.mark.parametrize(("texts", "tokens"), [(["a"], 2), ([], 0)])
 def test_a_validation_shard_shorter_than_a_sequence_is_a_data_error(tokenizer, tmp_path, texts, tokens):
     dataset.write_shard(tmp_path / "shard_0.parquet", texts)
     with pytest.raises(DataError, match=rf"shard_0.parquet holds {tokens} tokens.* 17: .*--max-seq-len"):
@@ -491,12 +405,8 @@ def test_a_validation_shard_shorter_than_a_sequence_is_a_data_error(tokenizer, t
 def test_validation_tokenizes_little_more_than_it_needs(tmp_path, tokenizer):
     """Of documents of 300,000 characters four at a time, and no more than 64 of short ones."""
     watching = Watching(tokenizer)
-    long, short = tmp_path / "long.parquet", tmp_path / "short.parquet"
-    dataset.write_shard(long, ["word " * 60_000] * 8)
-    dataset.write_shard(short, ["a b"] * 130)
-    assert len(dataloader.validation_documents(long, watching, 10**9)) == 8
-    assert len(dataloader.validation_documents(long, watching, 1)) == 1
-    assert dataloader.packed_sequences([long], watching, 16, 64).shape == (4, 17)
-    assert len(dataloader.validation_documents(short, watching, 10**9)) == 130
-    assert dataloader.packed_sequences([short], watching, 4, 20).shape == (5, 5)
-    assert [len(lengths) for lengths in watching.lengths] == [4, 4, 4, 4, 64, 64, 2, 64]
+    for name, texts in (("long", ["word " * 60_000] * 8), ("short", ["a b"] * 130)):
+        dataset.write_shard(tmp_path / name, texts)
+        assert len(dataloader.validation_documents(tmp_path / name, watching, 1)) == 1
+        assert dataloader.packed_sequences([tmp_path / name], watching, 4, 20).shape == (5, 5)
+    assert [len(lengths) for lengths in watching.lengths] == [4, 4, 64, 64]

@@ -1,12 +1,9 @@
 """Downloads from a hostile loopback host: a file is the source's bytes in the end, or it is named and not there."""
 
 import contextlib
-import email.utils
 import hashlib
 import http.client
 import http.server
-import io
-import json
 import os
 import shutil
 import signal
@@ -15,10 +12,10 @@ import sys
 import threading
 import time
 import traceback
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-import requests
 import urllib3
 from conftest import ROOT, make_shards
 
@@ -26,7 +23,6 @@ from nanotrain import dataset, download
 from nanotrain.errors import DataError, UserError
 
 SOURCE = dataset.SOURCES["fineweb-edu"]
-MANIFEST = "manifest.json"
 ALL = ["shard_00000.parquet", "shard_00001.parquet", "shard_01822.parquet"]
 ONE, TWO, VALIDATION = ALL
 COMMAND = ("nanotrain.dataset", "-n", "2", "--dataset=fineweb-edu")
@@ -110,18 +106,11 @@ def sha256(body):
 
 
 def get(host, folder, *names, check=dataset.open_shard, token=None):
-    items = [download.Item(name, f"{host.url}/{name}") for name in names]
-    return download.fetch_all(items, folder, check, abs, token)
+    return download.fetch_all({name: f"{host.url}/{name}" for name in names}, folder, check, abs, token)
 
 
 def get_set(folder):
     dataset.fetch("fineweb-edu", SOURCE, 2, folder)
-
-
-def serve_manifest(host, files, **changes):
-    entries = [{"name": name, "bytes": len(body), "sha256": sha256(body)} for name, body in files.items()]
-    manifest = {"validation": VALIDATION, "shards": entries, **changes}
-    host.script[MANIFEST] = [reply(json.dumps(manifest).encode())]
 
 
 # ---- a hostile host ----
@@ -132,37 +121,36 @@ def flipped(body):
     return body[:40] + bytes([body[40] ^ 1]) + body[41:]
 
 
+def linked(body):
+    """The headers with which Hugging Face tells size and hash of a file."""
+    return {"X_Linked_Size": len(body), "X_Linked_Etag": f'"{sha256(body)}"'}
+
+
 FAULTS = {  # of a body: (the answer, a word of the reason)
     "503": (lambda body: reply(status=503), "answers 503"),
     "no answer": (lambda body: b"", "no whole answer"),
     "cut": (lambda body: reply(body[:2000], length=len(body)), "no whole answer"),
-    "cut, no length": (lambda body: reply(body[:2000], length=False), "2000 of"),
-    "empty": (lambda body: reply(), "0 of"),
-    "a page": (lambda body: reply(b"<html>", Content_Type="text/html"), "6 of"),
-    "a flipped bit": (lambda body: reply(flipped(body)), "SHA-256"),
+    "cut, no length": (lambda body: reply(body[:2000], length=False, **linked(body)), "2000 of"),
+    "a page": (lambda body: reply(b"<html>", Content_Type="text/html"), "not a readable parquet file"),
+    "a flipped bit": (lambda body: reply(flipped(body), **linked(body)), "SHA-256"),
 }
 
 
 @pytest.mark.parametrize(("answer", "reason"), FAULTS.values(), ids=FAULTS)
 def test_after_a_fault_the_file_is_whole_or_named(host, files, folder, answer, reason):
-    items = [download.Item(name, f"{host.url}/{name}", len(files[name]), sha256(files[name])) for name in (ONE, TWO)]
     answers = host.script[ONE] = [answer(files[ONE]), answer(files[ONE]), reply(files[ONE])]
-    done, failed = download.fetch_all(items, folder, dataset.open_shard, abs)
+    done, failed = get(host, folder, ONE, TWO)
     assert (done[ONE], failed, host.asked().count(ONE)) == (sha256(files[ONE]), {}, 3)
     assert contents(folder) == {ONE: files[ONE], TWO: files[TWO]}
     shutil.rmtree(folder)
     answers[:] = [answer(files[ONE])]
-    done, failed = download.fetch_all(items, folder, dataset.open_shard, abs)
+    done, failed = get(host, folder, ONE, TWO)
     assert (list(done), list(failed), contents(folder)) == ([TWO], [ONE], {TWO: files[TWO]})
     assert reason in failed[ONE]
     assert host.asked().count(ONE) == 3 + 5
 
 
-@pytest.mark.parametrize(
-    ("asked", "seconds"),
-    [("7", 7), (email.utils.formatdate(time.time() + 3600, usegmt=True), 120), ("soon", 0)],
-    ids=["seconds", "a date", "nonsense"],
-)
+@pytest.mark.parametrize(("asked", "seconds"), [("7", 7), ("3600", 120), ("soon", 0)])
 def test_a_host_may_ask_for_a_pause(host, folder, files, monkeypatch, asked, seconds):
     class Clock(threading.Event):
         def wait(self, timeout=None):
@@ -176,18 +164,25 @@ def test_a_host_may_ask_for_a_pause(host, folder, files, monkeypatch, asked, sec
     assert max(pauses) == pytest.approx(seconds, abs=2)
 
 
-@pytest.mark.parametrize(("status", "says"), [(401, "set HF_TOKEN"), (404, "404")])
-def test_a_refusal_is_reported_after_one_request(host, folder, status, says):
-    host.script[ONE] = [reply(status=status)]
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (reply(status=401), "set HF_TOKEN"),
+        (reply(status=404), "404"),
+        (reply(status=302, Location="http://example.com/x"), "without https"),
+    ],
+)
+def test_a_refusal_is_reported_after_one_request(host, folder, answer, says):
+    host.script[ONE] = [answer]
     assert says in get(host, folder, ONE)[1][ONE]
     assert (contents(folder), host.asked()) == ({}, [ONE])
 
 
 def test_an_unreachable_host_is_reported_with_the_way_to_do_without(host, folder):
     host.close()
-    with pytest.raises(DataError, match=r"127.0.0.1:\d+: .*--dataset=stdlib"):
+    with pytest.raises(DataError, match=r"3 of 3 shards.*127.0.0.1:\d+: .*DATASET=stdlib"):
         get_set(folder)
-    assert not folder.exists()
+    assert shards_in(folder) == {}
 
 
 # ---- redirects, secrets and proxies ----
@@ -195,8 +190,7 @@ def test_an_unreachable_host_is_reported_with_the_way_to_do_without(host, folder
 
 def test_size_and_hash_are_those_of_the_first_host(host, start_host, files, folder):
     body, wrong, cdn = files[ONE], flipped(files[ONE]), start_host()
-    linked = {"X_Linked_Size": len(body), "X_Linked_Etag": f'"{sha256(body)}"'}
-    host.script[ONE] = [reply(status=302, Location=f"{cdn.url}/x", **linked)]
+    host.script[ONE] = [reply(status=302, Location=f"{cdn.url}/x", **linked(body))]
     for answer in (reply(wrong, X_Linked_Etag=f'"{sha256(wrong)}"'), reply(body[:1000], length=False)):
         cdn.script["x"] = [answer]
         assert get(host, folder, ONE, check=lambda path: None)[0] == {}
@@ -219,29 +213,8 @@ def test_a_token_goes_to_its_own_host_alone_and_netrc_nowhere(host, start_host, 
     assert [headers.get("Authorization") for _, headers in other.seen] == [None] * 2
 
 
-def test_a_redirect_from_https_to_http_is_refused(folder, monkeypatch):
-    def send(adapter, request, **options):  # instead of a host with a certificate
-        sent.append(request.url)
-        response = requests.Response()
-        response.status_code, response.request, response.raw = 302, request, io.BytesIO()
-        response.headers["Location"] = "http://127.0.0.1/x"
-        return response
-
-    sent = []
-    monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", send)
-    assert "without https" in get(SimpleNamespace(url="https://127.0.0.1"), folder, ONE)[1][ONE]
-    assert (contents(folder), sent) == ({}, [f"https://127.0.0.1/{ONE}"])
-
-
-def test_a_proxy_of_the_environment_is_used(host, files, folder, monkeypatch):
-    monkeypatch.setenv("http_proxy", host.url)
-    monkeypatch.setenv("no_proxy", "")
-    assert get(SimpleNamespace(url="http://localhost:1"), folder, ONE) == ({ONE: sha256(files[ONE])}, {})
-
-
 LEAKS = {
     "no header": b"HTTP/1.1 403 x\r\nno header at all\r\nA: b\r\n\r\n",  # which urllib3 warns of
-    "no URL": reply(status=302, Location="http://[sig=CANARY"),
     "closed": None,
 }
 
@@ -286,7 +259,7 @@ def test_a_data_set_that_does_not_fit_is_not_begun(host, folder, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=299_000_000))
     with pytest.raises(DataError, match=r"300.0 MB needed, 299.0 MB free"):
         get_set(folder)
-    assert (host.asked(), folder.exists()) == ([MANIFEST], False)
+    assert (host.asked(), folder.exists()) == ([], False)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
@@ -314,7 +287,7 @@ def test_a_stopped_download_leaves_no_piece_and_the_next_one_goes_on(host, files
     (living := folder / ".x.1.part").touch()  # another download writes it
     host.seen.clear()
     get_set(folder)
-    assert sorted(host.asked()) == [MANIFEST, ONE, TWO]
+    assert sorted(host.asked()) == [ONE, TWO]
     assert (shards_in(folder), dataset.verify(folder)) == ({**files, living.name: b""}, [])
 
 
@@ -330,40 +303,17 @@ def test_the_same_command_again_fetches_only_what_is_missing(host, files, folder
     host.script[TWO] = answers
     host.seen.clear()
     get_set(folder)
-    assert host.asked() == [MANIFEST, TWO]
-    assert (shards_in(folder), dataset.verify(folder)) == (files, [])
-
-
-@pytest.mark.parametrize("hashed_by", ["the host", "us"])
-def test_a_bad_shard_in_place_is_fetched_again(host, files, folder, hashed_by):
-    if hashed_by == "the host":
-        serve_manifest(host, files)
+    assert host.asked() == [TWO]
+    (folder / ONE).write_bytes(flipped(files[ONE]))
     get_set(folder)
-    host.seen.clear()
-    (folder / TWO).write_bytes(flipped(files[TWO]))
-    get_set(folder)
-    assert (shards_in(folder), host.asked()) == (files, [MANIFEST, TWO])
-
-
-def test_a_manifest_that_is_none_or_has_a_hostile_name_is_refused(host, files, folder):
-    for page in (b"log in", b"[1]", b"[" * 100_000):
-        host.script[MANIFEST] = [reply(page)]
-        with pytest.raises(DataError, match=MANIFEST):
-            get_set(folder)
-    for name in ("../shard_00000.parquet", "shard_0.parquet\n", 7):
-        for change in ({"validation": name}, {"shards": [{"name": name, "bytes": 9, "sha256": "0" * 64}]}):
-            serve_manifest(host, files, **change)
-            with pytest.raises(DataError, match=r"manifest.json is broken"):
-                get_set(folder)
-    assert (set(host.asked()), folder.exists()) == ({MANIFEST}, False)
+    assert (shards_in(folder), dataset.verify(folder), host.asked()) == (files, [], [TWO, ONE])
 
 
 def test_the_validation_shard_of_a_folder_never_becomes_a_train_shard(host, files, folder):
     get_set(folder)
-    before, more = contents(folder), "shard_01823.parquet"
-    serve_manifest(host, {**files, more: files[ONE]}, validation=more)
+    before = contents(folder)
     with pytest.raises(UserError, match=VALIDATION):
-        get_set(folder)
+        dataset.fetch("fineweb-edu", replace(SOURCE, num_shards=2000), 2, folder)
     assert contents(folder) == before
 
 

@@ -86,7 +86,7 @@ def assert_batches_are_the_sequences(device, data_dir, tokenizer):
     got = []
     with dataloader.DataLoader(threaded, 64, torch.device(device)) as loader:
         if device == "cuda":
-            assert all(slot.is_pinned() for slot, _ in loader._free.queue)
+            assert all(filled.result()[0].is_pinned() for filled in loader._filled)
         for _ in range(30):
             if device == "cuda":
                 torch.cuda._sleep(20_000_000)  # cycles in which the copy stays behind

@@ -13,7 +13,7 @@ from nanotrain import dataloader, loss_eval
 from nanotrain.dist import DistContext
 from nanotrain.errors import DataError
 from nanotrain.gpt import GPTConfig
-from nanotrain.loss_eval import bits_per_byte, document_bits_per_byte, document_windows
+from nanotrain.loss_eval import bits_per_byte, document_windows, packed_windows
 
 
 class TableModel:
@@ -28,14 +28,17 @@ class TableModel:
 
 @pytest.fixture(scope="module")
 def case(tokenizer, tmp_path_factory):
-    """A model, 13 validation sequences of 24 tokens, and the bytes of each token."""
+    """A model, 13 validation sequences of 24 tokens, also as windows, and the bytes of each token."""
     folder = make_shards(tmp_path_factory.mktemp("validation"))
     sequences = dataloader.packed_sequences([folder / "shard_00002.parquet"], tokenizer, 24, 13 * 24)
     sequences[4, 7] = tokenizer.bos  # besides those between documents
     model = make_model(GPTConfig(320, 32, 2, 2, 2, 16), 0.5)
     for block in model.blocks:  # so that what comes before a token matters
         torch.nn.init.eye_(block.attention.o_proj.weight)
-    return SimpleNamespace(model=model, sequences=sequences, token_bytes=tokenizer.token_bytes(), bos=tokenizer.bos)
+    windows, token_bytes = packed_windows(sequences), tokenizer.token_bytes()
+    return SimpleNamespace(
+        model=model, sequences=sequences, windows=windows, token_bytes=token_bytes, bos=tokenizer.bos
+    )
 
 
 def test_a_small_case_by_hand():
@@ -44,15 +47,8 @@ def test_a_small_case_by_hand():
     sequences = np.array([[0, 1, 2, 0], [1, 2, 3, 3]], dtype=np.int32)
     nats = (0.5 + 1.5) + (1.5 + 0.25 + 9.0)  # and not that of the special token
     size = (1 + 3) + (3 + 2 + 2)
-    found = bits_per_byte(TableModel(table), sequences, token_bytes, ALONE, 1)
+    found = bits_per_byte(TableModel(table), packed_windows(sequences), token_bytes, ALONE, 1)
     assert found == pytest.approx(nats / math.log(2) / size, rel=1e-12)
-
-
-def test_sums_are_float64():
-    count, cost = 100_000, 0.1
-    sequences = np.ones((1, count + 1), dtype=np.int32)
-    found = bits_per_byte(TableModel([[0.0, 0.0], [0.0, cost]]), sequences, torch.tensor([0, 1]), ALONE, 1)
-    assert found == pytest.approx(float(np.float32(cost)) / math.log(2), rel=1e-12)
 
 
 def test_a_real_model_gives_the_definition(case):
@@ -63,14 +59,14 @@ def test_a_real_model_gives_the_definition(case):
             if target != case.bos:
                 nats -= log_probabilities[target].item()
                 size += case.token_bytes[target].item()
-    found = bits_per_byte(case.model, case.sequences, case.token_bytes, ALONE, 4)
+    found = bits_per_byte(case.model, case.windows, case.token_bytes, ALONE, 4)
     assert found == pytest.approx(nats / math.log(2) / size, rel=1e-5)
 
 
 def test_text_without_bytes_is_an_error_and_not_infinity():
-    sequences = np.zeros((2, 5), dtype=np.int32)
+    windows = np.zeros((2, 2, 4), dtype=np.int32)
     with pytest.raises(DataError, match="--data-dir"):
-        bits_per_byte(TableModel([[1.0]]), sequences, torch.tensor([0]), ALONE, 1)
+        bits_per_byte(TableModel([[1.0]]), windows, torch.tensor([0]), ALONE, 1)
 
 
 # ---- whole documents ----
@@ -99,18 +95,17 @@ def test_documents_give_the_definition(case, documents, seq_len):
             nats -= torch.log_softmax(logits, -1)[token].item()
     expected = nats / math.log(2) / sum(len(text.encode()) for text in texts)
     windows = document_windows(documents, case.bos, seq_len)
-    assert document_bits_per_byte(case.model, windows, case.token_bytes, ALONE, 3) == pytest.approx(expected, rel=1e-5)
+    assert bits_per_byte(case.model, windows, case.token_bytes, ALONE, 3) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(("world_size", "batch_size"), [(1, 1), (3, 8), (50, 2)])
 def test_neither_the_number_of_ranks_nor_the_batch_size_changes_anything(case, documents, world_size, batch_size):
-    windows = document_windows(documents[1], case.bos, 32)
-    for evaluate, things in ((bits_per_byte, case.sequences), (document_bits_per_byte, windows)):
-        arguments, done = (case.model, things, case.token_bytes), []
-        alone = evaluate(*arguments, ALONE, 100)
-        found = on_every_rank(world_size, lambda rank: evaluate(*arguments, rank, batch_size, done.append))  # noqa: B023
-        assert found == [pytest.approx(alone, rel=1e-6)] * world_size
-        assert sum(done) == 2 * len(things)  # none is done twice: on_every_rank evaluates twice
+    windows, done = document_windows(documents[1], case.bos, 32), []
+    arguments = case.model, windows, case.token_bytes
+    alone = bits_per_byte(*arguments, ALONE, 100)
+    found = on_every_rank(world_size, lambda rank: bits_per_byte(*arguments, rank, batch_size, done.append))
+    assert found == [pytest.approx(alone, rel=1e-6)] * world_size
+    assert sum(done) == 2 * len(windows)  # none is done twice: on_every_rank evaluates twice
 
 
 def test_windows_count_every_token_once_and_overlap_by_half():
@@ -144,7 +139,7 @@ def stats_of(case, tokenizer, world_size, batch_size):
         rank = DistContext(number, number, world_size, torch.device("cpu"), torch.float32, "test")
         vars(rank)["all_reduce_sum"] = lambda values: [1.0] * len(values)
         stats.append(loss_eval.TokenLossStats(tokenizer))
-        bits_per_byte(case.model, case.sequences, case.token_bytes, rank, batch_size, None, stats[-1].add)
+        bits_per_byte(case.model, case.windows, case.token_bytes, rank, batch_size, stats=stats[-1].add)
     first = SimpleNamespace(all_reduce_sum=lambda values: sums.append(values) or values)
     first.all_gather_objects = lambda value: objects.append(value) or [value]
     for each in stats:

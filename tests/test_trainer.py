@@ -5,6 +5,7 @@ import math
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ALONE
@@ -264,7 +265,7 @@ def test_evaluations_run_once_when_due_and_their_patience_ends_the_run(monkeypat
     tokenizer = SimpleNamespace(token_bytes=lambda: None)
     settings = EvalSettings(2, 0, 0, batch_size=4, patience=2, min_delta=0.0)
     model = SimpleNamespace(recompute_blocks=False)
-    evals = Evals(settings, model, tokenizer, [None] * 4, None, ALONE, metrics, beats.append)
+    evals = Evals(settings, model, tokenizer, np.zeros((4, 3)), None, ALONE, metrics, beats.append)
     state = TrainState(num_steps=10)
     for step in (0, 1, 2, 2, 3, 4, 6):
         state.step = step
