@@ -14,6 +14,7 @@ from collections import ChainMap
 from collections.abc import Callable, Mapping
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import MappingProxyType
 from urllib.parse import urlsplit
 
 import requests
@@ -54,8 +55,9 @@ def fetch_all(
     check: Callable[[Path], object],
     on_bytes: Callable[[int], object],
     token: str | None = None,
+    hashes: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Fetch each {name: url} into `folder`.
+    """Fetch each {name: url} into `folder`; hashes: {name: SHA-256}, where they are known.
 
     Returns ({name: SHA-256} of what was fetched, {name: reason} of what was not). check(path) raises DataError for a
     wrong file; on_bytes(n) is told of progress. `token` goes to the host of the URL alone. Ctrl-C leaves no piece.
@@ -64,7 +66,7 @@ def fetch_all(
     for left in folder.glob(".*.part"):
         if time.time() - left.stat().st_mtime > STALE_SECONDS:
             left.unlink(missing_ok=True)
-    session, done, failed = _Session(folder, check, on_bytes, token), {}, {}
+    session, done, failed = _Session(folder, check, on_bytes, token, hashes), {}, {}
 
     def work(name):
         try:
@@ -85,14 +87,15 @@ def fetch_all(
 class _Session(requests.Session):
     """Proxies as the environment says, but no netrc; a token only for its own host, and no redirect away from https."""
 
-    def __init__(self, folder, check, on_bytes, token):
+    def __init__(self, folder, check, on_bytes, token, hashes):
         super().__init__()
         logging.getLogger("urllib3").setLevel(logging.ERROR)  # its warnings show URLs
         self.headers["Accept-Encoding"] = "identity"
         if token:
             self.headers["Authorization"] = f"Bearer {token}"
         self.auth = lambda request: request  # without any, requests looks into netrc
-        self.folder, self.check, self.on_bytes, self.stop = folder, check, on_bytes, threading.Event()
+        self.folder, self.check, self.on_bytes, self.hashes = folder, check, on_bytes, hashes
+        self.stop = threading.Event()
 
     def rebuild_auth(self, prepared_request, response):
         before, url = response.request.url, prepared_request.url
@@ -106,7 +109,7 @@ class _Session(requests.Session):
         part, retry = self.folder / f".{name}.{os.getpid()}.part", RETRY
         while not self.stop.wait(retry.get_backoff_time()):
             try:
-                digest = self.attempt(url, part)
+                digest = self.attempt(url, part, self.hashes.get(name))
                 os.replace(part, self.folder / name)
                 return digest
             except RefusedError:
@@ -124,7 +127,7 @@ class _Session(requests.Session):
                 part.unlink(missing_ok=True)
         raise DataError(NOT_TRIED)
 
-    def attempt(self, url, part):
+    def attempt(self, url, part, sha256):
         """Write one file to `part` and check it; returns its SHA-256."""
         with self.get(url, stream=True, timeout=TIMEOUT_SECONDS) as response, open(part, "wb") as file:
             self.check_status(response)
@@ -133,11 +136,11 @@ class _Session(requests.Session):
                 self.on_bytes(len(block))
         # Hugging Face says size and hash where it redirects, and the first host has the last word.
         headers, received = ChainMap(*(hop.headers for hop in (*response.history, response))), part.stat().st_size
-        size, sha256 = headers.get("X-Linked-Size", received), headers.get("X-Linked-Etag", "").strip('"')
+        size, etag = headers.get("X-Linked-Size", received), headers.get("X-Linked-Etag", "").strip('"')
         if str(size) != str(received):
             raise DataError(f"{received} of {size} bytes")
         digest = file_sha256(part)
-        if SHA256.fullmatch(sha256) and sha256 != digest:
+        if (sha256 or (etag if SHA256.fullmatch(etag) else digest)) != digest:
             raise DataError("another SHA-256 than expected")
         self.check(part)
         return digest
