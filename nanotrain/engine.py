@@ -9,7 +9,7 @@ the last half of them (`context_length`), because moving it by one token would t
 
 import random
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,7 +80,7 @@ class KVCache:
 
 @dataclass(frozen=True)
 class NewTokens:
-    """Tokens on their way through the model into a cache: what the model has to know of them."""
+    """Tokens on their way through the model into a cache: what a layer of the model has to know of them."""
 
     cache: KVCache
     positions: Tensor  # (B or 1, T) int64, in their sequences
@@ -93,34 +93,28 @@ class NewTokens:
     seen: int = 0  # the length of the longest sequence
     mask: Tensor | None = None  # (B, 1, 1, seen) float32, -inf behind the end of a shorter sequence
 
-    def of_layer(self, layer: int) -> "NewTokensOfLayer":
-        """The part that one layer's attention needs."""
-        return NewTokensOfLayer(self, layer)
+    layer: int = 0  # whose attention they are in
 
-
-@dataclass(frozen=True)
-class NewTokensOfLayer:
-    """The part of `NewTokens` that one layer's attention needs; keys and values are (B, T, K, D)."""
-
-    tokens: NewTokens
-    layer: int
+    def of_layer(self, layer: int) -> "NewTokens":
+        """The same tokens in another layer."""
+        return replace(self, layer=layer)
 
     def keys_before(self, k: Tensor) -> Tensor | None:
-        """The last keys before these `k`, or None if these begin their sequences; `k` takes their place."""
-        new, last_keys = self.tokens, self.tokens.cache.last_keys
-        if new.seen:
+        """The last keys (B, 1, K, D) before `k`, or None if these begin their sequences; `k` takes their place."""
+        last_keys = self.cache.last_keys
+        if self.seen:
             before, last_keys[self.layer] = last_keys[self.layer], k
             return before
-        ends = k[torch.arange(len(k), device=k.device), new.ends.clamp(min=0)]
-        last_keys[self.layer][new.rows] = (ends * (new.ends >= 0)[:, None, None])[:, None]
+        ends = k[torch.arange(len(k), device=k.device), self.ends.clamp(min=0)]
+        last_keys[self.layer][self.rows] = (ends * (self.ends >= 0)[:, None, None])[:, None]
         return None
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keep these keys and values; returns those that the tokens attend to, and the mask."""
-        new, (keys, values) = self.tokens, self.tokens.cache.memory[self.layer]  # (N, capacity, K, D) each
-        keys.flatten(0, 1).index_copy_(0, new.slots, k.flatten(0, 1))
-        values.flatten(0, 1).index_copy_(0, new.slots, v.flatten(0, 1))
-        return (keys[:, : new.seen], values[:, : new.seen], new.mask) if new.seen else (k, v, None)
+        """Keep these keys and values (B, T, K, D); returns those that the tokens attend to, and the mask."""
+        keys, values = self.cache.memory[self.layer]  # (N, capacity, K, D) each
+        keys.flatten(0, 1).index_copy_(0, self.slots, k.flatten(0, 1))
+        values.flatten(0, 1).index_copy_(0, self.slots, v.flatten(0, 1))
+        return (keys[:, : self.seen], values[:, : self.seen], self.mask) if self.seen else (k, v, None)
 
 
 def samples(model: "GPT", tokenizer: "BPETokenizer", num_tokens: int) -> Iterator[tuple[str, str]]:

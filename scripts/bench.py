@@ -13,7 +13,6 @@ product, measured right before; "first s" is the first call, compilation include
 import itertools
 import math
 import multiprocessing
-import random
 import re
 import signal
 import sys
@@ -22,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -31,7 +30,6 @@ import torch.nn.functional as F
 from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile, record_function
-from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from nanotrain import checkpoint, config, dataloader, dataset, engine, errors, gpt, hardware, loss, optim, paths, recipe
@@ -61,6 +59,7 @@ REPETITIONS = 5  # of every measurement
 OUT = ""  # file for the rows of all tables as JSON; empty: none
 # ------------
 
+WORKER = []  # in the process of a case: its `measurements`
 SECONDS = 0.3  # a shorter call is repeated until it takes this long
 LOADER_TOKENS = 4_000_000  # per measurement of the loader; with fewer, the first read of each slice would dominate
 NUM_STREAMS = 48
@@ -85,9 +84,8 @@ def tables() -> dict[str, tuple[Callable, list[dict]]]:
     """
     tokens, choices = DEVICE_BATCH_SIZE * MAX_SEQ_LEN, ("off", "on")[: 1 + compiles()]
     precisions = (("float32", "highest"), ("float32", "medium"), ("bfloat16", "highest"))
-    passes = [(max(DEVICE_BATCH_SIZE // n, 1), n) for n in (1, 4, 8)]  # the same sequences a step
     lengths = [(max(tokens // n, 1), n) for n in (128, 256, 512, 1024, 2048)]  # about the same tokens a step
-    texts = ((DEPTH, "on", 1), (DEPTH, "off", 1), (DEPTH, "on", 4), (DEPTH, "on", 16), (8, "on", 1))
+    texts = ((DEPTH, 1), (DEPTH, 4), (DEPTH, 16), (8, 1))
     batches = [(n, *shape) for n in sorted({1, hardware.cores_of_a_rank()}) for shape in ((16, 256), (32, 2048))]
     return {
         "precision": (precision, [{"dtype": dtype, "float32_precision": rule} for dtype, rule in precisions]),
@@ -95,12 +93,11 @@ def tables() -> dict[str, tuple[Callable, list[dict]]]:
         "compile": (training, [{"compile": mode, "bigram_rows": 0} for mode in ("off", "block", "whole")]),
         "attention": (attention, [{"kernel": kernel} for kernel in ATTENTION_KERNELS]),
         "loss": (head, [{"chunk": n, "compile": choice} for choice in choices for n in (256, 512, 1024, 4096)]),
-        "accumulation": (training, [{"batch_size": size, "grad_accum_steps": n} for size, n in passes]),
         "batch": (training, [{"batch_size": n} for n in (4, 8, 16, 32, 64)]),
         "length": (training, [{"batch_size": size, "max_seq_len": n} for size, n in lengths]),
         "checkpointing": (training, [{"checkpointing": choice} for choice in ("off", "on")]),
         "depth": (training, [{"depth": n} for n in (2, 4, 6, 8, 10, 12)]),
-        "generation": (generation, [{"depth": depth, "cache": cache, "texts": n} for depth, cache, n in texts]),
+        "generation": (generation, [{"depth": depth, "texts": n} for depth, n in texts]),
         "optimizer": (optimizer, [{}]),
         "loader": (loader, [{"threads": n, "batch_size": size, "seq_len": length} for n, size, length in batches]),
         "step": (step_by_parts, [{}]),
@@ -113,9 +110,8 @@ def main(names: Sequence[str] = ()) -> None:
     config.check_numbers(config.snapshot(__name__), at_least_one=positive)
     config.choice("COMPILE", COMPILE, ("auto", "on", "off"))
     known, found = tables(), {}
-    for name in names:
-        if name not in known:
-            raise UserError(f"no table {name!r}: there are {', '.join(known)}")
+    if unknown := set(names) - known.keys():
+        raise UserError(f"no table {unknown.pop()!r}: there are {', '.join(known)}")
     names = names or list(known)
     if "loader" in names or "step" in names:
         open_reader(MAX_SEQ_LEN, 1)  # missing data are an error before anything is measured
@@ -140,7 +136,6 @@ class Work:
     function: Callable[[], object] | None  # may return {part: seconds}, which gives a row for each part
     tokens: int = 0  # of a call
     flops: int = 0
-    columns: dict = field(default_factory=dict)  # further ones, {heading: value}
 
 
 def seconds_of(dist: DistContext, function: Callable, calls: int = 1) -> tuple[float, object]:
@@ -150,9 +145,6 @@ def seconds_of(dist: DistContext, function: Callable, calls: int = 1) -> tuple[f
         result = function()
     hardware.synchronize(dist.device)
     return (time.perf_counter() - begin) / calls, result
-
-
-WORKER = []  # in the process of a case: its `measurements`
 
 
 def measurements(prepare: Callable, case: dict) -> Iterator[tuple]:
@@ -211,7 +203,7 @@ def table(prepare: Callable, cases: Sequence[dict]) -> list[dict]:
             seconds = np.array([found[part] for found in parts])
             costs, middle = seconds / max(work.tokens, 1), np.median(seconds)
             reference = costs if reference is None else reference
-            row = {**case, **work.columns, **({"part": part} if part else {})}
+            row = case | ({"part": part} if part else {})
             row["ms"] = rounded(1000 * middle)
             row["spread"] = f"{rounded(1000 * seconds.min()):g}-{rounded(1000 * seconds.max()):g}"
             row["ratio"] = rounded(np.median(costs / reference))
@@ -254,14 +246,12 @@ def training(
     built: tuple | None = None,
     batches: Iterable | None = None,
     batch_size: int = 0,
-    grad_accum_steps: int = 1,
     compile: str = "",
     checkpointing: str = "off",
     **model: int,
 ) -> Work:
-    """Steps as scripts/base_train.py does them, without its log; what is not given is by the settings. built: what
-    `build` returns; batches: of (inputs, targets), else all are the same random tokens; compile: off, block or whole;
-    model: for `model_config`.
+    """Steps as scripts/base_train.py does them; what is not given is by the settings. built: what `build` returns;
+    batches: of (inputs, targets), else all are the same random tokens; compile: off, block or whole.
     """
     model, optimizers = built or build(model_config(**model), dist)
     parameters, sizes, counts = list(model.parameters()), model.config, model.parameter_counts()
@@ -276,44 +266,25 @@ def training(
         model.compile(dynamic=False) if compile == "whole" else model.compile_parts()
 
     def step():
-        for _ in range(grad_accum_steps):
-            with record_function("loader"):
-                inputs, targets = next(batches)
-            with dist.autocast():
-                mean = model(inputs, targets) / grad_accum_steps
-            mean.backward()
+        with record_function("loader"):
+            inputs, targets = next(batches)
+        with dist.autocast():
+            mean = model(inputs, targets)
+        mean.backward()
         with record_function("optimizer"):
             torch.nn.utils.get_total_norm(optim.collect_gradients(parameters, dist))
             optim.step(optimizers)
-        for parameter in parameters:
-            parameter.grad = None
+        model.zero_grad()
 
-    weights, tokens = counts["matrix"] + counts["unembedding"], random_tokens[0].numel() * grad_accum_steps
+    weights, tokens = counts["matrix"] + counts["unembedding"], random_tokens[0].numel()
     flops = recipe.training_flops_per_token(weights, sizes.num_layers, sizes.model_dim, sizes.max_seq_len)
     return Work(step, tokens, flops * tokens)
 
 
 def precision(dist: DistContext, dtype: str, float32_precision: str) -> Work:
-    """Steps, and the dtypes that their products see. medium: bfloat16 through oneDNN, TF32 on CUDA."""
+    """Training steps. medium: float32 products in bfloat16 through oneDNN, or in TF32 on CUDA."""
     torch.set_float32_matmul_precision(float32_precision)
-    with SeenDtypes() as seen:  # eager, because compiled code hides its products
-        training(dist, batch_size=1, compile="off").function()
-    return replace(training(dist), columns={"products see": " ".join(sorted(seen.found))})
-
-
-class SeenDtypes(TorchDispatchMode):
-    """Collects the dtypes that enter matrix products and attention, below autocast."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        if name in ("mm", "addmm", "bmm", "baddbmm") or "scaled_dot_product" in name:
-            tensors = [x for x in args if isinstance(x, torch.Tensor)][:3]  # what follows are statistics
-            self.found |= {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
-        return function(*args, **(kwargs or {}))
+    return training(dist)
 
 
 def optimizer(dist: DistContext) -> Work:
@@ -354,24 +325,11 @@ def head(dist: DistContext, chunk: int, compile: str) -> Work:
     return Work(lambda: torch.autograd.grad(mean(), (hidden, weight)), tokens, 6 * tokens * width * VOCAB_SIZE)
 
 
-def generation(dist: DistContext, depth: int, cache: str, texts: int) -> Work:
+def generation(dist: DistContext, depth: int, texts: int) -> Work:
     """So many texts of MAX_SEQ_LEN tokens at once, each from a prompt of one token, in float32 as logits always are."""
     model = checkpoint.build_model(model_config(depth), dist.device)
     model.init_weights(0)
-    model.requires_grad_(False)
-    prompts = [[0]] * texts
-
-    def uncached():  # a forward pass over the whole text for each token
-        tokens, draws = torch.tensor(prompts, device=dist.device), [random.Random(n) for n in range(texts)]
-        for _ in range(MAX_SEQ_LEN):
-            picked = engine.pick(model.logits(tokens)[:, -1], 0.8, 50, 1.0, draws)
-            tokens = torch.cat((tokens, torch.tensor([picked], device=dist.device).T), 1)
-        return tokens.T[1:].tolist()
-
-    def cached():  # as scripts/generate.py does it
-        return list(engine.generate_batch(model, prompts, MAX_SEQ_LEN))
-
-    return Work(cached if cache == "on" else uncached, texts * MAX_SEQ_LEN)
+    return Work(lambda: list(engine.generate_batch(model, [[0]] * texts, MAX_SEQ_LEN)), texts * MAX_SEQ_LEN)
 
 
 # ---- data, and where the time of a step goes ----

@@ -10,13 +10,13 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ALONE, make_model
+from conftest import make_model
 from test_base_train import _global_state, column, saved, train  # noqa: F401
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nanotrain import dataloader, dataset, hardware, metrics, optim
+from nanotrain import dataloader, dataset, metrics, optim
 from nanotrain.dist import DistContext
 from nanotrain.gpt import GPTConfig
 from tests import soak
@@ -288,21 +288,3 @@ def test_compiled_blocks_meet_one_shape_and_compute_the_same(device, train):  # 
     torch.compiler.reset()
     assert math.isclose(compiled[0], eager[0], rel_tol=1e-2)
     assert (compiled[1] - eager[1]).norm() < 0.05 * eager[1].norm()
-
-
-@cuda_only
-def test_peak_memory_is_that_of_the_gpu(device):
-    dist = place_on(device)
-    before = hardware.peak_memory_bytes(dist.device)
-    block = torch.empty(2**26, device=device)
-    assert hardware.peak_memory_bytes(dist.device) >= max(before, block.nbytes)
-    assert hardware.peak_memory_bytes(ALONE.device) != hardware.peak_memory_bytes(dist.device)
-
-
-@cuda_only
-def test_a_fresh_model_is_the_same_as_on_the_cpu(device):
-    models = [make_model(GPTConfig(320, 64, 2, 2, 2, 128), head_std=0.02).to(place) for place in ("cpu", device)]
-    for model in models:
-        model.init_weights(7)
-    ours, theirs = (model.state_dict() for model in models)
-    assert all(torch.equal(ours[name].cpu(), theirs[name].cpu()) for name in ours)

@@ -2,7 +2,6 @@
 
 import json
 import random
-import sys
 
 import pytest
 import yaml
@@ -110,9 +109,3 @@ def test_an_error_that_all_runs_would_have_ends_the_sweep(trained):
     with pytest.raises(UserError, match="exit code 6"):
         sweep.sweep("s", 3, [])
     assert len(runs) == 1
-
-
-def test_a_number_of_runs_is_mandatory(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["sweep.py", "s", "many"])
-    with pytest.raises(UserError, match="NAME 20"):
-        sweep.main()

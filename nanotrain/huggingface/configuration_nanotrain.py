@@ -4,12 +4,7 @@ from transformers import PretrainedConfig
 
 
 class NanotrainConfig(PretrainedConfig):
-    """Fields have transformers' names where it has one.
-
-    value_embedding_layers: numbers of the layers with a value embedding. bigram_rows: of the hashed bigram table; 0: no
-    table. gate_channels: of a layer's input, at most: those that the gate of its value embedding sees. attention_gain:
-    factor of the scores, beside 1 / sqrt(head_dim).
-    """
+    """Fields have transformers' names where it has one; the others are those of nanotrain's GPTConfig."""
 
     model_type = "nanotrain"
     keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012 - transformers wants a list

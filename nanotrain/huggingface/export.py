@@ -87,7 +87,7 @@ def convert_config(config: "GPTConfig", bos: int) -> "PretrainedConfig":
         return NanoChatConfig(**shape, pad_token_id=None)  # a number would keep that token's embedding from training
     return NanotrainConfig(
         **shape,
-        value_embedding_layers=[n for n in range(config.num_layers) if config.has_value_embedding(n)],
+        value_embedding_layers=list(filter(config.has_value_embedding, range(config.num_layers))),
         bigram_rows=config.bigram_rows,
         gate_channels=config.gate_channels,
         attention_gain=config.attention_gain,

@@ -69,13 +69,10 @@ def read_run(folder: Path) -> Run:
 def _read_json(path, complaints):
     """The object in a JSON file; an empty one where there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-        if not isinstance(value, dict):
-            raise ValueError("not a JSON object")
-        return value
+        return dict(json.loads(path.read_text(encoding="utf-8", errors="replace")))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         complaints.append(f"{path.name} could not be read: {error}")
         return {}
 

@@ -14,7 +14,6 @@ from nanotrain.report.data import Run
 
 NOT_REPEATED = ("RUN_NAME", "RESUME", "ALLOW_CHANGE", "DRY_RUN", "REPORT", "TOKENIZER_DIR")
 MOST_BITS = 12  # of a token, at which its colour is the darkest
-LAST_STEPS = 20  # averaged for the loss at the end
 SHOWN = 10  # samples after a prompt, at most
 
 
@@ -38,11 +37,6 @@ def build(runs: Sequence[Run]) -> dict[str, Any]:
     return {"tables": tables, "texts": texts, "notes": notes, "most_bits": MOST_BITS}
 
 
-def _value(value):
-    """A setting as it is on the command line."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def headline(run: Run) -> dict[str, str]:
     """{what: value} of the numbers that say most about a run."""
     found, evaluation, core, loss = {}, run.evaluation, run.core(), run.column("loss")
@@ -56,8 +50,8 @@ def headline(run: Run) -> dict[str, str]:
     if core:
         name = "CORE" if core["is_core"] else "tasks"
         found[name] = f"{core['core_metric']:.4f} ± {core['standard_error']:.4f} (step {core['step']:,})"
-    if len(last := loss[np.isfinite(loss)][-LAST_STEPS:]):
-        found[f"train loss of the last {LAST_STEPS} steps, nats per token"] = f"{last.mean():.4f}"
+    if len(last := loss[np.isfinite(loss)][-20:]):
+        found["train loss of the last 20 steps, nats per token"] = f"{last.mean():.4f}"
     if len(loss):
         last_step, mfu = max(run.of("train/loss")), np.median(run.column("mfu"))
         found["steps"] = f"{last_step:,}"
@@ -109,6 +103,10 @@ def settings(run: Run, part: str = "settings") -> dict[str, str]:
     return {name: _value(value) for name, value in run.config.get(part, {}).items()}
 
 
+def _value(value):
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def recipe(run: Run) -> dict[str, str]:
     """{what: value} of the numbers of the optimization, as given or chosen."""
     chosen = run.config.get("recipe", {}).items()
@@ -144,14 +142,13 @@ def samples(run: Run) -> dict[str, list]:
 
 def documents(run: Run) -> dict[str, list]:
     """The newest validation documents of most and of fewest bits per byte, token by token."""
-    found = {}
-    for record in run.records:
-        for kind, few in record.get("documents", {}).items():
-            found[f"The {kind}"] = shown = []
-            for document in few:
-                tokens = document["tokens"]
-                pieces = [(text, f"b{min(int(bits), MOST_BITS)}", f"{bits:.1f} bits") for text, bits in tokens]
-                shown.append((f"step {record['step']:,}: {document['bpb']:.3f} bits per byte", pieces))
+    found, record = {}, next((record for record in reversed(run.records) if "documents" in record), {})
+    for kind, few in record.get("documents", {}).items():
+        found[f"The {kind}"] = shown = []
+        for document in few:
+            tokens = document["tokens"]
+            pieces = [(text, f"b{min(int(bits), MOST_BITS)}", f"{bits:.1f} bits") for text, bits in tokens]
+            shown.append((f"step {record['step']:,}: {document['bpb']:.3f} bits per byte", pieces))
     return found
 
 
