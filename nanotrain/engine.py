@@ -10,15 +10,14 @@ the last half of them (`context_length`), because moving it by one token would t
 import random
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from nanotrain.gpt import GPT, GPTConfig
-    from nanotrain.tokenizer import BPETokenizer
+from nanotrain.gpt import GPT, GPTConfig
+from nanotrain.tokenizer import BPETokenizer
 
 PROMPTS = ("import os\n", "def __init__(self", "class", "The", "If the")  # of samples
 
@@ -37,7 +36,7 @@ class KVCache:
     Row r holds `lengths[r]` tokens, the last of which is `last_tokens[r]`. What lies behind them is never seen.
     """
 
-    def __init__(self, config: "GPTConfig", num_sequences: int, capacity: int, device: torch.device | str):
+    def __init__(self, config: GPTConfig, num_sequences: int, capacity: int, device: torch.device | str):
         shape = (config.num_layers, 2, num_sequences, capacity, config.num_kv_heads, config.head_dim)
         self.memory = torch.zeros(shape, device=device)  # zeros, for a NaN would shine through any mask
         self.last_keys = list(self.memory[:, 0, :, :1].clone())  # per layer (num_sequences, 1, K, D)
@@ -45,7 +44,7 @@ class KVCache:
         self.lengths, self.last_tokens = [0] * num_sequences, [-1] * num_sequences
 
     @staticmethod
-    def bytes(config: "GPTConfig", num_sequences: int, capacity: int) -> int:
+    def bytes(config: GPTConfig, num_sequences: int, capacity: int) -> int:
         """The memory of a cache: keys and values of every token, and a key more of each sequence."""
         return 4 * config.num_layers * num_sequences * (2 * capacity + 1) * config.num_kv_heads * config.head_dim
 
@@ -117,14 +116,14 @@ class NewTokens:
         return (keys[:, : self.seen], values[:, : self.seen], self.mask) if self.seen else (k, v, None)
 
 
-def samples(model: "GPT", tokenizer: "BPETokenizer", num_tokens: int) -> Iterator[tuple[str, str]]:
+def samples(model: GPT, tokenizer: BPETokenizer, num_tokens: int) -> Iterator[tuple[str, str]]:
     """Yield (prompt, continuation) of PROMPTS, texts of at most `num_tokens` tokens that end with their document."""
     for prompt in PROMPTS:
         tokens = generate(model, [tokenizer.bos, *tokenizer.encode(prompt)], num_tokens, stop=(tokenizer.bos,))
         yield prompt, tokenizer.decode(list(tokens))
 
 
-def generate(model: "GPT", tokens: Sequence[int], max_new_tokens: int, **settings: Any) -> Iterator[int]:
+def generate(model: GPT, tokens: Sequence[int], max_new_tokens: int, **settings: Any) -> Iterator[int]:
     """Yield the next tokens of one prompt; settings: see `generate_batch`."""
     for (token,) in generate_batch(model, [tokens], max_new_tokens, **settings):
         yield token
@@ -132,7 +131,7 @@ def generate(model: "GPT", tokens: Sequence[int], max_new_tokens: int, **setting
 
 @torch.inference_mode()
 def generate_batch(
-    model: "GPT",
+    model: GPT,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     temperature: float = 0.8,

@@ -8,7 +8,7 @@ It knows nothing of optimizers, files or environment variables. `checkpoint.buil
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -67,10 +67,6 @@ class GPTConfig:
     def has_value_embedding(self, layer: int) -> bool:
         """Every layer of a shallow model; of a deeper one every other layer, the last included; none of a plain one."""
         return not self.plain and (self.num_layers <= 4 or (self.num_layers - 1 - layer) % 2 == 0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields; `GPTConfig(**fields)` takes them back."""
-        return asdict(self)
 
 
 class CachedTokens(Protocol):

@@ -268,9 +268,7 @@ def build_optimizers(
 
 
 def step(optimizers: Sequence[ShardedOptimizer]) -> None:
-    """Update all parameters from their gradients, in reverse order: AdamW's large tables are updated quickly and are
-    sent while Muon computes.
-    """
+    """Update all parameters. In reverse order: AdamW's large tables are quickly done, and sent while Muon computes."""
     waits = [wait for optimizer in reversed(optimizers) for wait in optimizer.start_step()]
     for wait in waits:
         wait()

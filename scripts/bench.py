@@ -32,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
 
-from nanotrain import checkpoint, config, dataloader, dataset, engine, errors, gpt, hardware, loss, optim, paths, recipe
+from nanotrain import checkpoint, config, dataloader, dataset, engine, errors, gpt, hardware, optim, paths, recipe
 from nanotrain.dist import DistContext, init_distributed
 from nanotrain.errors import UserError
 from nanotrain.files import write_json
@@ -51,7 +51,7 @@ BIGRAM_ROWS = 65536  # of the hashed bigram table; 0: no table
 # --- batch
 DEVICE_BATCH_SIZE = 16  # sequences of one forward pass
 MAX_SEQ_LEN = 256  # tokens of a sequence
-# --- data, for the tables loader and step
+# --- data, for the table step
 DATA_DIR = ""  # folder of shards; empty: the only data set in NANOTRAIN_DIR/data
 TOKENIZER_DIR = ""  # folder of tokenizer.json; empty: NANOTRAIN_DIR/tokenizer
 # --- measurement
@@ -61,7 +61,6 @@ OUT = ""  # file for the rows of all tables as JSON; empty: none
 
 WORKER = []  # in the process of a case: its `measurements`
 SECONDS = 0.3  # a shorter call is repeated until it takes this long
-LOADER_TOKENS = 4_000_000  # per measurement of the loader; with fewer, the first read of each slice would dominate
 NUM_STREAMS = 48
 ATTENTION_KERNELS = ("default", "FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 RATES = {"matrix": 0.02, "embedding": 0.2, "unembedding": 0.004, "scalar": 0.04}  # any that keep the weights finite
@@ -82,24 +81,19 @@ def tables() -> dict[str, tuple[Callable, list[dict]]]:
     """{table: (function, its arguments in each case)}. The function also takes the DistContext and returns the Work to
     time; the arguments are the first columns.
     """
-    tokens, choices = DEVICE_BATCH_SIZE * MAX_SEQ_LEN, ("off", "on")[: 1 + compiles()]
+    tokens = DEVICE_BATCH_SIZE * MAX_SEQ_LEN
     precisions = (("float32", "highest"), ("float32", "medium"), ("bfloat16", "highest"))
     lengths = [(max(tokens // n, 1), n) for n in (128, 256, 512, 1024, 2048)]  # about the same tokens a step
     texts = ((DEPTH, 1), (DEPTH, 4), (DEPTH, 16), (8, 1))
-    batches = [(n, *shape) for n in sorted({1, hardware.cores_of_a_rank()}) for shape in ((16, 256), (32, 2048))]
     return {
         "precision": (precision, [{"dtype": dtype, "float32_precision": rule} for dtype, rule in precisions]),
-        # torch compiles no whole model with the sparse gradient of a bigram table
-        "compile": (training, [{"compile": mode, "bigram_rows": 0} for mode in ("off", "block", "whole")]),
+        "compile": (training, [{"compile": mode} for mode in ("off", "block")]),
         "attention": (attention, [{"kernel": kernel} for kernel in ATTENTION_KERNELS]),
-        "loss": (head, [{"chunk": n, "compile": choice} for choice in choices for n in (256, 512, 1024, 4096)]),
         "batch": (training, [{"batch_size": n} for n in (4, 8, 16, 32, 64)]),
         "length": (training, [{"batch_size": size, "max_seq_len": n} for size, n in lengths]),
-        "checkpointing": (training, [{"checkpointing": choice} for choice in ("off", "on")]),
         "depth": (training, [{"depth": n} for n in (2, 4, 6, 8, 10, 12)]),
         "generation": (generation, [{"depth": depth, "texts": n} for depth, n in texts]),
         "optimizer": (optimizer, [{}]),
-        "loader": (loader, [{"threads": n, "batch_size": size, "seq_len": length} for n, size, length in batches]),
         "step": (step_by_parts, [{}]),
     }
 
@@ -113,8 +107,8 @@ def main(names: Sequence[str] = ()) -> None:
     if unknown := set(names) - known.keys():
         raise UserError(f"no table {unknown.pop()!r}: there are {', '.join(known)}")
     names = names or list(known)
-    if "loader" in names or "step" in names:
-        open_reader(MAX_SEQ_LEN, 1)  # missing data are an error before anything is measured
+    if "step" in names:
+        open_reader()  # missing data are an error before anything is measured
     device = init_distributed(DEVICE, DTYPE, deterministic=False).device
     print(f"{hardware.device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     for name in names:
@@ -221,11 +215,6 @@ def rounded(value: float) -> float:
 # ---- training steps ----
 
 
-def compiles() -> bool:
-    """Whether to compile, by the settings and what this machine has."""
-    return COMPILE == "on" or (COMPILE == "auto" and hardware.can_compile())
-
-
 def model_config(depth: int = 0, **changes: int) -> gpt.GPTConfig:
     """The model of the settings, or of another depth, but for the fields in `changes`."""
     _, heads = recipe.model_width(depth or DEPTH, ASPECT_RATIO, HEAD_DIM)
@@ -247,23 +236,21 @@ def training(
     batches: Iterable | None = None,
     batch_size: int = 0,
     compile: str = "",
-    checkpointing: str = "off",
     **model: int,
 ) -> Work:
     """Steps as scripts/base_train.py does them; what is not given is by the settings. built: what `build` returns;
-    batches: of (inputs, targets), else all are the same random tokens; compile: off, block or whole.
+    batches: of (inputs, targets), else all are the same random tokens; compile: off or block.
     """
     model, optimizers = built or build(model_config(**model), dist)
     parameters, sizes, counts = list(model.parameters()), model.config, model.parameter_counts()
     shape = (2, batch_size or DEVICE_BATCH_SIZE, sizes.max_seq_len)
     random_tokens = torch.randint(sizes.vocab_size, shape, device=dist.device)
     batches = iter(batches or itertools.repeat(random_tokens))
-    if checkpointing == "on":
-        model.checkpoint_activations()
-    compile = compile or ("block" if compiles() else "off")
+    if not compile:
+        compile = "block" if COMPILE == "on" or (COMPILE == "auto" and hardware.can_compile()) else "off"
     if compile != "off":
         hardware.trust_cpu_flags(True)
-        model.compile(dynamic=False) if compile == "whole" else model.compile_parts()
+        model.compile_parts()
 
     def step():
         with record_function("loader"):
@@ -313,18 +300,6 @@ def attention(dist: DistContext, kernel: str, shape: Sequence[int] = ()) -> Work
     return Work(function, shape[0] * shape[2], flops)
 
 
-def head(dist: DistContext, chunk: int, compile: str) -> Work:
-    """From hidden states to the loss and back, with the logits of `chunk` tokens at a time."""
-    tokens, width = DEVICE_BATCH_SIZE * MAX_SEQ_LEN, model_config().model_dim
-    hidden = torch.randn(tokens, width, device=dist.device).to(dist.dtype).requires_grad_()
-    weight = (torch.randn(VOCAB_SIZE, width, device=dist.device) / width).requires_grad_()
-    targets, cap = torch.randint(VOCAB_SIZE, (tokens,), device=dist.device), gpt.GPTConfig.softcap
-    kernel = torch.compile(loss.softmax_gradient, dynamic=False) if compile == "on" else loss.softmax_gradient
-    loss.CHUNK_ROWS[dist.device.type] = chunk
-    mean = partial(loss.mean_loss, hidden, weight, targets, cap, kernel)
-    return Work(lambda: torch.autograd.grad(mean(), (hidden, weight)), tokens, 6 * tokens * width * VOCAB_SIZE)
-
-
 def generation(dist: DistContext, depth: int, texts: int) -> Work:
     """So many texts of MAX_SEQ_LEN tokens at once, each from a prompt of one token, in float32 as logits always are."""
     model = checkpoint.build_model(model_config(depth), dist.device)
@@ -335,25 +310,19 @@ def generation(dist: DistContext, depth: int, texts: int) -> Work:
 # ---- data, and where the time of a step goes ----
 
 
-def open_reader(seq_len: int, threads: int) -> dataloader.SequenceReader:
+def open_reader() -> dataloader.SequenceReader:
     """The train sequences as a run reads them."""
     tokenizer = BPETokenizer.load(paths.tokenizer_dir(TOKENIZER_DIR))
     slices = dataloader.slices_of(dataset.open_shards(paths.data_dir(DATA_DIR)).train, NUM_STREAMS)
     hardware.use_tokenizer_threads(False)  # the reader has threads of its own
-    return dataloader.SequenceReader(slices, tokenizer, seq_len, NUM_STREAMS, seed=1337, threads=threads)
-
-
-def loader(dist: DistContext, threads: int, batch_size: int, seq_len: int) -> Work:
-    """The next batches of the loader in host memory."""
-    reader, sequences = open_reader(seq_len, threads), np.empty((batch_size, seq_len + 1), dtype=np.int64)
-    count = max(LOADER_TOKENS // (batch_size * seq_len), 1)
-    return Work(lambda: [reader.fill(sequences) for _ in range(count)], count * batch_size * seq_len)
+    threads = hardware.cores_of_a_rank()
+    return dataloader.SequenceReader(slices, tokenizer, MAX_SEQ_LEN, NUM_STREAMS, seed=1337, threads=threads)
 
 
 def step_by_parts(dist: DistContext) -> Work:
     """A training step with the loader, plain and then under torch's profiler, which adds a cost of its own."""
     torch._inductor.config.cpp.enable_kernel_profile = True  # else all kernels of a graph are one event
-    reader = open_reader(MAX_SEQ_LEN, hardware.cores_of_a_rank())
+    reader = open_reader()
     loader = dataloader.DataLoader(reader, DEVICE_BATCH_SIZE, dist.device)
     batches = ((batch.inputs, batch.targets) for batch in loader)
     step = training(dist, batches=batches, vocab_size=reader.tokenizer.vocab_size).function

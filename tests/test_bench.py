@@ -7,26 +7,23 @@ import numpy as np
 import pytest
 import torch
 
-from nanotrain import config, errors, hardware, loss
+from nanotrain import config, errors, hardware
 from scripts import bench
 
 FIRST_COLUMNS = {
     "precision": ["dtype", "float32_precision"],
     "attention": ["kernel"],
-    "loss": ["chunk", "compile"],
     "batch": ["batch_size"],
     "length": ["batch_size", "max_seq_len"],
-    "checkpointing": ["checkpointing"],
     "depth": ["depth"],
     "generation": ["depth", "texts"],
     "optimizer": ["part"],
-    "loader": ["threads", "batch_size", "seq_len"],
     "step": ["part"],
 }
 NUMBERS = ["ms", "spread", "ratio", "tok/s", "of matmul", "first s", "MiB"]
 SETTINGS = {
     "DEPTH": 1, "ASPECT_RATIO": 8, "HEAD_DIM": 8, "VOCAB_SIZE": 300, "DEVICE_BATCH_SIZE": 8, "MAX_SEQ_LEN": 16,
-    "LOADER_TOKENS": 500, "REPETITIONS": 2, "COMPILE": "off", "DEVICE": "cpu", "DTYPE": "float32", "SECONDS": 1e-6,
+    "REPETITIONS": 2, "COMPILE": "off", "DEVICE": "cpu", "DTYPE": "float32", "SECONDS": 1e-6,
 }  # fmt: skip
 
 
@@ -55,7 +52,7 @@ class InThisProcess:
 def _tiny(monkeypatch, base_dir, data_dir, tokenizer):
     """Tiny sizes and data, one process, one thread, and all that a case changes put back."""
     deterministic, precision = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
-    threads, chunk_rows = torch.get_num_threads(), dict(loss.CHUNK_ROWS)
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     tokenizer.save(base_dir / "tokenizer")
     for name, value in {**SETTINGS, "DATA_DIR": str(data_dir), "WORKER": []}.items():
@@ -68,7 +65,6 @@ def _tiny(monkeypatch, base_dir, data_dir, tokenizer):
     torch.set_deterministic_debug_mode("error" if deterministic else "default")
     torch.set_float32_matmul_precision(precision)
     torch.set_num_threads(threads)
-    loss.CHUNK_ROWS.update(chunk_rows)
 
 
 @pytest.mark.slow
@@ -132,36 +128,31 @@ def test_cases_run_in_processes_of_their_own_with_the_settings_of_this_one(monke
     for name in SETTINGS.keys() & config.settings("scripts.bench").keys():
         monkeypatch.setattr(bench, name, SETTINGS[name])
     block = np.ones(100_000_000)  # 800 MB of this process, which must not count as theirs
-    found = bench.measure(bench.head, [{"chunk": 4, "compile": "off"}, {"chunk": "none", "compile": "off"}])
+    found = bench.measure(bench.attention, [{"kernel": "MATH"}, {"kernel": "NONE"}])
     ((first, work), (parts, rate, memory), _), (error,) = found
     assert min(first, parts[""], rate) > 0
     assert work.tokens == 8 * 16
     assert 2**25 < memory < block.nbytes
-    assert isinstance(error, TypeError)
+    assert isinstance(error, AttributeError)
 
 
-@pytest.mark.parametrize(
-    ("names", "part"),
-    [
-        (["aten::mm", "aten::linear", "step"], "matmul"),
-        (["aten::mm", "_MeanLoss", "step"], "loss"),
-        (["aten::baddbmm", "Optimizer.step#Muon.step", "optimizer", "step"], "optimizer"),
-        (["aten::_scaled_dot_product_flash_attention_for_cpu_backward", "step"], "attention"),
-        (["graph_0_cpp_fused_exp_mul_where_2", "CompiledFunction", "step"], "attention"),
-        (["graph_0_cpp_fused_add_expand_mul_1", "CompiledFunction", "step"], "norms and residuals"),
-        (["autograd::engine::evaluate_function: MmBackward0", "step"], "rest"),
-    ],
-)
-def test_the_part_of_an_operation(names, part):
-    assert bench.part_of(names) == part
+def test_the_part_of_an_operation():
+    for part, names in {
+        "loss": ["aten::mm", "_MeanLoss", "step"],
+        "optimizer": ["aten::baddbmm", "Optimizer.step#Muon.step", "optimizer", "step"],
+        "attention": ["graph_0_cpp_fused_exp_mul_where_2", "CompiledFunction", "step"],
+        "norms and residuals": ["graph_0_cpp_fused_add_expand_mul_1", "CompiledFunction", "step"],
+        "rest": ["autograd::engine::evaluate_function: MmBackward0", "step"],
+    }.items():
+        assert bench.part_of(names) == part
 
 
 @pytest.mark.parametrize(
     ("setting", "value", "names", "message"),
     [
-        ("REPETITIONS", 0, ["loss"], "--repetitions=0"),
-        ("COMPILE", "maybe", ["loss"], "--compile=maybe"),
-        ("DEPTH", 4, ["loss", "los"], "'los': there are precision, "),
+        ("REPETITIONS", 0, ["depth"], "--repetitions=0"),
+        ("COMPILE", "maybe", ["depth"], "--compile=maybe"),
+        ("DEPTH", 4, ["depth", "dept"], "'dept': there are precision, "),
         ("TOKENIZER_DIR", "/nowhere", [], "tok_train"),
     ],
 )

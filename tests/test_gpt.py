@@ -148,12 +148,6 @@ def test_init_weights_overwrites_every_parameter_and_buffer(config):
     assert not torch.equal(again.blocks[-1].up_proj.weight, other.blocks[-1].up_proj.weight)
 
 
-def test_layers_begin_as_the_identity():
-    model, tokens = fresh_model(SHAPES["plain"]), random_tokens(SHAPES["plain"])
-    embedded = model.embedding(tokens)
-    torch.testing.assert_close(model.hidden(tokens), F.rms_norm(embedded, embedded.shape[-1:]), rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize(("num_layers", "layers"), [(1, "0"), (4, "0123"), (5, "024"), (6, "135")])
 def test_value_embeddings_are_in_every_layer_or_every_other_with_the_last(num_layers, layers):
     model = build_model(GPTConfig(20, 8, num_layers, 2, 2, 8), "meta")

@@ -182,12 +182,6 @@ def test_collected_gradients_are_dense_and_share_memory():
 # ---- shares of ranks ----
 
 
-def test_costs_are_assigned_largest_first_to_the_rank_with_the_least():
-    assert optim.partition_by_cost([1, 5, 4, 1, 3], 2) == [0, 0, 1, 0, 1]
-    assert optim.partition_by_cost([2, 2], 5) == [0, 1]
-    assert optim.partition_by_cost([], 3) == []
-
-
 class Place(DistContext):
     """One rank of several, to whom nobody sends anything."""
 

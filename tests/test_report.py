@@ -207,15 +207,6 @@ def test_the_last_row_of_a_step_counts_and_what_a_resume_took_back_does_not(tmp_
     assert sections.headline(run)["validation, bits per byte, last"] == "1.2500 (step 4)"
 
 
-def test_the_newest_scores_count(tmp_path):
-    folder = make_run(tmp_path / "r")
-    core = {"core_metric": 0.4, "standard_error": 0.2, "is_core": True, "tasks": {}}
-    for step, name in ((4, "tasks"), (5, "CORE")):  # of the same step: what base_eval says
-        (folder / "evaluation" / "step_00000004.json").write_text(json.dumps({"step": step, "core": core}))
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
-        assert name in sections.headline(read_run(folder))
-
-
 def test_without_matplotlib_the_tables_remain_and_one_line_says_how_to_get_pictures(tmp_path, monkeypatch, capsys):
     folder = make_run(tmp_path / "r")
     monkeypatch.setattr(pictures, "draw", draw)

@@ -1,8 +1,8 @@
 """A nanotrain model for transformers (5.x): `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.
 
-It computes what nanotrain's own gpt.py computes, whose tests compare the two. A token of it also looks at the token
-before it (the keys' offset, the bigram table), so its cache keeps a little more than keys and values; a token at
-position 0 has none before it, which is how the padding on the left of a batch stays without effect.
+It computes what nanotrain's own gpt.py computes. A token also looks at the token before it (the keys' offset, the
+bigram table), so the cache keeps a little more than keys and values. A token at position 0 has none before it, so the
+padding on the left of a batch has no effect.
 
     B sequences   T tokens of each   S tokens with those in the cache
     C width   H heads   K key and value heads   D head dimension

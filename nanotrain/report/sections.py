@@ -40,7 +40,7 @@ def build(runs: Sequence[Run]) -> dict[str, Any]:
 def headline(run: Run) -> dict[str, str]:
     """{what: value} of the numbers that say most about a run."""
     found, evaluation, core, loss = {}, run.evaluation, run.core(), run.column("loss")
-    if measured := {step: bpb for step, bpb in run.of("val/bpb").items() if math.isfinite(bpb)}:
+    if measured := {step: bpb for step, bpb in run.metrics["val/bpb"].items() if math.isfinite(bpb)}:
         best = min(measured, key=measured.get)
         found["validation, bits per byte, last"] = f"{measured[max(measured)]:.4f} (step {max(measured):,})"
         found["validation, bits per byte, best"] = f"{measured[best]:.4f} (step {best:,})"
@@ -53,7 +53,7 @@ def headline(run: Run) -> dict[str, str]:
     if len(last := loss[np.isfinite(loss)][-20:]):
         found["train loss of the last 20 steps, nats per token"] = f"{last.mean():.4f}"
     if len(loss):
-        last_step, mfu = max(run.of("train/loss")), np.median(run.column("mfu"))
+        last_step, mfu = max(run.metrics["train/loss"]), np.median(run.column("mfu"))
         found["steps"] = f"{last_step:,}"
         found["tokens"] = f"{run.tokens([last_step])[0]:,.0f}"
         found["epoch of the text"] = f"{run.column('epoch')[-1] + 1:.0f}"
@@ -81,7 +81,7 @@ def step_times(run: Run) -> dict[str, str]:
 
 def evaluations(run: Run) -> dict[str, str]:
     """{step: what was measured during training}."""
-    bpb, core, found = run.of("val/bpb"), run.of("core/core_metric"), {}
+    bpb, core, found = run.metrics["val/bpb"], run.metrics["core/core_metric"], {}
     for step in sorted(bpb.keys() | core.keys()):
         values = [f"{bpb[step]:.4f} bits per byte"] if step in bpb else []
         values += [f"CORE or tasks {core[step]:.4f}"] if step in core else []
@@ -161,9 +161,9 @@ def commands(run: Run) -> dict[str, list]:
     checkout = f"git checkout {shlex.quote(commit)}\n" if commit else ""
     why = "The same rows anywhere, and the same bits on the same machine with as many processes and these versions"
     found = {why: [("", [(checkout + command(run, changed), "", "")])]}
-    if run.config["settings"]["TARGET_MINUTES"] and run.of("train/loss"):
+    if run.config["settings"]["TARGET_MINUTES"] and run.metrics["train/loss"]:
         model, batch = run.config["model_config"], run.config["plan"]["total_batch_size"]
-        changed |= {"TARGET_MINUTES": 0.0, "EVALUATIONS_AFTER": 0.0, "NUM_ITERATIONS": max(run.of("train/loss"))}
+        changed |= {"TARGET_MINUTES": 0.0, "EVALUATIONS_AFTER": 0.0, "NUM_ITERATIONS": max(run.metrics["train/loss"])}
         changed |= {"DEPTH": model["num_layers"], "MAX_SEQ_LEN": model["max_seq_len"], "TOTAL_BATCH_SIZE": batch}
         why = "By minutes, size and steps follow the machine. The same shape, batch and steps on any"
         found[why] = [("", [(command(run, changed), "", "")])]
