@@ -150,15 +150,9 @@ class Attention(nn.Module):
             k = partial_key_offset(k, None if cached is None else cached.keys_before(k))
         q, k = norm(rotate(q, cos, sin), config.norm_eps), norm(rotate(k, cos, sin), config.norm_eps)
         k, v, mask = (k, v, None) if cached is None else cached.extend(k, v)
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2).to(q.dtype),
-            attn_mask=mask,
-            is_causal=T > 1,  # a single token comes after all that it attends to
-            scale=config.attention_gain / math.sqrt(D),
-            enable_gqa=K != H,
-        )  # (B, H, T, D)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2).to(q.dtype)
+        options = {"scale": config.attention_gain / math.sqrt(D), "enable_gqa": K != H}
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T > 1, **options)  # one token alone sees all others
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
