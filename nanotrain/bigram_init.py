@@ -42,7 +42,6 @@ def _one_thread():
         torch.set_num_threads(threads)
 
 
-@torch.no_grad()
 @_one_thread()
 def bigram_init(sequences: Tensor, vocab_size: int, width: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Embedding (V, C) and head (V, C), float32 on the CPU, of a bigram model of `sequences` (N, T) int64.

@@ -344,8 +344,8 @@ def load_first_weights(
         tensors, _, state = _newest(run_dir)
         if state.get("tokenizer_sha256") != tokenizer.sha256():
             raise DataError(f"--init-from={source} has another tokenizer: give its own, --tokenizer-dir={run_dir}")
-        own, found = model_config.to_dict(), parsed(GPTConfig, state.get("model_config"))
-        other = {name: value for name, value in found.to_dict().items() if name not in CONSTANTS and own[name] != value}
+        own, found = asdict(model_config), parsed(GPTConfig, state.get("model_config"))
+        other = {name: value for name, value in asdict(found).items() if name not in CONSTANTS and own[name] != value}
         if other:
             shape = ", ".join(f"{name} {value}" for name, value in other.items())
             raise UserError(f"--init-from={source} has another shape: {shape}; use the settings it was trained with")

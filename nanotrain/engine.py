@@ -9,16 +9,15 @@ the last half of them (`context_length`), because moving it by one token would t
 
 import random
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from nanotrain.gpt import GPT, GPTConfig
-    from nanotrain.tokenizer import BPETokenizer
+from nanotrain.gpt import GPT, GPTConfig
+from nanotrain.tokenizer import BPETokenizer
 
 PROMPTS = ("import os\n", "def __init__(self", "class", "The", "If the")  # of samples
 
@@ -37,7 +36,7 @@ class KVCache:
     Row r holds `lengths[r]` tokens, the last of which is `last_tokens[r]`. What lies behind them is never seen.
     """
 
-    def __init__(self, config: "GPTConfig", num_sequences: int, capacity: int, device: torch.device | str):
+    def __init__(self, config: GPTConfig, num_sequences: int, capacity: int, device: torch.device | str):
         shape = (config.num_layers, 2, num_sequences, capacity, config.num_kv_heads, config.head_dim)
         self.memory = torch.zeros(shape, device=device)  # zeros, for a NaN would shine through any mask
         self.last_keys = list(self.memory[:, 0, :, :1].clone())  # per layer (num_sequences, 1, K, D)
@@ -45,7 +44,7 @@ class KVCache:
         self.lengths, self.last_tokens = [0] * num_sequences, [-1] * num_sequences
 
     @staticmethod
-    def bytes(config: "GPTConfig", num_sequences: int, capacity: int) -> int:
+    def bytes(config: GPTConfig, num_sequences: int, capacity: int) -> int:
         """The memory of a cache: keys and values of every token, and a key more of each sequence."""
         return 4 * config.num_layers * num_sequences * (2 * capacity + 1) * config.num_kv_heads * config.head_dim
 
@@ -80,7 +79,7 @@ class KVCache:
 
 @dataclass(frozen=True)
 class NewTokens:
-    """Tokens on their way through the model into a cache: what the model has to know of them."""
+    """Tokens on their way through the model into a cache: what a layer of the model has to know of them."""
 
     cache: KVCache
     positions: Tensor  # (B or 1, T) int64, in their sequences
@@ -93,44 +92,38 @@ class NewTokens:
     seen: int = 0  # the length of the longest sequence
     mask: Tensor | None = None  # (B, 1, 1, seen) float32, -inf behind the end of a shorter sequence
 
-    def of_layer(self, layer: int) -> "NewTokensOfLayer":
-        """The part that one layer's attention needs."""
-        return NewTokensOfLayer(self, layer)
+    layer: int = 0  # whose attention they are in
 
-
-@dataclass(frozen=True)
-class NewTokensOfLayer:
-    """The part of `NewTokens` that one layer's attention needs; keys and values are (B, T, K, D)."""
-
-    tokens: NewTokens
-    layer: int
+    def of_layer(self, layer: int) -> "NewTokens":
+        """The same tokens in another layer."""
+        return replace(self, layer=layer)
 
     def keys_before(self, k: Tensor) -> Tensor | None:
-        """The last keys before these `k`, or None if these begin their sequences; `k` takes their place."""
-        new, last_keys = self.tokens, self.tokens.cache.last_keys
-        if new.seen:
+        """The last keys (B, 1, K, D) before `k`, or None if these begin their sequences; `k` takes their place."""
+        last_keys = self.cache.last_keys
+        if self.seen:
             before, last_keys[self.layer] = last_keys[self.layer], k
             return before
-        ends = k[torch.arange(len(k), device=k.device), new.ends.clamp(min=0)]
-        last_keys[self.layer][new.rows] = (ends * (new.ends >= 0)[:, None, None])[:, None]
+        ends = k[torch.arange(len(k), device=k.device), self.ends.clamp(min=0)]
+        last_keys[self.layer][self.rows] = (ends * (self.ends >= 0)[:, None, None])[:, None]
         return None
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keep these keys and values; returns those that the tokens attend to, and the mask."""
-        new, (keys, values) = self.tokens, self.tokens.cache.memory[self.layer]  # (N, capacity, K, D) each
-        keys.flatten(0, 1).index_copy_(0, new.slots, k.flatten(0, 1))
-        values.flatten(0, 1).index_copy_(0, new.slots, v.flatten(0, 1))
-        return (keys[:, : new.seen], values[:, : new.seen], new.mask) if new.seen else (k, v, None)
+        """Keep these keys and values (B, T, K, D); returns those that the tokens attend to, and the mask."""
+        keys, values = self.cache.memory[self.layer]  # (N, capacity, K, D) each
+        keys.flatten(0, 1).index_copy_(0, self.slots, k.flatten(0, 1))
+        values.flatten(0, 1).index_copy_(0, self.slots, v.flatten(0, 1))
+        return (keys[:, : self.seen], values[:, : self.seen], self.mask) if self.seen else (k, v, None)
 
 
-def samples(model: "GPT", tokenizer: "BPETokenizer", num_tokens: int) -> Iterator[tuple[str, str]]:
+def samples(model: GPT, tokenizer: BPETokenizer, num_tokens: int) -> Iterator[tuple[str, str]]:
     """Yield (prompt, continuation) of PROMPTS, texts of at most `num_tokens` tokens that end with their document."""
     for prompt in PROMPTS:
         tokens = generate(model, [tokenizer.bos, *tokenizer.encode(prompt)], num_tokens, stop=(tokenizer.bos,))
         yield prompt, tokenizer.decode(list(tokens))
 
 
-def generate(model: "GPT", tokens: Sequence[int], max_new_tokens: int, **settings: Any) -> Iterator[int]:
+def generate(model: GPT, tokens: Sequence[int], max_new_tokens: int, **settings: Any) -> Iterator[int]:
     """Yield the next tokens of one prompt; settings: see `generate_batch`."""
     for (token,) in generate_batch(model, [tokens], max_new_tokens, **settings):
         yield token
@@ -138,7 +131,7 @@ def generate(model: "GPT", tokens: Sequence[int], max_new_tokens: int, **setting
 
 @torch.inference_mode()
 def generate_batch(
-    model: "GPT",
+    model: GPT,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     temperature: float = 0.8,

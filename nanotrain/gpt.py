@@ -1,19 +1,15 @@
 """The model: a decoder with rotary positions, QK-norm, parameter-free RMSNorm, ReLU^2, value embeddings, a hashed
 bigram table and an untied, softcapped head.
 
-It knows nothing of optimizers, files or environment variables. Build it without memory, then give it some:
-
-    with torch.device("meta"):
-        model = GPT(config)
-    model.to_empty(device="cpu")
-    model.init_weights(seed)
+It knows nothing of optimizers, files or environment variables. `checkpoint.build_model` builds one.
 
     B sequences   T tokens of a sequence   V vocabulary   C width
     H query heads   K key and value heads   D head dimension
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -54,10 +50,10 @@ class GPTConfig:
     gate_channels: int = 16  # of a layer's input, at most: those that the gate of its value embedding sees
 
     def __post_init__(self) -> None:
-        if min(self.vocab_size, self.max_seq_len, self.num_layers, self.num_heads, self.num_kv_heads) < 1:
-            raise ValueError(f"{self}: a size is not positive")
-        if not 0 < self.softcap < 70 or min(self.rope_base, self.norm_eps, self.gate_channels) <= 0:
-            raise ValueError(f"{self}: a constant is out of range")
+        sizes = (self.vocab_size, self.max_seq_len, self.num_layers, self.num_heads, self.num_kv_heads)
+        constants = (self.softcap, self.rope_base, self.norm_eps, self.gate_channels)
+        if min(sizes) < 1 or min(constants) <= 0 or self.softcap >= 70:
+            raise ValueError(f"{self}: a number is out of range")
         if self.plain and self.bigram_rows:
             raise ValueError(f"{self}: a plain model has no bigram table")
         if self.plain:
@@ -72,29 +68,18 @@ class GPTConfig:
         """Every layer of a shallow model; of a deeper one every other layer, the last included; none of a plain one."""
         return not self.plain and (self.num_layers <= 4 or (self.num_layers - 1 - layer) % 2 == 0)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as a JSON-like dict; `GPTConfig(**d)` takes them back."""
-        return asdict(self)
-
-
-class CachedLayer(Protocol):
-    """What one layer's attention asks of a cache; everything is (B, T, K, D)."""
-
-    def keys_before(self, k: Tensor) -> Tensor | None:
-        """The last keys (B, 1, K, D) before these `k`, or None if these begin their sequences."""
-
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keep these keys and values; returns those that the new tokens attend to, and the mask."""
-
 
 class CachedTokens(Protocol):
-    """New tokens (B, T) that follow those in a cache: engine.NewTokens."""
+    """New tokens (B, T) that follow those in a cache; keys and values are (B, T, K, D). See engine.NewTokens."""
 
-    positions: Tensor  # (B or 1, T) int64, in their sequences
-    previous: Tensor  # (B, T) int64, the token before each; -1 before the first of a sequence
+    positions: Tensor
+    previous: Tensor
 
-    def of_layer(self, layer: int) -> CachedLayer:
-        """The part of one layer."""
+    def of_layer(self, layer: int) -> "CachedTokens": ...
+
+    def keys_before(self, k: Tensor) -> Tensor | None: ...
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]: ...
 
 
 def norm(x: Tensor, eps: float) -> Tensor:
@@ -150,7 +135,7 @@ class Attention(nn.Module):
             self.value_gate = nn.Linear(min(config.gate_channels, config.model_dim), config.num_kv_heads, bias=False)
 
     def forward(
-        self, x: Tensor, value_embedding: Tensor | None, cos: Tensor, sin: Tensor, cached: CachedLayer | None
+        self, x: Tensor, value_embedding: Tensor | None, cos: Tensor, sin: Tensor, cached: CachedTokens | None
     ) -> Tensor:
         """x (B, T, C), value_embedding (B, T, K * D) or None -> (B, T, C). cached: None if x begins its sequences."""
         (B, T, C), config = x.shape, self.config
@@ -165,15 +150,9 @@ class Attention(nn.Module):
             k = partial_key_offset(k, None if cached is None else cached.keys_before(k))
         q, k = norm(rotate(q, cos, sin), config.norm_eps), norm(rotate(k, cos, sin), config.norm_eps)
         k, v, mask = (k, v, None) if cached is None else cached.extend(k, v)
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2).to(q.dtype),
-            attn_mask=mask,
-            is_causal=T > 1,  # a single token comes after all that it attends to
-            scale=config.attention_gain / math.sqrt(D),
-            enable_gqa=K != H,
-        )  # (B, H, T, D)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2).to(q.dtype)
+        options = {"scale": config.attention_gain / math.sqrt(D), "enable_gqa": K != H}
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T > 1, **options)  # one token alone sees all others
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -190,20 +169,12 @@ class Block(nn.Module):
             self.residual_scale = nn.Parameter(torch.empty(()))
             self.x0_scale = nn.Parameter(torch.empty(()))
 
-    def forward(
-        self,
-        x: Tensor,
-        x0: Tensor,
-        value_embedding: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
-        cached: CachedLayer | None,
-    ) -> Tensor:
-        """x, x0 (B, T, C), value_embedding (B, T, K * D) or None -> (B, T, C)."""
+    def forward(self, x: Tensor, x0: Tensor, *of_attention: Any) -> Tensor:
+        """x, x0 (B, T, C) -> (B, T, C). of_attention: what `Attention.forward` takes after x."""
         eps = self.config.norm_eps
         if not self.config.plain:
             x = self.residual_scale.to(x.dtype) * x + self.x0_scale.to(x.dtype) * x0
-        x = x + self.attention(norm(x, eps), value_embedding, cos, sin, cached)
+        x = x + self.attention(norm(x, eps), *of_attention)
         return x + self.down_proj(F.relu(self.up_proj(norm(x, eps))).square())
 
 
@@ -222,16 +193,15 @@ class GPT(nn.Module):
         if config.bigram_rows:
             # a step touches few rows of it, so the gradient is sparse (see RowwiseAdam)
             self.bigram_embedding = embedding_table(config.bigram_rows, C, sparse=True)
-        layers = [layer for layer in range(config.num_layers) if config.has_value_embedding(layer)]
-        self.value_embeddings = nn.ModuleDict(
-            {str(layer): embedding_table(config.vocab_size, kv_dim) for layer in layers}
-        )
+        self.value_embeddings = nn.ModuleDict()
+        for layer in filter(config.has_value_embedding, range(config.num_layers)):
+            self.value_embeddings[str(layer)] = embedding_table(config.vocab_size, kv_dim)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         if not config.plain:
             self.backout_scale = nn.Parameter(torch.empty(()))
         self.lm_head = nn.Linear(C, config.vocab_size, bias=False)
-        self.register_buffer("cos", torch.empty(config.max_seq_len, 1, config.head_dim // 2), persistent=False)
-        self.register_buffer("sin", torch.empty(config.max_seq_len, 1, config.head_dim // 2), persistent=False)
+        for name in ("cos", "sin"):
+            self.register_buffer(name, torch.empty(config.max_seq_len, 1, config.head_dim // 2), persistent=False)
         self.loss_kernel = loss.softmax_gradient
         self.recompute_blocks = False
 
@@ -312,9 +282,8 @@ class GPT(nn.Module):
             of_layer = None if cached is None else cached.of_layer(layer)
             arguments = (x, x0, None if table is None else table(tokens).to(dtype), cos, sin, of_layer)
             if self.recompute_blocks:  # from outside, so that a compiled block runs the same code twice
-                x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(*arguments)
+                block = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
+            x = block(*arguments)
         if not self.config.plain:
             x = x - self.backout_scale.to(dtype) * middle
         return norm(x, self.config.norm_eps)
@@ -328,8 +297,7 @@ class GPT(nn.Module):
     def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """inputs, targets (B, T) int64 -> (B, T) float32, the loss of each token in nats."""
         hidden = self.hidden(inputs).flatten(0, 1)
-        losses = loss.token_losses(hidden, self.lm_head.weight, targets.flatten(), self.config.softcap)
-        return losses.view_as(targets)
+        return loss.token_losses(hidden, self.lm_head.weight, targets.flatten(), self.config.softcap).view_as(targets)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, cached: CachedTokens | None = None) -> Tensor:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 Kernel = Callable[[Tensor, float], tuple[Tensor, Tensor]]  # `softmax_gradient`, compiled or not
-
 CHUNK_ROWS = {"cpu": 512}  # by device type: so many rows' logits fit a CPU's cache
 LARGE_CHUNK_ROWS = 4096  # elsewhere only memory counts
 

@@ -33,7 +33,11 @@ Range = tuple[int, int]  # [start, end) of the elements of a flattened tensor
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
-    """An optimizer with the state of this rank's elements only. A kind of it sets STATE, `partition` and `update`."""
+    """An optimizer with the state of this rank's elements only. A kind of it has STATE and two methods:
+
+    partition(parameters): for each parameter the element range of each rank. A rank with an empty one has no state.
+    update(parameters, group): updates this rank's elements of `parameters` with the settings of their group.
+    """
 
     STATE: ClassVar[dict[str, int | None]]  # {name: how many leading dimensions of its parameter it has; None: all}
 
@@ -50,10 +54,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for key, dimensions in self.STATE.items() if end > start else ():
                 first, last = _state_range((start, end), parameter, parameter.shape[:dimensions])
                 self.state[parameter][key] = torch.zeros(last - first, device=parameter.device)
-
-    def partition(self, parameters: list[nn.Parameter]) -> list[list[Range]]:
-        """For each parameter the element range of each rank. A rank with an empty one has no state for it."""
-        raise NotImplementedError
 
     def step(self) -> None:
         """Update every parameter from its gradient."""
@@ -77,10 +77,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
             waits.append(self.dist.broadcast_owned(shards))
         self.updates += 1
         return waits
-
-    def update(self, parameters: list[nn.Parameter], group: dict) -> None:
-        """Update this rank's shard of `parameters`, which is not empty, with the settings of their group."""
-        raise NotImplementedError
 
     def own_range(self, parameter: nn.Parameter) -> Range:
         """The range of elements that this rank owns."""
@@ -123,13 +119,14 @@ class Muon(ShardedOptimizer):
         self.dtype = dtype
 
     def partition(self, parameters: list[nn.Parameter]) -> list[list[Range]]:
-        """Whole matrices, by the cost of their orthogonalisation."""
-        ranks = range(self.dist.world_size)
-        owners = partition_by_cost([orthogonalization_cost(parameter) for parameter in parameters], len(ranks))
-        return [
-            [(0, parameter.numel() if rank == owner else 0) for rank in ranks]
-            for parameter, owner in zip(parameters, owners, strict=True)
-        ]
+        """Whole matrices, by the multiply-adds of one iteration of `orthogonalize`."""
+        shapes = [sorted(parameter.shape) for parameter in parameters]
+        costs = [short * short * (2 * long + short) for short, long in shapes]
+        ranges = [[(0, 0)] * self.dist.world_size for _ in parameters]
+        owners = partition_by_cost(costs, self.dist.world_size)
+        for parameter, owner, of_ranks in zip(parameters, owners, ranges, strict=True):
+            of_ranks[owner] = (0, parameter.numel())
+        return ranges
 
     def update(self, parameters: list[nn.Parameter], group: dict) -> None:
         """Update `parameters`, all of one shape or its transpose."""
@@ -149,12 +146,6 @@ class Muon(ShardedOptimizer):
                 agrees = update * parameter >= 0
                 parameter.sub_(parameter * agrees, alpha=rate * group["weight_decay"])
             parameter.sub_(update, alpha=rate)
-
-
-def orthogonalization_cost(matrix: Tensor) -> int:
-    """Multiply-adds of one iteration of `orthogonalize` on one matrix."""
-    short, long = sorted(matrix.shape)
-    return short * short * (2 * long + short)
 
 
 def normuon_normalize(update: Tensor, row_sq: Tensor) -> Tensor:
@@ -185,9 +176,9 @@ class AdamW(ShardedOptimizer):
 
     def partition(self, parameters: list[nn.Parameter]) -> list[list[Range]]:
         """Equal parts of the concatenation of all parameters."""
-        total, first, ranges = sum(parameter.numel() for parameter in parameters), 0, []
-        bounds = [total * rank // self.dist.world_size for rank in range(self.dist.world_size + 1)]
-        for size in (parameter.numel() for parameter in parameters):
+        sizes, first, ranges = [parameter.numel() for parameter in parameters], 0, []
+        bounds = [sum(sizes) * rank // self.dist.world_size for rank in range(self.dist.world_size + 1)]
+        for size in sizes:
             places = [min(max(bound - first, 0), size) for bound in bounds]
             ranges.append(list(itertools.pairwise(places)))
             first += size
@@ -216,11 +207,11 @@ class AdamW(ShardedOptimizer):
 
 
 class RowwiseAdam(ShardedOptimizer):
-    """Adam without momentum for sparse gradients: one second moment per row, and only rows with a gradient are touched.
+    """Adam without momentum for sparse gradients, with one second moment per row.
 
-    The second moment of a row is the mean of its squared gradient elements over its own updates, limited to the last
-    1 / (1 - beta2) of them. Steps in which a row has no gradient do not count: dense Adam would decay its moment in
-    each of them, and the next update of a rare row would be up to ten times the learning rate.
+    It is the mean of the row's squared gradient elements over its own updates, limited to the last 1 / (1 - beta2) of
+    them. Steps in which a row has no gradient do not count: dense Adam would decay its moment in each of them, and the
+    next update of a rare row would be up to ten times the learning rate.
 
     Groups also have "beta2" and "eps". State and work are small, so every rank does everything.
     """
@@ -244,7 +235,6 @@ class RowwiseAdam(ShardedOptimizer):
                 second = torch.lerp(state["exp_avg_sq"][rows], values.square().mean(1), weight)
                 state["updates"][rows], state["exp_avg_sq"][rows] = updates, second
                 parameter.index_add_(0, rows, values * (-group["lr"] / (second.sqrt() + group["eps"]))[:, None])
-        self.updates += 1
         return []
 
 
@@ -278,9 +268,7 @@ def build_optimizers(
 
 
 def step(optimizers: Sequence[ShardedOptimizer]) -> None:
-    """Update all parameters from their gradients, in reverse order: AdamW's large tables are updated quickly and are
-    sent while Muon computes.
-    """
+    """Update all parameters. In reverse order: AdamW's large tables are quickly done, and sent while Muon computes."""
     waits = [wait for optimizer in reversed(optimizers) for wait in optimizer.start_step()]
     for wait in waits:
         wait()

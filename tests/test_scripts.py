@@ -171,7 +171,7 @@ def trained(base_dir, data_dir, tokenizer, monkeypatch):
     tokenizer.save(run)
     state = {
         "step": 4,
-        "model_config": config.to_dict(),
+        "model_config": vars(config),
         "tokenizer_sha256": tokenizer.sha256(),
         "total_batch_size": 64,
         "loader": {"next_sequence": 24, "streams": {}},

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from nanotrain import paths
-
 ROOT = Path(__file__).parent.parent
 STAGES = ["nanotrain.dataset", "scripts.tok_train", "nanotrain.core_eval", "scripts.base_train", "scripts.base_eval"]
 EVALUATION = """{"val_bpb": 1.2345, "train_bpb": 1.1, "doc_bpb": 1.3, "step": 900, "tokens": 3686400, "core": {
@@ -120,13 +118,6 @@ def test_a_choice_that_cannot_be_is_refused_before_anything_else(tree, choice):
     assert f"error: {choice.replace(chr(39), '')}: " in err
 
 
-@pytest.mark.parametrize(("folder", "run"), [("/home/u/My Texts", "My-Texts"), (f"/u/_{'a' * 98}", "a" * 60)])
-def test_a_folder_of_any_name_gives_a_run_that_can_be_named(tree, folder, run):
-    speedrun(tree, f"MINUTES=2 DATA_DIR='{folder}' bash speedrun.sh")
-    path = paths.run_dir(f"{run}-2min")  # or it raises
-    assert (tree.parent / "base" / "runs" / path.name / "evaluation.json").exists()
-
-
 @pytest.mark.parametrize(("gpus", "dataset", "depth"), [(0, "stdlib", 0), (2, "fineweb-edu", 20)])
 def test_the_machine_that_it_shows_decides_between_the_small_run_and_the_large_one(tree, gpus, dataset, depth):
     (tree / ".venv" / "bin" / "python").write_text(PYTHON.replace("GPUs       0", f"GPUs       {gpus}"))
@@ -135,11 +126,6 @@ def test_the_machine_that_it_shows_decides_between_the_small_run_and_the_large_o
     calls = dict(called(tree))
     assert f"--dataset={dataset}" in calls["nanotrain.dataset"]
     assert f"--depth={depth}" in calls["scripts.base_train"]
-
-
-def test_how_to_go_on_keeps_the_choice_of_devices(tree):
-    _, out, _ = interrupt_in(tree, "scripts.base_train", "CUDA_VISIBLE_DEVICES=1,3 MINUTES=2 bash speedrun.sh")
-    assert f"MINUTES=2 NANOTRAIN_DIR={tree.parent / 'base'} CUDA_VISIBLE_DEVICES=1\\,3 bash " in out
 
 
 def test_a_stage_that_fails_or_a_stop_whose_save_fails_ends_it_with_its_code(tree):

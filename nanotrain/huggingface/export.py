@@ -16,12 +16,11 @@ from tokenizers import Tokenizer, processors
 
 from nanotrain import dataset
 from nanotrain.errors import FileError
+from nanotrain.gpt import GPT, GPTConfig
 from nanotrain.tokenizer import BOS, FILE_NAME, BPETokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-    from nanotrain.gpt import GPT, GPTConfig
 
 CARD = Path(__file__).parent / "model_card.md"
 # Settings that are nobody else's business, or hold paths of the machine; so do those that end in _DIR.
@@ -37,13 +36,13 @@ PLAIN_NAMES = {  # of the modules that NanoChatForCausalLM calls otherwise
 }
 
 
-def write(model: "GPT", tokenizer: BPETokenizer, folder: Path) -> None:
+def write(model: GPT, tokenizer: BPETokenizer, folder: Path) -> None:
     """Write a model and its tokenizer into the folder, which must not exist yet or be empty."""
     convert(model, tokenizer).save_pretrained(folder, max_shard_size="5GB")
     write_tokenizer(tokenizer, folder, model.config.max_seq_len)
 
 
-def convert(model: "GPT", tokenizer: BPETokenizer) -> "PreTrainedModel":
+def convert(model: GPT, tokenizer: BPETokenizer) -> "PreTrainedModel":
     """A transformers model that shares the weights of a GPT."""
     from transformers import GenerationConfig, NanoChatForCausalLM
 
@@ -52,14 +51,20 @@ def convert(model: "GPT", tokenizer: BPETokenizer) -> "PreTrainedModel":
     NanotrainForCausalLM.register_for_auto_class("AutoModelForCausalLM")  # so that its code is saved with it
     plain = model.config.plain
     converted = (NanoChatForCausalLM if plain else NanotrainForCausalLM)(convert_config(model.config, tokenizer.bos))
-    tensors = {convert_name(name, plain): tensor for name, tensor in model.state_dict().items()}
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if plain:
+            name = ".".join(PLAIN_NAMES.get(part, part) for part in name.split("."))
+        elif name != "lm_head.weight":
+            name = f"model.{name}"
+        tensors[name] = tensor
     converted.load_state_dict(tensors, assign=True)  # all of them, or it raises
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.bos)
     converted.generation_config = GenerationConfig(**special, do_sample=True, temperature=0.8, top_k=50)
     return converted.eval()
 
 
-def convert_config(config: "GPTConfig", bos: int) -> "PretrainedConfig":
+def convert_config(config: GPTConfig, bos: int) -> "PretrainedConfig":
     """transformers' NanoChatConfig of a plain GPTConfig, the NanotrainConfig of any other. bos: the id of BOS."""
     from transformers import NanoChatConfig
 
@@ -87,19 +92,12 @@ def convert_config(config: "GPTConfig", bos: int) -> "PretrainedConfig":
         return NanoChatConfig(**shape, pad_token_id=None)  # a number would keep that token's embedding from training
     return NanotrainConfig(
         **shape,
-        value_embedding_layers=[n for n in range(config.num_layers) if config.has_value_embedding(n)],
+        value_embedding_layers=list(filter(config.has_value_embedding, range(config.num_layers))),
         bigram_rows=config.bigram_rows,
         gate_channels=config.gate_channels,
         attention_gain=config.attention_gain,
         rope_theta=config.rope_base,
     )
-
-
-def convert_name(name: str, plain: bool) -> str:
-    """What the transformers model calls a tensor of a GPT."""
-    if plain:
-        return ".".join(PLAIN_NAMES.get(part, part) for part in name.split("."))
-    return name if name == "lm_head.weight" else f"model.{name}"
 
 
 def write_tokenizer(tokenizer: BPETokenizer, folder: Path, max_length: int) -> None:
@@ -120,7 +118,7 @@ def write_tokenizer(tokenizer: BPETokenizer, folder: Path, max_length: int) -> N
 
 
 @torch.no_grad()
-def check(model: "GPT", tokenizer: BPETokenizer, folder: Path) -> float:
+def check(model: GPT, tokenizer: BPETokenizer, folder: Path) -> float:
     """Load the folder back as its users will. Returns the largest difference of float32 logits, over max_seq_len random
     tokens and over the first of them behind padding. Raises FileError if that is too large or the tokenizers disagree.
     """
@@ -143,14 +141,10 @@ def check(model: "GPT", tokenizer: BPETokenizer, folder: Path) -> float:
     return difference
 
 
-def model_card(name: str, model: "GPT", meta: dict[str, Any], evaluation: dict[str, Any]) -> str:
+def model_card(name: str, model: GPT, meta: dict[str, Any], evaluation: dict[str, Any]) -> str:
     """The README.md of an exported model, from its checkpoint's state and what base_eval wrote of it, or {}."""
     config, environment, data = model.config, meta["environment"], meta["data"]
-    settings = [
-        f"    {setting} = {value!r}"
-        for setting, value in meta["settings"].items()
-        if not setting.endswith("_DIR") and not setting.startswith(PRIVATE)
-    ]
+    public = [name for name in meta["settings"] if not name.endswith("_DIR") and not name.startswith(PRIVATE)]
     numbers = []
     for split, what in (("val", "validation text"), ("train", "train text"), ("doc", "whole validation documents")):
         bpb = evaluation.get(f"{split}_bpb", meta.get(f"{split}_bpb"))
@@ -177,5 +171,5 @@ def model_card(name: str, model: "GPT", meta: dict[str, Any], evaluation: dict[s
         step=meta["step"],
         environment=environment,
         torch=environment["packages"]["torch"],
-        settings="\n".join(settings),
+        settings="\n".join(f"    {setting} = {meta['settings'][setting]!r}" for setting in public),
     )

@@ -1,8 +1,8 @@
 """A nanotrain model for transformers (5.x): `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.
 
-It computes what nanotrain's own gpt.py computes, whose tests compare the two. A token of it also looks at the token
-before it (the keys' offset, the bigram table), so its cache keeps a little more than keys and values; a token at
-position 0 has none before it, which is how the padding on the left of a batch stays without effect.
+It computes what nanotrain's own gpt.py computes. A token also looks at the token before it (the keys' offset, the
+bigram table), so the cache keeps a little more than keys and values. A token at position 0 has none before it, so the
+padding on the left of a batch has no effect.
 
     B sequences   T tokens of each   S tokens with those in the cache
     C width   H heads   K key and value heads   D head dimension
@@ -30,8 +30,8 @@ class RecentLayer(DynamicLayer):
 
     is_croppable = False  # what was recent before the last tokens is gone
 
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self):
+        super().__init__()
         self.recent = {}
 
     def exchange(self, name, new):
@@ -74,10 +74,10 @@ class NanotrainAttention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         kv_dim = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         if layer in config.value_embedding_layers:
             channels = min(config.gate_channels, config.hidden_size)
             self.value_gate = nn.Linear(channels, config.num_key_value_heads, bias=False)
@@ -115,10 +115,10 @@ class NanotrainBlock(GradientCheckpointingLayer):
         self.residual_scale = nn.Parameter(torch.ones(()))
         self.x0_scale = nn.Parameter(torch.zeros(()))
 
-    def forward(self, x, x0, value_embedding, cos, sin, begins, mask, cache=None):
-        """x, x0 (B, T, C) -> (B, T, C); the rest as for the attention."""
+    def forward(self, x, x0, *of_attention):
+        """x, x0 (B, T, C) -> (B, T, C). of_attention: what the attention takes after x."""
         x = self.residual_scale * x + self.x0_scale * x0
-        x = x + self.attention(norm(x, self.eps), value_embedding, cos, sin, begins, mask, cache)
+        x = x + self.attention(norm(x, self.eps), *of_attention)
         return x + self.down_proj(F.relu(self.up_proj(norm(x, self.eps))).square())
 
 
@@ -141,10 +141,10 @@ class NanotrainModel(NanotrainPreTrainedModel):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.bigram_rows:
             self.bigram_embedding = nn.Embedding(config.bigram_rows, config.hidden_size)
-        kv_dim = config.num_key_value_heads * config.head_dim
-        self.value_embeddings = nn.ModuleDict(
-            {str(layer): nn.Embedding(config.vocab_size, kv_dim) for layer in config.value_embedding_layers}
-        )
+        self.value_embeddings = nn.ModuleDict()
+        for layer in config.value_embedding_layers:
+            table = nn.Embedding(config.vocab_size, config.num_key_value_heads * config.head_dim)
+            self.value_embeddings[str(layer)] = table
         self.blocks = nn.ModuleList(NanotrainBlock(config, layer) for layer in range(config.num_hidden_layers))
         self.backout_scale = nn.Parameter(torch.zeros(()))
         self.gradient_checkpointing = False
@@ -171,9 +171,14 @@ class NanotrainModel(NanotrainPreTrainedModel):
         embedded = self.embedding(input_ids)
         if self.config.bigram_rows:
             before = None if cache is None else cache.layers[0].exchange("token", input_ids[:, -1:])
-            embedded = embedded + self.bigram_embedding(self._bigrams(input_ids, before, begins))
+            previous, last = shift(input_ids, before, begins), self.config.bigram_rows - 1
+            rows = torch.where(begins, last, ((36313 * input_ids) ^ (27191 * previous)) % last)
+            embedded = embedded + self.bigram_embedding(rows)
         x = x0 = norm(embedded, self.config.rms_norm_eps)
-        cos, sin = self._rotation(position_ids, x.dtype)
+        half = self.config.head_dim // 2
+        frequencies = self.config.rope_theta ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
+        angles = (position_ids[..., None].float() * frequencies)[:, :, None]  # (B, T, 1, D / 2)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         mask = self._mask(attention_mask, seen, T, device)
         for layer, block in enumerate(self.blocks):
             if layer == len(self.blocks) // 2:
@@ -183,27 +188,14 @@ class NanotrainModel(NanotrainPreTrainedModel):
         x = norm(x - self.backout_scale * middle, self.config.rms_norm_eps)
         return BaseModelOutputWithPast(last_hidden_state=x, **{CACHE: cache})
 
-    def _bigrams(self, tokens, before, begins):
-        """(B, T) int64: rows of the bigram table for each token and the one before it; the last at a beginning."""
-        last = self.config.bigram_rows - 1
-        previous = shift(tokens, before, begins)
-        return torch.where(begins, last, ((36313 * tokens) ^ (27191 * previous)) % last)
-
-    def _rotation(self, position_ids, dtype):
-        """cos, sin (B, T, 1, D / 2)."""
-        half = self.config.head_dim // 2
-        places = torch.arange(half, device=position_ids.device, dtype=torch.float32)
-        angles = position_ids[..., None].float() * self.config.rope_theta ** (-places / half)
-        return angles.cos().to(dtype)[:, :, None], angles.sin().to(dtype)[:, :, None]
-
     def _mask(self, attention_mask, seen, length, device):
         """(B or 1, 1, T, S) bool, or None where plain causality, or seeing all, is right."""
         if attention_mask is not None and attention_mask.all():
             attention_mask = None
         if attention_mask is None and (seen == 0 or length == 1):
             return None
-        queries = torch.arange(seen, seen + length, device=device)[:, None]
         keys = torch.arange(seen + length, device=device)
+        queries = keys[seen:, None]
         if attention_mask is None:
             return (keys <= queries)[None, None]
         # padding sees itself, for to see nothing would give NaN
@@ -246,8 +238,7 @@ class NanotrainForCausalLM(NanotrainPreTrainedModel, GenerationMixin):
 
 def _prepare(cache, num_layers):
     """Give a new transformers cache our kind of layers."""
-    layers = cache.layers
-    if len(layers) == num_layers and all(isinstance(layer, RecentLayer) for layer in layers):
+    if cache.layers and all(isinstance(layer, RecentLayer) for layer in cache.layers):
         return
     if not isinstance(cache, DynamicCache) or cache.get_seq_length():
         raise ValueError(f"a nanotrain model needs a DynamicCache of its own, not this {type(cache).__name__}")

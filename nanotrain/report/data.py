@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,29 +19,25 @@ class Run:
 
     name: str
     folder: Path
-    metrics: dict[str, dict[int, float]]  # {name in metrics.jsonl: {step: value}}, NaN for what is no finite number
+    metrics: dict[str, dict[int, float]]  # {name: {step: value}}, by step; NaN for what is no finite number
     config: dict[str, Any]  # config.json
     evaluation: dict[str, Any]  # evaluation.json
     records: list[dict[str, Any]]  # evaluation/step_*.json by step
     complaints: list[str]  # what could not be read
 
-    def of(self, name: str) -> dict[int, float]:
-        """{step: value} of a metric, by step; empty where it was not recorded."""
-        return self.metrics.get(name, {})
-
     def column(self, name: str) -> np.ndarray:
         """(n,) float64: `train/<name>` of each of the n steps, NaN where it is missing."""
-        values = self.of(f"train/{name}")
-        return np.array([values.get(step, math.nan) for step in self.of("train/loss")], dtype=np.float64)
+        values = self.metrics[f"train/{name}"]
+        return np.array([values.get(step, math.nan) for step in self.metrics["train/loss"]], dtype=np.float64)
 
     def tokens(self, steps: list[int]) -> np.ndarray:
         """Tokens of training after each of `steps`, float64; 0 before the first."""
         of_each_step = np.rint(self.column("tok_per_sec") * self.column("seconds"))
-        return np.interp(steps, [0, *self.of("train/loss")], [0.0, *np.cumsum(of_each_step)])
+        return np.interp(steps, [0, *self.metrics["train/loss"]], [0.0, *np.cumsum(of_each_step)])
 
     def minutes(self, steps: list[int]) -> np.ndarray:
         """Minutes of training after each of `steps`, float64, without evaluations and saves."""
-        return np.interp(steps, [0, *self.of("train/loss")], [0.0, *np.cumsum(self.column("seconds") / 60)])
+        return np.interp(steps, [0, *self.metrics["train/loss"]], [0.0, *np.cumsum(self.column("seconds") / 60)])
 
     def core(self) -> dict[str, Any]:
         """The newest scores on tasks, as `core_eval.summary` has them, with their step; empty without any."""
@@ -59,7 +56,7 @@ def read_run(folder: Path) -> Run:
     if config and config.get("format") != FORMAT:
         complaints.append(f"config.json has format {config.get('format', 1)}, not {FORMAT}: its settings are left out")
         config = {}
-    last = max(metrics.get("train/loss", ()), default=math.inf)
+    last = max(metrics["train/loss"], default=math.inf)
     records = [_read_json(path, complaints) for path in sorted(folder.glob("evaluation/step_*.json"))]
     records = [record for record in records if record.get("step", math.inf) <= last]  # not what a resume took back
     evaluation = _read_json(folder / "evaluation.json", complaints)
@@ -69,20 +66,17 @@ def read_run(folder: Path) -> Run:
 def _read_json(path, complaints):
     """The object in a JSON file; an empty one where there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-        if not isinstance(value, dict):
-            raise ValueError("not a JSON object")
-        return value
+        return dict(json.loads(path.read_text(encoding="utf-8", errors="replace")))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         complaints.append(f"{path.name} could not be read: {error}")
         return {}
 
 
 def _read_metrics(path, complaints):
     """{name: {step: value}} of metrics.jsonl, by step. The last row of a step counts."""
-    metrics, unreadable = {}, 0
+    metrics, unreadable = defaultdict(dict), 0
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     for line in lines:
         try:
@@ -93,7 +87,7 @@ def _read_metrics(path, complaints):
             continue
         for name, value in row.items():
             finite = isinstance(value, (int, float)) and math.isfinite(value)
-            metrics.setdefault(name, {})[step] = float(value) if finite else math.nan
+            metrics[name][step] = float(value) if finite else math.nan
     if unreadable:
         complaints.append(f"{unreadable} lines of metrics.jsonl could not be read; one being written, or cut by a kill")
-    return {name: dict(sorted(values.items())) for name, values in metrics.items()}
+    return defaultdict(dict, {name: dict(sorted(values.items())) for name, values in metrics.items()})

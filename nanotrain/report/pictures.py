@@ -33,7 +33,7 @@ def draw(runs: Sequence[Run]) -> dict[str, bytes]:
     drawn, num_tasks = {}, max(len(run.core().get("tasks", ())) for run in runs)
     with style.context(["default", STYLE]):  # whatever this user's style is
         for name, panels in CURVES.items():
-            if any(panels[0][1] in run.metrics for run in runs):
+            if any(run.metrics[panels[0][1]] for run in runs):
                 figure = Figure(figsize=(5, 5.4), dpi=200, layout="constrained")
                 for axes, panel in zip(figure.subplots(2), panels, strict=True):
                     _draw_curves(axes, runs, *panel)
@@ -57,7 +57,7 @@ def _png(figure):
 def _draw_curves(axes, runs, title, metric, unit):
     """Draw each run's values, where they are many also their running mean, and a cross where one is not finite."""
     for run in runs:
-        steps, y = list(run.of(metric)), np.array(list(run.of(metric).values()))
+        steps, y = list(run.metrics[metric]), np.array(list(run.metrics[metric].values()))
         x = run.tokens(steps) / 1e6 if unit == TOKENS else run.minutes(steps)
         finite = np.isfinite(y)
         if not finite.any():

@@ -14,7 +14,6 @@ from nanotrain.report.data import Run
 
 NOT_REPEATED = ("RUN_NAME", "RESUME", "ALLOW_CHANGE", "DRY_RUN", "REPORT", "TOKENIZER_DIR")
 MOST_BITS = 12  # of a token, at which its colour is the darkest
-LAST_STEPS = 20  # averaged for the loss at the end
 SHOWN = 10  # samples after a prompt, at most
 
 
@@ -38,15 +37,10 @@ def build(runs: Sequence[Run]) -> dict[str, Any]:
     return {"tables": tables, "texts": texts, "notes": notes, "most_bits": MOST_BITS}
 
 
-def _value(value):
-    """A setting as it is on the command line."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def headline(run: Run) -> dict[str, str]:
     """{what: value} of the numbers that say most about a run."""
     found, evaluation, core, loss = {}, run.evaluation, run.core(), run.column("loss")
-    if measured := {step: bpb for step, bpb in run.of("val/bpb").items() if math.isfinite(bpb)}:
+    if measured := {step: bpb for step, bpb in run.metrics["val/bpb"].items() if math.isfinite(bpb)}:
         best = min(measured, key=measured.get)
         found["validation, bits per byte, last"] = f"{measured[max(measured)]:.4f} (step {max(measured):,})"
         found["validation, bits per byte, best"] = f"{measured[best]:.4f} (step {best:,})"
@@ -56,10 +50,10 @@ def headline(run: Run) -> dict[str, str]:
     if core:
         name = "CORE" if core["is_core"] else "tasks"
         found[name] = f"{core['core_metric']:.4f} ± {core['standard_error']:.4f} (step {core['step']:,})"
-    if len(last := loss[np.isfinite(loss)][-LAST_STEPS:]):
-        found[f"train loss of the last {LAST_STEPS} steps, nats per token"] = f"{last.mean():.4f}"
+    if len(last := loss[np.isfinite(loss)][-20:]):
+        found["train loss of the last 20 steps, nats per token"] = f"{last.mean():.4f}"
     if len(loss):
-        last_step, mfu = max(run.of("train/loss")), np.median(run.column("mfu"))
+        last_step, mfu = max(run.metrics["train/loss"]), np.median(run.column("mfu"))
         found["steps"] = f"{last_step:,}"
         found["tokens"] = f"{run.tokens([last_step])[0]:,.0f}"
         found["epoch of the text"] = f"{run.column('epoch')[-1] + 1:.0f}"
@@ -87,7 +81,7 @@ def step_times(run: Run) -> dict[str, str]:
 
 def evaluations(run: Run) -> dict[str, str]:
     """{step: what was measured during training}."""
-    bpb, core, found = run.of("val/bpb"), run.of("core/core_metric"), {}
+    bpb, core, found = run.metrics["val/bpb"], run.metrics["core/core_metric"], {}
     for step in sorted(bpb.keys() | core.keys()):
         values = [f"{bpb[step]:.4f} bits per byte"] if step in bpb else []
         values += [f"CORE or tasks {core[step]:.4f}"] if step in core else []
@@ -107,6 +101,10 @@ def tasks(run: Run) -> dict[str, str]:
 def settings(run: Run, part: str = "settings") -> dict[str, str]:
     """{NAME: value} of the settings as on the command line, or of the defaults in the script that made the run."""
     return {name: _value(value) for name, value in run.config.get(part, {}).items()}
+
+
+def _value(value):
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def recipe(run: Run) -> dict[str, str]:
@@ -144,14 +142,13 @@ def samples(run: Run) -> dict[str, list]:
 
 def documents(run: Run) -> dict[str, list]:
     """The newest validation documents of most and of fewest bits per byte, token by token."""
-    found = {}
-    for record in run.records:
-        for kind, few in record.get("documents", {}).items():
-            found[f"The {kind}"] = shown = []
-            for document in few:
-                tokens = document["tokens"]
-                pieces = [(text, f"b{min(int(bits), MOST_BITS)}", f"{bits:.1f} bits") for text, bits in tokens]
-                shown.append((f"step {record['step']:,}: {document['bpb']:.3f} bits per byte", pieces))
+    found, record = {}, next((record for record in reversed(run.records) if "documents" in record), {})
+    for kind, few in record.get("documents", {}).items():
+        found[f"The {kind}"] = shown = []
+        for document in few:
+            tokens = document["tokens"]
+            pieces = [(text, f"b{min(int(bits), MOST_BITS)}", f"{bits:.1f} bits") for text, bits in tokens]
+            shown.append((f"step {record['step']:,}: {document['bpb']:.3f} bits per byte", pieces))
     return found
 
 
@@ -164,9 +161,9 @@ def commands(run: Run) -> dict[str, list]:
     checkout = f"git checkout {shlex.quote(commit)}\n" if commit else ""
     why = "The same rows anywhere, and the same bits on the same machine with as many processes and these versions"
     found = {why: [("", [(checkout + command(run, changed), "", "")])]}
-    if run.config["settings"]["TARGET_MINUTES"] and run.of("train/loss"):
+    if run.config["settings"]["TARGET_MINUTES"] and run.metrics["train/loss"]:
         model, batch = run.config["model_config"], run.config["plan"]["total_batch_size"]
-        changed |= {"TARGET_MINUTES": 0.0, "EVALUATIONS_AFTER": 0.0, "NUM_ITERATIONS": max(run.of("train/loss"))}
+        changed |= {"TARGET_MINUTES": 0.0, "EVALUATIONS_AFTER": 0.0, "NUM_ITERATIONS": max(run.metrics["train/loss"])}
         changed |= {"DEPTH": model["num_layers"], "MAX_SEQ_LEN": model["max_seq_len"], "TOTAL_BATCH_SIZE": batch}
         why = "By minutes, size and steps follow the machine. The same shape, batch and steps on any"
         found[why] = [("", [(command(run, changed), "", "")])]
