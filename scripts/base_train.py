@@ -77,9 +77,7 @@ TARGET_PARAM_DATA_RATIO = 10.0  # training tokens per matrix and head weight, wh
 # --- batch
 TOTAL_BATCH_SIZE = 0  # tokens of one optimizer step; 0: by the recipe
 BATCH_RAMP = False  # begin with a quarter of the micro-steps, then half of them, where the batch divides
-DEVICE_BATCH_SIZE = (
-    0  # sequences per forward pass, lowered to a divisor; 0: on CUDA the most that fit, else 4,096 tokens
-)
+DEVICE_BATCH_SIZE = 0  # sequences of a forward pass, lowered to a divisor; 0: what fits on CUDA, else 4,096 tokens
 GRAD_CHECKPOINT = False  # run each block again in the backward pass: less memory, more time, the same bits
 # --- optimization; -1: by the recipe (--dry-run prints every number)
 MATRIX_LR = -1.0  # Muon, for the matrices of the blocks
