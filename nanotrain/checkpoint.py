@@ -280,7 +280,7 @@ class CheckpointManager:
         return scheduled or is_final or state.best_step == state.step
 
     def save(self, state: "TrainState", train_step: "TrainStep", batches: "Prefetcher", is_final: bool = False) -> None:
-        """Save on all ranks at once. Raises NonFiniteError or RankError and saves nothing if the weights are not
+        """Save on all ranks at once. Raises NonFiniteError or RunError and saves nothing if the weights are not
         what they should be, and CheckpointError if it cannot be written and is the final one, or one too many in a row.
         """
         self.beat(guard.SLOW_SECONDS)

@@ -1,6 +1,5 @@
 """Ranks: the place of this process in the run, its process group, and collectives on tensors and small objects."""
 
-import contextlib
 import gc
 import os
 import time
@@ -13,7 +12,7 @@ import torch
 import torch.distributed as torch_dist
 
 from nanotrain import config, hardware
-from nanotrain.errors import RankError, UserError, file_error
+from nanotrain.errors import RunError, UserError, file_error
 
 JOIN_SECONDS = 600.0  # in which all ranks must have started
 SMALL_BYTES = 2**20  # of tensors that are sent together in one message, which copies them
@@ -24,7 +23,6 @@ class DistContext:
     """One process of a run: its place among the ranks, its device, and the dtype of its matrix products."""
 
     rank: int
-    local_rank: int
     world_size: int
     device: torch.device
     dtype: torch.dtype
@@ -40,11 +38,9 @@ class DistContext:
         if self.is_rank0:
             print(text, flush=True)
 
-    def autocast(self) -> contextlib.AbstractContextManager:
+    def autocast(self) -> torch.autocast:
         """The context in which the model's matrix products run in `dtype`; does nothing for float32."""
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def all_reduce_sum(self, values: list) -> list[float]:
         """The sums over all ranks of a list of numbers or () tensors, with a single read of the device."""
@@ -89,8 +85,7 @@ class DistContext:
     def broadcast_owned(self, owned: list[list[torch.Tensor]]) -> Callable[[], None]:
         """Start sending every rank the tensors that each rank owns; returns a function that waits for all of them.
 
-        owned: for each rank, a list of its 1-D contiguous tensors of one dtype. The other ranks pass the tensors to be
-        overwritten.
+        owned: for each rank its 1-D contiguous tensors of one dtype, which the other ranks overwrite.
         """
         sent, joined = [], []
         for rank, tensors in enumerate(owned if self.world_size > 1 else ()):
@@ -143,8 +138,8 @@ class DistContext:
         return result
 
     def largest_that_fits(self, most: int, attempt: Callable[[int], Any]) -> int:
-        """The first of `most`, half of it, ... 1 with which `attempt(number)` runs out of memory on no rank; 0 if there
-        is none. All ranks try the same numbers; `attempt` must not wait for another rank.
+        """The first of `most`, half of it, ... 1 with which `attempt(number)` runs out of memory on no rank, else 0.
+        All ranks try the same numbers; `attempt` must not wait for another rank.
         """
         number = most
         while number:
@@ -165,7 +160,6 @@ class DistContext:
         return number
 
     def close(self) -> None:
-        """Leave the process group."""
         if self.world_size > 1:
             torch_dist.destroy_process_group()
 
@@ -187,7 +181,7 @@ def init_distributed(
     if world_size > 1:
         _join(found, world_size)
     hardware.configure(found, seed, deterministic)
-    return DistContext(rank, local_rank, world_size, found, *hardware.find_dtype(dtype, found))
+    return DistContext(rank, world_size, found, *hardware.find_dtype(dtype, found))
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -247,6 +241,6 @@ def _name_of_attempt(store, rank, world_size):
                 store.set(store.get(f"nanotrain/rank{other}").decode(), name)
         missing = {other for other in missing if not store.check([f"{name}/rank{other}"])}
         if missing and time.monotonic() > end:
-            raise RankError(f"rank {', '.join(map(str, sorted(missing)))} did not start within {JOIN_SECONDS:.0f} s")
+            raise RunError(f"rank {', '.join(map(str, sorted(missing)))} did not start within {JOIN_SECONDS:.0f} s")
         time.sleep(0.01)
     return name

@@ -13,7 +13,7 @@ from types import FrameType
 import torch
 
 from nanotrain.dist import DistContext
-from nanotrain.errors import HANG_EXIT_CODE, RankError
+from nanotrain.errors import HANG_EXIT_CODE, RunError
 
 NON_FINITE_IN_A_ROW = 3  # steps that end a run
 NON_FINITE_NEARBY, NEARBY_STEPS = 10, 1000  # so many within so many steps end it too
@@ -112,13 +112,13 @@ def checksum(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def check_replicas(dist: DistContext, tensors: Sequence[torch.Tensor], step: int, every: int = 1) -> None:
-    """Raise RankError on all ranks if their `tensors` differ in any bit. every: only in each so many steps."""
+    """Raise RunError on all ranks if their `tensors` differ in any bit. every: only in each so many steps."""
     if dist.world_size == 1 or step % every:
         return
     sums = dist.all_gather_objects(checksum(tensors))
     other = [rank for rank, found in enumerate(sums) if found != sums[0]]
     if other:
-        raise RankError(
+        raise RunError(
             f"step {step}: the weights of rank {', '.join(map(str, other))} are not those of rank 0: a device computes "
             "wrongly, or gradients were not shared. Nothing was saved; --resume goes on from the last checkpoint"
         )

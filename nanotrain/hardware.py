@@ -9,7 +9,6 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -111,19 +110,13 @@ def use_tokenizer_threads(parallel: bool) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if parallel else "false"
 
 
-def use_compile_cache(folder: Path) -> None:
-    """Let torch.compile keep its results in `folder`; call it before anything is compiled."""
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-
-
 def can_compile() -> bool:
     """Whether torch.compile has what it needs: a GPU, or a C++ compiler."""
-    return bool(torch.cuda.is_available() or shutil.which("g++") or shutil.which("clang++"))
+    return bool(torch.cuda.is_available() or _cpp_compiler())
 
 
-def trust_cpu_flags(trust: bool) -> None:
-    """Let torch.compile trust the CPU flags for vector instructions: its own test programs take as long as a model."""
-    torch._inductor.config.cpp.vec_isa_ok = True if trust else None
+def _cpp_compiler():
+    return shutil.which("g++") or shutil.which("clang++")
 
 
 def cores_of_a_rank() -> int:
@@ -149,8 +142,8 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """The median FLOP/s of a (4096, 256) by (256, 1024) product in `dtype` on this machine (all sides 8 times as long
-    on CUDA, where the product would be over before the wait for it), measured for about `seconds`.
+    """The median FLOP/s of a (4096, 256) by (256, 1024) product in `dtype`; all sides are 8 times as long on CUDA,
+    where the product would be over before the wait for it.
     """
     rows, inner, columns = (8 * side if device.type == "cuda" else side for side in (4096, 256, 1024))
     a = torch.randn(rows, inner, device=device).to(dtype)
@@ -161,10 +154,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2)
 
 def training_flops_per_second(device: torch.device, dtype: torch.dtype, seconds: float = 0.1) -> float:
     """The median FLOP/s of the forward and backward pass of one plain transformer layer of width 256 (1,024 on CUDA)
-    on 2,048 tokens (16,384), eager, measured for about `seconds`.
-
-    Unlike `matmul_flops` it also pays for attention and for what moves memory, in the proportion of a real layer, so
-    it says how long training takes on machines of any balance.
+    on 2,048 tokens (16,384), eager: unlike `matmul_flops` it pays for attention and for what moves memory too.
     """
     width, rows = (1024, 64) if device.type == "cuda" else (256, 8)
     shapes = ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width))
@@ -183,7 +173,7 @@ def training_flops_per_second(device: torch.device, dtype: torch.dtype, seconds:
     return rows * 256 * (6 * 12 * width**2 + 12 * width * 256) / _median_seconds(train, device, seconds)
 
 
-def _median_seconds(function: Callable, device: torch.device, seconds: float) -> float:
+def _median_seconds(function, device, seconds):
     """Of the calls within about `seconds`, except for the first."""
     times, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end or len(times) < 4:
@@ -209,12 +199,6 @@ def peak_memory_bytes(device: torch.device) -> int:
     # first choice, because getrusage also counts the process that started this one
     peak = _proc_value("/proc/self/status", "VmHWM")
     return int(peak.split()[0]) * 1024 if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def forget_peak_memory(device: torch.device) -> None:
-    """On a GPU, let `peak_memory_bytes` start again from what is held now."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -277,12 +261,11 @@ def main() -> None:
     device = find_device()
     configure(device)
     dtype, reason = find_dtype("auto", device)
-    compiler = shutil.which("g++") or shutil.which("clang++") or "none: on the CPU torch.compile falls back to eager"
     print(f"python     {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}")
     print(f"device     {device} ({device_name(device)}), {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     print(f"GPUs       {torch.cuda.device_count()}")
     print(f"precision  {str(dtype).removeprefix('torch.')} ({reason})")
-    print(f"compiler   {compiler}")
+    print(f"compiler   {_cpp_compiler() or 'none: on the CPU torch.compile falls back to eager'}")
     for name in ("float32", "bfloat16"):
         print(f"matmul     {matmul_flops(device, DTYPES[name]) / 1e9:,.0f} GFLOP/s in {name}")
     print(f"memory     {memory_bytes(device) / 2**30:.1f} GiB")

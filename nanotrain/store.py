@@ -25,7 +25,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from nanotrain.errors import CheckpointError, SupersededError
+from nanotrain.errors import CheckpointError, RunError
 
 FORMAT = 2  # of what is in the files too: state.json and the names of tensors
 MANIFEST, OWNER = "manifest.json", "owner.json"
@@ -122,7 +122,7 @@ class Store:
         """Write {file name: function that gives its bytes} as the set of `step`, and return its folder.
 
         One file is in memory at a time. The set is there as a whole or not at all, and no other set is lost. Raises
-        OSError (as on a full disk) and SupersededError (the run is no longer that of `owner`); neither leaves a part of
+        OSError (as on a full disk) and RunError (the run is no longer that of `owner`); neither leaves a part of
         the set behind.
         """
         assert set(files) == self.names
@@ -161,7 +161,7 @@ class Store:
         best, and the one resumed from until two newer ones are there.
 
         Only sets that verify count, each read once by a process. One that cannot be read, which may pass, goes only
-        when `keep_last` newer ones verify. Raises SupersededError as `commit` does.
+        when `keep_last` newer ones verify. Raises RunError as `commit` does.
         """
         self.check_owner(owner)
         self._sweep()
@@ -192,12 +192,12 @@ class Store:
         return owner
 
     def check_owner(self, owner: str | None) -> None:
-        """Raise SupersededError unless the last `claim` of the run returned `owner`; None may always write.
+        """Raise RunError unless the last `claim` of the run returned `owner`; None may always write.
 
         Raises OSError if the claim cannot be read, as when the run's folder was removed.
         """
         if owner is not None and self.disk.read(self.run_dir / OWNER, SMALL_FILE) != _owner_file(owner):
-            raise SupersededError(
+            raise RunError(
                 f"another process has taken over {self.run_dir}: that newer one goes on, this one stops and saves "
                 "nothing more"
             )

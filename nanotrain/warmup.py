@@ -40,7 +40,8 @@ def largest_batch_that_fits(dist: DistContext, model: GPT, most: int) -> int:
     batch_size = dist.largest_that_fits(most, attempt)
     if not batch_size:
         raise MemoryLimitError(f"out of memory with a single sequence: {_less_memory(1, model)}")
-    hardware.forget_peak_memory(dist.device)  # of the trials
+    if dist.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(dist.device)  # not of the trials
     return batch_size
 
 
@@ -82,7 +83,8 @@ def compile_and_warm_up(dist: DistContext, model: GPT, batch_size: int, mode: st
 def _compile(dist, model, batch_size):
     """Compile in a first pass. Returns why that failed, or ""."""
     for attempt in range(2):  # torch's parallel compilers sometimes read a header that is only half written
-        hardware.trust_cpu_flags(attempt == 0)
+        # At first trust the CPU's flags for vector instructions: torch's own test of them takes as long as a model.
+        torch._inductor.config.cpp.vec_isa_ok = True if attempt == 0 else None
         model.compile_parts()
         try:
             dist.print0(f"compile    ready in {one_pass(dist, model, batch_size):.0f} s")

@@ -33,7 +33,7 @@ from nanotrain import (
 from nanotrain.checkpoint import CheckpointManager, Restored
 from nanotrain.dataloader import DataLoader, Prefetcher, TrainData
 from nanotrain.dist import DistContext, init_distributed, is_lost_peer
-from nanotrain.errors import MemoryLimitError, RankError, UserError
+from nanotrain.errors import MemoryLimitError, RunError, UserError
 from nanotrain.evals import Evals, EvalSettings
 from nanotrain.files import write_json
 from nanotrain.gpt import GPT
@@ -139,7 +139,7 @@ def main() -> None:
     except (RuntimeError, MemoryError) as error:
         if is_lost_peer(error):
             message = "another rank has ended, and says why itself: --resume goes on from the last checkpoint"
-            raise RankError(message) from None
+            raise RunError(message) from None
         if not hardware.is_out_of_memory(error):
             raise
         smaller = "a smaller --depth or --spectral-tokens=0"

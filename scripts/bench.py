@@ -13,6 +13,7 @@ product, measured right before; "first s" is the first call, compilation include
 import itertools
 import math
 import multiprocessing
+import os
 import random
 import re
 import signal
@@ -174,7 +175,7 @@ def measurement(settings: dict, cache_dir: str, prepare: Callable, case: dict) -
     """In the process of a case: the next of its `measurements`, with the settings of the program."""
     if not WORKER:
         globals().update(settings)
-        hardware.use_compile_cache(cache_dir)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache_dir
         WORKER.append(measurements(prepare, case))
     return next(WORKER[0])
 
@@ -272,7 +273,7 @@ def training(
         model.checkpoint_activations()
     compile = compile or ("block" if compiles() else "off")
     if compile != "off":
-        hardware.trust_cpu_flags(True)
+        torch._inductor.config.cpp.vec_isa_ok = True  # its test programs take as long as a model
         model.compile(dynamic=False) if compile == "whole" else model.compile_parts()
 
     def step():

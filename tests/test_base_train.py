@@ -42,7 +42,7 @@ from nanotrain import (
     warmup,
 )
 from nanotrain.dist import DistContext
-from nanotrain.errors import CheckpointError, DataError, MemoryLimitError, NonFiniteError, SupersededError, UserError
+from nanotrain.errors import CheckpointError, DataError, MemoryLimitError, NonFiniteError, RunError, UserError
 from nanotrain.gpt import GPT
 from nanotrain.run_plan import RunPlan
 from nanotrain.tokenizer import BPETokenizer
@@ -293,7 +293,7 @@ def test_a_node_with_other_files_than_rank_0_is_named(data_dir, tokenizer, tmp_p
             return of_main[0]
 
     of_main, shards = [], dataset.open_shards(data_dir)
-    place = Second(1, 0, 1, torch.device("cpu"), torch.float32, "test")
+    place = Second(1, 1, torch.device("cpu"), torch.float32, "test")
     for _ in range(2):
         dataloader.check_nodes(place, tokenizer, shards)
     with pytest.raises(DataError, match="rank 1 has not the shards"):
@@ -794,7 +794,7 @@ def test_the_best_checkpoint_is_one_that_was_saved_and_the_older_ones_may_fail_t
 def test_the_older_of_two_jobs_on_one_run_stops_before_it_overwrites(train, at_step, base_dir):
     run = base_dir / "runs" / "r"
     at_step(4, store.Store(run, ()).claim)
-    with pytest.raises(SupersededError) as caught:
+    with pytest.raises(RunError) as caught:
         train(SAVE_EVERY=3)
     assert caught.value.exit_code == 1
     assert checkpoint.steps(run) == [3]

@@ -14,7 +14,7 @@ from conftest import ROOT
 
 from nanotrain import hardware
 from nanotrain.dist import init_distributed
-from nanotrain.errors import DataError, FileError, UserError
+from nanotrain.errors import DataError, RunError, UserError
 
 pytestmark = pytest.mark.usefixtures("own_process_state")
 
@@ -26,7 +26,7 @@ def test_one_process_needs_no_environment(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "")  # counts as unset
     dist = init_distributed(device="cpu", dtype="float32", seed=3)
-    assert (dist.rank, dist.local_rank, dist.world_size, dist.is_rank0) == (0, 0, 1, True)
+    assert (dist.rank, dist.world_size, dist.is_rank0) == (0, 1, True)
     assert (dist.device, dist.dtype, dist.dtype_reason) == (torch.device("cpu"), torch.float32, "as asked")
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.utils.deterministic.fill_uninitialized_memory
@@ -114,7 +114,7 @@ def test_one_rank_is_a_world_of_its_own():
     assert (dist.broadcast_object(value), dist.all_gather_objects(value)) == (value, [value])
     for shared in (dist.on_rank0, dist.on_all_ranks):
         assert shared(lambda: 5) == 5
-        with pytest.raises(FileError, match="No space left: /x"):
+        with pytest.raises(RunError, match="No space left: /x"):
             shared(lambda: fail(OSError(28, "No space left", "/x")))
         with pytest.raises(ZeroDivisionError):  # what only a programmer can break is not hidden
             shared(lambda: 1 / 0)

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT
 
 from nanotrain import guard
-from nanotrain.errors import RankError
+from nanotrain.errors import RunError
 
 # ---- a request to stop ----
 
@@ -176,5 +176,5 @@ def test_ranks_that_hold_other_weights_are_named_on_all():
     same = guard.checksum(tensors)
     guard.check_replicas(among(same, same), tensors, 7)
     guard.check_replicas(among(same + 1), tensors, 7, every=5)
-    with pytest.raises(RankError, match="weights of rank 1, 3"):
+    with pytest.raises(RunError, match="weights of rank 1, 3"):
         guard.check_replicas(among(same + 1, same, same - 1), tensors, 7)
