@@ -1,6 +1,5 @@
 """Ranks: the place of this process in the run, its process group, and collectives on tensors and small objects."""
 
-import gc
 import os
 import time
 import uuid
@@ -34,7 +33,6 @@ class DistContext:
         return self.rank == 0
 
     def print0(self, text: str) -> None:
-        """Print on rank 0 only."""
         if self.is_rank0:
             print(text, flush=True)
 
@@ -136,28 +134,6 @@ class DistContext:
             if found:
                 raise found
         return result
-
-    def largest_that_fits(self, most: int, attempt: Callable[[int], Any]) -> int:
-        """The first of `most`, half of it, ... 1 with which `attempt(number)` runs out of memory on no rank, else 0.
-        All ranks try the same numbers; `attempt` must not wait for another rank.
-        """
-        number = most
-        while number:
-            failed = False
-            try:
-                attempt(number)
-            except (RuntimeError, MemoryError) as error:
-                if not hardware.is_out_of_memory(error):
-                    raise
-                failed = True
-            # Only here, where the error and the frames of its traceback have gone, can their tensors go too.
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            if not any(self.all_gather_objects(failed)):
-                break
-            number //= 2
-        return number
 
     def close(self) -> None:
         if self.world_size > 1:

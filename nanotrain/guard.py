@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from types import FrameType
 
 import torch
 
@@ -29,13 +28,11 @@ class StopRequest:
     """
 
     def __init__(self, prints: bool):
-        """prints: whether this rank confirms the request on the terminal."""
         self.requested, self.since, self.prints = False, 0.0, prints
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self.handle)
+            signal.signal(number, self._handle)
 
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler."""
+    def _handle(self, number, frame):
         # torchrun passes the terminal's Ctrl-C on, so that one keystroke arrives twice
         if self.requested and number == signal.SIGINT and time.monotonic() - self.since > 1:
             os._exit(130)
@@ -53,7 +50,6 @@ class Watchdog:
     TICK_SECONDS = 0.25
 
     def __init__(self, seconds: float, rank: int = 0):
-        """seconds: until the first `beat`."""
         self._rank, self._closed = rank, threading.Event()
         self.beat(seconds)
         self._thread = threading.Thread(target=self._watch, name="nanotrain-watchdog", daemon=True)
@@ -85,11 +81,6 @@ def too_many_skipped(skipped: Sequence[int], step: int) -> bool:
     """Whether a run should end. skipped: the steps without an update, in order; the last of them is `step`."""
     in_a_row = skipped[-NON_FINITE_IN_A_ROW:] == list(range(step - NON_FINITE_IN_A_ROW + 1, step + 1))
     return in_a_row or sum(other > step - NEARBY_STEPS for other in skipped) >= NON_FINITE_NEARBY
-
-
-def lower_rates(matrix_lr: float) -> str:
-    """What to try after numbers that were not finite."""
-    return f"Lower the rates (--matrix-lr={matrix_lr / 2:g})"
 
 
 def deviations(losses: Sequence[float], loss: float) -> float:

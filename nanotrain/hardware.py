@@ -23,19 +23,9 @@ STARTED = time.monotonic()  # about when the process started: this module is imp
 
 # Dense bf16 FLOP/s as the vendors publish them, by a part of the device's name; the first match counts.
 PEAK_FLOPS = {
-    "GB200": 2.5e15,
-    "B200": 2.25e15,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A10G": 70e12,
-    "RTX 5090": 209.5e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
-}
+    "GB200": 2.5e15, "B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+    "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
+}  # fmt: skip
 
 
 def find_device(name: str = "auto", local_rank: int = 0) -> torch.device:
@@ -103,11 +93,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that the device or the machine has no memory left."""
     texts = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")  # of the CPU, of a GPU, of its libraries
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts)
-
-
-def use_tokenizer_threads(parallel: bool) -> None:
-    """Let each call of the tokenizers library use all cores, or only the thread that makes it."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "true" if parallel else "false"
 
 
 def can_compile() -> bool:

@@ -1,6 +1,7 @@
 """Between building a model and its first step: the largest batch that fits, compilation, and the time of a pass."""
 
 import contextlib
+import gc
 import time
 from collections.abc import Iterator
 
@@ -27,22 +28,28 @@ def largest_batch_that_fits(dist: DistContext, model: GPT, most: int) -> int:
     """The first of `most` sequences, half of it, and so on, whose forward and backward pass fits on every rank beside
     weights and optimizer state. No weight changes. Raises MemoryLimitError if not even one does.
     """
-
-    def attempt(batch_size):
-        # Eager, which takes no less memory than compiled code, and no minute of compilation for each size.
-        with torch.compiler.set_stance("force_eager"):
-            try:
+    batch_size = most
+    while batch_size:
+        try:
+            # Eager, which takes no less memory than compiled code, and no minute of compilation for each size.
+            with torch.compiler.set_stance("force_eager"):
                 for _ in range(2):  # the second with the gradients there, as micro-steps have them
                     one_pass(dist, model, batch_size)
-            finally:
-                model.zero_grad()
-
-    batch_size = dist.largest_that_fits(most, attempt)
-    if not batch_size:
-        raise MemoryLimitError(f"out of memory with a single sequence: {_less_memory(1, model)}")
-    if dist.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(dist.device)  # not of the trials
-    return batch_size
+            failed = False
+        except (RuntimeError, MemoryError) as error:
+            if not hardware.is_out_of_memory(error):
+                raise
+            failed = True
+        # Only here, where the error and the frames of its traceback have gone, can their tensors go too.
+        model.zero_grad()
+        gc.collect()
+        if dist.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(dist.device)
+        if not any(dist.all_gather_objects(failed)):
+            return batch_size
+        batch_size //= 2
+    raise MemoryLimitError(f"out of memory with a single sequence: {_less_memory(1, model)}")
 
 
 def one_pass(dist: DistContext, model: GPT, batch_size: int) -> float:

@@ -382,7 +382,7 @@ def open_reader(seq_len: int, threads: int) -> dataloader.SequenceReader:
     """The train sequences as a run reads them."""
     tokenizer = BPETokenizer.load(paths.tokenizer_dir(TOKENIZER_DIR))
     slices = dataloader.slices_of(dataset.open_shards(paths.data_dir(DATA_DIR)).train, NUM_STREAMS)
-    hardware.use_tokenizer_threads(False)  # the reader has threads of its own
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the reader has threads of its own
     return dataloader.SequenceReader(slices, tokenizer, seq_len, NUM_STREAMS, seed=1337, threads=threads)
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from nanotrain import checkpoint, config, errors
 from nanotrain.errors import CheckpointError, UserError
+from nanotrain.store import Store
 from nanotrain.tokenizer import BPETokenizer
 from tests.conftest import ROOT, TINY_RUN, make_shards, make_texts
 
@@ -91,7 +92,7 @@ def soak(folder):
             if not victim.wait_for(reached):
                 raise SoakError(f"the run ended after {result.kills} kills: --num-iterations={num_iterations} is few")
             time.sleep(delay)
-            seen = max(checkpoint.steps(victim.run), default=0)
+            seen = max(Store(victim.run).steps(), default=0)
             victim.process.kill()
             victim.process.wait()
             result.kills += 1
@@ -121,7 +122,7 @@ class Training:
     def __init__(self, folder, name, settings):
         self.run, self.log = folder / "runs" / name, folder / f"{name}.log"
         self.checkpoints, self.metrics = self.run / "checkpoints", self.run / "metrics.jsonl"
-        self.first_step = max(checkpoint.steps(self.run), default=0)
+        self.first_step = max(Store(self.run).steps(), default=0)
         self.old_names = set(self.names())
         self.old_metrics = self.metrics.stat().st_ino if self.metrics.exists() else None
         options = flags(**TINY, **settings, RUN_NAME=name, RESUME=True)
@@ -211,7 +212,7 @@ def after_a_kill(run, seen, first_step, output):
     have gone on. output: what it printed.
     """
     try:
-        step = checkpoint.newest(run)[0] or 0
+        step = Store(run).newest()[0] or 0
     except CheckpointError as error:
         return 0, [str(error)]
     problems = [] if step >= seen else [f"step {seen} was saved, but the newest that verifies is step {step}"]
@@ -225,7 +226,7 @@ def differences(first, second):
     """Sentences that say where two finished runs differ in what must be equal to the bit."""
     found, contents = [], []
     for run in (first, second):
-        step, files, _ = checkpoint.newest(run)
+        step, files, _ = Store(run).newest()
         state = checkpoint.unpack(files)[2]
         for name in ("seconds", "evaluation_seconds", "core_seconds"):
             del state["train_state"][name]

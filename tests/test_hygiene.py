@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import TINY_RUN, make_shards, make_texts
 
-from nanotrain import checkpoint, config, corpus, dataloader, dataset
+from nanotrain import config, corpus, dataloader, dataset
+from nanotrain.store import Store
 
 
 def documents_of_an_epoch(folder, tokenizer, num_tokens, seq_len=64):
@@ -81,6 +82,6 @@ def test_bad_data_of_one_rank_stops_all_in_the_same_step(run_script, tokenizer, 
     run = base_dir / "runs" / "r"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last_step = max(row["step"] for row in rows if "train/loss" in row)
-    assert checkpoint.steps(run) == [last_step]
+    assert Store(run).steps() == [last_step]
     read_by_rank_0 = [text for group in order[::2] for text in dataset.read_texts(path, group)]
     assert 64 * last_step < tokens_of(read_by_rank_0, tokenizer), "so far rank 0 had no need of the bad one"

@@ -226,7 +226,7 @@ class Place(DistContext):
 
 
 def place_among(world_size, rank):
-    return Place(rank, rank, world_size, torch.device("cpu"), torch.float32, "test")
+    return Place(rank, world_size, torch.device("cpu"), torch.float32, "test")
 
 
 def test_what_is_updated_travels_while_the_rest_is_worked_on(monkeypatch):

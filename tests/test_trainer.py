@@ -9,13 +9,13 @@ import pytest
 import torch
 from conftest import ALONE
 
-from nanotrain import checkpoint, guard, hardware, loss_eval, optim, recipe, time_budget
+from nanotrain import checkpoint, guard, hardware, loss_eval, optim, recipe, trainer
 from nanotrain.checkpoint import CheckpointManager, parsed
 from nanotrain.errors import CheckpointError, NonFiniteError
 from nanotrain.evals import Evals, EvalSettings
 from nanotrain.gpt import GPTConfig
-from nanotrain.time_budget import TimeBudget
-from nanotrain.trainer import StepResult, TrainState, TrainStep
+from nanotrain.store import Store
+from nanotrain.trainer import StepResult, TimeBudget, TrainState, TrainStep
 
 RESULT = StepResult(2.0, 1.0, 7, 64, 0, stop_requested=False, seconds=0.5)
 RECIPE = recipe.Recipe(0.04, 0.3, 0.005, 0.05, 0.0, 0.0, "wsd", 0.1, 0.5, 0.0, False, 0.85, 0.95, 0.9, 0.3)
@@ -144,7 +144,7 @@ def test_a_step_that_is_not_finite_updates_nothing_and_names_the_parameter(step)
 @pytest.fixture
 def budget(monkeypatch):
     monkeypatch.setattr(hardware, "seconds_since_start", lambda: 19.0)
-    return TimeBudget(2.0, 0, 0, 0.0, 1.0, ALONE, Events())
+    return TimeBudget(2.0, 0, 0, 0.0, 1.0, ALONE, Events().append)
 
 
 def test_a_timed_run_is_estimated_before_its_first_step_and_corrected_once_after_a_quarter(budget):
@@ -163,7 +163,7 @@ def test_a_timed_run_is_estimated_before_its_first_step_and_corrected_once_after
     assert (state.num_steps, state.horizon_fixed) == (220, True)  # 100 s of 0.5 s each, from step 20
     assert state.progress(21) == pytest.approx((19.5 + 0.75 / 200 * 80 * 0.5 + 0.125) / 80, abs=0.01)
     budget.refit(replace(state, step=100))
-    assert len(budget.metrics) == 1
+    assert len(budget.say.__self__) == 1
 
     not_timed = TrainState(num_steps=7, horizon_fixed=True)
     budget.refit(not_timed)
@@ -174,7 +174,7 @@ def test_smaller_batches_count_only_until_there_is_a_full_one(budget):
     for tokens in (16, 64, 16):
         budget.add(replace(RESULT, tokens=tokens), 64)
     assert list(budget.step_seconds) == [2.0, 0.5]
-    assert budget.step_limit_seconds == time_budget.STEP_SECONDS
+    assert budget.step_limit_seconds == trainer.STEP_SECONDS
 
 
 # ---- checkpoints ----
@@ -193,7 +193,7 @@ def test_smaller_batches_count_only_until_there_is_a_full_one(budget):
 )
 def test_when_a_checkpoint_is_due(tmp_path, step, evals_step, best_step, final, due):
     manager = CheckpointManager(tmp_path, ALONE, save_every=5)
-    manager.saved = (0, -1) if step == 0 else (3, 3)
+    manager.saved = TrainState() if step == 0 else TrainState(step=3, evals_step=3)
     state = TrainState(num_steps=9, step=step, evals_step=evals_step, best_step=best_step)
     assert manager.due(state, final) is due
 
@@ -215,14 +215,14 @@ def test_a_save_that_failed_is_made_up_before_a_data_error(tmp_path, monkeypatch
 
     monkeypatch.setattr(checkpoint, "save", saving)
     state, manager, events = TrainState(num_steps=9, step=5), CheckpointManager(tmp_path, ALONE, save_every=5), Events()
-    manager.begin(state, {"recipe": asdict(RECIPE)}, events, lambda seconds: None)
+    manager.begin(TrainState(), {"recipe": asdict(RECIPE)}, events, lambda seconds: None)
     manager.owner = None
     manager.save(state, step, Loader(50))
-    assert checkpoint.steps(tmp_path) == []
+    assert Store(tmp_path).steps() == []
     full.clear()
     with pytest.raises(CheckpointError, match="the data"):
         manager.save_then_raise(state, step, Loader(50))
-    assert checkpoint.steps(tmp_path) == [5]
+    assert Store(tmp_path).steps() == [5]
     assert ["could not be written" in event for event in events] == [True, False]
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from nanotrain import checkpoint
+from nanotrain.store import Store
 from tests import soak
 
 STEPS, SAVED, FEW_STEPS = 20, 10, 5
@@ -77,7 +78,7 @@ class Worlds:
 
     def checkpoint(self, name):
         """({name: tensor} of weights and optimizer state, state) of the newest checkpoint."""
-        weights, moments, state = checkpoint.unpack(checkpoint.newest(self.folder / "runs" / name)[1])
+        weights, moments, state = checkpoint.unpack(Store(self.folder / "runs" / name).newest()[1])
         return {**weights, **moments}, state
 
     def gradients(self, name):
@@ -176,7 +177,7 @@ def test_gradients_that_are_not_averaged_are_noticed_though_all_ranks_hold_the_s
 def test_parameters_that_are_not_sent_are_noticed_before_a_save(worlds):
     assert 0 not in worlds.codes["unsent"]
     assert f"step {STEPS}: the weights of rank 1 are not those of rank 0" in worlds.log("unsent", 0)
-    assert checkpoint.steps(worlds.folder / "runs" / "unsent") == []
+    assert Store(worlds.folder / "runs" / "unsent").steps() == []
 
 
 @pytest.mark.slow
