@@ -40,13 +40,11 @@ T = TypeVar("T")
 Tensors = dict[str, Tensor]  # by name
 
 
-def save(
-    run_dir: Path, step: int, model_tensors: Tensors, optimizer_tensors: Tensors, state: dict, owner: str | None = None
-) -> Path:
+def save(run_dir: Path, step: int, weights: Tensors, moments: Tensors, state: dict, owner: str | None = None) -> Path:
     """Write the checkpoint of `step`, and return its folder: see `Store.commit`."""
     files = {
-        MODEL: lambda: tensor_bytes(_plain(model_tensors)),
-        OPTIMIZER: lambda: tensor_bytes(_plain(optimizer_tensors)),
+        MODEL: lambda: tensor_bytes(_plain(weights)),
+        OPTIMIZER: lambda: tensor_bytes(_plain(moments)),
         STATE: lambda: json.dumps(state, indent=1, allow_nan=False).encode(),
     }
     return Store(run_dir).commit(step, files, owner)
@@ -65,9 +63,7 @@ def unpack(files: dict[str, bytes]) -> tuple[Tensors, Tensors, dict]:
 
 
 def find_run(name: str = "") -> Path:
-    """The folder of the run `name`, or of the run that was saved last; `wandb:ENTITY/PROJECT/NAME:ALIAS` is an artifact
-    of one, which is fetched. Raises CheckpointError if there is none.
-    """
+    """The folder of the run `name` or of the one saved last; `wandb:ENTITY/PROJECT/NAME:ALIAS` is fetched first."""
     if name.startswith(WANDB_PREFIX):
         return fetch_artifact(name, paths.artifacts_dir())
     if name:
@@ -144,16 +140,14 @@ def parsed(kind: type[T], saved: object) -> T:
 class Restored:
     """A checkpoint that a run goes on from."""
 
-    state: dict
     model_tensors: Tensors
     optimizer_tensors: Tensors
+    state: dict
     changed: set[str] = field(default_factory=set)  # settings that are other than in the checkpoint
 
     def check(self, data: TrainData, cfg: SimpleNamespace, defaults: dict, identity: tuple, trajectory: tuple) -> None:
-        """Find `changed`. Raises DataError if tokenizer or data differ, and UserError if settings do that may not.
-
-        defaults: {name: value} of settings that are newer than the checkpoint. identity: names of those that cannot
-        change within a run; trajectory: of those that can if ALLOW_CHANGE names them.
+        """Find `changed`. Raises DataError if tokenizer or data differ, and UserError if settings do that may not: of
+        `identity` none may, of `trajectory` those in ALLOW_CHANGE. defaults: of settings newer than the checkpoint.
         """
         if self.state["tokenizer_sha256"] != data.tokenizer.sha256():
             raise DataError("the tokenizer is not that of this run: give its folder with --tokenizer-dir")
@@ -190,8 +184,8 @@ class Restored:
 
 
 class CheckpointManager:
-    """The checkpoints of one run: which to go on from, when to save, what to save, which to keep. A few that cannot be
-    written do not end the run. Call `restore`, then `claim`, then `begin`, then `save` as often as it is due.
+    """The checkpoints of one run. Call `restore`, then `claim`, then `begin`, then `save` as often as it is due. A few
+    that cannot be written do not end the run.
 
     There is no state of a random number generator: after initialization nothing is drawn.
     """
@@ -200,35 +194,30 @@ class CheckpointManager:
         """save_every, keep_every: steps; 0: never."""
         self.run_dir, self.dist, self.store = run_dir, dist, Store(run_dir)
         self.save_every, self.keep_last, self.keep_every = save_every, keep_last, keep_every
-        self.resumed_step = None
-        self.failures = 0  # consecutive
+        self.failures, self.resumed_step = 0, None  # failures: consecutive
 
     def restore(self, resume: bool) -> Restored | None:
-        """The newest checkpoint that verifies, on every rank; None for a new run. Raises UserError if there is a
-        checkpoint and `resume` is False.
-        """
-        files_of_rank0 = {}
+        """The newest checkpoint that verifies, on every rank; None for a new run, which must have no checkpoint."""
+        files = {}  # of rank 0, which has read them to find the step
 
         def find():
             if resume:
-                step, files_of_rank0["files"], complaints = self.store.newest()
+                step, found, complaints = self.store.newest()
+                files.update(found or {})
                 return step, complaints
             if there := self.store.steps():
                 begun = f"run {self.run_dir.name!r} is already at step {there[0]}"
                 raise UserError(f"{begun}: go on with --resume, or choose another --run-name")
             return None, []
 
-        step, complaints = self.dist.on_rank0(find)
+        self.resumed_step, complaints = self.dist.on_rank0(find)
         for complaint in complaints:
             self.dist.print0(f"not used: {complaint}")
-        if step is None:
+        if self.resumed_step is None:
             return None
-        model_tensors, optimizer_tensors, state = self.dist.on_all_ranks(
-            lambda: unpack(files_of_rank0.pop("files", None) or self.store.read(step))
-        )
-        self.dist.print0(f"resume     {self.run_dir.name} at step {step}")
-        self.resumed_step = step
-        return Restored(state, model_tensors, optimizer_tensors)
+        tensors_and_state = self.dist.on_all_ranks(lambda: unpack(files or self.store.read(self.resumed_step)))
+        self.dist.print0(f"resume     {self.run_dir.name} at step {self.resumed_step}")
+        return Restored(*tensors_and_state)
 
     def claim(self, tokenizer: BPETokenizer) -> None:
         """Make this process the one that writes to the run's folder, and put the tokenizer there."""
@@ -240,8 +229,8 @@ class CheckpointManager:
         self.record, self.metrics, self.beat, self.saved = record, metrics, beat, replace(state)
 
     def due(self, state: TrainState, is_final: bool) -> bool:
-        """Whether to save after this step: on schedule, at the end, if it is the best, and if evaluations that a stop
-        had left out were made up. Never twice for the same state, and not before the first step.
+        """Whether to save: on schedule, at the end, if it is the best, or if evaluations that a stop had left out were
+        made up. Never twice for the same state, and not before the first step.
         """
         if state.step == self.saved.step:
             return state.step > 0 and state.evals_step != self.saved.evals_step
@@ -302,9 +291,7 @@ class CheckpointManager:
 def load_first_weights(
     dist: DistContext, source: str, model_config: GPTConfig, tokenizer: BPETokenizer
 ) -> tuple[Tensors, GPTConfig]:
-    """(weights, configuration) of the newest checkpoint of the run `source`, for a new run to begin with. Raises
-    CheckpointError (there is none), DataError (another tokenizer) or UserError (a shape other than `model_config`).
-    """
+    """(weights, configuration) of the run `source`, for a new run of the same tokenizer and shape to begin with."""
     run_dir = dist.on_rank0(lambda: find_run(source))
 
     def load():

@@ -96,9 +96,7 @@ def _parsed(text, default, flag):
 def check_numbers(
     given: SimpleNamespace, at_least_one: Iterable[str] = (), fractions: Iterable[str] = (), unset: Iterable[str] = ()
 ) -> None:
-    """Raise UserError unless each number is from 0 (those `at_least_one`: 1) to 2^63 - 1 (the `fractions`: 1). Those
-    that may be left `unset` may also be -1.
-    """
+    """Raise UserError unless numbers are 0 (`at_least_one`: 1) to 2^63 - 1 (`fractions`: 1), or -1 where `unset`."""
     for name, value in vars(given).items():
         least, most = int(name in at_least_one), 1 if name in fractions else 2**63 - 1
         is_unset = value == -1 and name in unset

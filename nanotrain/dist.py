@@ -81,8 +81,7 @@ class DistContext:
         return torch.cat([part[:size] for part, size in zip(joined, sizes, strict=True)])
 
     def broadcast_owned(self, owned: list[list[torch.Tensor]]) -> Callable[[], None]:
-        """Start sending every rank the tensors that each rank owns; returns a function that waits for all of them.
-
+        """Start sending every rank the tensors that each rank owns, and return a function that waits for all of them.
         owned: for each rank its 1-D contiguous tensors of one dtype, which the other ranks overwrite.
         """
         sent, joined = [], []
@@ -103,9 +102,7 @@ class DistContext:
         return wait
 
     def gather_to_rank0(self, part: torch.Tensor, sizes: list[int]) -> torch.Tensor | None:
-        """On rank 0 the 1-D tensors of all ranks joined in rank order (on the CPU where there are several); None on the
-        others. sizes: of all parts.
-        """
+        """On rank 0 the 1-D tensors of all ranks, of these `sizes`, joined on the CPU; None on the others."""
         if self.world_size == 1:
             return part
         if not self.is_rank0:
@@ -143,10 +140,8 @@ class DistContext:
 def init_distributed(
     device: str = "auto", dtype: str = "auto", seed: int = 1337, deterministic: bool = True
 ) -> DistContext:
-    """Set up this process, with a process group if torchrun started more than one, and return its DistContext.
-
-    device: auto, cuda, mps or cpu. dtype: auto, bfloat16, float16 or float32. `deterministic` asks torch for
-    repeatable kernels (always used on the CPU). Raises UserError for what this machine does not have.
+    """Set up this process, with a process group if torchrun started more than one. `deterministic` asks torch for
+    repeatable kernels, which the CPU always uses. Raises UserError for what this machine does not have.
     """
     config.choice("DEVICE", device, ("auto", "cuda", "mps", "cpu"))
     config.choice("DTYPE", dtype, ("auto", *hardware.DTYPES))
@@ -198,10 +193,8 @@ def _join(device, world_size):
 
 
 def _name_of_attempt(store, rank, world_size):
-    """A name that rank 0 draws for this start of the ranks and that all of them get.
-
-    torchrun (2.13) hands restarted ranks the store of those it has ended, with addresses where nobody listens any more.
-    So every rank asks for the name under a key of its own, and rank 0 answers until all have it.
+    """A name that rank 0 draws for this start of the ranks: torchrun (2.13) hands restarted ranks the store of those it
+    has ended, with addresses where nobody listens any more. Every rank asks for it under a key of its own.
     """
     if rank:
         key = uuid.uuid4().hex

@@ -23,9 +23,7 @@ CHECK_REPLICAS_EVERY = 500  # steps
 
 
 class StopRequest:
-    """SIGTERM, SIGUSR1 (Slurm's warning) and Ctrl-C only set a flag, which all ranks share at the end of the step; a
-    second Ctrl-C ends the process at once.
-    """
+    """SIGTERM, SIGUSR1 (Slurm's warning) and Ctrl-C set a flag; a second Ctrl-C ends the process at once."""
 
     def __init__(self, prints: bool):
         self.requested, self.since, self.prints = False, 0.0, prints
@@ -78,7 +76,7 @@ class Watchdog:
 
 
 def too_many_skipped(skipped: Sequence[int], step: int) -> bool:
-    """Whether a run should end. skipped: the steps without an update, in order; the last of them is `step`."""
+    """Whether a run should end. skipped: the steps without an update, of which `step` is the last."""
     in_a_row = skipped[-NON_FINITE_IN_A_ROW:] == list(range(step - NON_FINITE_IN_A_ROW + 1, step + 1))
     return in_a_row or sum(other > step - NEARBY_STEPS for other in skipped) >= NON_FINITE_NEARBY
 

@@ -42,7 +42,7 @@ def find_device(name: str = "auto", local_rank: int = 0) -> torch.device:
 
 
 def find_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of matrix products and the reason for it; `auto` takes the fastest that is safe on the device."""
+    """The dtype of matrix products, and the reason for it; `auto` is the fastest that is safe on the device."""
     if name != "auto":
         return DTYPES[name], "as asked"
     if device.type == "cuda":
@@ -80,7 +80,7 @@ def configure(device: torch.device, seed: int = 1337, deterministic: bool = True
 
 
 def give_back_freed_memory() -> None:
-    """Return to the system what `configure` lets glibc keep, before something else needs memory in large blocks."""
+    """Return to the system what `configure` lets glibc keep, before something needs memory in large blocks."""
     _call_glibc("malloc_trim", 0)
 
 
@@ -171,10 +171,8 @@ def _median_seconds(function, device, seconds):
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done all its work, so that a clock reading means something."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -203,7 +201,6 @@ def free_memory_bytes(device: torch.device) -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """The device as its maker calls it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return _proc_value("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()

@@ -34,9 +34,7 @@ class MetricLogger:
     def __init__(
         self, run_dir: Path, num_steps: int, first_step: int = 0, enabled: bool = True, peak_speed: float = 0.0
     ):
-        """first_step: the step resumed from; rows of later ones are removed. enabled: False on all ranks but 0.
-        peak_speed: tokens per second at the peak FLOP/s of all devices, for train/mfu; 0 if that is not known.
-        """
+        """enabled: False on all ranks but 0. peak_speed: tokens per second at the devices' peak FLOP/s; 0: unknown."""
         self.enabled, self._run_dir, self._peak_speed, self._loss = enabled, Path(run_dir), peak_speed, math.nan
         self._wandb, self._wandb_every, self._evaluation, self._write_failed = None, 1, {}, False
         self._last_line = -math.inf
@@ -183,12 +181,8 @@ class WandbRun:
     queue. The first exception is a line in the log, and the end of wandb. Only `close` waits.
     """
 
-    def __init__(
-        self, run_dir: Path, mode: str, labels: dict, record: dict, run_id: str | None, say: Callable[[str], object]
-    ):
-        """Start a run in `mode` online or offline, or go on with the one of `run_id`, and log what it is made from.
-        labels: project, tags as in "baseline,cpu", and notes. record: what config.json holds. say: prints a line.
-        """
+    def __init__(self, run_dir: Path, mode: str, labels: dict, record: dict, run_id: str | None, say: Callable):
+        """labels: project, tags as in "baseline,cpu", and notes. record: what config.json holds. say: prints a line."""
         self.id = run_id or secrets.token_hex(4)
         data_sha256 = dataset.hash_of(record["data"])
         config = {name.lower(): value for name, value in record["settings"].items()}
@@ -263,9 +257,7 @@ class WandbRun:
 
 
 def fetch_artifact(reference: str, folder: Path) -> Path:
-    """Load the model `wandb:ENTITY/PROJECT/NAME:ALIAS` into a folder below `folder`, which is like that of a run, to be
-    verified when it is read. Returns it, or raises UserError (no such form) or CheckpointError.
-    """
+    """Load the model `wandb:ENTITY/PROJECT/NAME:ALIAS` into a folder below `folder`, and return it: like a run's."""
     place, _, alias = reference.removeprefix(WANDB_PREFIX).partition(":")
     parts = place.split("/")
     if len(parts) != 3 or not all(map(paths.NAME_PATTERN.fullmatch, parts)) or not alias:

@@ -92,8 +92,8 @@ class Store:
         return dict(self._verified_files(step))
 
     def newest(self) -> tuple[int | None, dict[str, bytes] | None, list[str]]:
-        """(step, files, complaints): the newest set that verifies, and why newer ones were rejected; (None, None, [])
-        if there is none. Raises CheckpointError if there are sets and none of them verifies.
+        """(step, files, complaints): the newest set that verifies, and why newer ones do not; without sets the first
+        two are None. Raises CheckpointError if there are sets and none of them verifies.
         """
         complaints = []
         for step in self.steps():
@@ -169,7 +169,7 @@ class Store:
     # ---- who may write ----
 
     def claim(self) -> str:
-        """Make the run ours and return the id to write with: whoever had claimed it before can write no more."""
+        """Make the run ours, and return the id to write with: whoever had claimed it before can write no more."""
         owner = uuid.uuid4().hex
         temporary = self.run_dir / f".{OWNER}.{owner}.part"
         self.disk.make_folder(self.run_dir)
@@ -179,9 +179,7 @@ class Store:
         return owner
 
     def check_owner(self, owner: str | None) -> None:
-        """Raise RunError unless the last `claim` of the run returned `owner`, or OSError if that cannot be read; None
-        may always write.
-        """
+        """Raise RunError (or OSError) unless the last `claim` returned `owner`; None may always write."""
         if owner is not None and self.disk.read(self.run_dir / OWNER, SMALL_FILE) != _owner_file(owner):
             raise RunError(
                 f"another process has taken over {self.run_dir}: that newer one goes on, this one stops and saves "

@@ -79,7 +79,6 @@ class TrainState:
         return math.nan
 
     def raise_if_too_many_skipped(self, result: "StepResult", matrix_lr: float) -> None:
-        """Raise NonFiniteError after a step without an update, if there were too many of them."""
         if result.skipped and not result.scale_overflow and guard.too_many_skipped(self.skipped_recently, self.step):
             raise NonFiniteError(
                 f"step {self.step}: {result.skipped}; updates were left out at steps "
@@ -213,26 +212,18 @@ class TrainStep:
         return f"loss {', '.join(map(str, losses))} on the ranks, first parameter with a bad gradient: {bad}"
 
 
+@dataclass
 class TimeBudget:
     """Times of steps, and what follows from them."""
 
-    def __init__(
-        self,
-        minutes: float,
-        eval_every: int,
-        core_every: int,
-        evaluations_after: float,
-        pass_seconds: float,
-        dist: DistContext,
-        say: Callable[[str], None],
-    ):
-        """minutes: from process start to the last save; 0: not timed. evaluations_after: so many evaluations, for which
-        time is left after the run. pass_seconds: of a step's forward and backward passes.
-        """
-        self.minutes, self.evaluations_after, self.dist, self.say = minutes, evaluations_after, dist, say
-        self.eval_every, self.core_every = eval_every, core_every
-        self.first_step_seconds = STEP_PER_PASSES * pass_seconds
-        self.step_seconds: deque[float] = deque(maxlen=200)
+    minutes: float  # from process start to the last save; 0: not timed
+    eval_every: int  # steps; 0: never
+    core_every: int
+    evaluations_after: float  # so many evaluations, for which time is left after the run
+    pass_seconds: float  # of a step's forward and backward passes, measured before the first step
+    dist: DistContext
+    say: Callable[[str], None]
+    step_seconds: deque = field(default_factory=lambda: deque(maxlen=200))
 
     def add(self, result: StepResult, full_batch_tokens: int) -> None:
         """Note the time of a step; of smaller batches only the first counts, in proportion."""
@@ -264,7 +255,7 @@ class TimeBudget:
     def estimate(self, state: TrainState) -> None:
         """Before the first step of a timed run, once an evaluation has been timed: estimate num_steps."""
         if not state.horizon_fixed and state.step == state.corrected_step and not self.step_seconds:
-            state.num_steps = self.dist.broadcast_object(self.steps_in_time(state, self.first_step_seconds))
+            state.num_steps = self.dist.broadcast_object(self.steps_in_time(state, STEP_PER_PASSES * self.pass_seconds))
 
     def refit(self, state: TrainState) -> None:
         """After a quarter of the steps of a timed run: correct num_steps, for good."""

@@ -18,15 +18,13 @@ COMPILE_MINUTES = {torch.float32: 5.0, torch.bfloat16: 0.6, torch.float16: 0.6}
 
 
 def compile_pays(mode: str, dtype: torch.dtype, target_minutes: float) -> bool:
-    """Whether to compile, as far as the settings decide it: the same at every resume, because eager code gives other
-    bits. mode: auto, on or off. target_minutes: 0 for a run that is not timed.
-    """
+    """Whether to compile: the same at every resume, because eager code gives other bits."""
     return mode == "on" or (mode == "auto" and not 0 < target_minutes < COMPILE_MINUTES[dtype])
 
 
 def largest_batch_that_fits(dist: DistContext, model: GPT, most: int) -> int:
-    """The first of `most` sequences, half of it, and so on, whose forward and backward pass fits on every rank beside
-    weights and optimizer state. No weight changes. Raises MemoryLimitError if not even one does.
+    """The first of `most` sequences, half of it, and so on, that fits on every rank beside weights and optimizer state.
+    Raises MemoryLimitError if not even one does.
     """
     batch_size = most
     while batch_size:
@@ -69,8 +67,7 @@ def compile_and_warm_up(dist: DistContext, model: GPT, batch_size: int, mode: st
     """
     pays = compile_pays(mode, dist.dtype, target_minutes)
     if mode == "auto" and not pays:
-        minutes = COMPILE_MINUTES[dist.dtype]
-        dist.print0(f"compile    off: it repays its time in {minutes:g} minutes or more (--compile=on all the same)")
+        dist.print0(f"compile    off: it pays from {COMPILE_MINUTES[dist.dtype]:g} minutes (--compile=on all the same)")
     with memory_limit(batch_size, model):
         failures = dist.all_gather_objects(_compile(dist, model, batch_size) if pays else "")
         failure = next(filter(None, failures), "")
@@ -79,10 +76,7 @@ def compile_and_warm_up(dist: DistContext, model: GPT, batch_size: int, mode: st
         if failure:
             torch.compiler.set_stance("force_eager")
             dist.print0(f"compile    off, because it does not work here ({failure})")
-        seconds = []
-        for _ in range(3):
-            model.zero_grad()
-            seconds.append(one_pass(dist, model, batch_size))
+        seconds = [one_pass(dist, model, batch_size) for _ in range(3)]
         model.zero_grad()
         return min(seconds[1:])
 
@@ -116,7 +110,5 @@ def memory_limit(batch_size: int, model: GPT) -> Iterator[None]:
 
 
 def _less_memory(batch_size, model):
-    smaller = (
-        f"--device-batch-size={batch_size // 2} (now {batch_size})" if batch_size > 1 else "a smaller --max-seq-len"
-    )
+    smaller = f"--device-batch-size={batch_size // 2}" if batch_size > 1 else "a smaller --max-seq-len"
     return f"try {smaller}, {'' if model.recompute_blocks else '--grad-checkpoint, '}or a smaller --depth"

@@ -30,13 +30,10 @@ from tests.conftest import ROOT, TINY_RUN, make_shards, make_texts
 # --- soak
 KILLS = 50  # times that the run is ended with SIGKILL
 SEED = 1  # of the instants at which that happens
-FOLDER = ""  # where both runs are made, and stay; empty: a temporary folder
-# --- the run that is disturbed
 NUM_ITERATIONS = 0  # steps; 0: enough for so many kills
-SAVE_EVERY = 3  # steps between checkpoints
-EVAL_EVERY = 10  # steps between evaluations, each of which may save a best checkpoint too
 # ------------
 
+SAVE_EVERY, EVAL_EVERY = 3, 10  # steps; an evaluation may save a best checkpoint too
 TINY = {**TINY_RUN, "DEVICE": "cpu"}
 KINDS = ("save", "training", "save", "anytime")  # of instants, in turn
 MOST_STEPS, MOST_SAVES = 30, 6  # of one process, before it is killed
@@ -65,7 +62,7 @@ class Result:
 def main():
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="nanotrain-soak-") as temporary:
-        result = soak(Path(FOLDER or temporary).absolute())
+        result = soak(Path(temporary))
     found = f"{result.cut_saves} cut a save; {result.rejected} restarts rejected a checkpoint"
     print(f"{result.kills} kills: {found}; {time.monotonic() - begin:.0f} s")
     if result.problems:
@@ -101,9 +98,7 @@ def soak(folder):
             result.rejected += "not used:" in victim.output()
         result.steps.append(step)
         result.problems += [f"kill {result.kills}, {instant}: {problem}" for problem in problems]
-        print(
-            f"kill {result.kills} of {KILLS}: {instant}", f"goes on from step {step}", *problems, sep="; ", flush=True
-        )
+        print(f"kill {result.kills} of {KILLS}: {instant}; goes on from step {step}", *problems, sep="; ", flush=True)
     with Training(folder, "killed", settings) as last:
         last.finish()
     result.problems += differences(whole.run, last.run)
@@ -140,11 +135,9 @@ class Training:
         self.process.wait()
 
     def output(self):
-        """What it has printed so far."""
         return self.log.read_text(encoding="utf-8")
 
     def names(self):
-        """What is in the folder of its checkpoints."""
         return os.listdir(self.checkpoints) if self.checkpoints.is_dir() else []
 
     def begun_saves(self):
@@ -206,10 +199,8 @@ def aim(kind, draw, victim, start_seconds):
 
 
 def after_a_kill(run, seen, first_step, output):
-    """(step, problems): the checkpoint from which the next process goes on, and what is wrong with that.
-
-    seen: the newest step whose checkpoint was there before the kill. first_step: from which the killed process should
-    have gone on. output: what it printed.
+    """(step, problems): the checkpoint from which the next process goes on, and what is wrong with that. seen: the
+    newest step saved before the kill. first_step: from which the killed process should have gone on.
     """
     try:
         step = Store(run).newest()[0] or 0

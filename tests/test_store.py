@@ -314,16 +314,6 @@ class Counting(Disk):
         return super().read(path, max_bytes)
 
 
-def test_a_set_is_read_once_by_a_process_that_cleans_often(tmp_path):
-    disk = Counting()
-    sets = Store(tmp_path, NAMES, disk)
-    for step in range(1, 6):
-        sets.commit(step, content(step, 0))
-        sets.clean(2, 0, -1, None)
-    once = {(f"step_{step:08d}", name) for step in range(1, 6) for name in (*NAMES, "manifest.json")}
-    assert sorted(disk.reads) == sorted(once)
-
-
 # ---- hostile sets ----
 
 
