@@ -282,7 +282,7 @@ def speed(depth: int) -> None:
         if on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_accumulated_memory_stats()
-        hardware.forget_peak_memory(dist.device)
+            torch.cuda.reset_peak_memory_stats()
         before = hardware.peak_memory_bytes(dist.device)
         work = bench.training(dist, built, batch_size=batch_size, compile="block" if compiled else "off")
         first, *_ = [bench.seconds_of(dist, work.function)[0] for _ in range(3)]

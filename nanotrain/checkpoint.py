@@ -14,10 +14,10 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -26,56 +26,32 @@ from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
 from nanotrain import config, guard, hardware, optim, paths
+from nanotrain.dataloader import Prefetcher, TrainData
 from nanotrain.dist import DistContext
 from nanotrain.errors import CheckpointError, DataError, NonFiniteError, UserError
 from nanotrain.gpt import CONSTANTS, GPT, GPTConfig
 from nanotrain.metrics import WANDB_PREFIX, MetricLogger, fetch_artifact
-from nanotrain.store import Store
+from nanotrain.store import MODEL, OPTIMIZER, STATE, Store
 from nanotrain.tokenizer import BPETokenizer
-
-if TYPE_CHECKING:
-    from nanotrain.dataloader import Prefetcher, TrainData
-    from nanotrain.trainer import TrainState, TrainStep
+from nanotrain.trainer import TrainState, TrainStep
 
 FAILED_SAVES_LIMIT = 3  # consecutive ones that end a run
-MODEL, OPTIMIZER, STATE = "model.safetensors", "optim-00000-of-00001.safetensors", "state.json"
 T = TypeVar("T")
 Tensors = dict[str, Tensor]  # by name
 
 
-def save(
-    run_dir: Path, step: int, model_tensors: Tensors, optimizer_tensors: Tensors, state: dict, owner: str | None = None
-) -> Path:
-    """Write the checkpoint of `step`: float32 weights, whole optimizer state, and `state`, a JSON-like dict. Returns
-    its folder. It is there as a whole or not at all: see `Store.commit`.
-    """
+def save(run_dir: Path, step: int, weights: Tensors, moments: Tensors, state: dict, owner: str | None = None) -> Path:
+    """Write the checkpoint of `step`, and return its folder: see `Store.commit`."""
     files = {
-        MODEL: lambda: tensor_bytes(_plain(model_tensors)),
-        OPTIMIZER: lambda: tensor_bytes(_plain(optimizer_tensors)),
+        MODEL: lambda: tensor_bytes(_plain(weights)),
+        OPTIMIZER: lambda: tensor_bytes(_plain(moments)),
         STATE: lambda: json.dumps(state, indent=1, allow_nan=False).encode(),
     }
-    return _store(run_dir).commit(step, files, owner)
-
-
-def steps(run_dir: Path) -> list[int]:
-    """The steps of the checkpoints of a run, newest first, verified or not."""
-    return _store(run_dir).steps()
-
-
-def read(run_dir: Path, step: int) -> dict[str, bytes]:
-    """{file name: bytes} of the checkpoint of `step`, every byte verified: see `Store.read`."""
-    return _store(run_dir).read(step)
-
-
-def newest(run_dir: Path) -> tuple[int | None, dict[str, bytes] | None, list[str]]:
-    """(step, files, complaints) of the newest checkpoint that verifies: see `Store.newest`."""
-    return _store(run_dir).newest()
+    return Store(run_dir).commit(step, files, owner)
 
 
 def unpack(files: dict[str, bytes]) -> tuple[Tensors, Tensors, dict]:
-    """(model tensors, optimizer tensors, state) of the verified files of a checkpoint. Raises CheckpointError if they
-    are not what they should be.
-    """
+    """(model tensors, optimizer tensors, state) of verified files. Raises CheckpointError if they are no checkpoint."""
     try:
         model_tensors, optimizer_tensors = load_tensors(files[MODEL]), load_tensors(files[OPTIMIZER])
         state = json.loads(files[STATE])
@@ -87,15 +63,13 @@ def unpack(files: dict[str, bytes]) -> tuple[Tensors, Tensors, dict]:
 
 
 def find_run(name: str = "") -> Path:
-    """The folder of the run `name`, or of the run that was saved last; `wandb:ENTITY/PROJECT/NAME:ALIAS` is an artifact
-    of one, which is fetched. Raises CheckpointError if there is none.
-    """
+    """The folder of the run `name` or of the one saved last; `wandb:ENTITY/PROJECT/NAME:ALIAS` is fetched first."""
     if name.startswith(WANDB_PREFIX):
         return fetch_artifact(name, paths.base_dir() / "artifacts")
     if name:
         return paths.run_dir(name)
     runs = paths.base_dir() / "runs"
-    saved = [folder for folder in runs.iterdir() if steps(folder)] if runs.is_dir() else []
+    saved = [folder for folder in runs.iterdir() if Store(folder).steps()] if runs.is_dir() else []
     if not saved:
         raise CheckpointError(f"no run in {runs}: train one with python -m scripts.base_train")
     return max(saved, key=lambda folder: (folder / "checkpoints").stat().st_mtime)
@@ -110,18 +84,18 @@ def load_model(
     meta is the checkpoint's state: step, settings, model_config, val_bpb and so on. Raises CheckpointError (none can
     be used), DataError (the tokenizer is missing or not that of the run) or UserError (both `best` and `step`).
     """
-    run_dir = Path(run_dir)
+    run_dir, store = Path(run_dir), Store(run_dir)
     if best and step:
         raise UserError(f"--best and --step={step}: two checkpoints; give one of them")
-    if step and step not in steps(run_dir):
-        there = ", ".join(map(str, steps(run_dir))) or "none"
-        raise CheckpointError(f"--step={step}: no such checkpoint in {run_dir / 'checkpoints'}; there: {there}")
-    tensors, _, meta = unpack(read(run_dir, step)) if step else _newest(run_dir)
+    if step and step not in store.steps():
+        there = ", ".join(map(str, store.steps())) or "none"
+        raise CheckpointError(f"--step={step}: no such checkpoint in {store.folder}; there: {there}")
+    tensors, _, meta = unpack(store.read(step)) if step else _newest(run_dir)
     if best:
         best_step = (meta.get("train_state") or {}).get("best_step", -1)
         if best_step < 0:
             raise CheckpointError(f"no checkpoint of {run_dir} is known as its best: it was never evaluated")
-        tensors, _, meta = unpack(read(run_dir, best_step))
+        tensors, _, meta = unpack(store.read(best_step))
     model_config = parsed(GPTConfig, meta.get("model_config"))
     tokenizer = BPETokenizer.load(run_dir)
     if tokenizer.sha256() != meta.get("tokenizer_sha256"):
@@ -166,33 +140,27 @@ def parsed(kind: type[T], saved: object) -> T:
 class Restored:
     """A checkpoint that a run goes on from."""
 
-    state: dict
     model_tensors: Tensors
     optimizer_tensors: Tensors
+    state: dict
     changed: set[str] = field(default_factory=set)  # settings that are other than in the checkpoint
 
-    def check(
-        self, data: "TrainData", cfg: SimpleNamespace, defaults: dict, identity: tuple, trajectory: tuple
-    ) -> None:
-        """Find `changed`. Raises DataError if tokenizer or data differ, and UserError if settings do that may not.
-
-        defaults: {name: value} of settings that are newer than the checkpoint. identity: names of those that cannot
-        change within a run; trajectory: of those that can if ALLOW_CHANGE names them. All others may change.
+    def check(self, data: TrainData, cfg: SimpleNamespace, defaults: dict, identity: tuple, trajectory: tuple) -> None:
+        """Find `changed`. Raises DataError if tokenizer or data differ, and UserError if settings do that may not: of
+        `identity` none may, of `trajectory` those in ALLOW_CHANGE. defaults: of settings newer than the checkpoint.
         """
         if self.state["tokenizer_sha256"] != data.tokenizer.sha256():
-            raise DataError(
-                "the tokenizer is not the one this run was trained with: give its folder with --tokenizer-dir"
-            )
+            raise DataError("the tokenizer is not that of this run: give its folder with --tokenizer-dir")
         if self.state["data"] != data.fingerprint:
-            raise DataError("the data are not those this run was trained with: give their folder with --data-dir")
+            raise DataError("the data are not those of this run: give their folder with --data-dir")
         was, settings = {**defaults, **self.state["settings"]}, vars(cfg)
         self.changed = {name for name in settings if was[name] != settings[name]}
         may = {name.strip().replace("-", "_").upper() for name in cfg.ALLOW_CHANGE.split(",")}
         lines = []
         for name in (*identity, *trajectory):
             if name in self.changed and (name in identity or name not in may):
-                allow = f"allow it with --allow-change={name.lower()}"
-                rule = "it cannot change within a run" if name in identity else allow
+                fixed = name in identity
+                rule = "it cannot change within a run" if fixed else f"allow it with --allow-change={name.lower()}"
                 lines.append(f"{config.flag_of(name)} was {was[name]}, is {settings[name]}: {rule}")
         if lines:
             raise UserError("this run was started with other settings:\n  " + "\n  ".join(lines))
@@ -216,79 +184,69 @@ class Restored:
 
 
 class CheckpointManager:
-    """The checkpoints of one run: which to go on from, when to save, what to save, which to keep. A few that cannot be
-    written do not end the run. Call `restore`, then `claim`, then `begin`, then `save` as often as it is due.
+    """The checkpoints of one run. Call `restore`, then `claim`, then `begin`, then `save` as often as it is due. A few
+    that cannot be written do not end the run.
 
     There is no state of a random number generator: after initialization nothing is drawn.
     """
 
     def __init__(self, run_dir: Path, dist: DistContext, save_every: int = 0, keep_last: int = 2, keep_every: int = 0):
         """save_every, keep_every: steps; 0: never."""
-        self.run_dir, self.dist, self.store = run_dir, dist, _store(run_dir)
+        self.run_dir, self.dist, self.store = run_dir, dist, Store(run_dir)
         self.save_every, self.keep_last, self.keep_every = save_every, keep_last, keep_every
-        self.resumed_step = None
-        self.failures = 0  # consecutive
-        self.saved = 0, -1  # step and evals_step of the newest one
+        self.failures, self.resumed_step = 0, None  # failures: consecutive
 
     def restore(self, resume: bool) -> Restored | None:
-        """The newest checkpoint that verifies, on every rank; None for a new run. Raises UserError if there is a
-        checkpoint and `resume` is False.
-        """
-        files_of_rank0 = {}
+        """The newest checkpoint that verifies, on every rank; None for a new run, which must have no checkpoint."""
+        files = {}  # of rank 0, which has read them to find the step
 
         def find():
             if resume:
-                step, files_of_rank0["files"], complaints = self.store.newest()
+                step, found, complaints = self.store.newest()
+                files.update(found or {})
                 return step, complaints
             if there := self.store.steps():
                 begun = f"run {self.run_dir.name!r} is already at step {there[0]}"
                 raise UserError(f"{begun}: go on with --resume, or choose another --run-name")
             return None, []
 
-        step, complaints = self.dist.on_rank0(find)
+        self.resumed_step, complaints = self.dist.on_rank0(find)
         for complaint in complaints:
             self.dist.print0(f"not used: {complaint}")
-        if step is None:
+        if self.resumed_step is None:
             return None
-        model_tensors, optimizer_tensors, state = self.dist.on_all_ranks(
-            lambda: unpack(files_of_rank0.pop("files", None) or self.store.read(step))
-        )
-        self.dist.print0(f"resume     {self.run_dir.name} at step {step}")
-        self.resumed_step = step
-        return Restored(state, model_tensors, optimizer_tensors)
+        tensors_and_state = self.dist.on_all_ranks(lambda: unpack(files or self.store.read(self.resumed_step)))
+        self.dist.print0(f"resume     {self.run_dir.name} at step {self.resumed_step}")
+        return Restored(*tensors_and_state)
 
     def claim(self, tokenizer: BPETokenizer) -> None:
         """Make this process the one that writes to the run's folder, and put the tokenizer there."""
         self.owner = self.dist.on_rank0(self.store.claim)
         self.dist.on_rank0(lambda: tokenizer.save(self.run_dir))
 
-    def begin(self, state: "TrainState", record: dict, metrics: MetricLogger, beat: Callable[[float], None]) -> None:
-        """Get ready to save. `record` goes into every checkpoint; `beat` is the watchdog's."""
-        self.record, self.metrics, self.beat = record, metrics, beat
-        self.saved_best = state.best_bpb, state.best_step
-        if self.resumed_step is not None:
-            self.saved = state.step, state.evals_step
+    def begin(self, state: TrainState, record: dict, metrics: MetricLogger, beat: Callable[[float], None]) -> None:
+        """Get ready to save: `record` goes into every checkpoint."""
+        self.record, self.metrics, self.beat, self.saved = record, metrics, beat, replace(state)
 
-    def due(self, state: "TrainState", is_final: bool) -> bool:
-        """Whether to save after this step: on schedule, at the end, if it is the best, and if evaluations that a stop
-        had left out were made up. Never twice for the same state, and not before the first step.
+    def due(self, state: TrainState, is_final: bool) -> bool:
+        """Whether to save: on schedule, at the end, if it is the best, or if evaluations that a stop had left out were
+        made up. Never twice for the same state, and not before the first step.
         """
-        saved_step, saved_evals_step = self.saved
-        if state.step == saved_step:
-            return state.step > 0 and state.evals_step != saved_evals_step
+        if state.step == self.saved.step:
+            return state.step > 0 and state.evals_step != self.saved.evals_step
         scheduled = self.save_every > 0 and state.step % self.save_every == 0
         return scheduled or is_final or state.best_step == state.step
 
-    def save(self, state: "TrainState", train_step: "TrainStep", batches: "Prefetcher", is_final: bool = False) -> None:
-        """Save on all ranks at once. Raises NonFiniteError or RankError and saves nothing if the weights are not
-        what they should be, and CheckpointError if it cannot be written and is the final one, or one too many in a row.
+    def save(self, state: TrainState, train_step: TrainStep, batches: Prefetcher, is_final: bool = False) -> None:
+        """Save on all ranks at once. Raises NonFiniteError or RunError if the weights are not what they should be, and
+        CheckpointError if it cannot be written and is the final one, or one too many in a row.
         """
         self.beat(guard.SLOW_SECONDS)
         guard.check_replicas(self.dist, train_step.parameters, state.step)
         if not all(parameter.isfinite().all() for parameter in train_step.parameters):
             raise NonFiniteError(
                 f"step {state.step}: the weights are not finite and were not saved; the last checkpoint is intact. "
-                f"{guard.lower_rates(self.record['recipe']['matrix_lr'])}"
+                f"Lower the rates (--matrix-lr={self.record['recipe']['matrix_lr'] / 2:g})"
             )
         state.wandb_id = self.metrics.wandb_id or state.wandb_id  # which a sweep chooses itself
         found = {
@@ -303,18 +261,17 @@ class CheckpointManager:
         weights, moments = train_step.model.state_dict(), optim.state_tensors(train_step.optimizers, self.dist)
         failure = self.dist.on_rank0(lambda: self._write(state, weights, moments, found))
         if not failure:
-            self.failures, self.saved = 0, (state.step, state.evals_step)
-            self.saved_best = state.best_bpb, state.best_step
+            self.failures, self.saved = 0, replace(state)
             self.metrics.event(f"step {state.step}: checkpoint saved")
             return
         self.failures += 1
-        state.best_bpb, state.best_step = self.saved_best  # one that can be loaded
+        state.best_bpb, state.best_step = self.saved.best_bpb, self.saved.best_step  # one that can be loaded
         if is_final or self.failures == FAILED_SAVES_LIMIT:
             which = "the last checkpoint" if is_final else f"{self.failures} checkpoints in a row"
             raise CheckpointError(f"{which} could not be written: {failure}: {self.run_dir}. Older ones are intact")
         self.metrics.event(f"step {state.step}: the checkpoint could not be written ({failure}); training goes on")
 
-    def save_then_raise(self, state: "TrainState", train_step: "TrainStep", batches: "Prefetcher") -> None:
+    def save_then_raise(self, state: TrainState, train_step: TrainStep, batches: Prefetcher) -> None:
         """Save the finished steps after an error of the data, then raise it on all ranks."""
         if self.due(state, is_final=True):
             self.save(state, train_step, batches)
@@ -334,10 +291,7 @@ class CheckpointManager:
 def load_first_weights(
     dist: DistContext, source: str, model_config: GPTConfig, tokenizer: BPETokenizer
 ) -> tuple[Tensors, GPTConfig]:
-    """(weights, configuration) of the newest checkpoint of the run `source`, for a new run to begin with: of the same
-    shape as `model_config`, with the constants of `source`. Raises CheckpointError (there is none), DataError (another
-    tokenizer) or UserError (another shape).
-    """
+    """(weights, configuration) of the run `source`, for a new run of the same tokenizer and shape to begin with."""
     run_dir = dist.on_rank0(lambda: find_run(source))
 
     def load():
@@ -356,14 +310,10 @@ def load_first_weights(
 
 
 def _newest(run_dir):
-    step, files, _ = newest(run_dir)
+    step, files, _ = Store(run_dir).newest()
     if step is None:
         raise CheckpointError(f"no checkpoint in {run_dir}: train one with python -m scripts.base_train")
     return unpack(files)
-
-
-def _store(run_dir):
-    return Store(run_dir, (MODEL, OPTIMIZER, STATE))
 
 
 def _plain(tensors):

@@ -53,8 +53,7 @@ def override(
     """Apply each `--name=value` of `argv` (the process's own by default) to the constant NAME of the script, in place.
 
     A bare `--name` sets a boolean true. short: {"-n": "TRAIN_SHARDS"} makes `-n 8` mean `--train-shards=8`. Returns the
-    other arguments if `positional`; else one of them is an error. `--help` prints the settings and exits. Raises
-    UserError for an unknown name (with the nearest one) or a value of the wrong type.
+    other arguments if `positional`; else one of them is an error. `--help` prints the settings and exits.
     """
     namespace, others = _namespace(script), []
     known, arguments = settings(namespace), iter(sys.argv[1:] if argv is None else argv)
@@ -64,7 +63,7 @@ def override(
         if argument == "--":  # torchrun's users write `-m scripts.base_train -- --depth=24`
             continue
         if argument in ("-h", "--help"):
-            print(help_text(namespace), flush=True)
+            print(_help(namespace), flush=True)
             sys.exit(0)
         if not argument.startswith("--"):
             if not positional:
@@ -95,19 +94,13 @@ def _parsed(text, default, flag):
 
 
 def check_numbers(
-    settings: SimpleNamespace,
-    at_least_one: Iterable[str] = (),
-    fractions: Iterable[str] = (),
-    or_minus_one: Iterable[str] = (),
+    given: SimpleNamespace, at_least_one: Iterable[str] = (), fractions: Iterable[str] = (), unset: Iterable[str] = ()
 ) -> None:
-    """Raise UserError unless each number is 0 to 2^63 - 1; those `at_least_one` from 1, the `fractions` up to 1, and
-    those `or_minus_one` in their range or -1.
-    """
-    for name, value in vars(settings).items():
+    """Raise UserError unless numbers are 0 (`at_least_one`: 1) to 2^63 - 1 (`fractions`: 1), or -1 where `unset`."""
+    for name, value in vars(given).items():
         least, most = int(name in at_least_one), 1 if name in fractions else 2**63 - 1
-        if isinstance(value, str) or (value == -1 and name in or_minus_one):
-            continue
-        if not least <= value <= most:
+        is_unset = value == -1 and name in unset
+        if not isinstance(value, str) and not is_unset and not least <= value <= most:
             raise UserError(f"{flag_of(name)}={value}: must be from {least} to {most}")
 
 
@@ -123,9 +116,8 @@ def flag_of(name: str) -> str:
     return "--" + name.lower().replace("_", "-")
 
 
-def help_text(script: str | dict) -> str:
-    """What `--help` prints: the script's docstring, then each setting with its default and its comment."""
-    namespace = _namespace(script)
+def _help(namespace):
+    """The script's docstring, then each setting with its value and its comment."""
     lines = [(namespace.get("__doc__") or "").strip()]
     for heading, name, _, comment in _documented(namespace["__file__"]):
         if heading:

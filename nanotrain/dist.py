@@ -1,7 +1,5 @@
 """Ranks: the place of this process in the run, its process group, and collectives on tensors and small objects."""
 
-import contextlib
-import gc
 import os
 import time
 import uuid
@@ -13,7 +11,7 @@ import torch
 import torch.distributed as torch_dist
 
 from nanotrain import config, hardware
-from nanotrain.errors import RankError, UserError, file_error
+from nanotrain.errors import RunError, UserError, file_error
 
 JOIN_SECONDS = 600.0  # in which all ranks must have started
 SMALL_BYTES = 2**20  # of tensors that are sent together in one message, which copies them
@@ -24,7 +22,6 @@ class DistContext:
     """One process of a run: its place among the ranks, its device, and the dtype of its matrix products."""
 
     rank: int
-    local_rank: int
     world_size: int
     device: torch.device
     dtype: torch.dtype
@@ -36,15 +33,12 @@ class DistContext:
         return self.rank == 0
 
     def print0(self, text: str) -> None:
-        """Print on rank 0 only."""
         if self.is_rank0:
             print(text, flush=True)
 
-    def autocast(self) -> contextlib.AbstractContextManager:
+    def autocast(self) -> torch.autocast:
         """The context in which the model's matrix products run in `dtype`; does nothing for float32."""
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def all_reduce_sum(self, values: list) -> list[float]:
         """The sums over all ranks of a list of numbers or () tensors, with a single read of the device."""
@@ -87,10 +81,8 @@ class DistContext:
         return torch.cat([part[:size] for part, size in zip(joined, sizes, strict=True)])
 
     def broadcast_owned(self, owned: list[list[torch.Tensor]]) -> Callable[[], None]:
-        """Start sending every rank the tensors that each rank owns; returns a function that waits for all of them.
-
-        owned: for each rank, a list of its 1-D contiguous tensors of one dtype. The other ranks pass the tensors to be
-        overwritten.
+        """Start sending every rank the tensors that each rank owns, and return a function that waits for all of them.
+        owned: for each rank its 1-D contiguous tensors of one dtype, which the other ranks overwrite.
         """
         sent, joined = [], []
         for rank, tensors in enumerate(owned if self.world_size > 1 else ()):
@@ -110,9 +102,7 @@ class DistContext:
         return wait
 
     def gather_to_rank0(self, part: torch.Tensor, sizes: list[int]) -> torch.Tensor | None:
-        """On rank 0 the 1-D tensors of all ranks joined in rank order (on the CPU where there are several); None on the
-        others. sizes: of all parts.
-        """
+        """On rank 0 the 1-D tensors of all ranks, of these `sizes`, joined on the CPU; None on the others."""
         if self.world_size == 1:
             return part
         if not self.is_rank0:
@@ -142,30 +132,7 @@ class DistContext:
                 raise found
         return result
 
-    def largest_that_fits(self, most: int, attempt: Callable[[int], Any]) -> int:
-        """The first of `most`, half of it, ... 1 with which `attempt(number)` runs out of memory on no rank; 0 if there
-        is none. All ranks try the same numbers; `attempt` must not wait for another rank.
-        """
-        number = most
-        while number:
-            failed = False
-            try:
-                attempt(number)
-            except (RuntimeError, MemoryError) as error:
-                if not hardware.is_out_of_memory(error):
-                    raise
-                failed = True
-            # Only here, where the error and the frames of its traceback have gone, can their tensors go too.
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            if not any(self.all_gather_objects(failed)):
-                break
-            number //= 2
-        return number
-
     def close(self) -> None:
-        """Leave the process group."""
         if self.world_size > 1:
             torch_dist.destroy_process_group()
 
@@ -173,10 +140,8 @@ class DistContext:
 def init_distributed(
     device: str = "auto", dtype: str = "auto", seed: int = 1337, deterministic: bool = True
 ) -> DistContext:
-    """Set up this process, with a process group if torchrun started more than one, and return its DistContext.
-
-    device: auto, cuda, mps or cpu. dtype: auto, bfloat16, float16 or float32. `deterministic` asks torch for
-    repeatable kernels (always used on the CPU). Raises UserError for what this machine does not have.
+    """Set up this process, with a process group if torchrun started more than one. `deterministic` asks torch for
+    repeatable kernels, which the CPU always uses. Raises UserError for what this machine does not have.
     """
     config.choice("DEVICE", device, ("auto", "cuda", "mps", "cpu"))
     config.choice("DTYPE", dtype, ("auto", *hardware.DTYPES))
@@ -187,7 +152,7 @@ def init_distributed(
     if world_size > 1:
         _join(found, world_size)
     hardware.configure(found, seed, deterministic)
-    return DistContext(rank, local_rank, world_size, found, *hardware.find_dtype(dtype, found))
+    return DistContext(rank, world_size, found, *hardware.find_dtype(dtype, found))
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -228,10 +193,8 @@ def _join(device, world_size):
 
 
 def _name_of_attempt(store, rank, world_size):
-    """A name that rank 0 draws for this start of the ranks and that all of them get.
-
-    torchrun (2.13) hands restarted ranks the store of those it has ended, with addresses where nobody listens any more.
-    So every rank asks for the name under a key of its own, and rank 0 answers until all have it.
+    """A name that rank 0 draws for this start of the ranks: torchrun (2.13) hands restarted ranks the store of those it
+    has ended, with addresses where nobody listens any more. Every rank asks for it under a key of its own.
     """
     if rank:
         key = uuid.uuid4().hex
@@ -247,6 +210,6 @@ def _name_of_attempt(store, rank, world_size):
                 store.set(store.get(f"nanotrain/rank{other}").decode(), name)
         missing = {other for other in missing if not store.check([f"{name}/rank{other}"])}
         if missing and time.monotonic() > end:
-            raise RankError(f"rank {', '.join(map(str, sorted(missing)))} did not start within {JOIN_SECONDS:.0f} s")
+            raise RunError(f"rank {', '.join(map(str, sorted(missing)))} did not start within {JOIN_SECONDS:.0f} s")
         time.sleep(0.01)
     return name

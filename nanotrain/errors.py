@@ -37,20 +37,8 @@ class DataError(UserError):
     exit_code = 6
 
 
-class SupersededError(UserError):
-    """Another process has taken over this run's folder."""
-
-    exit_code = 1
-
-
-class RankError(UserError):
-    """Another rank of this run has ended, or holds other weights."""
-
-    exit_code = 1
-
-
-class FileError(UserError):
-    """A file or folder cannot be read or written."""
+class RunError(UserError):
+    """A program cannot go on, through no fault of its settings: a file, another rank, another process on the run."""
 
     exit_code = 1
 
@@ -70,13 +58,13 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
-def file_error(error: OSError) -> FileError:
+def file_error(error: OSError) -> RunError:
     """The sentence of an error of the operating system."""
-    return FileError(": ".join(str(part) for part in (error.strerror, error.filename) if part) or str(error))
+    return RunError(": ".join(str(part) for part in (error.strerror, error.filename) if part) or str(error))
 
 
 def run(*functions: Callable[[], object]) -> None:
-    """Call `functions` in turn and end the process the way every nanotrain program ends."""
+    """Call `functions` in turn, and end the process as every nanotrain program ends."""
     signal.signal(signal.SIGTERM, _interrupt)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # a test's replacement

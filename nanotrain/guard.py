@@ -8,12 +8,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from types import FrameType
 
 import torch
 
 from nanotrain.dist import DistContext
-from nanotrain.errors import HANG_EXIT_CODE, RankError
+from nanotrain.errors import HANG_EXIT_CODE, RunError
 
 NON_FINITE_IN_A_ROW = 3  # steps that end a run
 NON_FINITE_NEARBY, NEARBY_STEPS = 10, 1000  # so many within so many steps end it too
@@ -24,18 +23,14 @@ CHECK_REPLICAS_EVERY = 500  # steps
 
 
 class StopRequest:
-    """SIGTERM, SIGUSR1 (Slurm's warning) and Ctrl-C only set a flag, which all ranks share at the end of the step; a
-    second Ctrl-C ends the process at once.
-    """
+    """SIGTERM, SIGUSR1 (Slurm's warning) and Ctrl-C set a flag; a second Ctrl-C ends the process at once."""
 
     def __init__(self, prints: bool):
-        """prints: whether this rank confirms the request on the terminal."""
         self.requested, self.since, self.prints = False, 0.0, prints
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self.handle)
+            signal.signal(number, self._handle)
 
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler."""
+    def _handle(self, number, frame):
         # torchrun passes the terminal's Ctrl-C on, so that one keystroke arrives twice
         if self.requested and number == signal.SIGINT and time.monotonic() - self.since > 1:
             os._exit(130)
@@ -53,7 +48,6 @@ class Watchdog:
     TICK_SECONDS = 0.25
 
     def __init__(self, seconds: float, rank: int = 0):
-        """seconds: until the first `beat`."""
         self._rank, self._closed = rank, threading.Event()
         self.beat(seconds)
         self._thread = threading.Thread(target=self._watch, name="nanotrain-watchdog", daemon=True)
@@ -82,14 +76,9 @@ class Watchdog:
 
 
 def too_many_skipped(skipped: Sequence[int], step: int) -> bool:
-    """Whether a run should end. skipped: the steps without an update, in order; the last of them is `step`."""
+    """Whether a run should end. skipped: the steps without an update, of which `step` is the last."""
     in_a_row = skipped[-NON_FINITE_IN_A_ROW:] == list(range(step - NON_FINITE_IN_A_ROW + 1, step + 1))
     return in_a_row or sum(other > step - NEARBY_STEPS for other in skipped) >= NON_FINITE_NEARBY
-
-
-def lower_rates(matrix_lr: float) -> str:
-    """What to try after numbers that were not finite."""
-    return f"Lower the rates (--matrix-lr={matrix_lr / 2:g})"
 
 
 def deviations(losses: Sequence[float], loss: float) -> float:
@@ -112,13 +101,13 @@ def checksum(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def check_replicas(dist: DistContext, tensors: Sequence[torch.Tensor], step: int, every: int = 1) -> None:
-    """Raise RankError on all ranks if their `tensors` differ in any bit. every: only in each so many steps."""
+    """Raise RunError on all ranks if their `tensors` differ in any bit. every: only in each so many steps."""
     if dist.world_size == 1 or step % every:
         return
     sums = dist.all_gather_objects(checksum(tensors))
     other = [rank for rank, found in enumerate(sums) if found != sums[0]]
     if other:
-        raise RankError(
+        raise RunError(
             f"step {step}: the weights of rank {', '.join(map(str, other))} are not those of rank 0: a device computes "
             "wrongly, or gradients were not shared. Nothing was saved; --resume goes on from the last checkpoint"
         )

@@ -9,7 +9,6 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -24,19 +23,9 @@ STARTED = time.monotonic()  # about when the process started: this module is imp
 
 # Dense bf16 FLOP/s as the vendors publish them, by a part of the device's name; the first match counts.
 PEAK_FLOPS = {
-    "GB200": 2.5e15,
-    "B200": 2.25e15,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A10G": 70e12,
-    "RTX 5090": 209.5e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
-}
+    "GB200": 2.5e15, "B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+    "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
+}  # fmt: skip
 
 
 def find_device(name: str = "auto", local_rank: int = 0) -> torch.device:
@@ -53,7 +42,7 @@ def find_device(name: str = "auto", local_rank: int = 0) -> torch.device:
 
 
 def find_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of matrix products and the reason for it; `auto` takes the fastest that is safe on the device."""
+    """The dtype of matrix products, and the reason for it; `auto` is the fastest that is safe on the device."""
     if name != "auto":
         return DTYPES[name], "as asked"
     if device.type == "cuda":
@@ -91,7 +80,7 @@ def configure(device: torch.device, seed: int = 1337, deterministic: bool = True
 
 
 def give_back_freed_memory() -> None:
-    """Return to the system what `configure` lets glibc keep, before something else needs memory in large blocks."""
+    """Return to the system what `configure` lets glibc keep, before something needs memory in large blocks."""
     _call_glibc("malloc_trim", 0)
 
 
@@ -106,24 +95,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts)
 
 
-def use_tokenizer_threads(parallel: bool) -> None:
-    """Let each call of the tokenizers library use all cores, or only the thread that makes it."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "true" if parallel else "false"
-
-
-def use_compile_cache(folder: Path) -> None:
-    """Let torch.compile keep its results in `folder`; call it before anything is compiled."""
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-
-
 def can_compile() -> bool:
     """Whether torch.compile has what it needs: a GPU, or a C++ compiler."""
-    return bool(torch.cuda.is_available() or shutil.which("g++") or shutil.which("clang++"))
+    return bool(torch.cuda.is_available() or _cpp_compiler())
 
 
-def trust_cpu_flags(trust: bool) -> None:
-    """Let torch.compile trust the CPU flags for vector instructions: its own test programs take as long as a model."""
-    torch._inductor.config.cpp.vec_isa_ok = True if trust else None
+def _cpp_compiler():
+    return shutil.which("g++") or shutil.which("clang++")
 
 
 def cores_of_a_rank() -> int:
@@ -149,8 +127,8 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """The median FLOP/s of a (4096, 256) by (256, 1024) product in `dtype` on this machine (all sides 8 times as long
-    on CUDA, where the product would be over before the wait for it), measured for about `seconds`.
+    """The median FLOP/s of a (4096, 256) by (256, 1024) product in `dtype`; all sides are 8 times as long on CUDA,
+    where the product would be over before the wait for it.
     """
     rows, inner, columns = (8 * side if device.type == "cuda" else side for side in (4096, 256, 1024))
     a = torch.randn(rows, inner, device=device).to(dtype)
@@ -161,10 +139,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2)
 
 def training_flops_per_second(device: torch.device, dtype: torch.dtype, seconds: float = 0.1) -> float:
     """The median FLOP/s of the forward and backward pass of one plain transformer layer of width 256 (1,024 on CUDA)
-    on 2,048 tokens (16,384), eager, measured for about `seconds`.
-
-    Unlike `matmul_flops` it also pays for attention and for what moves memory, in the proportion of a real layer, so
-    it says how long training takes on machines of any balance.
+    on 2,048 tokens (16,384), eager: unlike `matmul_flops` it pays for attention and for what moves memory too.
     """
     width, rows = (1024, 64) if device.type == "cuda" else (256, 8)
     shapes = ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width))
@@ -183,7 +158,7 @@ def training_flops_per_second(device: torch.device, dtype: torch.dtype, seconds:
     return rows * 256 * (6 * 12 * width**2 + 12 * width * 256) / _median_seconds(train, device, seconds)
 
 
-def _median_seconds(function: Callable, device: torch.device, seconds: float) -> float:
+def _median_seconds(function, device, seconds):
     """Of the calls within about `seconds`, except for the first."""
     times, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end or len(times) < 4:
@@ -196,10 +171,8 @@ def _median_seconds(function: Callable, device: torch.device, seconds: float) ->
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done all its work, so that a clock reading means something."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -209,12 +182,6 @@ def peak_memory_bytes(device: torch.device) -> int:
     # first choice, because getrusage also counts the process that started this one
     peak = _proc_value("/proc/self/status", "VmHWM")
     return int(peak.split()[0]) * 1024 if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def forget_peak_memory(device: torch.device) -> None:
-    """On a GPU, let `peak_memory_bytes` start again from what is held now."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -234,7 +201,6 @@ def free_memory_bytes(device: torch.device) -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """The device as its maker calls it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return _proc_value("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
@@ -277,12 +243,11 @@ def main() -> None:
     device = find_device()
     configure(device)
     dtype, reason = find_dtype("auto", device)
-    compiler = shutil.which("g++") or shutil.which("clang++") or "none: on the CPU torch.compile falls back to eager"
     print(f"python     {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}")
     print(f"device     {device} ({device_name(device)}), {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     print(f"GPUs       {torch.cuda.device_count()}")
     print(f"precision  {str(dtype).removeprefix('torch.')} ({reason})")
-    print(f"compiler   {compiler}")
+    print(f"compiler   {_cpp_compiler() or 'none: on the CPU torch.compile falls back to eager'}")
     for name in ("float32", "bfloat16"):
         print(f"matmul     {matmul_flops(device, DTYPES[name]) / 1e9:,.0f} GFLOP/s in {name}")
     print(f"memory     {memory_bytes(device) / 2**30:.1f} GiB")

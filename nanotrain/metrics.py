@@ -32,11 +32,9 @@ class MetricLogger:
     """The metrics of one run. Use as a context manager: every way out closes the bar, the file and wandb."""
 
     def __init__(
-        self, run_dir: Path, num_steps: int, first_step: int = 0, enabled: bool = True, peak_speed: float | None = None
+        self, run_dir: Path, num_steps: int, first_step: int = 0, enabled: bool = True, peak_speed: float = 0.0
     ):
-        """first_step: the step resumed from; rows of later ones are removed. enabled: False on all ranks but 0.
-        peak_speed: tokens per second at the peak FLOP/s of all devices, for train/mfu; None if that is not known.
-        """
+        """enabled: False on all ranks but 0. peak_speed: tokens per second at the devices' peak FLOP/s; 0: unknown."""
         self.enabled, self._run_dir, self._peak_speed, self._loss = enabled, Path(run_dir), peak_speed, math.nan
         self._wandb, self._wandb_every, self._evaluation, self._write_failed = None, 1, {}, False
         self._last_line = -math.inf
@@ -48,7 +46,7 @@ class MetricLogger:
             self._file = open(self._run_dir / "metrics.jsonl", "a", encoding="utf-8")
 
     def start_wandb(self, mode: str, labels: dict, record: dict, run_id: str | None, every: int) -> None:
-        """Log to wandb too, unless mode is off: evaluations, and every `every`-th step. For the rest see `WandbRun`."""
+        """Log to wandb too, unless mode is off: evaluations, and every `every`-th step; see `WandbRun`."""
         if self.enabled and mode != "off":
             self._wandb_every = every
             self._wandb = WandbRun(self._run_dir, mode, labels, record, run_id, self.event)
@@ -107,9 +105,7 @@ class MetricLogger:
                 self._wandb.calls.put(lambda run: run.log(known))
 
     def evaluation(self, step: int, **parts: object) -> None:
-        """Record JSON-like parts of what an evaluation found, beside those of this step so far: val_bpb, samples, core
-        (see `core_eval.summary`), documents and token_bits (see `loss_eval.TokenLossStats`).
-        """
+        """Record parts of what an evaluation found (samples, documents and so on), beside those of this step so far."""
         if self.enabled:
             earlier = self._evaluation if self._evaluation.get("step") == step else {"step": step}
             self._evaluation = earlier | parts
@@ -150,7 +146,7 @@ class MetricLogger:
             sys.stdout.flush()
 
     def progress(self, description: str, total: int) -> tqdm:
-        """A bar below the other that vanishes at the end of `with`; without a terminal it shows nothing."""
+        """A second bar, which vanishes at the end of `with`; without a terminal it shows nothing."""
         return tqdm(total=total, desc=description, leave=False, dynamic_ncols=True, disable=self.bar.disable)
 
     def __enter__(self):
@@ -185,12 +181,8 @@ class WandbRun:
     queue. The first exception is a line in the log, and the end of wandb. Only `close` waits.
     """
 
-    def __init__(
-        self, run_dir: Path, mode: str, labels: dict, record: dict, run_id: str | None, say: Callable[[str], object]
-    ):
-        """Start a run in `mode` online or offline, or go on with the one of `run_id`, and log what it is made from.
-        labels: project, tags as in "baseline,cpu", and notes. record: what config.json holds. say: prints a line.
-        """
+    def __init__(self, run_dir: Path, mode: str, labels: dict, record: dict, run_id: str | None, say: Callable):
+        """labels: project, tags as in "baseline,cpu", and notes. record: what config.json holds. say: prints a line."""
         self.id = run_id or secrets.token_hex(4)
         data_sha256 = dataset.hash_of(record["data"])
         config = {name.lower(): value for name, value in record["settings"].items()}
@@ -265,12 +257,10 @@ class WandbRun:
 
 
 def fetch_artifact(reference: str, folder: Path) -> Path:
-    """Load the model `wandb:ENTITY/PROJECT/NAME:ALIAS` into a folder below `folder`, which is like that of a run, to be
-    verified when it is read. Returns it, or raises UserError (no such form) or CheckpointError.
-    """
+    """Load the model `wandb:ENTITY/PROJECT/NAME:ALIAS` into a folder below `folder`, and return it: like a run's."""
     place, _, alias = reference.removeprefix(WANDB_PREFIX).partition(":")
-    parts = [part for part in place.split("/") if paths.NAME_PATTERN.fullmatch(part)]
-    if len(parts) != 3 or "/".join(parts) != place or not alias:
+    parts = place.split("/")
+    if len(parts) != 3 or not all(map(paths.NAME_PATTERN.fullmatch, parts)) or not alias:
         raise UserError(f"{reference}: write wandb:ENTITY/PROJECT/NAME:ALIAS, as in wandb:me/nanotrain/d4-mine:best")
     wandb = _ready("online")
     try:

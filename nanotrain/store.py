@@ -25,9 +25,10 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from nanotrain.errors import CheckpointError, SupersededError
+from nanotrain.errors import CheckpointError, RunError
 
 FORMAT = 2  # of what is in the files too: state.json and the names of tensors
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optim-00000-of-00001.safetensors", "state.json"
 MANIFEST, OWNER = "manifest.json", "owner.json"
 SET_NAME = re.compile(r"(?P<old>\.old-)?(?P<name>step_(?P<step>[0-9]{8}))(?(old)-[0-9a-f]{32})")
 SMALL_FILE = 1 << 20  # bytes; manifest and owner have a few hundred
@@ -48,11 +49,9 @@ class Disk:
         return path.read_bytes()
 
     def make_folder(self, path: Path) -> None:
-        """The folder and those above it, where they are not there."""
         path.mkdir(parents=True, exist_ok=True)
 
     def write(self, path: Path, data: bytes) -> None:
-        """A new file that lasts."""
         with open(path, "xb") as file:
             file.write(data)
             file.flush()
@@ -60,17 +59,13 @@ class Disk:
 
     def sync_folder(self, path: Path) -> None:
         """Make the names in a folder last."""
-        try:
-            handle = os.open(path, os.O_RDONLY)
-        except PermissionError:  # any folder on Windows; elsewhere one that is not ours, so it is older than the run
-            return
+        handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
 
     def rename(self, path: Path, new_path: Path) -> None:
-        """Give a file or folder another name; a file of that name is replaced in one instant."""
         os.replace(path, new_path)
 
     def remove(self, path: Path) -> None:
@@ -81,11 +76,9 @@ class Disk:
 class Store:
     """The sets of files of one run, each of the same file `names` and known by its step."""
 
-    def __init__(self, run_dir: str | Path, names: Iterable[str], disk: Disk | None = None):
-        self.run_dir = Path(run_dir)
+    def __init__(self, run_dir: str | Path, names: Iterable[str] = (MODEL, OPTIMIZER, STATE), disk: Disk | None = None):
+        self.run_dir, self.names, self.disk = Path(run_dir), set(names), disk or Disk()
         self.folder = self.run_dir / "checkpoints"
-        self.names = set(names)
-        self.disk = disk or Disk()
         self._verified = set()  # steps that `clean` has found whole
 
     # ---- reading ----
@@ -95,16 +88,12 @@ class Store:
         return sorted(self._places(), reverse=True)
 
     def read(self, step: int) -> dict[str, bytes]:
-        """{file name: bytes} of the set of `step`, every byte verified. Raises CheckpointError that says what is
-        wrong.
-        """
+        """{file name: bytes} of the set of `step`, every byte verified. Raises CheckpointError if it is not whole."""
         return dict(self._verified_files(step))
 
     def newest(self) -> tuple[int | None, dict[str, bytes] | None, list[str]]:
-        """(step, files, complaints): the newest set that verifies, and why newer ones were rejected; (None, None, [])
-        if there is none.
-
-        Raises CheckpointError if there are sets and none of them verifies.
+        """(step, files, complaints): the newest set that verifies, and why newer ones do not; without sets the first
+        two are None. Raises CheckpointError if there are sets and none of them verifies.
         """
         complaints = []
         for step in self.steps():
@@ -121,9 +110,8 @@ class Store:
     def commit(self, step: int, files: dict[str, Callable[[], bytes]], owner: str | None = None) -> Path:
         """Write {file name: function that gives its bytes} as the set of `step`, and return its folder.
 
-        One file is in memory at a time. The set is there as a whole or not at all, and no other set is lost. Raises
-        OSError (as on a full disk) and SupersededError (the run is no longer that of `owner`); neither leaves a part of
-        the set behind.
+        The set is there as a whole or not at all, and no other is lost. Raises OSError (as on a full disk) and RunError
+        (the run is no longer that of `owner`). One file is in memory at a time.
         """
         assert set(files) == self.names
         final = self.folder / f"step_{step:08d}"
@@ -157,11 +145,10 @@ class Store:
     def clean(
         self, keep_last: int, keep_every: int, best_step: int, resumed_step: int | None, owner: str | None = None
     ) -> None:
-        """Remove what is left of broken writes and old sets: keep the newest `keep_last`, every `keep_every`-th, the
-        best, and the one resumed from until two newer ones are there.
+        """Remove what is left of broken writes, and old sets except the newest `keep_last`, every `keep_every`-th, the
+        best, and until two newer ones are there the one resumed from. Raises RunError as `commit` does.
 
-        Only sets that verify count, each read once by a process. One that cannot be read, which may pass, goes only
-        when `keep_last` newer ones verify. Raises SupersededError as `commit` does.
+        Only sets that verify count. One that cannot be read, which may pass, goes when `keep_last` newer ones verify.
         """
         self.check_owner(owner)
         self._sweep()
@@ -182,7 +169,7 @@ class Store:
     # ---- who may write ----
 
     def claim(self) -> str:
-        """Make the run ours and return the id to write with: whoever had claimed it before can write no more."""
+        """Make the run ours, and return the id to write with: whoever had claimed it before can write no more."""
         owner = uuid.uuid4().hex
         temporary = self.run_dir / f".{OWNER}.{owner}.part"
         self.disk.make_folder(self.run_dir)
@@ -192,12 +179,9 @@ class Store:
         return owner
 
     def check_owner(self, owner: str | None) -> None:
-        """Raise SupersededError unless the last `claim` of the run returned `owner`; None may always write.
-
-        Raises OSError if the claim cannot be read, as when the run's folder was removed.
-        """
+        """Raise RunError (or OSError) unless the last `claim` returned `owner`; None may always write."""
         if owner is not None and self.disk.read(self.run_dir / OWNER, SMALL_FILE) != _owner_file(owner):
-            raise SupersededError(
+            raise RunError(
                 f"another process has taken over {self.run_dir}: that newer one goes on, this one stops and saves "
                 "nothing more"
             )
@@ -250,7 +234,7 @@ class Store:
         return step in self._verified
 
     def _write(self, path: Path, content: Callable[[], bytes]) -> dict:
-        """Write a new file that lasts; returns its entry in the manifest."""
+        """Write a new file; returns its entry in the manifest."""
         data = content()
         self.disk.write(path, data)
         return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

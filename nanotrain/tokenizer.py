@@ -92,7 +92,7 @@ class BPETokenizer:
         return self.inner.encode(_clean(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, without BOS. On all cores, or in this thread: see `hardware.use_tokenizer_threads`."""
+        """The ids of each text, without BOS. On all cores, or in this thread if TOKENIZERS_PARALLELISM is false."""
         encodings = self.inner.encode_batch_fast([_clean(text) for text in texts], add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 

@@ -1,8 +1,10 @@
-"""A run of training: its state, and its optimizer step."""
+"""A run of training: its state, its optimizer step, and the number of steps that end in time."""
 
 import math
+import statistics
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +17,11 @@ from nanotrain.errors import NonFiniteError
 from nanotrain.gpt import GPT
 from nanotrain.optim import ShardedOptimizer
 from nanotrain.recipe import Horizon, Plan, StepSchedule, progress_at_step
+
+REFIT_PROGRESS = 0.25  # of a timed run, where its number of steps is corrected once
+STEP_PER_PASSES = 1.25  # until steps have been timed: seconds of a step, in forward and backward passes
+SLOWER_LATER, LAST_SAVE_SECONDS = 1.1, 1.0  # what a timed run allows for its last evaluations and its last save
+STEP_SECONDS, SLOW_STEP_FACTOR = 120.0, 20.0  # a step may take the longer of this and so many median steps
 
 
 @dataclass
@@ -43,18 +50,16 @@ class TrainState:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the last step is done."""
         return self.step >= self.num_steps
 
     def progress(self, step: int) -> float:
-        """Progress in (0, 1) at a step of this run."""
         return progress_at_step(step, self.num_steps, self.corrected_step, self.corrected_progress)
 
     def set_horizon(self, horizon: Horizon, plan: Plan, tokens: int, batch_ramp: bool) -> None:
         """Begin with a horizon, or change to it after `tokens`: what is left of its plan is left to do."""
         progress = horizon.progress_after(self.step, self.seconds, tokens, plan, batch_ramp)
-        steps_left = round((1 - progress) * plan.num_steps)
-        self.correct(self.step + (max(steps_left, 1) if horizon.is_timed else steps_left), progress)
+        steps_left = max(round((1 - progress) * plan.num_steps), int(horizon.is_timed))
+        self.correct(self.step + steps_left, progress)
         self.horizon_fixed = not horizon.is_timed
 
     def correct(self, num_steps: int, progress: float) -> None:
@@ -74,12 +79,11 @@ class TrainState:
         return math.nan
 
     def raise_if_too_many_skipped(self, result: "StepResult", matrix_lr: float) -> None:
-        """Raise NonFiniteError after a step without an update, if there were too many of them."""
         if result.skipped and not result.scale_overflow and guard.too_many_skipped(self.skipped_recently, self.step):
             raise NonFiniteError(
                 f"step {self.step}: {result.skipped}; updates were left out at steps "
                 f"{', '.join(map(str, self.skipped_recently))}. The last checkpoint is intact. "
-                f"{guard.lower_rates(matrix_lr)} or use --dtype=float32"
+                f"Lower the rates (--matrix-lr={matrix_lr / 2:g}) or use --dtype=float32"
             )
 
 
@@ -132,7 +136,7 @@ class TrainStep:
                 self.scaler.load_state_dict(saved["scaler"])  # does nothing unless enabled
 
     def state(self) -> dict:
-        """What a resume needs beside weights and optimizer tensors, JSON-like."""
+        """What a resume needs beside weights and optimizer tensors."""
         return {"updates": self.optimizers[0].updates, "scaler": self.scaler.state_dict()}
 
     def __call__(self, batches: Prefetcher, schedule: StepSchedule, stop: guard.StopRequest) -> StepResult:
@@ -206,3 +210,58 @@ class TrainStep:
         named = self.model.named_parameters()
         bad = next((name for name, p in named if p.grad is not None and not p.grad.sum().isfinite()), "none")
         return f"loss {', '.join(map(str, losses))} on the ranks, first parameter with a bad gradient: {bad}"
+
+
+@dataclass
+class TimeBudget:
+    """Times of steps, and what follows from them."""
+
+    minutes: float  # from process start to the last save; 0: not timed
+    eval_every: int  # steps; 0: never
+    core_every: int
+    evaluations_after: float  # so many evaluations, for which time is left after the run
+    pass_seconds: float  # of a step's forward and backward passes, measured before the first step
+    dist: DistContext
+    say: Callable[[str], None]
+    step_seconds: deque = field(default_factory=lambda: deque(maxlen=200))
+
+    def add(self, result: StepResult, full_batch_tokens: int) -> None:
+        """Note the time of a step; of smaller batches only the first counts, in proportion."""
+        if result.tokens == full_batch_tokens or not self.step_seconds:
+            self.step_seconds.append(result.seconds * full_batch_tokens / result.tokens)
+
+    @property
+    def typical_seconds(self) -> float:
+        """Median seconds of the last 200 steps with a full batch; infinite before the first."""
+        return statistics.median(self.step_seconds) if self.step_seconds else math.inf
+
+    @property
+    def step_limit_seconds(self) -> float:
+        """Seconds after which a step counts as hung."""
+        return min(max(STEP_SECONDS, SLOW_STEP_FACTOR * self.typical_seconds), guard.SLOW_SECONDS)
+
+    def seconds_left(self, state: TrainState) -> float:
+        return self.typical_seconds * (state.num_steps - state.step)
+
+    def steps_in_time(self, state: TrainState, step_seconds: float) -> int:
+        """The number of steps with which the run ends in time, evaluations and last save included."""
+        after = (SLOWER_LATER + self.evaluations_after) * state.evaluation_seconds
+        after += SLOWER_LATER * state.core_seconds + LAST_SAVE_SECONDS
+        left = self.minutes * 60 - state.seconds - hardware.seconds_since_start() - after
+        each = step_seconds + (state.evaluation_seconds / self.eval_every if self.eval_every else 0)
+        each += state.core_seconds / self.core_every if self.core_every else 0
+        return state.step + max(round(left / each), 1)
+
+    def estimate(self, state: TrainState) -> None:
+        """Before the first step of a timed run, once an evaluation has been timed: estimate num_steps."""
+        if not state.horizon_fixed and state.step == state.corrected_step and not self.step_seconds:
+            state.num_steps = self.dist.broadcast_object(self.steps_in_time(state, STEP_PER_PASSES * self.pass_seconds))
+
+    def refit(self, state: TrainState) -> None:
+        """After a quarter of the steps of a timed run: correct num_steps, for good."""
+        begun, planned = state.step - state.corrected_step, state.num_steps - state.corrected_step
+        if not state.horizon_fixed and begun >= REFIT_PROGRESS * planned:
+            progress = state.progress(state.step)
+            state.correct(self.dist.broadcast_object(self.steps_in_time(state, self.typical_seconds)), progress)
+            state.horizon_fixed = True
+            self.say(f"{1000 * self.typical_seconds:.0f} ms a step: {state.num_steps} steps end in time")

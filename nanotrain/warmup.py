@@ -1,6 +1,7 @@
 """Between building a model and its first step: the largest batch that fits, compilation, and the time of a pass."""
 
 import contextlib
+import gc
 import time
 from collections.abc import Iterator
 
@@ -17,31 +18,36 @@ COMPILE_MINUTES = {torch.float32: 5.0, torch.bfloat16: 0.6, torch.float16: 0.6}
 
 
 def compile_pays(mode: str, dtype: torch.dtype, target_minutes: float) -> bool:
-    """Whether to compile, as far as the settings decide it: the same at every resume, because eager code gives other
-    bits. mode: auto, on or off. target_minutes: 0 for a run that is not timed.
-    """
+    """Whether to compile: the same at every resume, because eager code gives other bits."""
     return mode == "on" or (mode == "auto" and not 0 < target_minutes < COMPILE_MINUTES[dtype])
 
 
 def largest_batch_that_fits(dist: DistContext, model: GPT, most: int) -> int:
-    """The first of `most` sequences, half of it, and so on, whose forward and backward pass fits on every rank beside
-    weights and optimizer state. No weight changes. Raises MemoryLimitError if not even one does.
+    """The first of `most` sequences, half of it, and so on, that fits on every rank beside weights and optimizer state.
+    Raises MemoryLimitError if not even one does.
     """
-
-    def attempt(batch_size):
-        # Eager, which takes no less memory than compiled code, and no minute of compilation for each size.
-        with torch.compiler.set_stance("force_eager"):
-            try:
+    batch_size = most
+    while batch_size:
+        try:
+            # Eager, which takes no less memory than compiled code, and no minute of compilation for each size.
+            with torch.compiler.set_stance("force_eager"):
                 for _ in range(2):  # the second with the gradients there, as micro-steps have them
                     one_pass(dist, model, batch_size)
-            finally:
-                model.zero_grad()
-
-    batch_size = dist.largest_that_fits(most, attempt)
-    if not batch_size:
-        raise MemoryLimitError(f"out of memory with a single sequence: {_less_memory(1, model)}")
-    hardware.forget_peak_memory(dist.device)  # of the trials
-    return batch_size
+            failed = False
+        except (RuntimeError, MemoryError) as error:
+            if not hardware.is_out_of_memory(error):
+                raise
+            failed = True
+        # Only here, where the error and the frames of its traceback have gone, can their tensors go too.
+        model.zero_grad()
+        gc.collect()
+        if dist.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(dist.device)
+        if not any(dist.all_gather_objects(failed)):
+            return batch_size
+        batch_size //= 2
+    raise MemoryLimitError(f"out of memory with a single sequence: {_less_memory(1, model)}")
 
 
 def one_pass(dist: DistContext, model: GPT, batch_size: int) -> float:
@@ -61,8 +67,7 @@ def compile_and_warm_up(dist: DistContext, model: GPT, batch_size: int, mode: st
     """
     pays = compile_pays(mode, dist.dtype, target_minutes)
     if mode == "auto" and not pays:
-        minutes = COMPILE_MINUTES[dist.dtype]
-        dist.print0(f"compile    off: it repays its time in {minutes:g} minutes or more (--compile=on all the same)")
+        dist.print0(f"compile    off: it pays from {COMPILE_MINUTES[dist.dtype]:g} minutes (--compile=on all the same)")
     with memory_limit(batch_size, model):
         failures = dist.all_gather_objects(_compile(dist, model, batch_size) if pays else "")
         failure = next(filter(None, failures), "")
@@ -71,10 +76,7 @@ def compile_and_warm_up(dist: DistContext, model: GPT, batch_size: int, mode: st
         if failure:
             torch.compiler.set_stance("force_eager")
             dist.print0(f"compile    off, because it does not work here ({failure})")
-        seconds = []
-        for _ in range(3):
-            model.zero_grad()
-            seconds.append(one_pass(dist, model, batch_size))
+        seconds = [one_pass(dist, model, batch_size) for _ in range(3)]
         model.zero_grad()
         return min(seconds[1:])
 
@@ -82,7 +84,8 @@ def compile_and_warm_up(dist: DistContext, model: GPT, batch_size: int, mode: st
 def _compile(dist, model, batch_size):
     """Compile in a first pass. Returns why that failed, or ""."""
     for attempt in range(2):  # torch's parallel compilers sometimes read a header that is only half written
-        hardware.trust_cpu_flags(attempt == 0)
+        # At first trust the CPU's flags for vector instructions: torch's own test of them takes as long as a model.
+        torch._inductor.config.cpp.vec_isa_ok = True if attempt == 0 else None
         model.compile_parts()
         try:
             dist.print0(f"compile    ready in {one_pass(dist, model, batch_size):.0f} s")
@@ -107,7 +110,5 @@ def memory_limit(batch_size: int, model: GPT) -> Iterator[None]:
 
 
 def _less_memory(batch_size, model):
-    smaller = (
-        f"--device-batch-size={batch_size // 2} (now {batch_size})" if batch_size > 1 else "a smaller --max-seq-len"
-    )
+    smaller = f"--device-batch-size={batch_size // 2}" if batch_size > 1 else "a smaller --max-seq-len"
     return f"try {smaller}, {'' if model.recompute_blocks else '--grad-checkpoint, '}or a smaller --depth"

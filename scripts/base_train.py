@@ -33,15 +33,14 @@ from nanotrain import (
 from nanotrain.checkpoint import CheckpointManager, Restored
 from nanotrain.dataloader import DataLoader, Prefetcher, TrainData
 from nanotrain.dist import DistContext, init_distributed, is_lost_peer
-from nanotrain.errors import MemoryLimitError, RankError, UserError
+from nanotrain.errors import MemoryLimitError, RunError, UserError
 from nanotrain.evals import Evals, EvalSettings
 from nanotrain.files import write_json
 from nanotrain.gpt import GPT
 from nanotrain.metrics import WANDB_PREFIX, MetricLogger
 from nanotrain.run_plan import HORIZON, RunPlan
 from nanotrain.store import FORMAT
-from nanotrain.time_budget import TimeBudget
-from nanotrain.trainer import TrainState, TrainStep
+from nanotrain.trainer import TimeBudget, TrainState, TrainStep
 
 # --- run
 RUN_NAME = ""  # folder of the run under NANOTRAIN_DIR/runs; empty: d<depth>, or base where the plan chooses it
@@ -140,7 +139,7 @@ def main() -> None:
     except (RuntimeError, MemoryError) as error:
         if is_lost_peer(error):
             message = "another rank has ended, and says why itself: --resume goes on from the last checkpoint"
-            raise RankError(message) from None
+            raise RunError(message) from None
         if not hardware.is_out_of_memory(error):
             raise
         smaller = "a smaller --depth or --spectral-tokens=0"
@@ -236,7 +235,7 @@ def build(
     slices = dataloader.slices_of(data.shards.train, run.num_streams)
     stream = (slices, data.tokenizer, run.model_config.max_seq_len, run.num_streams, cfg.SEED)
     threads = hardware.cores_of_a_rank()
-    hardware.use_tokenizer_threads(False)  # the readers have threads of their own
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the readers have threads of their own
     model = checkpoint.build_model(run.model_config, dist.device)
     if cfg.GRAD_CHECKPOINT:
         model.checkpoint_activations()
@@ -285,7 +284,7 @@ def write_config(run: RunPlan, run_dir: Path, dist: DistContext) -> dict:
 
 def time_budget(cfg: SimpleNamespace, pass_seconds: float, dist: DistContext, metrics: MetricLogger) -> TimeBudget:
     every = (cfg.EVAL_EVERY, cfg.CORE_METRIC_EVERY)
-    return TimeBudget(cfg.TARGET_MINUTES, *every, cfg.EVALUATIONS_AFTER, pass_seconds, dist, metrics)
+    return TimeBudget(cfg.TARGET_MINUTES, *every, cfg.EVALUATIONS_AFTER, pass_seconds, dist, metrics.event)
 
 
 def eval_settings(cfg: SimpleNamespace) -> EvalSettings:
@@ -307,7 +306,7 @@ def check_settings(cfg: SimpleNamespace) -> None:
         cfg,
         at_least_one=("KEEP_LAST", "WANDB_LOG_EVERY"),
         fractions=("WARMUP_RATIO", "WARMDOWN_RATIO", "FINAL_LR_FRAC"),
-        or_minus_one=[name for name, value in config.defaults(__file__).items() if value == -1],
+        unset=[name for name, value in config.defaults(__file__).items() if value == -1],
     )
     horizons = [f"{config.flag_of(name)}={getattr(cfg, name)}" for name in HORIZON[:3] if getattr(cfg, name)]
     if len(horizons) > 1:

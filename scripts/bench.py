@@ -13,6 +13,7 @@ product, measured right before; "first s" is the first call, compilation include
 import itertools
 import math
 import multiprocessing
+import os
 import random
 import re
 import signal
@@ -174,7 +175,7 @@ def measurement(settings: dict, cache_dir: str, prepare: Callable, case: dict) -
     """In the process of a case: the next of its `measurements`, with the settings of the program."""
     if not WORKER:
         globals().update(settings)
-        hardware.use_compile_cache(cache_dir)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache_dir
         WORKER.append(measurements(prepare, case))
     return next(WORKER[0])
 
@@ -272,7 +273,7 @@ def training(
         model.checkpoint_activations()
     compile = compile or ("block" if compiles() else "off")
     if compile != "off":
-        hardware.trust_cpu_flags(True)
+        torch._inductor.config.cpp.vec_isa_ok = True  # its test programs take as long as a model
         model.compile(dynamic=False) if compile == "whole" else model.compile_parts()
 
     def step():
@@ -381,7 +382,7 @@ def open_reader(seq_len: int, threads: int) -> dataloader.SequenceReader:
     """The train sequences as a run reads them."""
     tokenizer = BPETokenizer.load(paths.tokenizer_dir(TOKENIZER_DIR))
     slices = dataloader.slices_of(dataset.open_shards(paths.data_dir(DATA_DIR)).train, NUM_STREAMS)
-    hardware.use_tokenizer_threads(False)  # the reader has threads of its own
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the reader has threads of its own
     return dataloader.SequenceReader(slices, tokenizer, seq_len, NUM_STREAMS, seed=1337, threads=threads)
 
 

@@ -110,7 +110,7 @@ def make_shards(folder, train=2, documents=40, rows_per_group=5):
     return folder
 
 
-ALONE = DistContext(0, 0, 1, torch.device("cpu"), torch.float32, "test")
+ALONE = DistContext(0, 1, torch.device("cpu"), torch.float32, "test")
 
 
 class Rank(DistContext):
@@ -127,7 +127,7 @@ def on_every_rank(world_size, function):
     for _ in range(2):  # first to learn what they hand over, then to give each the totals
         results.clear()
         for number in range(world_size):
-            rank = Rank(number, number, world_size, torch.device("cpu"), torch.float32, "test")
+            rank = Rank(number, world_size, torch.device("cpu"), torch.float32, "test")
             vars(rank).update(handed=handed, totals=totals)
             results.append(function(rank))
         totals = totals or [sum(column) for column in zip(*handed, strict=True)]

@@ -23,19 +23,17 @@ from pathlib import Path
 
 from nanotrain import checkpoint, config, errors
 from nanotrain.errors import CheckpointError, UserError
+from nanotrain.store import Store
 from nanotrain.tokenizer import BPETokenizer
 from tests.conftest import ROOT, TINY_RUN, make_shards, make_texts
 
 # --- soak
 KILLS = 50  # times that the run is ended with SIGKILL
 SEED = 1  # of the instants at which that happens
-FOLDER = ""  # where both runs are made, and stay; empty: a temporary folder
-# --- the run that is disturbed
 NUM_ITERATIONS = 0  # steps; 0: enough for so many kills
-SAVE_EVERY = 3  # steps between checkpoints
-EVAL_EVERY = 10  # steps between evaluations, each of which may save a best checkpoint too
 # ------------
 
+SAVE_EVERY, EVAL_EVERY = 3, 10  # steps; an evaluation may save a best checkpoint too
 TINY = {**TINY_RUN, "DEVICE": "cpu"}
 KINDS = ("save", "training", "save", "anytime")  # of instants, in turn
 MOST_STEPS, MOST_SAVES = 30, 6  # of one process, before it is killed
@@ -64,7 +62,7 @@ class Result:
 def main():
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="nanotrain-soak-") as temporary:
-        result = soak(Path(FOLDER or temporary).absolute())
+        result = soak(Path(temporary))
     found = f"{result.cut_saves} cut a save; {result.rejected} restarts rejected a checkpoint"
     print(f"{result.kills} kills: {found}; {time.monotonic() - begin:.0f} s")
     if result.problems:
@@ -91,7 +89,7 @@ def soak(folder):
             if not victim.wait_for(reached):
                 raise SoakError(f"the run ended after {result.kills} kills: --num-iterations={num_iterations} is few")
             time.sleep(delay)
-            seen = max(checkpoint.steps(victim.run), default=0)
+            seen = max(Store(victim.run).steps(), default=0)
             victim.process.kill()
             victim.process.wait()
             result.kills += 1
@@ -100,9 +98,7 @@ def soak(folder):
             result.rejected += "not used:" in victim.output()
         result.steps.append(step)
         result.problems += [f"kill {result.kills}, {instant}: {problem}" for problem in problems]
-        print(
-            f"kill {result.kills} of {KILLS}: {instant}", f"goes on from step {step}", *problems, sep="; ", flush=True
-        )
+        print(f"kill {result.kills} of {KILLS}: {instant}; goes on from step {step}", *problems, sep="; ", flush=True)
     with Training(folder, "killed", settings) as last:
         last.finish()
     result.problems += differences(whole.run, last.run)
@@ -121,7 +117,7 @@ class Training:
     def __init__(self, folder, name, settings):
         self.run, self.log = folder / "runs" / name, folder / f"{name}.log"
         self.checkpoints, self.metrics = self.run / "checkpoints", self.run / "metrics.jsonl"
-        self.first_step = max(checkpoint.steps(self.run), default=0)
+        self.first_step = max(Store(self.run).steps(), default=0)
         self.old_names = set(self.names())
         self.old_metrics = self.metrics.stat().st_ino if self.metrics.exists() else None
         options = flags(**TINY, **settings, RUN_NAME=name, RESUME=True)
@@ -139,11 +135,9 @@ class Training:
         self.process.wait()
 
     def output(self):
-        """What it has printed so far."""
         return self.log.read_text(encoding="utf-8")
 
     def names(self):
-        """What is in the folder of its checkpoints."""
         return os.listdir(self.checkpoints) if self.checkpoints.is_dir() else []
 
     def begun_saves(self):
@@ -205,13 +199,11 @@ def aim(kind, draw, victim, start_seconds):
 
 
 def after_a_kill(run, seen, first_step, output):
-    """(step, problems): the checkpoint from which the next process goes on, and what is wrong with that.
-
-    seen: the newest step whose checkpoint was there before the kill. first_step: from which the killed process should
-    have gone on. output: what it printed.
+    """(step, problems): the checkpoint from which the next process goes on, and what is wrong with that. seen: the
+    newest step saved before the kill. first_step: from which the killed process should have gone on.
     """
     try:
-        step = checkpoint.newest(run)[0] or 0
+        step = Store(run).newest()[0] or 0
     except CheckpointError as error:
         return 0, [str(error)]
     problems = [] if step >= seen else [f"step {seen} was saved, but the newest that verifies is step {step}"]
@@ -225,7 +217,7 @@ def differences(first, second):
     """Sentences that say where two finished runs differ in what must be equal to the bit."""
     found, contents = [], []
     for run in (first, second):
-        step, files, _ = checkpoint.newest(run)
+        step, files, _ = Store(run).newest()
         state = checkpoint.unpack(files)[2]
         for name in ("seconds", "evaluation_seconds", "core_seconds"):
             del state["train_state"][name]

@@ -64,7 +64,7 @@ def _tiny(monkeypatch, base_dir, data_dir, tokenizer):
         monkeypatch.setattr(bench, name, value)
     monkeypatch.setattr(bench, "ProcessPoolExecutor", InThisProcess)
     monkeypatch.setattr(hardware, "matmul_flops", lambda *arguments: 1e9)
-    monkeypatch.setattr(hardware, "use_compile_cache", lambda folder: None)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     yield
     torch.set_deterministic_debug_mode("error" if deterministic else "default")

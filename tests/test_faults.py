@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from nanotrain import checkpoint
+from nanotrain.store import Store
 from tests import soak
 
 pytestmark = pytest.mark.slow
@@ -151,7 +152,7 @@ def test_p1_sigterm_to_torchrun_saves_once_on_both_ranks_at_the_same_step(whole,
     assert f"stopped and saved at step {STOPPED} of {STEPS}" in stopped.printed
     assert stopped.hashes == [hashes[: STOPPED + 1] for hashes in whole.hashes]
     run = stopped.run.parent / "stopped"
-    assert checkpoint.steps(run) == [STOPPED]
+    assert Store(run).steps() == [STOPPED]
     assert soak.recorded(run, "train/loss") == soak.recorded(whole.run, "train/loss")[:STOPPED]
 
 
@@ -180,7 +181,7 @@ def test_p1_bit_exact_after_a_node_is_lost_and_started_again(whole, rejoined):
 def test_p1_the_comparison_notices_one_bit_of_the_weights(whole, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole.run, run)
-    step, files, _ = checkpoint.newest(run)
+    step, files, _ = Store(run).newest()
     tensors, moments, state = checkpoint.unpack(files)
     tensors["lm_head.weight"].view(torch.int32)[0, 0] ^= 1
     checkpoint.save(run, step, tensors, moments, state)
@@ -192,9 +193,9 @@ def test_p8_one_ranks_nan_leaves_the_weights_of_both_ranks_and_the_checkpoints_a
     assert first == second
     changed = [first[step] != first[step - 1] for step in range(1, len(first))]
     assert changed == [step not in BAD.values() for step in range(1, BAD["third"] + 1)]
-    assert checkpoint.steps(poisoned.run) == [*range(BAD["third"] - 1, 0, -1)]
-    for step in checkpoint.steps(poisoned.run):
-        tensors, moments, state = checkpoint.unpack(checkpoint.read(poisoned.run, step))
+    assert Store(poisoned.run).steps() == [*range(BAD["third"] - 1, 0, -1)]
+    for step in Store(poisoned.run).steps():
+        tensors, moments, state = checkpoint.unpack(Store(poisoned.run).read(step))
         assert all(tensor.isfinite().all() for tensor in [*tensors.values(), *moments.values()])
         assert state["train_state"]["skipped_steps"] == sum(bad <= step for bad in BAD.values())
 

@@ -63,7 +63,7 @@ class Operations(TorchDispatchMode):
 
 
 def place_on(device, dtype=torch.bfloat16):
-    return DistContext(0, 0, 1, torch.device(device), dtype, "test")
+    return DistContext(0, 1, torch.device(device), dtype, "test")
 
 
 def model_on(device):

@@ -1,9 +1,7 @@
-"""Devices, precisions, memory, clocks, and the command that prints what there is."""
+"""Devices, precisions, memory, and the command that prints what there is."""
 
 import json
 import re
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -59,43 +57,12 @@ def test_published_peaks_by_device_name(monkeypatch):
 
 
 def test_what_counts_as_memory_that_has_run_out():
-    texts = (
-        "can't allocate memory: you tried",
-        "CUDA error: out of memory",
-        "CUBLAS_STATUS_ALLOC_FAILED when",
-    )
+    texts = ("can't allocate memory: you tried", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when")
     assert all(map(hardware.is_out_of_memory, [torch.OutOfMemoryError("x"), MemoryError(), *map(RuntimeError, texts)]))
     assert not hardware.is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
-def test_ranks_of_one_machine_share_its_free_memory(monkeypatch):
-    alone = hardware.free_memory_bytes(torch.device("cpu"))
-    assert 2**26 < alone < hardware.memory_bytes(torch.device("cpu"))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert hardware.free_memory_bytes(torch.device("cpu")) == pytest.approx(alone / 4, rel=0.2)
-
-
-# ---- clock, hardware, command ----
-
-
-def test_seconds_since_start_are_right_where_proc_uptime_is_the_containers(monkeypatch):
-    before, read_text = hardware.seconds_since_start(), Path.read_text
-    monkeypatch.setattr(
-        Path, "read_text", lambda path, **options: "5.0 1.0" if path.name == "uptime" else read_text(path, **options)
-    )
-    time.sleep(0.05)
-    assert before + 0.04 <= hardware.seconds_since_start() < before + 5
-
-
-def test_without_proc_there_are_other_sources(monkeypatch, tmp_path):
-    device = torch.device("cpu")
-    hardware.configure(device)
-    peak = hardware.peak_memory_bytes(device)
-    monkeypatch.setattr(hardware, "Path", lambda path: tmp_path / "no such file")
-    assert 0 < hardware.seconds_since_start() < time.monotonic()
-    assert hardware.peak_memory_bytes(device) * 1024 >= peak * 0.9  # macOS counts bytes, Linux KiB
-    assert hardware.free_memory_bytes(device) == hardware.memory_bytes(device)
-    assert hardware.device_name(device)
+# ---- this machine ----
 
 
 def test_the_machine_describes_itself():
@@ -103,9 +70,8 @@ def test_the_machine_describes_itself():
     hardware.configure(device)
     found = json.loads(json.dumps(hardware.environment(device, torch.bfloat16, 3)))
     assert found["packages"]["torch"] == torch.__version__
-    assert found["device"] == "cpu"
-    assert (found["dtype"], found["world_size"]) == ("bfloat16", 3)
-    assert found["deterministic"] is True
+    expected = {"device": "cpu", "dtype": "bfloat16", "world_size": 3, "deterministic": True}
+    assert expected.items() <= found.items()
     assert 2**20 < hardware.peak_memory_bytes(device) < hardware.memory_bytes(device)
     block = torch.ones(2**26)  # 256 MiB
     assert hardware.peak_memory_bytes(device) >= block.nbytes

@@ -247,7 +247,7 @@ def test_a_folder_that_differs_from_the_model_never_gets_its_name(monkeypatch, t
         (folder / name).write_text(text.replace(right, wrong))
 
     monkeypatch.setattr(export, "write", write_and_spoil)
-    with pytest.raises(errors.FileError, match=message) as caught:
+    with pytest.raises(errors.RunError, match=message) as caught:
         export_hf.main()
     assert caught.value.exit_code == 1
     assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import TINY_RUN, make_shards
 
-from nanotrain import checkpoint, config, dataset
+from nanotrain import config, dataset
+from nanotrain.store import Store
 
 
 @pytest.mark.slow
@@ -34,7 +35,7 @@ def test_bad_data_of_one_rank_stops_all_in_the_same_step(run_script, tokenizer, 
     run = base_dir / "runs" / "r"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last_step = max(row["step"] for row in rows if "train/loss" in row)
-    assert checkpoint.steps(run) == [last_step]
+    assert Store(run).steps() == [last_step]
     read_by_rank_0 = [text for group in order[::2] for text in dataset.read_texts(path, group)]
     num_tokens = sum(len(tokenizer.encode(text)) + 1 for text in read_by_rank_0)
     assert 64 * last_step < num_tokens, "so far rank 0 had no need of the bad one"

@@ -136,7 +136,7 @@ def stats_of(case, tokenizer, world_size, batch_size):
     """What every rank of several finds, what they share being put together by hand."""
     stats, sums, objects = [], [], []
     for number in range(world_size):
-        rank = DistContext(number, number, world_size, torch.device("cpu"), torch.float32, "test")
+        rank = DistContext(number, world_size, torch.device("cpu"), torch.float32, "test")
         vars(rank)["all_reduce_sum"] = lambda values: [1.0] * len(values)
         stats.append(loss_eval.TokenLossStats(tokenizer))
         bits_per_byte(case.model, case.windows, case.token_bytes, rank, batch_size, stats=stats[-1].add)

@@ -217,14 +217,6 @@ def test_wandb_is_told_of_settings_some_steps_every_evaluation_and_what_the_run_
     assert talk(tmp_path, run_id=None)[1].wandb_id == "chosen"
 
 
-def test_wandb_knows_that_the_run_has_failed(tmp_path, fake):
-    wandb, logger = fake(), MetricLogger(tmp_path, 7)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    logger.start_wandb("offline", LABELS, RECORD, None, 1)
-    logger.__exit__(KeyboardInterrupt, None, None)
-    assert wandb.done[-1] == ("finish", 1)
-
-
 # ---- it is never in the way ----
 
 

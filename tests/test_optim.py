@@ -191,7 +191,7 @@ class Place(DistContext):
 
 
 def place_among(world_size, rank):
-    return Place(rank, rank, world_size, torch.device("cpu"), torch.float32, "test")
+    return Place(rank, world_size, torch.device("cpu"), torch.float32, "test")
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])

@@ -341,7 +341,7 @@ MEMORIES = [
 def test_the_memory_of_a_step_is_what_the_plan_says(
     depth, width, vocab_size, seq_len, rows, grad_accum_steps, dtype, in_update
 ):
-    dist = DistContext(0, 0, 1, torch.device("cpu"), dtype, "test")
+    dist = DistContext(0, 1, torch.device("cpu"), dtype, "test")
     model = build_model(GPTConfig(vocab_size, seq_len, depth, width // 32, width // 32, 32, 1000), "cpu")
     model.init_weights(0)
     roles = model.parameters_by_role()

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from nanotrain import checkpoint
+from nanotrain.store import Store
 from tests import soak
 
 pytestmark = pytest.mark.slow
@@ -31,12 +32,12 @@ def test_p1_bit_exact_resume_after_sigkill_inside_and_outside_of_a_save(soaked):
     for name in ("whole", "killed"):
         losses = soak.recorded(folder / "runs" / name, "train/loss")
         assert [step for step, _ in losses] == list(range(1, NUM_ITERATIONS + 1))
-        assert checkpoint.newest(folder / "runs" / name)[0] == NUM_ITERATIONS
+        assert Store(folder / "runs" / name).newest()[0] == NUM_ITERATIONS
 
 
 def test_p4_a_finished_checkpoint_that_a_kill_has_cost_is_reported(soaked, tmp_path):
     run = Path(shutil.copytree(soaked[0] / "runs" / "killed", tmp_path / "copied"))
-    newest, *_ = checkpoint.steps(run)
+    newest, *_ = Store(run).steps()
     printed = "precision  float32\nresume     killed at step 12\n"
     assert soak.after_a_kill(run, newest, 12, printed) == (newest, [])
     assert len(soak.after_a_kill(run, newest, 15, printed)[1]) == 1  # it went on from step 12

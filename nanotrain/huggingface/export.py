@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, processors
 
 from nanotrain import dataset
-from nanotrain.errors import FileError
+from nanotrain.errors import RunError
 from nanotrain.gpt import GPT, GPTConfig
 from nanotrain.tokenizer import BOS, FILE_NAME, BPETokenizer
 
@@ -120,7 +120,7 @@ def write_tokenizer(tokenizer: BPETokenizer, folder: Path, max_length: int) -> N
 @torch.no_grad()
 def check(model: GPT, tokenizer: BPETokenizer, folder: Path) -> float:
     """Load the folder back as its users will. Returns the largest difference of float32 logits, over max_seq_len random
-    tokens and over the first of them behind padding. Raises FileError if that is too large or the tokenizers disagree.
+    tokens and over the first of them behind padding. Raises RunError if that is too large or the tokenizers disagree.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -128,7 +128,7 @@ def check(model: GPT, tokenizer: BPETokenizer, folder: Path) -> float:
     other = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     for text in CHECKED_TEXTS:
         if other(text)["input_ids"] != [tokenizer.bos, *tokenizer.encode(text)]:
-            raise FileError(f"{folder}: transformers reads {text!r} as other tokens than nanotrain")
+            raise RunError(f"{folder}: transformers reads {text!r} as other tokens than nanotrain")
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=trust)
     length, padding = model.config.max_seq_len, model.config.max_seq_len // 3
     tokens = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
@@ -137,7 +137,7 @@ def check(model: GPT, tokenizer: BPETokenizer, folder: Path) -> float:
     behind = loaded(padded, attention_mask=mask).logits[:, padding:] - expected[:, : length - padding]
     difference = torch.cat((loaded(tokens).logits - expected, behind), 1).abs().max().item()
     if not difference <= TOLERANCE:
-        raise FileError(f"{folder}: logits differ by {difference:.2g} from the model's, more than {TOLERANCE:g}")
+        raise RunError(f"{folder}: logits differ by {difference:.2g} from the model's, more than {TOLERANCE:g}")
     return difference
 
 
