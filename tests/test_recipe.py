@@ -207,6 +207,7 @@ def test_the_recipe_passes_through_what_was_measured_and_what_was_published(anch
     )
     assert (found.momentum_peak, found.final_lr_frac) == (anchor.momentum_peak, anchor.final_lr_frac)
     steps = anchor.tokens / anchor.batch
+    assert found.weight_decay == pytest.approx(0.28 if anchor is recipe.LARGE else 0, rel=0.01)
     assert found.warmup_ratio * steps == pytest.approx(min(40, 0.04 * steps))
     assert found.momentum_warmup * steps == pytest.approx(min(400, 0.3 * steps))
 
