@@ -104,6 +104,8 @@ def settings(run: Run, part: str = "settings") -> dict[str, str]:
 
 
 def _value(value):
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {part}" for name, part in value.items())
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
