@@ -1,14 +1,12 @@
 """Export to the Hugging Face format: a folder that `transformers` loads, checked against the model it was made from.
 
 A plain model (`GPTConfig.plain`) is written as transformers' own NanoChatForCausalLM. Any other comes with the two
-modelling files beside this one, which stand alone and compute the same as gpt.py.
-
-transformers is imported only where it is needed; nothing else in nanotrain needs it.
+modelling files beside this one, which stand alone and compute the same as gpt.py. Only this package needs transformers.
 """
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +16,6 @@ from nanotrain import dataset
 from nanotrain.errors import RunError
 from nanotrain.gpt import GPT, GPTConfig
 from nanotrain.tokenizer import BOS, FILE_NAME, BPETokenizer
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
 
 CARD = Path(__file__).parent / "model_card.md"
 # Settings that are nobody else's business, or hold paths of the machine; so do those that end in _DIR.
@@ -42,7 +37,7 @@ def write(model: GPT, tokenizer: BPETokenizer, folder: Path) -> None:
     write_tokenizer(tokenizer, folder, model.config.max_seq_len)
 
 
-def convert(model: GPT, tokenizer: BPETokenizer) -> "PreTrainedModel":
+def convert(model: GPT, tokenizer: BPETokenizer) -> torch.nn.Module:
     """A transformers model that shares the weights of a GPT."""
     from transformers import GenerationConfig, NanoChatForCausalLM
 
@@ -64,7 +59,7 @@ def convert(model: GPT, tokenizer: BPETokenizer) -> "PreTrainedModel":
     return converted.eval()
 
 
-def convert_config(config: GPTConfig, bos: int) -> "PretrainedConfig":
+def convert_config(config: GPTConfig, bos: int) -> object:
     """transformers' NanoChatConfig of a plain GPTConfig, the NanotrainConfig of any other. bos: the id of BOS."""
     from transformers import NanoChatConfig
 
