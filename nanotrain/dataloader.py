@@ -312,7 +312,9 @@ class SequenceReader:
             while stream.available < count:
                 if stream.encoding is None:
                     self._submit(stream, max(count, self._prefetch_tokens))
-                self._collect(stream)
+                encoding, stream.encoding = stream.encoding, None
+                for tokens in encoding.result():
+                    stream.append(tokens)
         for stream in self._started:
             if stream.encoding is None and stream.available < self._prefetch_tokens // 2:
                 self._submit(stream, self._prefetch_tokens)
@@ -328,12 +330,6 @@ class SequenceReader:
             np.array([self.tokenizer.bos, *ids] if first else ids, dtype=np.int32)
             for (_, first), ids in zip(taken, encoded, strict=True)
         ]
-
-    def _collect(self, stream):
-        """Wait for the running tokenization of `stream` and append its tokens."""
-        encoding, stream.encoding = stream.encoding, None
-        for tokens in encoding.result():
-            stream.append(tokens)
 
     def state(self) -> dict:
         """Between two batches, as plain JSON: the next sequence's number and the positions of this rank's streams."""

@@ -34,7 +34,19 @@ PLAIN_NAMES = {  # of the modules that NanoChatForCausalLM calls otherwise
 def write(model: GPT, tokenizer: BPETokenizer, folder: Path) -> None:
     """Write a model and its tokenizer into the folder, which must not exist yet or be empty."""
     convert(model, tokenizer).save_pretrained(folder, max_shard_size="5GB")
-    write_tokenizer(tokenizer, folder, model.config.max_seq_len)
+    inner = Tokenizer.from_str(tokenizer.to_json())
+    begins = {"single": f"{BOS} $A", "pair": f"{BOS} $A {BOS}:1 $B:1"}  # here BOS comes before a text by itself
+    inner.post_processor = processors.TemplateProcessing(**begins, special_tokens=[(BOS, tokenizer.bos)])
+    inner.save(str(folder / FILE_NAME))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), BOS),  # where a text ends, the next begins
+        "padding_side": "left",  # so that a batch can be continued
+        "model_max_length": model.config.max_seq_len,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # the name of BOS in a text is text
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def convert(model: GPT, tokenizer: BPETokenizer) -> torch.nn.Module:
@@ -93,23 +105,6 @@ def convert_config(config: GPTConfig, bos: int) -> object:
         attention_gain=config.attention_gain,
         rope_theta=config.rope_base,
     )
-
-
-def write_tokenizer(tokenizer: BPETokenizer, folder: Path, max_length: int) -> None:
-    """The tokenizer of training, which here puts BOS before a text by itself."""
-    inner = Tokenizer.from_str(tokenizer.to_json())
-    begins = {"single": f"{BOS} $A", "pair": f"{BOS} $A {BOS}:1 $B:1"}
-    inner.post_processor = processors.TemplateProcessing(**begins, special_tokens=[(BOS, tokenizer.bos)])
-    inner.save(str(folder / FILE_NAME))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), BOS),  # where a text ends, the next begins
-        "padding_side": "left",  # so that a batch can be continued
-        "model_max_length": max_length,
-        "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # the name of BOS in a text is text
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()
