@@ -204,14 +204,8 @@ class Stream:
 
     def fill(self, sequence: np.ndarray) -> None:
         """Copy the next T + 1 tokens into `sequence` (T + 1,)."""
-        filled = 0
-        for part in self.parts:
-            tokens = part.tokens[: len(sequence) - filled]
-            sequence[filled : filled + len(tokens)] = tokens
-            filled += len(tokens)
-            if filled == len(sequence):
-                return
-        raise AssertionError(f"stream has {self.available} tokens of {len(sequence)}")
+        assert self.available >= len(sequence)
+        sequence[:] = np.concatenate([part.tokens for part in self.parts])[: len(sequence)]
 
     def advance(self, count: int) -> None:
         """Skip `count` tokens; at least one must remain."""
@@ -377,11 +371,7 @@ class Prefetcher:
 
     def __init__(self, loader: DataLoader):
         self.loader, self.error = loader, None
-        self.next = self._first = next(loader)
-
-    def begin_step(self) -> None:
-        """The next batch is the first one of an optimizer step, to which `rewind` returns."""
-        self._first = self.next
+        self.next = next(loader)
 
     def take(self) -> Batch:
         """The batch to train on now."""
@@ -391,10 +381,6 @@ class Prefetcher:
         except DataError as error:
             self.error = error
         return now
-
-    def rewind(self) -> None:
-        """Let `state` be that at the beginning of this step, which does not count."""
-        self.next = self._first
 
     def state(self, dist: DistContext) -> dict:
         """The loader's state before the next batch, with the streams of all ranks. A collective operation."""
