@@ -147,9 +147,7 @@ class Part:
 
 
 class Stream:
-    """An endless stream of tokens, and what is read of it and unused. A piece is a document or a part of a very long
-    one; pieces are numbered within their slice.
-    """
+    """An endless stream of tokens. A piece is a document or a part of a very long one, numbered within its slice."""
 
     def __init__(self, order: SliceOrder, number: int, num_streams: int, state: tuple | None = None):
         self.order, self.num_streams = order, num_streams
@@ -258,9 +256,7 @@ class SequenceReader:
         state: dict | None = None,
         threads: int = 1,
     ):
-        """state: the merged `state()` of all ranks, from a run with any number of ranks; None: the start of the run.
-        threads: how many tokenize ahead.
-        """
+        """state: the merged `state()` of any number of ranks; None: the start. threads: how many tokenize ahead."""
         self.tokenizer, self.seq_len, self.num_streams = tokenizer, seq_len, num_streams
         self.rank, self.world_size = rank, world_size
         self.next_sequence = state["next_sequence"] if state else 0

@@ -262,15 +262,13 @@ def step(optimizers: Sequence[ShardedOptimizer]) -> None:
 
 @torch.no_grad()
 def collect_gradients(parameters: Iterable[nn.Parameter], dist: DistContext) -> list[Tensor]:
-    """The gradients of `parameters` as dense tensors that share their memory; of a sparse one the values of its rows,
-    here averaged over the ranks, because DistributedDataParallel skips it.
-    """
+    """The dense gradients of `parameters`, sharing their memory; a sparse one's are the values of its rows."""
     found = []
     for parameter in parameters:
         gradient = parameter.grad
         if gradient.is_sparse:
             gradient = gradient.coalesce()  # sums duplicate rows, so each row is sent once
-            if dist.world_size > 1:
+            if dist.world_size > 1:  # DistributedDataParallel does not average sparse ones
                 rows = dist.all_gather_rows(gradient.indices()[0])
                 values = dist.all_gather_rows(gradient.values() / dist.world_size)
                 gradient = torch.sparse_coo_tensor(rows[None], values, parameter.shape).coalesce()

@@ -112,9 +112,8 @@ def main(names: Sequence[str] = ()) -> None:
     config.check_numbers(config.snapshot(__name__), at_least_one=positive)
     config.choice("COMPILE", COMPILE, ("auto", "on", "off"))
     known, found = tables(), {}
-    for name in names:
-        if name not in known:
-            raise UserError(f"no table {name!r}: there are {', '.join(known)}")
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"no table {unknown[0]!r}: there are {', '.join(known)}")
     names = names or list(known)
     if "loader" in names or "step" in names:
         open_reader(MAX_SEQ_LEN, 1)  # missing data are an error before anything is measured
