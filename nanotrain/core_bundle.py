@@ -77,9 +77,7 @@ def read(path: str | Path, max_per_task: int = 0) -> Bundle:
     """
     path, place, digest, tasks = Path(path).expanduser(), "core.yaml", hashlib.sha256(), []
     if not path.exists():
-        raise DataError(
-            f"no CORE bundle at {path}: python -m nanotrain.core_eval --make-bundle={path} makes one from your data"
-        )
+        raise DataError(f"no CORE bundle at {path}: python -m nanotrain.core_eval --make-bundle={path} makes one")
 
     def text(name):
         nonlocal place
@@ -168,8 +166,8 @@ def obtain(path: str, shard: Path, dist: DistContext, max_per_task: int) -> Bund
 def make(folder: str | Path, shard: Path, num_items: int) -> dict[str, int]:
     """Write a bundle of up to `num_items` items per task, made from the text of a validation `shard`, to `folder`.
 
-    The same shard gives the same bytes. Returns {label: number of items}; a task for which the text has none is left
-    out. A bundle made earlier is replaced; any other files there are a UserError.
+    The same shard gives the same bytes. Returns {label: number of items} of the tasks for which the text has any. A
+    bundle made earlier is replaced; any other files there are a UserError.
     """
     texts = list(islice(chain.from_iterable(dataset.row_groups([shard])), MAX_DOCUMENTS))
     tasks = [task for task in _own_tasks(texts, num_items) if task[-1]]
@@ -252,9 +250,8 @@ def _piece(texts, draw, num_words):
 def _repeated_word(texts, draw):
     """A piece whose next word is also in the text before it, so that a reader would guess it; or None."""
     piece = _piece(texts, draw, 1)
-    if piece and len(piece.continuation) > 3 and piece.continuation.isalpha():
-        return piece if piece.continuation in re.findall(r"\w+", piece.context) else None
-    return None
+    fits = piece and len(piece.continuation) > 3 and piece.continuation.isalpha()
+    return piece if fits and piece.continuation in re.findall(r"\w+", piece.context) else None
 
 
 def _among_others(pieces, draw, num_others, part):

@@ -51,9 +51,7 @@ class TrainData:
 
     @classmethod
     def open(cls, data_dir: str, tokenizer_dir: str, dist: DistContext) -> "TrainData":
-        """Open the folders, "" for the default ones, on every rank. Raises DataError on all ranks if one of them, on
-        another machine, has other files than rank 0.
-        """
+        """Open the folders, "" for the default ones, on every rank; see `check_nodes`."""
         tokenizer = BPETokenizer.load(paths.tokenizer_dir(tokenizer_dir))
         shards = dist.on_all_ranks(lambda: open_shards(paths.data_dir(data_dir)))
         check_nodes(dist, tokenizer, shards)
@@ -70,13 +68,13 @@ class TrainData:
 def check_nodes(dist: DistContext, tokenizer: BPETokenizer, shards: Shards) -> None:
     """Raise DataError on all ranks if one, on another machine, has another tokenizer or other shards than rank 0."""
     opened = [[shard.name, shard.text_bytes, shard.group_rows] for shard in (*shards.train, shards.validation)]
-    here = {"tokenizer": tokenizer.sha256(), f"shards in {shards.folder}": opened}
-    there = list(dist.broadcast_object(list(here.values())))
+    here = [tokenizer.sha256(), opened]
+    there = dist.broadcast_object(here)
 
     def check():
-        for (name, found), expected in zip(here.items(), there, strict=True):
-            if found != expected:
-                raise DataError(f"rank {dist.rank} has not the {name} that rank 0 has: every node needs the same files")
+        if here != there:
+            what = "tokenizer" if here[0] != there[0] else f"shards in {shards.folder}"
+            raise DataError(f"rank {dist.rank} has not the {what} that rank 0 has: every node needs the same files")
 
     dist.on_all_ranks(check)
 
@@ -149,11 +147,7 @@ class Part:
 
 
 class Stream:
-    """An endless stream of tokens and a read position in it: (slice position, piece, token offset) of the first unused
-    token.
-
-    A piece is a document or a part of a very long one; pieces are numbered within their slice.
-    """
+    """An endless stream of tokens. A piece is a document or a part of a very long one, numbered within its slice."""
 
     def __init__(self, order: SliceOrder, number: int, num_streams: int, state: tuple | None = None):
         self.order, self.num_streams = order, num_streams
@@ -163,7 +157,6 @@ class Stream:
         self.parts = deque()  # tokenized and unused
         self.available = 0
         self.encoding = None  # Future of the token arrays for `taken`, if any
-        self.skipped_documents = 0
 
     def take_texts(self, num_tokens: int) -> list[tuple[str, bool]]:
         """The next pieces, at least one and about `num_tokens` tokens, as (text, whether it begins a document)."""
@@ -191,10 +184,7 @@ class Stream:
         shard = current.shard
         for start in range(current.start, current.stop, current.window_rows):
             stop = min(start + current.window_rows, current.stop)
-            for text in read_texts(shard.path, current.group, start, stop, shard.modified_ns):
-                if not text:
-                    self.skipped_documents += 1
-                    continue
+            for text in filter(None, read_texts(shard.path, current.group, start, stop, shard.modified_ns)):
                 is_empty = False
                 for begin in range(0, len(text), MAX_PIECE_CHARS):
                     yield text[begin : begin + MAX_PIECE_CHARS], begin == 0
@@ -212,14 +202,8 @@ class Stream:
 
     def fill(self, sequence: np.ndarray) -> None:
         """Copy the next T + 1 tokens into `sequence` (T + 1,)."""
-        filled = 0
-        for part in self.parts:
-            tokens = part.tokens[: len(sequence) - filled]
-            sequence[filled : filled + len(tokens)] = tokens
-            filled += len(tokens)
-            if filled == len(sequence):
-                return
-        raise AssertionError(f"stream has {self.available} tokens of {len(sequence)}")
+        assert self.available >= len(sequence)
+        sequence[:] = np.concatenate([part.tokens for part in self.parts])[: len(sequence)]
 
     def advance(self, count: int) -> None:
         """Skip `count` tokens; at least one must remain."""
@@ -272,9 +256,7 @@ class SequenceReader:
         state: dict | None = None,
         threads: int = 1,
     ):
-        """state: the merged `state()` of all ranks, from a run with any number of ranks; None: the start of the run.
-        threads: how many tokenize ahead.
-        """
+        """state: the merged `state()` of any number of ranks; None: the start. threads: how many tokenize ahead."""
         self.tokenizer, self.seq_len, self.num_streams = tokenizer, seq_len, num_streams
         self.rank, self.world_size = rank, world_size
         self.next_sequence = state["next_sequence"] if state else 0
@@ -284,7 +266,6 @@ class SequenceReader:
         self._started = {}  # the streams read so far; a dict keeps their order
         self._workers = ThreadPoolExecutor(threads)
         shared = math.gcd(world_size, num_streams)
-        self._counts_documents = rank < shared  # the lowest rank that reads these streams
         self.streams = {
             number: Stream(order, number, num_streams, tuple(state["streams"][str(number)]) if state else None)
             for number in range(rank % shared, num_streams, shared)
@@ -321,7 +302,9 @@ class SequenceReader:
             while stream.available < count:
                 if stream.encoding is None:
                     self._submit(stream, max(count, self._prefetch_tokens))
-                self._collect(stream)
+                encoding, stream.encoding = stream.encoding, None
+                for tokens in encoding.result():
+                    stream.append(tokens)
         for stream in self._started:
             if stream.encoding is None and stream.available < self._prefetch_tokens // 2:
                 self._submit(stream, self._prefetch_tokens)
@@ -338,50 +321,24 @@ class SequenceReader:
             for (_, first), ids in zip(taken, encoded, strict=True)
         ]
 
-    def _collect(self, stream):
-        """Wait for the running tokenization of `stream` and append its tokens."""
-        encoding, stream.encoding = stream.encoding, None
-        for tokens in encoding.result():
-            stream.append(tokens)
-
     def state(self) -> dict:
-        """The state between two batches as plain JSON: the number of the next sequence and the positions of this rank's
-        streams.
-        """
+        """Between two batches, as plain JSON: the next sequence's number and the positions of this rank's streams."""
         positions = {str(number): list(stream.state()) for number, stream in self.streams.items()}
         return {"next_sequence": self.next_sequence, "streams": positions}
 
-    def epoch(self, state: dict) -> int:
-        """The number of complete epochs at `state`, in the stream that is furthest ahead."""
-        return max(position for position, _, _ in state["streams"].values()) // self.num_slices
-
-    @property
-    def skipped_documents(self) -> int:
-        """The number of null or empty documents skipped so far in tokenized text. Of the ranks that read the same
-        streams only one reports it; the others report 0.
-        """
-        return sum(stream.skipped_documents for stream in self.streams.values()) if self._counts_documents else 0
-
 
 class DataLoader:
-    """The batches of one rank on its device, as an iterator and context manager; a thread prepares the next two.
-
-    Two buffers (pinned for CUDA) are filled in turn; a buffer is reused only after the copy out of it has finished.
-    """
+    """The batches of one rank on its device, as an iterator and context manager; a thread prepares the next two."""
 
     def __init__(self, reader: SequenceReader, batch_size: int, device: torch.device):
         self.reader, self.device = reader, device
-        self._worker, self._filled = ThreadPoolExecutor(1, "nanotrain-data"), deque()
-        shape = (batch_size, reader.seq_len + 1)
-        for _ in range(2):
-            self._fill_later(torch.empty(shape, dtype=torch.int64, pin_memory=device.type == "cuda"))
+        self._shape = (batch_size, reader.seq_len + 1)
+        self._worker = ThreadPoolExecutor(1, "nanotrain-data")
+        self._filled = deque(self._worker.submit(self._fill) for _ in range(2))
 
-    def _fill_later(self, buffer, copied=None):
-        self._filled.append(self._worker.submit(self._fill, buffer, copied))
-
-    def _fill(self, buffer, copied):
-        if copied is not None:
-            copied.synchronize()
+    def _fill(self):
+        # torch reuses the memory of a pinned buffer only after the copy out of it has finished
+        buffer = torch.empty(self._shape, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         state = self.reader.state()
         return buffer, self.reader.fill(buffer.numpy()), state
 
@@ -391,11 +348,8 @@ class DataLoader:
     def __next__(self) -> Batch:
         buffer, total, state = self._filled[0].result()  # raises an error of the thread again and again
         self._filled.popleft()
-        sequences, copied = buffer.to(self.device, non_blocking=True, copy=True), None
-        if self.device.type == "cuda":
-            copied = torch.cuda.Event()
-            copied.record()
-        self._fill_later(buffer, copied)
+        self._filled.append(self._worker.submit(self._fill))
+        sequences = buffer.to(self.device, non_blocking=True)
         return Batch(sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous(), total, state)
 
     def __enter__(self):
@@ -413,11 +367,7 @@ class Prefetcher:
 
     def __init__(self, loader: DataLoader):
         self.loader, self.error = loader, None
-        self.next = self._first = next(loader)
-
-    def begin_step(self) -> None:
-        """The next batch is the first one of an optimizer step, to which `rewind` returns."""
-        self._first = self.next
+        self.next = next(loader)
 
     def take(self) -> Batch:
         """The batch to train on now."""
@@ -428,10 +378,6 @@ class Prefetcher:
             self.error = error
         return now
 
-    def rewind(self) -> None:
-        """Let `state` be that at the beginning of this step, which does not count."""
-        self.next = self._first
-
     def state(self, dist: DistContext) -> dict:
         """The loader's state before the next batch, with the streams of all ranks. A collective operation."""
         streams = {}
@@ -440,8 +386,8 @@ class Prefetcher:
         return {**self.next.state, "streams": streams}
 
     def epoch(self, batch: Batch) -> int:
-        """The number of complete epochs before `batch`."""
-        return self.loader.reader.epoch(batch.state)
+        """The number of complete epochs before `batch`, in the stream that is furthest ahead."""
+        return max(position for position, _, _ in batch.state["streams"].values()) // self.loader.reader.num_slices
 
     def raise_error(self) -> None:
         """Raise the error of this rank, if there was one."""
@@ -461,18 +407,14 @@ def packed_sequences(paths: Sequence[Path], tokenizer: BPETokenizer, seq_len: in
             break
     count = min((total - 1) // seq_len, most)
     if count < 1:
-        holds = f"{paths[0]} holds" if len(paths) == 1 else f"the {len(paths)} train shards in {paths[0].parent} hold"
-        raise DataError(
-            f"{holds} {total} tokens, less than one sequence of {seq_len + 1}: train with a shorter --max-seq-len"
-        )
+        holds = f"{paths[0]} holds" if len(paths) == 1 else f"the train shards in {paths[0].parent} hold"
+        raise DataError(f"{holds} {total} tokens, a sequence {seq_len + 1}: train with a shorter --max-seq-len")
     starts = np.arange(count)[:, None] * seq_len
     return np.concatenate(parts)[starts + np.arange(seq_len + 1)]
 
 
 def validation_documents(path: Path, tokenizer: BPETokenizer, num_bytes: int) -> list[np.ndarray]:
-    """The first whole documents of a shard with at least `num_bytes` UTF-8 bytes in total, as (n,) int32 arrays without
-    BOS. Raises DataError if the shard has no documents.
-    """
+    """The first whole documents of a shard, of at least `num_bytes` UTF-8 bytes, as (n,) int32 arrays without BOS."""
     found, total = [], 0
     for text, ids in _encoded_documents([path], tokenizer):
         found.append(np.array(ids, dtype=np.int32))
@@ -485,9 +427,7 @@ def validation_documents(path: Path, tokenizer: BPETokenizer, num_bytes: int) ->
 
 
 def _encoded_documents(paths: Iterable[Path], tokenizer: BPETokenizer) -> Iterator[tuple[str, list[int]]]:
-    """Yield each text of shards with its ids. Up to 64 texts or a million characters are tokenized at a time: a row
-    group may be far more text than needed.
-    """
+    """Yield each text of shards with its ids, a few tokenized at a time: a row group may be far more than needed."""
     texts = []
     for text in itertools.chain.from_iterable(row_groups(paths)):
         texts.append(text)

@@ -51,13 +51,10 @@ def find_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
         return fast, f"CUDA capability {capability[0]}.{capability[1]}"
     if device.type == "cpu":
         can = torch.cpu.get_capabilities()
-        if can.get("amx_bf16"):
-            return torch.bfloat16, "this CPU has AMX_BF16"
-        if not can.get("avx512_bf16"):
-            return torch.float32, "this CPU has neither AVX512_BF16 nor AMX"
-        if can.get("avx512_fp16"):  # a CPU made for AMX, here hidden: its AVX512_BF16 has half the rate of float32
-            return torch.float32, "AVX512_BF16 is slow on a CPU made for AMX"
-        return torch.bfloat16, "this CPU has AVX512_BF16"
+        # With avx512_fp16 it is a CPU made for AMX, here hidden: its AVX512_BF16 has half the rate of float32.
+        if can.get("amx_bf16") or (can.get("avx512_bf16") and not can.get("avx512_fp16")):
+            return torch.bfloat16, "this CPU is fast in it"
+        return torch.float32, "this CPU has no fast bfloat16"
     return torch.float32, "the safe choice on this device"
 
 
@@ -97,11 +94,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def can_compile() -> bool:
     """Whether torch.compile has what it needs: a GPU, or a C++ compiler."""
-    return bool(torch.cuda.is_available() or _cpp_compiler())
-
-
-def _cpp_compiler():
-    return shutil.which("g++") or shutil.which("clang++")
+    return bool(torch.cuda.is_available() or shutil.which("g++") or shutil.which("clang++"))
 
 
 def cores_of_a_rank() -> int:
@@ -127,9 +120,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """The median FLOP/s of a (4096, 256) by (256, 1024) product in `dtype`; all sides are 8 times as long on CUDA,
-    where the product would be over before the wait for it.
-    """
+    """The median FLOP/s of a (4096, 256) by (256, 1024) product in `dtype`; on CUDA all sides are 8 times as long."""
     rows, inner, columns = (8 * side if device.type == "cuda" else side for side in (4096, 256, 1024))
     a = torch.randn(rows, inner, device=device).to(dtype)
     b = torch.randn(columns, inner, device=device).to(dtype).t()
@@ -247,7 +238,7 @@ def main() -> None:
     print(f"device     {device} ({device_name(device)}), {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     print(f"GPUs       {torch.cuda.device_count()}")
     print(f"precision  {str(dtype).removeprefix('torch.')} ({reason})")
-    print(f"compiler   {_cpp_compiler() or 'none: on the CPU torch.compile falls back to eager'}")
+    print(f"compiler   {'found' if can_compile() else 'none: training stays eager'}")
     for name in ("float32", "bfloat16"):
         print(f"matmul     {matmul_flops(device, DTYPES[name]) / 1e9:,.0f} GFLOP/s in {name}")
     print(f"memory     {memory_bytes(device) / 2**30:.1f} GiB")

@@ -113,10 +113,8 @@ class MetricLogger:
             with self._tolerate_full_disk("an evaluation"), atomic_file(path) as temporary:
                 temporary.write_text(json.dumps(self._evaluation, allow_nan=False) + "\n", encoding="utf-8")
 
-    def finish(self, state: TrainState, skipped_documents: int, peak_memory_bytes: int) -> None:
+    def finish(self, state: TrainState, peak_memory_bytes: int) -> None:
         """Print how the run ended, and give wandb the best checkpoint, or without evaluations the last."""
-        if skipped_documents:
-            self.event(f"{skipped_documents} documents without text were left out since this start")
         if not state.is_finished:
             progress = f"step {state.step} of {state.num_steps}"
             self.event(f"stopped and saved at {progress}: the same command with --resume goes on")

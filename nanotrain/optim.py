@@ -47,23 +47,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.dist, self.updates = dist, 0
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         self.shard_ranges = dict(zip(parameters, self.partition(parameters), strict=True))
+        self.own_ranges = {parameter: ranges[dist.rank] for parameter, ranges in self.shard_ranges.items()}
         for group in self.param_groups:
             group["base_lr"] = group["lr"]  # the peak; `set_schedule` sets lr
         for parameter in parameters:
-            start, end = self.own_range(parameter)
+            start, end = self.own_ranges[parameter]
             for key, dimensions in self.STATE.items() if end > start else ():
                 first, last = _state_range((start, end), parameter, parameter.shape[:dimensions])
                 self.state[parameter][key] = torch.zeros(last - first, device=parameter.device)
 
-    def step(self) -> None:
-        """Update every parameter from its gradient."""
-        step([self])
-
     @torch.no_grad()
     def start_step(self) -> list[Callable[[], None]]:
-        """Update this rank's shard of every parameter and start sending it; return functions that wait for the other
-        ranks' shards. Each group is sent while the next one is being updated.
-        """
+        """Update this rank's shards and start sending them; return functions that wait for those of the others."""
         waits = []
         for group in self.param_groups:
             own = [parameter for parameter in group["params"] if parameter in self.state]
@@ -74,13 +69,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 for shard, (start, end) in zip(shards, self.shard_ranges[parameter], strict=True):
                     if end > start:
                         shard.append(parameter.detach().view(-1)[start:end])
-            waits.append(self.dist.broadcast_owned(shards))
+            waits.append(self.dist.broadcast_owned(shards))  # while the next group is being updated
         self.updates += 1
         return waits
-
-    def own_range(self, parameter: nn.Parameter) -> Range:
-        """The range of elements that this rank owns."""
-        return self.shard_ranges[parameter][self.dist.rank]
 
 
 def _state_range(element_range, parameter, shape):
@@ -158,9 +149,7 @@ def normuon_normalize(update: Tensor, row_sq: Tensor) -> Tensor:
 
 
 def orthogonalize(stack: Tensor, dtype: torch.dtype) -> Tensor:
-    """(N, R, C) with R <= C -> (N, R, C) float32: the nearest semi-orthogonal matrices; singular values are within
-    about 15 % of 1.
-    """
+    """(N, R <= C, C) -> the same in float32: the nearest semi-orthogonal matrices, singular values within 15 % of 1."""
     norms = stack.flatten(1).norm(dim=1)[:, None, None]  # in float32: a bfloat16 sum of squares is too coarse
     x = (stack / (norms * POLAR_SAFETY + 1e-7)).to(dtype)
     for a, b, c in POLAR_EXPRESS:
@@ -189,8 +178,8 @@ class AdamW(ShardedOptimizer):
         # The kernel adds 1 itself. The counts are created on the device: copying them there would synchronise.
         steps = torch.full((len(parameters),), float(self.updates), device=parameters[0].device)
         adamw(
-            [parameter.view(-1)[slice(*self.own_range(parameter))] for parameter in parameters],
-            [parameter.grad.flatten()[slice(*self.own_range(parameter))] for parameter in parameters],
+            [parameter.view(-1)[slice(*self.own_ranges[parameter])] for parameter in parameters],
+            [parameter.grad.flatten()[slice(*self.own_ranges[parameter])] for parameter in parameters],
             [self.state[parameter]["exp_avg"] for parameter in parameters],
             [self.state[parameter]["exp_avg_sq"] for parameter in parameters],
             max_exp_avg_sqs=[],
@@ -207,13 +196,11 @@ class AdamW(ShardedOptimizer):
 
 
 class RowwiseAdam(ShardedOptimizer):
-    """Adam without momentum for sparse gradients, with one second moment per row.
+    """Adam without momentum for sparse gradients; groups also have "beta2" and "eps". Every rank does everything.
 
-    It is the mean of the row's squared gradient elements over its own updates, limited to the last 1 / (1 - beta2) of
-    them. Steps in which a row has no gradient do not count: dense Adam would decay its moment in each of them, and the
-    next update of a rare row would be up to ten times the learning rate.
-
-    Groups also have "beta2" and "eps". State and work are small, so every rank does everything.
+    A row's second moment is the mean of its squared gradient elements over its own updates, about the last
+    1 / (1 - beta2) of them. Steps without a gradient of the row do not count: dense Adam would decay the moment in each
+    of them, and the next update of a rare row would be up to ten times the learning rate.
     """
 
     STATE: ClassVar = {"exp_avg_sq": 1, "updates": 1}
@@ -243,9 +230,8 @@ def build_optimizers(
 ) -> list[ShardedOptimizer]:
     """[Muon, AdamW] over the parameters of a model, plus RowwiseAdam if it has a bigram embedding.
 
-    roles: {role: {name: parameter}} from `GPT.parameters_by_role`. rates: learning rates of "matrix", "embedding",
-    "unembedding" and "scalar"; those of the other roles follow from these. dtype: the precision of Muon's matrix
-    products. `recipe.estimate_memory` knows what they need in memory.
+    roles: from `GPT.parameters_by_role`. rates: learning rates of "matrix", "embedding", "unembedding" and "scalar".
+    dtype: the precision of Muon's matrix products. `recipe.estimate_memory` knows what they need in memory.
     """
     # At step 1 the gradients of the scalars are rounding errors of about 1e-6; later ones are about 1e-2. A small eps
     # would turn these errors into full updates, which would depend on the number of ranks.
@@ -276,16 +262,13 @@ def step(optimizers: Sequence[ShardedOptimizer]) -> None:
 
 @torch.no_grad()
 def collect_gradients(parameters: Iterable[nn.Parameter], dist: DistContext) -> list[Tensor]:
-    """The gradients of `parameters` as dense tensors that share their memory; for a sparse one, the values of its rows.
-
-    Sparse gradients, which DistributedDataParallel skips, are averaged over the ranks here.
-    """
+    """The dense gradients of `parameters`, sharing their memory; a sparse one's are the values of its rows."""
     found = []
     for parameter in parameters:
         gradient = parameter.grad
         if gradient.is_sparse:
             gradient = gradient.coalesce()  # sums duplicate rows, so each row is sent once
-            if dist.world_size > 1:
+            if dist.world_size > 1:  # DistributedDataParallel does not average sparse ones
                 rows = dist.all_gather_rows(gradient.indices()[0])
                 values = dist.all_gather_rows(gradient.values() / dist.world_size)
                 gradient = torch.sparse_coo_tensor(rows[None], values, parameter.shape).coalesce()
@@ -336,6 +319,6 @@ def load_state_tensors(optimizers: Iterable[ShardedOptimizer], tensors: dict[str
     if different := expected ^ {(name, tensor.shape) for name, tensor in tensors.items()}:
         raise ValueError(f"optimizer state differs in {sorted(different)[:4]}")
     for name, optimizer, parameter, key, shape in places:
-        start, end = _state_range(optimizer.own_range(parameter), parameter, shape)
+        start, end = _state_range(optimizer.own_ranges[parameter], parameter, shape)
         if end > start:
             optimizer.state[parameter][key].copy_(tensors[name].flatten()[start:end])

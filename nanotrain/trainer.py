@@ -141,7 +141,7 @@ class TrainStep:
 
     def __call__(self, batches: Prefetcher, schedule: StepSchedule, stop: guard.StopRequest) -> StepResult:
         """Take the next batches and update the weights, unless loss or gradients are not finite on any rank."""
-        begin = time.monotonic()
+        begin, first_batch = time.monotonic(), batches.next
         optim.set_schedule(self.optimizers, schedule.lr_factor, schedule.momentum, schedule.weight_decay)
         loss, data_hash, epoch, loader_seconds = self._backward(batches, schedule.micro_steps)
         gradients = optim.collect_gradients(self.parameters, self.dist)
@@ -162,7 +162,7 @@ class TrainStep:
             "stop_requested": status[2] > 0,
         }
         if status[3]:
-            batches.rewind()
+            batches.next = first_batch  # this step does not count
             return StepResult(**found, data_failed=True)
 
         update_begin = time.perf_counter()
@@ -191,7 +191,6 @@ class TrainStep:
     def _backward(self, batches, micro_steps):
         """(mean loss () on the device, data hash, epoch, seconds waited for data) of this rank's micro-steps."""
         loss_sum, data_hash, waited = torch.zeros((), device=self.dist.device), 0, 0.0
-        batches.begin_step()
         for micro_step in range(micro_steps):
             asked = time.perf_counter()
             batch = batches.take()

@@ -202,8 +202,7 @@ def train(cfg: SimpleNamespace, dist: DistContext, stop: guard.StopRequest, watc
             guard.check_replicas(dist, train_step.parameters, state.step, guard.CHECK_REPLICAS_EVERY)
             budget.refit(state)
             stopping = result.stop_requested and not state.is_finished
-        skipped_documents = round(dist.all_reduce_sum([reader.skipped_documents])[0])
-        metrics.finish(state, skipped_documents, hardware.peak_memory_bytes(dist.device))
+        metrics.finish(state, hardware.peak_memory_bytes(dist.device))
     write_report(cfg, run_dir, state, dist)
 
 

@@ -81,9 +81,7 @@ PARTS = {
 
 
 def tables() -> dict[str, tuple[Callable, list[dict]]]:
-    """{table: (function, its arguments in each case)}. The function also takes the DistContext and returns the Work to
-    time; the arguments are the first columns.
-    """
+    """{table: (function that returns the Work to time, its arguments in each case, which are the first columns)}."""
     tokens, choices = DEVICE_BATCH_SIZE * MAX_SEQ_LEN, ("off", "on")[: 1 + compiles()]
     precisions = (("float32", "highest"), ("float32", "medium"), ("bfloat16", "highest"))
     passes = [(max(DEVICE_BATCH_SIZE // n, 1), n) for n in (1, 4, 8)]  # the same sequences a step
@@ -114,9 +112,8 @@ def main(names: Sequence[str] = ()) -> None:
     config.check_numbers(config.snapshot(__name__), at_least_one=positive)
     config.choice("COMPILE", COMPILE, ("auto", "on", "off"))
     known, found = tables(), {}
-    for name in names:
-        if name not in known:
-            raise UserError(f"no table {name!r}: there are {', '.join(known)}")
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"no table {unknown[0]!r}: there are {', '.join(known)}")
     names = names or list(known)
     if "loader" in names or "step" in names:
         open_reader(MAX_SEQ_LEN, 1)  # missing data are an error before anything is measured
@@ -156,10 +153,12 @@ def seconds_of(dist: DistContext, function: Callable, calls: int = 1) -> tuple[f
 WORKER = []  # in the process of a case: its `measurements`
 
 
-def measurements(prepare: Callable, case: dict) -> Iterator[tuple]:
-    """Yield (seconds of the first call, the work without its function), and then for ever ({part: seconds}, FLOP/s of a
-    matrix product, bytes of peak memory).
+def measurements(settings: dict, cache_dir: str, prepare: Callable, case: dict) -> Iterator[tuple]:
+    """With these settings yield (seconds of the first call, the work without its function), and then for ever ({part:
+    seconds}, FLOP/s of a matrix product, bytes of peak memory).
     """
+    globals().update(settings)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache_dir
     dist = init_distributed(DEVICE, case.get("dtype", DTYPE), deterministic=False)
     work = prepare(dist, **case)
     first, _, third = [seconds_of(dist, work.function)[0] for _ in range(3)]  # the third reuses what the first freed
@@ -171,12 +170,10 @@ def measurements(prepare: Callable, case: dict) -> Iterator[tuple]:
         yield parts, rate, hardware.peak_memory_bytes(dist.device)
 
 
-def measurement(settings: dict, cache_dir: str, prepare: Callable, case: dict) -> tuple:
-    """In the process of a case: the next of its `measurements`, with the settings of the program."""
+def measurement(*arguments: object) -> tuple:
+    """In the process of a case: the next of its `measurements`."""
     if not WORKER:
-        globals().update(settings)
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache_dir
-        WORKER.append(measurements(prepare, case))
+        WORKER.append(measurements(*arguments))
     return next(WORKER[0])
 
 
@@ -260,9 +257,8 @@ def training(
     checkpointing: str = "off",
     **model: int,
 ) -> Work:
-    """Steps as scripts/base_train.py does them, without its log; what is not given is by the settings. built: what
-    `build` returns; batches: of (inputs, targets), else all are the same random tokens; compile: off, block or whole;
-    model: for `model_config`.
+    """Steps as scripts/base_train.py does them; what is not given is by the settings. built: from `build`, or model:
+    for `model_config`. batches: of (inputs, targets), else the same random tokens. compile: off, block or whole.
     """
     model, optimizers = built or build(model_config(**model), dist)
     parameters, sizes, counts = list(model.parameters()), model.config, model.parameter_counts()
@@ -297,24 +293,19 @@ def training(
 def precision(dist: DistContext, dtype: str, float32_precision: str) -> Work:
     """Steps, and the dtypes that their products see. medium: bfloat16 through oneDNN, TF32 on CUDA."""
     torch.set_float32_matmul_precision(float32_precision)
-    with SeenDtypes() as seen:  # eager, because compiled code hides its products
+    seen = set()
+
+    class Watch(TorchDispatchMode):  # below autocast
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.overloadpacket.__name__
+            if name in ("mm", "addmm", "bmm", "baddbmm") or "scaled_dot_product" in name:
+                tensors = [x for x in args if isinstance(x, torch.Tensor)][:3]  # what follows are statistics
+                seen.update(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
+            return function(*args, **(kwargs or {}))
+
+    with Watch():  # eager, because compiled code hides its products
         training(dist, batch_size=1, compile="off").function()
-    return replace(training(dist), columns={"products see": " ".join(sorted(seen.found))})
-
-
-class SeenDtypes(TorchDispatchMode):
-    """Collects the dtypes that enter matrix products and attention, below autocast."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        if name in ("mm", "addmm", "bmm", "baddbmm") or "scaled_dot_product" in name:
-            tensors = [x for x in args if isinstance(x, torch.Tensor)][:3]  # what follows are statistics
-            self.found |= {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
-        return function(*args, **(kwargs or {}))
+    return replace(training(dist), columns={"products see": " ".join(sorted(seen))})
 
 
 def optimizer(dist: DistContext) -> Work:
@@ -322,8 +313,8 @@ def optimizer(dist: DistContext) -> Work:
     model, optimizers = build(model_config(), dist)
     with dist.autocast():
         model(*torch.randint(VOCAB_SIZE, (2, 1, MAX_SEQ_LEN), device=dist.device)).backward()
-    parts = {"all": partial(optim.step, optimizers), **{type(each).__name__: each.step for each in optimizers}}
-    return Work(lambda: {part: seconds_of(dist, function)[0] for part, function in parts.items()})
+    parts = {"all": optimizers, **{type(each).__name__: [each] for each in optimizers}}
+    return Work(lambda: {part: seconds_of(dist, partial(optim.step, some))[0] for part, some in parts.items()})
 
 
 # ---- parts of a model ----

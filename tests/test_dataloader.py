@@ -218,16 +218,11 @@ def test_a_long_document_is_one_document_tokenized_in_bounded_pieces(tokenizer, 
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
-def test_null_and_empty_documents_are_skipped_and_counted(tokenizer, tmp_path, world_size):
-    """By one rank where several read the same stream."""
+def test_null_and_empty_documents_are_skipped(tokenizer, tmp_path, world_size):
     texts = make_texts(6, seed=1)
     folder = write(tmp_path, [None, *texts[:3], "", *texts[3:], None], rows_per_group=9)
-    ranks = Ranks(folder, tokenizer, 4, 4, world_size)
-    assert sum(reader.skipped_documents for reader in ranks.readers) == 0
-    assert_follows(ranks, Reference(folder, tokenizer, 4, 4, 48 * world_size), 48, 1)
-    streams = dict(itertools.chain.from_iterable(reader.streams.items() for reader in ranks.readers))
-    skipped = sum(stream.skipped_documents for stream in streams.values())
-    assert sum(reader.skipped_documents for reader in ranks.readers) == skipped > 0
+    expected = Reference(folder, tokenizer, 4, 4, 48 * world_size)
+    assert_follows(Ranks(folder, tokenizer, 4, 4, world_size), expected, 48, 1)
 
 
 @pytest.mark.parametrize("num_streams", [1, 48])
@@ -332,7 +327,7 @@ def reader_of(folder, tokenizer, rank=0, world_size=1):
 
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2), (2, 3)])
 def test_batches_are_the_sequences_of_the_reader_with_its_state_before_them(tokenizer, small, rank, world_size):
-    """And stay so while later ones are made in the same two buffers."""
+    """And stay so while later ones are made."""
     twin = reader_of(small, tokenizer, rank=rank, world_size=world_size)
     with DataLoader(reader_of(small, tokenizer, rank=rank, world_size=world_size), 4, CPU) as loader:
         batches = [next(loader) for _ in range(20)]
@@ -391,7 +386,7 @@ def test_packed_sequences_by_hand(tokenizer, tmp_path):
         assert sequences.dtype == np.int32
         assert sequences.tolist() == [stream[3 * n : 3 * n + 4] for n in range(count)]
     assert len(dataloader.packed_sequences(paths, tokenizer, len(stream) - 1, 10**6)) == 1
-    with pytest.raises(DataError, match="the 3 train shards in"):
+    with pytest.raises(DataError, match=r"the train shards in .* hold"):
         dataloader.packed_sequences(paths, tokenizer, 10**4, 10**5)
 
 

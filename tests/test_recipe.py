@@ -319,7 +319,7 @@ def measured_peak(model, optimizers, rows, grad_accum_steps, dist):
             mean.backward()
         optim.collect_gradients(parameters, dist)
         for optimizer in optimizers:
-            optimizer.step()
+            optim.step([optimizer])
         for parameter in parameters:
             parameter.grad = None
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]

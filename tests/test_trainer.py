@@ -39,14 +39,11 @@ def test_three_steps_in_a_row_without_an_update_end_the_run_and_float16_may_look
 class Batches:
     """Stands in for a Prefetcher: the same batch again and again."""
 
-    error = None
+    error = next = None
 
     def __init__(self, vocab_size):
         tokens = torch.randint(vocab_size, (4, 17), generator=torch.Generator().manual_seed(1))
         self.batch = SimpleNamespace(inputs=tokens[:, :-1], targets=tokens[:, 1:], sequence_hash=2**63 + 5)
-
-    def begin_step(self):
-        pass
 
     def take(self):
         return self.batch

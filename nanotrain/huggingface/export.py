@@ -1,14 +1,12 @@
 """Export to the Hugging Face format: a folder that `transformers` loads, checked against the model it was made from.
 
 A plain model (`GPTConfig.plain`) is written as transformers' own NanoChatForCausalLM. Any other comes with the two
-modelling files beside this one, which stand alone and compute the same as gpt.py.
-
-transformers is imported only where it is needed; nothing else in nanotrain needs it.
+modelling files beside this one, which stand alone and compute the same as gpt.py. Only this package needs transformers.
 """
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +16,6 @@ from nanotrain import dataset
 from nanotrain.errors import RunError
 from nanotrain.gpt import GPT, GPTConfig
 from nanotrain.tokenizer import BOS, FILE_NAME, BPETokenizer
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
 
 CARD = Path(__file__).parent / "model_card.md"
 # Settings that are nobody else's business, or hold paths of the machine; so do those that end in _DIR.
@@ -39,10 +34,22 @@ PLAIN_NAMES = {  # of the modules that NanoChatForCausalLM calls otherwise
 def write(model: GPT, tokenizer: BPETokenizer, folder: Path) -> None:
     """Write a model and its tokenizer into the folder, which must not exist yet or be empty."""
     convert(model, tokenizer).save_pretrained(folder, max_shard_size="5GB")
-    write_tokenizer(tokenizer, folder, model.config.max_seq_len)
+    inner = Tokenizer.from_str(tokenizer.to_json())
+    begins = {"single": f"{BOS} $A", "pair": f"{BOS} $A {BOS}:1 $B:1"}  # here BOS comes before a text by itself
+    inner.post_processor = processors.TemplateProcessing(**begins, special_tokens=[(BOS, tokenizer.bos)])
+    inner.save(str(folder / FILE_NAME))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), BOS),  # where a text ends, the next begins
+        "padding_side": "left",  # so that a batch can be continued
+        "model_max_length": model.config.max_seq_len,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # the name of BOS in a text is text
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def convert(model: GPT, tokenizer: BPETokenizer) -> "PreTrainedModel":
+def convert(model: GPT, tokenizer: BPETokenizer) -> torch.nn.Module:
     """A transformers model that shares the weights of a GPT."""
     from transformers import GenerationConfig, NanoChatForCausalLM
 
@@ -64,7 +71,7 @@ def convert(model: GPT, tokenizer: BPETokenizer) -> "PreTrainedModel":
     return converted.eval()
 
 
-def convert_config(config: GPTConfig, bos: int) -> "PretrainedConfig":
+def convert_config(config: GPTConfig, bos: int) -> object:
     """transformers' NanoChatConfig of a plain GPTConfig, the NanotrainConfig of any other. bos: the id of BOS."""
     from transformers import NanoChatConfig
 
@@ -98,23 +105,6 @@ def convert_config(config: GPTConfig, bos: int) -> "PretrainedConfig":
         attention_gain=config.attention_gain,
         rope_theta=config.rope_base,
     )
-
-
-def write_tokenizer(tokenizer: BPETokenizer, folder: Path, max_length: int) -> None:
-    """The tokenizer of training, which here puts BOS before a text by itself."""
-    inner = Tokenizer.from_str(tokenizer.to_json())
-    begins = {"single": f"{BOS} $A", "pair": f"{BOS} $A {BOS}:1 $B:1"}
-    inner.post_processor = processors.TemplateProcessing(**begins, special_tokens=[(BOS, tokenizer.bos)])
-    inner.save(str(folder / FILE_NAME))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), BOS),  # where a text ends, the next begins
-        "padding_side": "left",  # so that a batch can be continued
-        "model_max_length": max_length,
-        "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # the name of BOS in a text is text
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()
