@@ -77,9 +77,7 @@ def bits_per_byte(
         progress(len(some))
     total_nats, total_bytes = dist.all_reduce_sum([nats, num_bytes])
     if not total_bytes:
-        raise DataError(
-            "the text to evaluate on has no bytes: give --data-dir a data set whose validation shard has text"
-        )
+        raise DataError("the text to evaluate on has no bytes: --data-dir needs a validation shard with text")
     return total_nats / (math.log(2) * total_bytes)
 
 

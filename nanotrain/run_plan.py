@@ -130,7 +130,7 @@ class RunPlan:
     def describe(self) -> list[str]:
         """The lines that a person reads before the first step."""
         dist = self.dist
-        lines = [
+        return [
             f"device     {dist.world_size} x {hardware.device_name(dist.device)}",
             f"precision  {str(dist.dtype).removeprefix('torch.')} ({dist.dtype_reason})",
             *self._describe_model(),
@@ -138,9 +138,6 @@ class RunPlan:
             *self._describe_horizon(),
             *self._describe_recipe(),
         ]
-        if self.tries_batch_sizes:
-            lines.append("fits       the largest batch is found by trying, once the model is there")
-        return lines
 
     def _describe_model(self):
         shape, counts = self.model_config, self.plan.parameters

@@ -173,7 +173,8 @@ def train(cfg: SimpleNamespace, dist: DistContext, stop: guard.StopRequest, watc
     train_step = TrainStep(model, optimizers, dist, run.plan, run.recipe.grad_clip, run.saved)
     peak = (hardware.peak_flops(dist.device) or 0.0) * dist.world_size / run.plan.flops_per_token
     metrics = dist.on_all_ranks(lambda: MetricLogger(run_dir, state.num_steps, state.step, dist.is_rank0, peak))
-    budget = time_budget(cfg, pass_seconds * grad_accum_steps, dist, metrics)
+    evaluations = (cfg.EVAL_EVERY, cfg.CORE_METRIC_EVERY, cfg.EVALUATIONS_AFTER)
+    budget = TimeBudget(cfg.TARGET_MINUTES, *evaluations, pass_seconds * grad_accum_steps, dist, metrics.event)
     evals = Evals(eval_settings(cfg), model, data.tokenizer, sequences, bundle, dist, metrics, watchdog.beat)
     checkpoints.begin(state, run.record(), metrics, watchdog.beat)
     with warmup.memory_limit(batch_size, model), metrics, DataLoader(reader, batch_size, dist.device) as loader:
@@ -263,11 +264,10 @@ def build(
 
 def draw_weights(model: GPT, run: RunPlan, reader: dataloader.SequenceReader) -> None:
     """Set all weights; embedding and head from the bigrams of the next sequences, if the plan wants that."""
-    seed = run.cfg.SEED
-    model.init_weights(seed)
+    model.init_weights(run.cfg.SEED)
     if run.spectral_tokens and model.config.vocab_size <= bigram_init.LARGEST_VOCABULARY:
         num_tokens = min(run.spectral_tokens, SPECTRAL_RUNS * run.plan.tokens)
-        bigram_init.initialize(model, reader, num_tokens, seed)
+        bigram_init.initialize(model, reader, num_tokens, run.cfg.SEED)
         hardware.give_back_freed_memory()  # the bigram counts
 
 
@@ -279,11 +279,6 @@ def write_config(run: RunPlan, run_dir: Path, dist: DistContext) -> dict:
     record = {"format": FORMAT, "plan": asdict(run.plan), **run.record(), "defaults": config.defaults(__file__)}
     dist.on_rank0(lambda: write_json(run_dir / "config.json", record))
     return record
-
-
-def time_budget(cfg: SimpleNamespace, pass_seconds: float, dist: DistContext, metrics: MetricLogger) -> TimeBudget:
-    every = (cfg.EVAL_EVERY, cfg.CORE_METRIC_EVERY)
-    return TimeBudget(cfg.TARGET_MINUTES, *every, cfg.EVALUATIONS_AFTER, pass_seconds, dist, metrics.event)
 
 
 def eval_settings(cfg: SimpleNamespace) -> EvalSettings:
