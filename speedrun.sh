@@ -144,9 +144,9 @@ else
     depth=${DEPTH:-0} minutes=${MINUTES:-3}
     whole=${minutes%%.*}
     if [ "${whole:-0}" -ge 2 ]; then
-        max_chars=20000000 eval_tokens=65536 evaluations=8 # more text makes the tokenizer no better
+        max_chars=20000000 eval_tokens=65536 evaluations=10 # more text makes the tokenizer no better
     else
-        max_chars=5000000 eval_tokens=32768 evaluations=6 # these would take most of the time
+        max_chars=5000000 eval_tokens=32768 evaluations=8 # these would take most of the time
     fi
     tokenizer_preset=("--max-chars=$max_chars" "--target-minutes=$minutes" "--depth=$depth")
     preset=(--eval-tokens=32768 "--evaluations-after=$evaluations") # for what base_eval does
