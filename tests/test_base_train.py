@@ -37,6 +37,7 @@ from nanotrain import (
     loss,
     loss_eval,
     recipe,
+    run_plan,
     trainer,
     warmup,
 )
@@ -834,3 +835,21 @@ def test_a_run_that_gets_no_better_ends_early_like_a_finished_one(train, measure
     run = train(EVAL_EVERY=1, SAVE_EVERY=0, EARLY_STOP_PATIENCE=2, EARLY_STOP_MIN_DELTA=delta)
     assert (rows(run)[-1]["step"], Store(run).steps()[0]) == (ended, ended)
     assert saved(run)[2]["train_state"]["num_steps"] == ended
+
+
+def test_a_batch_that_was_given_is_not_refused_for_the_ramp(train, capsys):
+    run = train(BATCH_RAMP=True, TOTAL_BATCH_SIZE=48, NUM_ITERATIONS=2)
+    assert "no ramp" in capsys.readouterr().out
+    assert saved(run)[2]["recipe"]["batch_ramp"] is False
+    ramp = train("ramp", BATCH_RAMP=True, TOTAL_BATCH_SIZE=64, NUM_ITERATIONS=2)
+    assert saved(ramp)[2]["recipe"]["batch_ramp"] is True
+
+
+def test_the_number_of_streams_is_fixed_at_the_start_of_a_run(train, at_step, monkeypatch):
+    whole = train("streams", NUM_STREAMS=0)
+    assert len(saved(whole)[2]["loader"]["streams"]) == 192
+    at_step(2, terminate)
+    train(NUM_STREAMS=0)
+    at_step()
+    monkeypatch.setattr(run_plan, "choose_num_streams", lambda shards: 2)
+    assert same_run(whole, train(NUM_STREAMS=0, RESUME=True))
