@@ -16,7 +16,7 @@ import torch
 from conftest import ALONE, ROOT
 from tokenizers import Tokenizer, models
 
-from nanotrain import checkpoint, config, core_bundle, core_eval, dataset, engine, errors
+from nanotrain import checkpoint, config, core_bundle, core_eval, dataset, engine, errors, hardware
 from nanotrain.gpt import GPTConfig
 from nanotrain.tokenizer import BPETokenizer
 from scripts import base_eval, generate, tok_train
@@ -305,3 +305,15 @@ def test_tok_train_does_not_overwrite_the_tokenizer_of_another_program(tmp_path,
     with pytest.raises(errors.DataError, match=r"<\|bos\|>"):
         tok_train.main()
     assert (tmp_path / "tokenizer.json").read_text() == theirs
+
+
+@pytest.mark.usefixtures("own_process_state")
+def test_the_vocabulary_follows_the_depth_or_the_minutes(monkeypatch):
+    monkeypatch.setattr(hardware, "training_flops_per_second", lambda *device: 1e11)
+    for depth, minutes, vocab_size in ((12, 0.0, 32768), (2, 9e9, 4096), (0, 3.0, 4096), (0, 9e9, 32768)):
+        monkeypatch.setattr(tok_train, "DEPTH", depth)
+        monkeypatch.setattr(tok_train, "TARGET_MINUTES", minutes)
+        assert tok_train.planned_vocab_size() == vocab_size
+    monkeypatch.setattr(tok_train, "TARGET_MINUTES", 0.0)
+    with pytest.raises(errors.UserError, match="--target-minutes"):
+        tok_train.planned_vocab_size()
