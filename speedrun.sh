@@ -50,9 +50,10 @@ seconds=()
 # A stage runs in the background, so that Ctrl-C and SIGTERM reach this script at once; it passes them on.
 on_signal() {
     stopped=yes
-    if [ -n "${child:-${pip:-}}" ]; then kill -TERM "${child:-$pip}" $download 2> /dev/null || true; fi
+    if [ -n "${child:-${pip:-}}" ]; then kill -TERM "${child:-$pip}" 2> /dev/null || true; fi
 }
 trap on_signal INT TERM
+trap 'if [ -n "$download" ]; then kill -TERM "$download" 2> /dev/null || true; fi' EXIT # also where a stage fails
 
 say_how_to_go_on() {
     printf '\nstopped. To go on, run the same command again:\n\n    %sbash %q\n' "$chosen" "$PWD/speedrun.sh"

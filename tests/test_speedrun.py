@@ -162,3 +162,15 @@ def test_hosted_shards_come_as_the_depth_needs_while_the_tokenizer_trains(tree):
     training = dict(calls)["scripts.base_train"]
     assert {"--seed=5", "--depth=4", "--run-name=fineweb-edu-3min-d4-s5"} <= set(training)
     assert not any(argument.startswith(("--matrix", "--weight", "--batch", "--max-seq")) for argument in training)
+
+
+def test_a_stage_that_fails_takes_the_download_beside_it_along(tree):
+    python = tree / ".venv" / "bin" / "python"
+    fails = "case $2-$* in *tok_train*) sleep 0.5; exit 3 ;; *for-depth*) trap 'echo ended >> calls; exit' TERM; "
+    fails += "while :; do sleep 0.02; done ;; esac\n"
+    python.write_text(python.read_text().replace("for argument; do", fails + "for argument; do", 1))
+    speedrun(tree, "DATASET=fineweb-edu DEPTH=4 bash speedrun.sh", code=3)
+    deadline = time.monotonic() + 10
+    while "ended" not in (tree / "calls").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
