@@ -13,6 +13,7 @@ from nanotrain.loss import chunk_rows
 from nanotrain.trainer import TrainState
 
 HORIZON = ("NUM_ITERATIONS", "TARGET_FLOPS", "TARGET_MINUTES", "TARGET_PARAM_DATA_RATIO")
+UNSET = {"max_seq_len": 0, "total_batch_size": 0, "batch_ramp": False, "schedule": "wsd"}  # left to the recipe; else -1
 DEFAULT_BATCH_TOKENS = 4096  # of a forward pass, where the largest that fits is not found by trying
 
 
@@ -223,7 +224,7 @@ class RunPlan:
         }
         lines = []
         for name, value in numbers.items():
-            given = getattr(self.cfg, name.upper(), -1) not in (-1, 0, False, "wsd")
+            given = getattr(self.cfg, name.upper(), -1) != UNSET.get(name, -1)
             reason = "from the checkpoint" if self.saved else "as given" if given else recipe.REASONS[name]
             lines.append(f"  {name:<16} {f'{value:.4g}' if type(value) is float else value!s:<9} {reason}")
         return lines
