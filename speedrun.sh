@@ -2,6 +2,15 @@
 # The whole pipeline: environment, data, tokenizer, training, evaluation with samples, summary.
 set -euo pipefail
 { # so that bash reads all of it before it begins, and a `git pull` during a run changes nothing
+for descriptor in 0 1 2; do # one that is closed, whose number the next file would get
+    if [ ! -e "/dev/fd/$descriptor" ]; then eval "exec $descriptor<> /dev/null"; fi
+done
+trap '' PIPE # a reader that goes away ends nothing
+say() { printf "$@" 2> /dev/null || true; } # nor does a full disk
+fail() { # fail EXIT_CODE MESSAGE
+    say 'error: %s\n' "$2" >&2
+    exit "$1"
+}
 for name in DATA_DIR NANOTRAIN_DIR; do # a relative path means the folder this was called from
     if [ -n "${!name:-}" ] && [[ ${!name} != /* ]]; then export "$name=$PWD/${!name}"; fi
 done
@@ -38,7 +47,7 @@ HELP
 case "${1:-}" in
     "") ;;
     -h | --help) usage; exit 0 ;;
-    *) echo "error: $1: choices are environment variables, see bash speedrun.sh --help" >&2; exit 2 ;;
+    *) fail 2 "$1: choices are environment variables, see bash speedrun.sh --help" ;;
 esac
 
 stopped=""
@@ -47,16 +56,16 @@ download="" # the process that fetches shards while the tokenizer trains on the 
 names=()
 seconds=()
 
-# A stage runs in the background, so that Ctrl-C and SIGTERM reach this script at once; it passes them on.
+# A stage runs in the background, so that Ctrl-C, SIGTERM and SIGHUP reach this script at once; it passes them on.
 on_signal() {
     stopped=yes
     if [ -n "${child:-${pip:-}}" ]; then kill -TERM "${child:-$pip}" 2> /dev/null || true; fi
 }
-trap on_signal INT TERM
+trap on_signal INT TERM HUP # HUP: unless it was ignored from the start (nohup)
 trap 'if [ -n "$download" ]; then kill -TERM "$download" 2> /dev/null || true; fi' EXIT # also where a stage fails
 
 say_how_to_go_on() {
-    printf '\nstopped. To go on, run the same command again:\n\n    %sbash %q\n' "$chosen" "$PWD/speedrun.sh"
+    say '\nstopped. To go on, run the same command again:\n\n    %sbash %q\n' "$chosen" "$PWD/speedrun.sh"
     exit 0
 }
 
@@ -64,13 +73,13 @@ rule=$(printf '=%.0s' {1..80})
 heading() { # heading NAME: a line of 78 columns that ends with the minutes and seconds since the start
     local clock
     printf -v clock '%d:%02d' $((SECONDS / 60)) $((SECONDS % 60))
-    printf '\n== %s %s %s\n' "$1" "${rule:0:$((73 - ${#1} - ${#clock}))}" "$clock"
+    say '\n== %s %s %s\n' "$1" "${rule:0:$((73 - ${#1} - ${#clock}))}" "$clock"
 }
 
 finished() { # finished NAME BEGIN: keep and say the seconds of a stage
     names+=("$1")
     seconds+=($((SECONDS - $2)))
-    printf -- '-- %s took %d s\n' "$1" $((SECONDS - $2))
+    say -- '-- %s took %d s\n' "$1" $((SECONDS - $2))
 }
 
 stage() { # stage NAME COMMAND...
@@ -89,8 +98,7 @@ stage() { # stage NAME COMMAND...
     # 3: what was trained could not be saved (torchrun ends with 1 whatever its ranks ended with)
     if [ -n "$stopped" ] && [ "$status" -ne 3 ]; then say_how_to_go_on; fi
     if [ "$status" -ne 0 ]; then
-        echo "error: stage \"$name\" failed with exit code $status" >&2
-        exit "$status"
+        fail "$status" "stage \"$name\" failed with exit code $status"
     fi
     finished "$name" "$begin"
 }
@@ -102,21 +110,17 @@ done
 if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then chosen+=$(printf 'CUDA_VISIBLE_DEVICES=%q ' "$CUDA_VISIBLE_DEVICES"); fi # may be empty
 for name in TRAIN_SHARDS DEPTH VOCAB_SIZE NPROC; do
     if [ -n "${!name:-}" ] && ! [[ ${!name} =~ ^[1-9][0-9]{0,8}$ ]]; then
-        echo "error: $name=${!name}: must be a whole number above 0" >&2
-        exit 2
+        fail 2 "$name=${!name}: must be a whole number above 0"
     fi
 done
 if [ -n "${SEED:-}" ] && ! [[ $SEED =~ ^[0-9]{1,9}$ ]]; then
-    echo "error: SEED=$SEED: must be a whole number" >&2
-    exit 2
+    fail 2 "SEED=$SEED: must be a whole number"
 fi
 if [ -n "${MINUTES:-}" ] && ! [[ $MINUTES =~ ^[0-9]*\.?[0-9]+$ && $MINUTES =~ [1-9] ]]; then
-    echo "error: MINUTES=$MINUTES: must be a number above 0, as in MINUTES=2.5" >&2
-    exit 2
+    fail 2 "MINUTES=$MINUTES: must be a number above 0, as in MINUTES=2.5"
 fi
 if [ -n "${RUN_NAME:-}" ] && ! [[ $RUN_NAME =~ ^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$ ]]; then
-    echo "error: RUN_NAME=$RUN_NAME: use 1 to 100 letters, digits, dots, dashes and underscores" >&2
-    exit 2
+    fail 2 "RUN_NAME=$RUN_NAME: use 1 to 100 letters, digits, dots, dashes and underscores"
 fi
 
 . dev/environment.sh
@@ -125,7 +129,7 @@ make_environment report || [ -n "$stopped" ] || exit 1
 if [ -n "$stopped" ]; then say_how_to_go_on; fi
 exec 3>&1
 gpus=$("$PYTHON" -m nanotrain.hardware | while IFS= read -r line; do # the number of GPUs is one of its lines
-    printf '%s\n' "$line" >&3
+    say '%s\n' "$line" >&3
     if [[ $line == GPUs* ]]; then echo "${line##* }"; fi
 done)
 exec 3>&-
@@ -220,6 +224,7 @@ fi
 launch=("$PYTHON")
 if [ "$nproc" -gt 1 ]; then
     launch=("$PYTHON" -m torch.distributed.run --standalone --shutdown-timeout=300 "--nproc_per_node=$nproc")
+    if [[ $(trap -p HUP) == *"''"* ]]; then launch+=(--signals-to-handle=SIGTERM,SIGINT,SIGQUIT); fi # else nohup is in vain
 fi
 stage training "${launch[@]}" -m scripts.base_train --resume "--run-name=$run_name" "--data-dir=$data_dir" \
     "--tokenizer-dir=$run_dir" "--depth=$depth" \
@@ -230,22 +235,26 @@ heading summary
 "$PYTHON" - "$run_dir/evaluation.json" << 'SUMMARY'
 import json, sys
 
-result = json.load(open(sys.argv[1]))
-print(f"bits per byte   {result['doc_bpb']:.4f} on whole validation documents")
-print(f"                {result['val_bpb']:.4f} on rows of validation text, {result['train_bpb']:.4f} on rows of train text")
-if core := result.get("core"):
-    print(f"{'CORE' if core['is_core'] else 'tasks':<15} {core['core_metric']:.4f} +- {core['standard_error']:.4f} (guessing: 0),", end=" ")
-    print(f"accuracy {core['accuracy']:.3f} (guessing: {core['baseline']:.3f})")
-print(f"trained on      {result['tokens']:,} tokens in {result['step']:,} steps")
+from nanotrain import errors
+
+
+def summarize():
+    result = json.load(open(sys.argv[1]))
+    print(f"bits per byte   {result['doc_bpb']:.4f} on whole validation documents")
+    print(f"                {result['val_bpb']:.4f} on rows of validation text, {result['train_bpb']:.4f} on rows of train text")
+    if core := result.get("core"):
+        print(f"{'CORE' if core['is_core'] else 'tasks':<15} {core['core_metric']:.4f} +- {core['standard_error']:.4f} (guessing: 0),", end=" ")
+        print(f"accuracy {core['accuracy']:.3f} (guessing: {core['baseline']:.3f})")
+    print(f"trained on      {result['tokens']:,} tokens in {result['step']:,} steps")
+
+
+errors.run(summarize)
 SUMMARY
 taken=""
 for i in "${!names[@]}"; do taken+="${names[$i]} ${seconds[$i]} s, "; done
-printf 'time            %d s: %s\n' "$SECONDS" "${taken%, }" | sed 's/, training/,\n                training/'
-cat << END
-files           $run_dir
-report          $run_dir/report/report.html
-talk to it      cd $PWD &&
-                .venv/bin/python -m scripts.generate --run-name=$run_dir
-END
+taken=${taken%, }
+say 'time            %d s: %s\n' "$SECONDS" "${taken/, training/,$'\n'                training}"
+say 'files           %s\nreport          %s/report/report.html\n' "$run_dir" "$run_dir"
+say 'talk to it      cd %s &&\n                .venv/bin/python -m scripts.generate --run-name=%s\n' "$PWD" "$run_dir"
 exit
 }

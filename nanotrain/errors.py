@@ -5,12 +5,15 @@ The message says what is wrong, the value, and the command that fixes it. What o
 """
 
 import contextlib
+import io
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable
 
 HANG_EXIT_CODE = 8  # of a process that its watchdog ended
+OUTPUT_SECONDS = 5.0  # that a reader who has stopped reading may hold a program up
 
 
 class UserError(Exception):
@@ -50,7 +53,27 @@ class NonFiniteError(UserError):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: it ends a program as Ctrl-C does, which takes its temporary files along."""
+    """SIGTERM or SIGHUP: it ends a program as Ctrl-C does, which takes its temporary files along."""
+
+
+class Output(io.FileIO):
+    """Standard output or error. What cannot be written is dropped: the terminal or the reader is gone, the disk is
+    full, or nobody has read for OUTPUT_SECONDS.
+    """
+
+    def __init__(self, descriptor: int):
+        super().__init__(descriptor, "w", closefd=False)
+        self._dropping = False
+
+    def write(self, data: bytes) -> int:
+        """Write at most PIPE_BUF bytes, which a pipe with any room takes without blocking; returns how many."""
+        with contextlib.suppress(OSError):
+            if select.select([], [self], [], 0.0 if self._dropping else OUTPUT_SECONDS)[1]:
+                written = super().write(data[: select.PIPE_BUF])
+                self._dropping = False
+                return written
+        self._dropping = True
+        return len(data)
 
 
 def first_line(error: BaseException) -> str:
@@ -63,28 +86,50 @@ def file_error(error: OSError) -> RunError:
     return RunError(": ".join(str(part) for part in (error.strerror, error.filename) if part) or str(error))
 
 
-def run(*functions: Callable[[], object]) -> None:
-    """Call `functions` in turn, and end the process as every nanotrain program ends."""
-    signal.signal(signal.SIGTERM, _interrupt)
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # a test's replacement
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a character gets a question mark
+def stop_signals() -> list[int]:
+    """The signals that ask a program to stop, Ctrl-C's aside; a closed terminal's only if nobody said to ignore it."""
+    hang_up = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGTERM, *hang_up]
+
+
+def run(*functions: Callable[[], object], for_its_output: bool = False) -> None:
+    """Call `functions` in turn, and end the process as every nanotrain program ends. Output that cannot be written
+    neither ends nor changes anything, except for programs that run for_its_output: they end with their reader.
+    """
+    _open_standard_streams(for_its_output)
+    for number in stop_signals():
+        signal.signal(number, _interrupt)
     try:
         for function in functions:
             function()
-        sys.stdout.flush()  # here, where a reader that went away is caught
+        sys.stdout.flush()
     except UserError as error:
         _end(error.exit_code, f"error: {error}")
     except KeyboardInterrupt:
         _end(130, "stopped")
-    except BrokenPipeError:  # the reader of our output went away (`... | head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except OSError as error:  # an unwritable folder, a full disk
         if not error.strerror:
             raise
-        _end(1, f"error: {file_error(error)}")
+        has_no_reader = for_its_output and isinstance(error, BrokenPipeError)  # `... | head`
+        _end(1, "" if has_no_reader else f"error: {file_error(error)}")
     _end(0)
+
+
+def _open_standard_streams(for_its_output):
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # one that was closed (`>&-`), whose number the next file would get
+    os.close(descriptor)
+    sys.stdin = sys.stdin or open(0, closefd=False)
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name) or open(descriptor, "w", closefd=False)
+        with contextlib.suppress(OSError, AttributeError):  # a test's replacement has no descriptor
+            if stream.fileno() == descriptor and not (name == "stdout" and for_its_output):
+                buffer = io.BufferedWriter(Output(descriptor))
+                stream = io.TextIOWrapper(buffer, stream.encoding, line_buffering=stream.line_buffering)
+        setattr(sys, name, stream)
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character gets a question mark
 
 
 def _interrupt(number, frame):
@@ -95,7 +140,10 @@ def _end(exit_code, message=""):
     rank = os.environ.get("RANK") or "0"
     if message:
         print(f"[rank {rank}] {message}" if rank != "0" else message, file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would flush once more, and say so
     if os.environ.get("WORLD_SIZE", "1") != "1":
         os._exit(exit_code)  # threads of torch.distributed sometimes abort an interpreter that takes itself down
     if exit_code:

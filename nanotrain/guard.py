@@ -1,6 +1,6 @@
 """What a run must notice: requests to stop, hangs, non-finite updates, spikes of the loss, ranks that drift apart."""
 
-import faulthandler
+import contextlib
 import math
 import os
 import signal
@@ -8,11 +8,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from traceback import walk_stack
 
 import torch
 
 from nanotrain.dist import DistContext
-from nanotrain.errors import HANG_EXIT_CODE, RunError
+from nanotrain.errors import HANG_EXIT_CODE, Output, RunError, stop_signals
 
 NON_FINITE_IN_A_ROW = 3  # steps that end a run
 NON_FINITE_NEARBY, NEARBY_STEPS = 10, 1000  # so many within so many steps end it too
@@ -23,11 +24,13 @@ CHECK_REPLICAS_EVERY = 500  # steps
 
 
 class StopRequest:
-    """SIGTERM, SIGUSR1 (Slurm's warning) and Ctrl-C set a flag; a second Ctrl-C ends the process at once."""
+    """SIGTERM, SIGHUP (a closed terminal), SIGUSR1 (Slurm's warning) and Ctrl-C set a flag; a second Ctrl-C ends the
+    process at once.
+    """
 
     def __init__(self, prints: bool):
         self.requested, self.since, self.prints = False, 0.0, prints
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in (*stop_signals(), signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._handle)
 
     def _handle(self, number, frame):
@@ -37,7 +40,7 @@ class StopRequest:
         if not self.requested:
             self.requested, self.since = True, time.monotonic()
             if self.prints:
-                os.write(2, b"\nstopping after this step (Ctrl-C again: at once, without saving)\n")
+                Output(2).write(b"\nstopping after this step (Ctrl-C again: at once, without saving)\n")
 
 
 class Watchdog:
@@ -60,11 +63,19 @@ class Watchdog:
         while not self._closed.wait(self.TICK_SECONDS):
             self._waited += self.TICK_SECONDS
             if self._waited >= self._limit:
-                where = f"[rank {self._rank}] " if self._rank else ""
-                message = f"no progress for {self._limit:.0f} s: this process is ended. Where each of its threads was:"
-                print(f"{where}error: {message}", file=sys.stderr, flush=True)
-                faulthandler.dump_traceback(sys.stderr)
+                with contextlib.suppress(Exception):
+                    self._say_where_threads_are()
                 return os._exit(HANG_EXIT_CODE)
+
+    def _say_where_threads_are(self):
+        where = f"[rank {self._rank}] " if self._rank else ""
+        message = f"no progress for {self._limit:.0f} s: this process is ended. Where each of its threads was:"
+        lines = [f"{where}error: {message}"]
+        for innermost in sys._current_frames().values():
+            # not traceback's functions, which read source files, perhaps from the file system that hangs
+            codes = [(frame.f_code, line) for frame, line in walk_stack(innermost)]
+            lines += ["", *(f"  {code.co_filename}:{line} in {code.co_name}" for code, line in codes)]
+        print("\n".join(lines), file=sys.stderr, flush=True)
 
     def __enter__(self):
         self._thread.start()

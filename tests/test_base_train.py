@@ -67,7 +67,9 @@ def _global_state():
     """Puts back what a run changes in its process. The speed is given: to measure it takes longer than a run."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    }
     deterministic = torch.are_deterministic_algorithms_enabled()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hardware, "training_flops_per_second", lambda *arguments: 1e11)
@@ -453,7 +455,9 @@ def test_a_compiler_that_does_not_work_is_a_sentence_where_asked_for_and_unused_
 # ---- stopping and resuming ----
 
 
-@pytest.mark.parametrize(("step", "number"), [(1, signal.SIGTERM), (3, signal.SIGINT), (5, signal.SIGUSR1)])
+@pytest.mark.parametrize(
+    ("step", "number"), [(1, signal.SIGTERM), (2, signal.SIGHUP), (3, signal.SIGINT), (5, signal.SIGUSR1)]
+)
 def test_p1_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(train, whole, at_step, capsys, step, number):
     at_step(step, lambda: signal.raise_signal(number))
     stopped = train("stopped", SAVE_EVERY=0)

@@ -17,7 +17,7 @@ from nanotrain.errors import RunError
 # ---- a request to stop ----
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
 
 
 @pytest.fixture(autouse=True)

@@ -27,7 +27,7 @@ if [ "$2" = scripts.base_train ]; then
     echo '{{"settings": {{"TARGET_MINUTES": 1.5}}}}' > "$run/config.json"
 fi
 if [ "$2" = "$(cat slow 2> /dev/null)" ]; then
-    trap 'exit 0' TERM
+    trap 'exit 0' TERM HUP
     echo waits >> calls
     while :; do sleep 0.02; done
 fi
@@ -74,8 +74,8 @@ def called(tree):
     return [(module, arguments) for module, *arguments in lines if module != "nanotrain.hardware"]
 
 
-def interrupt_in(tree, stage, command="MINUTES=2 bash speedrun.sh"):
-    """(process, stdout, stderr) of a run that gets Ctrl-C, as in a terminal, in `stage`."""
+def interrupt_in(tree, stage, command="MINUTES=2 bash speedrun.sh", number=signal.SIGINT):
+    """(process, stdout, stderr) of a run that gets a signal, as from a terminal, in `stage`."""
     (tree / "slow").write_text(stage)
     process = start(tree, command)
     deadline = time.monotonic() + 60
@@ -83,7 +83,7 @@ def interrupt_in(tree, stage, command="MINUTES=2 bash speedrun.sh"):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)  # which the stage ignores: bash starts it in the background
+    os.killpg(process.pid, number)  # SIGINT is ignored by the stage: bash starts it in the background
     out, err = process.communicate(timeout=60)
     (tree / "slow").unlink()
     return process, out, err
@@ -109,6 +109,15 @@ def test_stopped_in_a_stage_and_called_as_it_says_it_goes_on(tree, stage):
     summary = out[out.index("== summary") :]
     assert re.search(r"^time +\d+ s: environment \d+ s, data \d+ s, ", summary, re.MULTILINE)
     assert f"\nreport          {run}/report/report.html\n" in summary
+
+
+def test_a_closed_terminal_stops_it_too_and_no_output_that_cannot_be_written_does(tree):
+    process, out, _ = interrupt_in(tree, "scripts.base_train", number=signal.SIGHUP)
+    assert (process.returncode, "stopped. To go on" in out) == (0, True)
+    for output in ("> /dev/full 2>&1", ">&- 2>&-", "> >(exit) 2>&1"):
+        speedrun(tree, f"bash -c 'MINUTES=2 bash speedrun.sh {output}'")
+        assert [module for module, _ in called(tree)][-1] == STAGES[-1]
+    speedrun(tree, "bash -c 'MINUTES=two bash speedrun.sh > /dev/full 2>&1'", code=2)
 
 
 @pytest.mark.parametrize("choice", ["RUN_NAME='a b'", "MINUTES=0.0", "NPROC=two"])
