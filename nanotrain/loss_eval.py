@@ -82,29 +82,23 @@ def bits_per_byte(
 
 
 class TokenLossStats:
-    """Statistics of the loss per token: the texts with the most and the fewest bits per byte, and a histogram of bits
-    per token.
+    """The texts with the most and the fewest bits per byte, token by token.
 
     A text is the part of one document in one sequence. Very short texts are left out: a single token would dominate.
     """
 
     NUM_TEXTS, MAX_TOKENS = 5, 300  # texts kept of each kind; tokens kept of each text
-    EDGES = tuple(number / 4 for number in range(81))  # histogram edges in bits; values beyond count in the last bin
 
     def __init__(self, tokenizer: BPETokenizer):
         self._strings = tokenizer.byte_strings()
         self._sizes = np.array([len(string) for string in self._strings])
-        self._counts = np.zeros(len(self.EDGES) - 1)
         self._texts = []  # (bits per byte, ids, bits per token): the lowest and the highest
 
     def add(self, targets: Tensor, nats: Tensor) -> None:
         """Add targets (B, T) int64 and their losses (B, T) float64, both on the CPU."""
         bits, ids = nats.numpy() / math.log(2), targets.numpy()
-        special = self._sizes[ids] == 0
-        finite = bits[~special & np.isfinite(bits)]
-        self._counts += np.histogram(finite.clip(self.EDGES[0], self.EDGES[-1]), self.EDGES)[0]
-        for sequence, costs, ends in zip(ids, bits, special, strict=True):
-            borders = [-1, *np.flatnonzero(ends).tolist(), len(sequence)]
+        for sequence, costs in zip(ids, bits, strict=True):
+            borders = [-1, *np.flatnonzero(self._sizes[sequence] == 0).tolist(), len(sequence)]
             for before, end in itertools.pairwise(borders):
                 tokens, cost = sequence[before + 1 : end], costs[before + 1 : end]
                 if len(tokens) >= max(len(sequence) // 4, 1) and np.isfinite(cost).all():
@@ -117,19 +111,13 @@ class TokenLossStats:
         return texts[:most] + texts[most:][-most:]
 
     def result(self, dist: DistContext) -> dict:
-        """The statistics over all ranks as a JSON-like dict, the same on every rank.
-
-        documents: {"worst", "best"}, each a list of {"text", "bpb", "tokens": [[text, bits], ...]}, the most extreme
-        text first. token_bits: {"edges": (n + 1) in bits, "counts": (n)}.
+        """The texts of all ranks, the same on every rank: {"documents": {"worst", "best"}}, each a list of {"text",
+        "bpb", "tokens": [[text, bits], ...]}, the most extreme text first.
         """
-        counts = dist.all_reduce_sum(self._counts.tolist())
         texts = self._extremes(itertools.chain.from_iterable(dist.all_gather_objects(self._texts)))
         half = len(texts) // 2
         documents = {"worst": texts[half:][::-1], "best": texts[:half]}
-        return {
-            "documents": {kind: [self._described(*text) for text in found] for kind, found in documents.items()},
-            "token_bits": {"edges": list(self.EDGES), "counts": [int(count) for count in counts]},
-        }
+        return {"documents": {kind: [self._described(*text) for text in found] for kind, found in documents.items()}}
 
     def _described(self, bpb, ids, bits):
         """One text as a dict; tokens that are parts of a character are joined until it is complete."""

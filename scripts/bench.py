@@ -20,7 +20,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
@@ -150,35 +150,30 @@ def seconds_of(dist: DistContext, function: Callable, calls: int = 1) -> tuple[f
     return (time.perf_counter() - begin) / calls, result
 
 
-WORKER = []  # in the process of a case: its `measurements`
+WORKER = []  # in the process of a case, once it is prepared: its DistContext, its Work, calls of a measurement
 
 
-def measurements(settings: dict, cache_dir: str, prepare: Callable, case: dict) -> Iterator[tuple]:
-    """With these settings yield (seconds of the first call, the work without its function), and then for ever ({part:
+def measurement(settings: dict, cache_dir: str, prepare: Callable, case: dict) -> tuple:
+    """In the process of a case: at first (seconds of the first call, the work without its function), then ({part:
     seconds}, FLOP/s of a matrix product, bytes of peak memory).
     """
-    globals().update(settings)
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache_dir
-    dist = init_distributed(DEVICE, case.get("dtype", DTYPE), deterministic=False)
-    work = prepare(dist, **case)
-    first, _, third = [seconds_of(dist, work.function)[0] for _ in range(3)]  # the third reuses what the first freed
-    yield first, replace(work, function=None)
-    while True:
-        rate = hardware.matmul_flops(dist.device, dist.dtype, SECONDS / 2)
-        seconds, result = seconds_of(dist, work.function, max(round(SECONDS / third), 1))
-        parts = result if isinstance(result, dict) else {"": seconds}
-        yield parts, rate, hardware.peak_memory_bytes(dist.device)
-
-
-def measurement(*arguments: object) -> tuple:
-    """In the process of a case: the next of its `measurements`."""
     if not WORKER:
-        WORKER.append(measurements(*arguments))
-    return next(WORKER[0])
+        globals().update(settings)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache_dir
+        dist = init_distributed(DEVICE, case.get("dtype", DTYPE), deterministic=False)
+        work = prepare(dist, **case)
+        first, _, third = [seconds_of(dist, work.function)[0] for _ in range(3)]  # reuses what the first freed
+        WORKER.extend((dist, work, max(round(SECONDS / third), 1)))
+        return first, replace(work, function=None)
+    dist, work, calls = WORKER
+    rate = hardware.matmul_flops(dist.device, dist.dtype, SECONDS / 2)
+    seconds, result = seconds_of(dist, work.function, calls)
+    parts = result if isinstance(result, dict) else {"": seconds}
+    return parts, rate, hardware.peak_memory_bytes(dist.device)
 
 
 def measure(prepare: Callable, cases: Sequence[dict]) -> list[list]:
-    """The `measurements` of each case, taken in turns; where one fails, its last is the error."""
+    """The results of `measurement` of each case, taken in turns; where one fails, its last is the error."""
     found, settings, spawn = [[] for _ in cases], config.settings(__name__), multiprocessing.get_context("spawn")
     quiet = (signal.signal, (signal.SIGINT, signal.SIG_DFL))  # Ctrl-C reaches all processes: no traceback from these
     with tempfile.TemporaryDirectory(prefix="nanotrain-bench-") as folder, ExitStack() as stack:
