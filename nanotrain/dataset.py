@@ -18,7 +18,6 @@ import platform
 import re
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,14 +259,6 @@ def write_shard(path: Path, texts: Sequence[str], rows_per_group: int = 16) -> N
     pq.write_table(table, path, row_group_size=rows_per_group, compression="zstd")
 
 
-def import_text(source: str | Path, folder: Path, text_column: str = "text") -> tuple[int, Counter[str]]:
-    """Make the data set `folder`, new or empty, of the text in `source`; returns (documents, {reason: left out})."""
-    with new_folder(folder) as temporary:
-        validation, documents, skipped = corpus.import_text(source, temporary, text_column)
-        write_manifest(temporary, "own text", validation)
-    return documents, skipped
-
-
 def hashes_at(url: str) -> dict[str, str]:
     """{name: SHA-256} from the manifest of a data set that is served as it is; empty where the host has none."""
     with tempfile.TemporaryDirectory() as folder:
@@ -340,7 +331,9 @@ def main() -> None:
         raise UserError(f"{'--from' if FROM else '--base-url'} needs a name for the data set, as in --name=mine")
     folder = paths.dataset_dir(NAME or DATASET)
     if FROM:
-        documents, skipped = import_text(FROM, folder, TEXT_COLUMN)
+        with new_folder(folder) as temporary:
+            validation, documents, skipped = corpus.import_text(FROM, temporary, TEXT_COLUMN)
+            write_manifest(temporary, "own text", validation)
         left_out = "".join(f", {count:,} left out: {reason}" for reason, count in skipped.most_common())
         print(f"{folder}: {documents:,} documents{left_out}")
         print(f"train on it with --data-dir={folder}, or DATA_DIR={folder} bash speedrun.sh")

@@ -113,11 +113,9 @@ class Muon(ShardedOptimizer):
         """Whole matrices, by the multiply-adds of one iteration of `orthogonalize`."""
         shapes = [sorted(parameter.shape) for parameter in parameters]
         costs = [short * short * (2 * long + short) for short, long in shapes]
-        ranges = [[(0, 0)] * self.dist.world_size for _ in parameters]
-        owners = partition_by_cost(costs, self.dist.world_size)
-        for parameter, owner, of_ranks in zip(parameters, owners, ranges, strict=True):
-            of_ranks[owner] = (0, parameter.numel())
-        return ranges
+        ranks, owners = range(self.dist.world_size), partition_by_cost(costs, self.dist.world_size)
+        sizes = [parameter.numel() for parameter in parameters]
+        return [[(0, size * (rank == owner)) for rank in ranks] for size, owner in zip(sizes, owners, strict=True)]
 
     def update(self, parameters: list[nn.Parameter], group: dict) -> None:
         """Update `parameters`, all of one shape or its transpose."""
@@ -165,13 +163,11 @@ class AdamW(ShardedOptimizer):
 
     def partition(self, parameters: list[nn.Parameter]) -> list[list[Range]]:
         """Equal parts of the concatenation of all parameters."""
-        sizes, first, ranges = [parameter.numel() for parameter in parameters], 0, []
-        bounds = [sum(sizes) * rank // self.dist.world_size for rank in range(self.dist.world_size + 1)]
-        for size in sizes:
-            places = [min(max(bound - first, 0), size) for bound in bounds]
-            ranges.append(list(itertools.pairwise(places)))
-            first += size
-        return ranges
+        ends = list(itertools.accumulate(parameter.numel() for parameter in parameters))
+        bounds = [ends[-1] * rank // self.dist.world_size for rank in range(self.dist.world_size + 1)]
+        edges = itertools.pairwise([0, *ends])  # of each parameter in the concatenation
+        places = [[min(max(bound, begin), end) - begin for bound in bounds] for begin, end in edges]
+        return [list(itertools.pairwise(of_parameter)) for of_parameter in places]
 
     def update(self, parameters: list[nn.Parameter], group: dict) -> None:
         """Update this rank's elements of `parameters`."""

@@ -124,21 +124,6 @@ def model_width(depth: int, aspect_ratio: int, head_dim: int) -> tuple[int, int]
     return heads * head_dim, heads
 
 
-def resolve_depth(
-    depth: int, horizon: "Horizon", head_dim: int, aspect_ratio: int, flops_per_second: float
-) -> tuple[int, str]:
-    """(depth, why) of a new run: as given, or if that is 0 the best one for the horizon."""
-    if depth:
-        return depth, "as asked"
-    if not (horizon.target_minutes or horizon.target_flops):
-        return DEFAULT_DEPTH, "the default"
-    flops = horizon.target_flops or training_flops(horizon.target_minutes, flops_per_second)
-    reason = f"{flops:.1e} FLOPs"
-    if horizon.target_minutes:
-        reason += f": {horizon.target_minutes:.3g} minutes at {flops_per_second / 1e9:,.0f} GFLOP/s"
-    return choose_depth(flops, head_dim, aspect_ratio), reason
-
-
 def training_flops_per_token(weights: int, depth: int, width: int, seq_len: int) -> int:
     """FLOPs per token, forward and backward: 6 per matrix and head weight, and attention (PaLM, arXiv:2204.02311)."""
     return 6 * weights + 12 * depth * width * seq_len
@@ -356,7 +341,7 @@ class Recipe:
     @property
     def learning_rates(self) -> dict[str, float]:
         """{"matrix", "embedding", "unembedding", "scalar": peak}."""
-        return {name: getattr(self, f"{name}_lr") for name in ("matrix", "embedding", "unembedding", "scalar")}
+        return {name.removesuffix("_lr"): getattr(self, name) for name in RATES}
 
     def at(self, progress: float, grad_accum_steps: int) -> StepSchedule:
         """The settings of the step at `progress`; `grad_accum_steps` micro-steps make up the full batch."""
@@ -446,7 +431,6 @@ class Plan:
     grad_accum_steps: int
     num_steps: int
     tokens: int
-    flops: float
     seconds: float  # estimated from the measured matmul rate
     memory: Memory  # of one rank
 
@@ -477,10 +461,9 @@ def make_plan(
     mean_tokens = total_batch_size * (mean_batch_share() if batch_ramp else 1.0)
     num_steps = horizon.num_iterations or max(round(tokens / mean_tokens), 1)
     tokens = round(num_steps * mean_tokens)
-    flops = float(tokens * flops_per_token)
+    seconds = tokens * flops_per_token / flops_per_second
     memory = estimate_memory(parameters, model_config, *split, world_size, policy)
-    seconds = flops / flops_per_second
-    return Plan(parameters, flops_per_token, total_batch_size, *split, num_steps, tokens, flops, seconds, memory)
+    return Plan(parameters, flops_per_token, total_batch_size, *split, num_steps, tokens, seconds, memory)
 
 
 # ---- schedules, as functions of progress in (0, 1) ----

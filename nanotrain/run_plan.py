@@ -66,10 +66,14 @@ class RunPlan:
             )
 
     def _choose_model(self):
-        cfg = self.cfg
-        depth, self.depth_reason = recipe.resolve_depth(
-            cfg.DEPTH, self.horizon, cfg.HEAD_DIM, cfg.ASPECT_RATIO, self.flops_per_second
-        )
+        """The shape of a new run, its depth as given or the best one for the horizon."""
+        cfg, minutes = self.cfg, self.horizon.target_minutes
+        depth, self.depth_reason = cfg.DEPTH or recipe.DEFAULT_DEPTH, "as asked" if cfg.DEPTH else "the default"
+        if not cfg.DEPTH and (minutes or self.horizon.target_flops):
+            flops = self.horizon.target_flops or recipe.training_flops(minutes, self.flops_per_second)
+            speed = f": {minutes:.3g} minutes at {self.flops_per_second / 1e9:,.0f} GFLOP/s" if minutes else ""
+            depth = recipe.choose_depth(flops, cfg.HEAD_DIM, cfg.ASPECT_RATIO)
+            self.depth_reason = f"{flops:.1e} FLOPs{speed}"
         width, heads = recipe.model_width(depth, cfg.ASPECT_RATIO, cfg.HEAD_DIM)
         sizes = recipe.sizes(width)
         rows = sizes.bigram_rows if cfg.BIGRAM_ROWS == -1 else cfg.BIGRAM_ROWS
@@ -130,22 +134,16 @@ class RunPlan:
 
     def describe(self) -> list[str]:
         """The lines that a person reads before the first step."""
-        dist = self.dist
+        dist, shape, counts = self.dist, self.model_config, self.plan.parameters
+        tables = sum(count for role, count in counts.items() if "embedding" in role and role != "unembedding")
         return [
             f"device     {dist.world_size} x {hardware.device_name(dist.device)}",
             f"precision  {str(dist.dtype).removeprefix('torch.')} ({dist.dtype_reason})",
-            *self._describe_model(),
+            f"model      depth {shape.num_layers} ({self.depth_reason}), width {shape.model_dim}",
+            f"weights    {counts['matrix']:,} in matrices, {counts['unembedding']:,} in the head, {tables:,} in tables",
             *self.describe_batch(),
             *self._describe_horizon(),
             *self._describe_recipe(),
-        ]
-
-    def _describe_model(self):
-        shape, counts = self.model_config, self.plan.parameters
-        tables = sum(count for role, count in counts.items() if "embedding" in role and role != "unembedding")
-        return [
-            f"model      depth {shape.num_layers} ({self.depth_reason}), width {shape.model_dim}",
-            f"weights    {counts['matrix']:,} in matrices, {counts['unembedding']:,} in the head, {tables:,} in tables",
         ]
 
     def _describe_horizon(self):

@@ -323,13 +323,15 @@ BAD_SOURCES = [
 
 
 @pytest.mark.parametrize(("name", "make", "says"), BAD_SOURCES)
-def test_import_says_what_is_wrong_and_leaves_nothing(tmp_path, name, make, says):
+def test_import_says_what_is_wrong_and_leaves_nothing(tmp_path, base_dir, monkeypatch, name, make, says):
     """Of a user's own files."""
     make(tmp_path / name)
+    monkeypatch.setattr(dataset, "FROM", str(tmp_path / name))
+    monkeypatch.setattr(dataset, "NAME", "mine")
     with pytest.raises(DataError, match=says) as caught:
-        dataset.import_text(tmp_path / name, tmp_path / "data" / "mine")
+        dataset.main()
     assert "\n" not in str(caught.value)
-    assert names_in(tmp_path / "data") == []
+    assert names_in(base_dir / "data") == []
 
 
 def test_import_command_end_to_end(run_script, base_dir, tmp_path):

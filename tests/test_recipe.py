@@ -283,7 +283,6 @@ def test_each_horizon_gives_the_steps_that_fit(horizon, steps):
     assert made.flops_per_token == PER_TOKEN
     assert made.num_steps == steps
     assert made.tokens == 64 * steps
-    assert made.flops == PER_TOKEN * 64 * steps
     assert made.seconds == pytest.approx(PER_TOKEN * 64 * steps / 1e6)
     assert made.parameters == COUNTS
     assert (made.total_batch_size, made.device_batch_size, made.grad_accum_steps) == (64, 2, 2)
