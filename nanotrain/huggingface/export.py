@@ -5,9 +5,11 @@ modelling files beside this one, which stand alone and compute the same as gpt.p
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, processors
@@ -18,8 +20,8 @@ from nanotrain.gpt import GPT, GPTConfig
 from nanotrain.tokenizer import BOS, FILE_NAME, BPETokenizer
 
 CARD = Path(__file__).parent / "model_card.md"
-# Settings that are nobody else's business, or hold paths of the machine; so do those that end in _DIR.
-PRIVATE = ("RUN_NAME", "INIT_FROM", "CORE_BUNDLE", "WANDB")
+# Settings that are nobody else's business, or hold paths of the machine.
+PRIVATE = re.compile("RUN_NAME|INIT_FROM|CORE_BUNDLE|WANDB|.*_DIR$")
 TOLERANCE = 1e-3  # of float32 logits, which the softcap bounds
 CHECKED_TEXTS = ("  Ünïcode, 日本語, 🙂🏽\r\n\t0123", f"text that names {BOS} is text", "")
 PLAIN_NAMES = {  # of the modules that NanoChatForCausalLM calls otherwise
@@ -133,33 +135,19 @@ def check(model: GPT, tokenizer: BPETokenizer, folder: Path) -> float:
 
 def model_card(name: str, model: GPT, meta: dict[str, Any], evaluation: dict[str, Any]) -> str:
     """The README.md of an exported model, from its checkpoint's state and what base_eval wrote of it, or {}."""
-    config, environment, data = model.config, meta["environment"], meta["data"]
-    public = [name for name in meta["settings"] if not name.endswith("_DIR") and not name.startswith(PRIVATE)]
-    numbers = []
-    for split, what in (("val", "validation text"), ("train", "train text"), ("doc", "whole validation documents")):
-        bpb = evaluation.get(f"{split}_bpb", meta.get(f"{split}_bpb"))
-        numbers += [f"| bits per byte, {what} | {bpb:.4f} |"] if bpb is not None else []
-    if core := evaluation.get("core"):
-        what = "CORE (22 tasks, baselines of DCLM v1)" if core["is_core"] else f"{len(core['tasks'])} tasks, not CORE"
-        items = f", at most {core['max_per_task']} items of each" if core["max_per_task"] else ""
-        numbers.append(f"| {what}{items} | {core['core_metric']:.4f} +- {core['standard_error']:.4f} |")
-    folder = Path(meta["data_dir"]).name
-    source = dataset.SOURCES.get(folder)
-    return CARD.read_text(encoding="utf-8").format(
+    splits = {"val_bpb": "validation text", "train_bpb": "train text", "doc_bpb": "whole validation documents"}
+    settings, folder = meta["settings"].items(), Path(meta["data_dir"]).name
+    template = jinja2.Template(CARD.read_text(encoding="utf-8"), trim_blocks=True, keep_trailing_newline=True)
+    return template.render(
         name=name,
-        tags="" if config.plain else "tags: [custom_code]\n",
-        remote="" if config.plain else ", trust_remote_code=True",
-        architecture="transformers' own NanoChatForCausalLM" if config.plain else "that of `modeling_nanotrain.py`",
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        config=config,
-        numbers="\n".join(numbers),
-        data=f"{folder} ({source.licence})" if source else folder,
-        num_shards=len(data["files"]),
-        validation=data["validation"],
-        data_hash=dataset.hash_of(data),
-        tokens=meta["loader"]["next_sequence"] * config.max_seq_len,
-        step=meta["step"],
-        environment=environment,
-        torch=environment["packages"]["torch"],
-        settings="\n".join(f"    {setting} = {meta['settings'][setting]!r}" for setting in public),
+        config=model.config,
+        parameters=sum(model.parameter_counts().values()),
+        meta=meta,
+        tokens=meta["loader"]["next_sequence"] * model.config.max_seq_len,
+        bits_per_byte={what: evaluation.get(split, meta.get(split)) for split, what in splits.items()},
+        core=evaluation.get("core"),
+        folder=folder,
+        source=dataset.SOURCES.get(folder),
+        data_hash=dataset.hash_of(meta["data"]),
+        settings={name: repr(value) for name, value in settings if not PRIVATE.match(name)},
     )
