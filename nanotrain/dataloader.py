@@ -16,7 +16,7 @@ and three integers per stream.
 import hashlib
 import itertools
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -89,11 +89,6 @@ class Slice:
     stop: int
     window_rows: int
 
-    @property
-    def name(self) -> str:
-        """What determines its place in each epoch."""
-        return f"{self.shard.name}:{self.group}:{self.start}"
-
 
 def choose_num_streams(shards: Sequence[Shard]) -> int:
     """How many streams to read train shards with: as many of NUM_STREAMS as hold HELD_BYTES, huge row groups or not."""
@@ -118,7 +113,7 @@ def slices_of(shards: Sequence[Shard], num_streams: int) -> list[Slice]:
 
 
 class SliceOrder:
-    """The endless order of slices: epoch after epoch, each sorted by SHA-256 of (seed, epoch, slice name)."""
+    """The endless order of slices: epoch after epoch, each sorted by SHA-256 of (seed, epoch, slice)."""
 
     def __init__(self, slices: list[Slice], seed: int):
         self.slices, self.seed, self._orders = slices, seed, {}
@@ -133,7 +128,8 @@ class SliceOrder:
         return self.slices[self._orders[epoch][index]]
 
     def _key(self, epoch, number):
-        return hashlib.sha256(f"{self.seed} {epoch} {self.slices[number].name}".encode()).digest()
+        part = self.slices[number]
+        return hashlib.sha256(f"{self.seed} {epoch} {part.shard.name}:{part.group}:{part.start}".encode()).digest()
 
 
 @dataclass
@@ -263,7 +259,6 @@ class SequenceReader:
         order = SliceOrder(slices, seed)
         self.num_slices = len(slices)
         self._prefetch_tokens = PREFETCH_SEQUENCES * seq_len
-        self._started = {}  # the streams read so far; a dict keeps their order
         self._workers = ThreadPoolExecutor(threads)
         shared = math.gcd(world_size, num_streams)
         self.streams = {
@@ -276,7 +271,8 @@ class SequenceReader:
         count, total = len(sequences) * self.world_size, 0
         following = range(self.next_sequence, self.next_sequence + count)
         numbers = [number for number in following if number % self.num_streams in self.streams]
-        self._tokenize(numbers)
+        needed = Counter(self.streams[number % self.num_streams] for number in numbers)
+        self._tokenize(needed)
         for number in numbers:
             stream = self.streams[number % self.num_streams]
             if number % self.world_size == self.rank:
@@ -284,30 +280,26 @@ class SequenceReader:
                 stream.fill(sequence)
                 total += sequence_hash(number, sequence)
             stream.advance(self.seq_len)
+        for stream in needed:
+            if stream.encoding is None and stream.available < self._prefetch_tokens // 2:
+                self._submit(stream, self._prefetch_tokens)
         self.next_sequence += count
         return total % 2**64
 
-    def _tokenize(self, numbers):
-        """Make enough tokens available for the sequences `numbers`, and keep the workers tokenizing ahead."""
-        needed = {}
-        for number in numbers:
-            stream = self.streams[number % self.num_streams]
-            # One more: the last target stays in the stream as the first input of its next sequence.
-            needed[stream] = needed.get(stream, 1) + self.seq_len
+    def _tokenize(self, needed):
+        """Make enough tokens available for {stream: number of sequences}."""
+        # One more: the last target stays in the stream as the first input of its next sequence.
+        needed = {stream: count * self.seq_len + 1 for stream, count in needed.items()}
         for stream, count in needed.items():
-            if stream not in self._started:
-                self._started[stream] = True
-                self._submit(stream, count)  # little, so that the first batch comes soon
+            if stream.encoding is None and stream.available < count:
+                self._submit(stream, count)  # of all streams, before any is waited for
         for stream, count in needed.items():
             while stream.available < count:
                 if stream.encoding is None:
-                    self._submit(stream, max(count, self._prefetch_tokens))
+                    self._submit(stream, count)
                 encoding, stream.encoding = stream.encoding, None
                 for tokens in encoding.result():
                     stream.append(tokens)
-        for stream in self._started:
-            if stream.encoding is None and stream.available < self._prefetch_tokens // 2:
-                self._submit(stream, self._prefetch_tokens)
 
     def _submit(self, stream, num_tokens):
         """Start tokenizing the next texts of `stream`, enough for about `num_tokens` tokens in total."""
