@@ -259,11 +259,6 @@ def between_anchors(name: str, tokens: float) -> float:
     return getattr(SMALL, name) + place * (getattr(LARGE, name) - getattr(SMALL, name))
 
 
-def width_factor(width: int) -> float:
-    """Scale of the embedding and head learning rates relative to REFERENCE_WIDTH: 1 / sqrt(width), as in nanochat."""
-    return (width / REFERENCE_WIDTH) ** -0.5
-
-
 @dataclass(frozen=True)
 class StepSchedule:
     """The schedules at one optimizer step."""
@@ -330,8 +325,8 @@ class Recipe:
         chosen |= {name: settings[name.upper()] for name in chosen if settings.get(name.upper(), -1) != -1}
         if settings.get("WARMDOWN_RATIO", -1) == -1:
             chosen["warmdown_ratio"] = min(WARMDOWN_SHARE, 1 - chosen["warmup_ratio"])
-        chosen["embedding_lr"] *= width_factor(width)
-        chosen["unembedding_lr"] *= width_factor(width)
+        for name in ("embedding_lr", "unembedding_lr"):
+            chosen[name] *= (width / REFERENCE_WIDTH) ** -0.5  # as in nanochat
         return cls(**chosen)
 
     def resumed(self, saved: dict, changed: set[str]) -> "Recipe":

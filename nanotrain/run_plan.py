@@ -59,6 +59,11 @@ class RunPlan:
             self.state.set_horizon(self.horizon, self.plan, self.trained_tokens, self.batch_ramp)
         streams = was["loader"]["streams"] if restored else ()
         self.num_streams = len(streams) or cfg.NUM_STREAMS or choose_num_streams(data.shards.train)
+        self.spectral_tokens = cfg.SPECTRAL_TOKENS  # to count for bigram init; 0: random init
+        if cfg.SPECTRAL_TOKENS == -1:
+            self.spectral_tokens = recipe.sizes(width).spectral_tokens
+        # Elsewhere the largest batch that fits is not found by trying: memory that runs out ends the process.
+        self.tries_batch_sizes = cfg.DEVICE_BATCH_SIZE == 0 and dist.device.type == "cuda"
         self.first_weights = None
         if cfg.INIT_FROM and not restored:
             self.first_weights, self.model_config = checkpoint.load_first_weights(
@@ -105,17 +110,6 @@ class RunPlan:
             policy=recipe.ActivationPolicy(dist.dtype.itemsize, compiled, cfg.GRAD_CHECKPOINT, chunk_rows(dist.device)),
             batch_ramp=self.batch_ramp,
         )
-
-    @property
-    def spectral_tokens(self) -> int:
-        """Tokens to count for bigram init, 0 for random init."""
-        chosen = self.cfg.SPECTRAL_TOKENS
-        return recipe.sizes(self.model_config.model_dim).spectral_tokens if chosen == -1 else chosen
-
-    @property
-    def tries_batch_sizes(self) -> bool:
-        """Whether the largest batch that fits is found by trying: elsewhere memory that runs out ends the process."""
-        return self.cfg.DEVICE_BATCH_SIZE == 0 and self.dist.device.type == "cuda"
 
     def record(self) -> dict:
         """What every checkpoint and config.json hold of this run."""

@@ -60,7 +60,8 @@ def test_what_follows_from_the_width():
     assert [sizes.vocab_size for sizes in found] == [4096, 4096, 8192, 8192, 16384, 32768, 32768]
     assert [sizes.seq_len for sizes in found] == [256, 256, 256, 512, 1024, 2048, 2048]
     assert [sizes.bigram_rows > 0 for sizes in found] == [True] * 4 + [False] * 3
-    assert [recipe.width_factor(width) for width in (192, 768, 3072)] == pytest.approx([2, 1, 0.5])
+    rates = [recipe.Recipe.of(width, 1e9, 2**19).embedding_lr for width in (192, 768, 3072)]
+    assert rates == pytest.approx([factor * rates[1] for factor in (2, 1, 0.5)])
 
 
 def weights_of(depth):
@@ -196,7 +197,7 @@ def test_the_plans_of_all_depths_are_as_they_were(name):
 @pytest.mark.parametrize(("anchor", "width"), [(recipe.SMALL, 256), (recipe.LARGE, 768)])
 def test_the_recipe_passes_through_what_was_measured_and_what_was_published(anchor, width):
     found = recipe.Recipe.of(width, anchor.tokens, anchor.batch)
-    scale = recipe.width_factor(width)
+    scale = math.sqrt(768 / width)
     assert found.learning_rates == pytest.approx(
         {
             "matrix": anchor.matrix_lr,

@@ -40,10 +40,6 @@ class RecentLayer(DynamicLayer):
         self.recent[name] = new
         return before
 
-    def reset(self):
-        super().reset()
-        self.recent = {}
-
     def reorder_cache(self, beam_idx):
         super().reorder_cache(beam_idx)
         self.recent = {name: value[beam_idx.to(value.device)] for name, value in self.recent.items()}
