@@ -16,26 +16,13 @@ TOKENIZER_DIR = ""  # folder of tokenizer.json; empty: NANOTRAIN_DIR/tokenizer
 MAX_CHARS = 2_000_000  # of train and of validation text to measure on
 # ------------
 
-KINDS = {
-    "english": "The harbour was quiet that morning. A few boats had gone out before dawn.",
-    "code": "def mean(values):\n    for value in values[1:]:\n        total += value\n    return total / len(values)\n",
-    "german": "Am Abend saßen sie noch lange vor dem Haus und sprachen über die späte Ernte.",
-    "chinese": "今天早上港口很安静，几条船在天亮以前就出海了，其余的还在等风。",
-    "numbers": "1024 2048 4096, 3.14159, 2026-01-31 12:45:00, 192.0.2.17, 0xdeadbeef, -17.5e-3, 99.95 %",
-    "emoji": "Fine weather ☀️, a good wind 🌬️ and a full net 🐟🐟🐟: what more could one want? 😀",
-}
-
 
 def main() -> None:
     tokenizer = BPETokenizer.load(paths.tokenizer_dir(TOKENIZER_DIR))
     shards = dataset.open_shards(paths.data_dir(DATA_DIR))
-    kinds = {
-        "train": beginning([shard.path for shard in shards.train]),
-        "validation": beginning([shards.validation.path]),
-        **{kind: [text] for kind, text in KINDS.items()},
-    }
     print(f"vocabulary {tokenizer.vocab_size}\n{'text':<12}{'bytes':>11}{'tokens':>11}{'bytes/token':>13}")
-    for kind, texts in kinds.items():
+    for kind, part in (("train", shards.train), ("validation", [shards.validation])):
+        texts = beginning([shard.path for shard in part])
         num_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
         num_tokens = sum(map(len, tokenizer.encode_batch(texts)))
         print(f"{kind:<12}{num_bytes:>11,}{num_tokens:>11,}{num_bytes / max(num_tokens, 1):>13.3f}")
