@@ -19,6 +19,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -319,8 +320,8 @@ class SequenceReader:
         return {"next_sequence": self.next_sequence, "streams": positions}
 
 
-class DataLoader:
-    """The batches of one rank on its device, as an iterator and context manager; a thread prepares the next two."""
+class DataLoader(Iterator[Batch], AbstractContextManager):
+    """The batches of one rank on its device; a thread prepares the next two."""
 
     def __init__(self, reader: SequenceReader, batch_size: int, device: torch.device):
         self.reader, self.device = reader, device
@@ -334,18 +335,12 @@ class DataLoader:
         state = self.reader.state()
         return buffer, self.reader.fill(buffer.numpy()), state
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
     def __next__(self) -> Batch:
         buffer, total, state = self._filled[0].result()  # raises an error of the thread again and again
         self._filled.popleft()
         self._filled.append(self._worker.submit(self._fill))
         sequences = buffer.to(self.device, non_blocking=True)
         return Batch(sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous(), total, state)
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *error):
         self._worker.shutdown(cancel_futures=True)

@@ -28,7 +28,7 @@ START_SECONDS = 20.0  # for the wandb server to answer, before wandb goes offlin
 FINISH_SECONDS = 120.0  # for wandb to send the rest; `wandb sync` sends what is then left
 
 
-class MetricLogger:
+class MetricLogger(contextlib.AbstractContextManager):
     """The metrics of one run. Use as a context manager: every way out closes the bar, the file and wandb."""
 
     def __init__(
@@ -146,9 +146,6 @@ class MetricLogger:
     def progress(self, description: str, total: int) -> tqdm:
         """A second bar, which vanishes at the end of `with`; without a terminal it shows nothing."""
         return tqdm(total=total, desc=description, leave=False, dynamic_ncols=True, disable=self.bar.disable)
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, kind, *error):
         self.bar.close()

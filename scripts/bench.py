@@ -413,9 +413,4 @@ def part_of(names: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    arguments = []
-    errors.run(
-        lambda: arguments.extend(config.override(__name__, positional=True)),
-        lambda: main(arguments),
-        for_its_output=True,
-    )
+    errors.run(lambda: main(config.override(__name__, positional=True)), for_its_output=True)

@@ -90,9 +90,4 @@ def answer(model: GPT, tokenizer: BPETokenizer, prompt: str) -> None:
 
 
 if __name__ == "__main__":
-    arguments = []
-    errors.run(
-        lambda: arguments.extend(config.override(__name__, positional=True)),
-        lambda: main(arguments),
-        for_its_output=True,
-    )
+    errors.run(lambda: main(config.override(__name__, positional=True)), for_its_output=True)

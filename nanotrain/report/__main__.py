@@ -22,5 +22,4 @@ def main(names: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    arguments = []
-    errors.run(lambda: arguments.extend(config.override(__name__, positional=True)), lambda: main(arguments))
+    errors.run(lambda: main(config.override(__name__, positional=True)))
