@@ -10,7 +10,7 @@ It knows nothing of optimizers, files or environment variables. `checkpoint.buil
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanotrain import loss
 
+CachedTokens = Any  # new tokens (B, T) that follow those in a cache: engine.NewTokens, which builds on this module
 CONSTANTS = ("softcap", "rope_base", "attention_gain", "norm_eps", "gate_channels")  # the rest of a GPTConfig is shape
 ROLES = {  # {part of a parameter's name: its role}; the first match counts, and what has none is a "matrix"
     "value_embeddings": "value_embedding",
@@ -67,19 +68,6 @@ class GPTConfig:
     def has_value_embedding(self, layer: int) -> bool:
         """Every layer of a shallow model; of a deeper one every other layer, the last included; none of a plain one."""
         return not self.plain and (self.num_layers <= 4 or (self.num_layers - 1 - layer) % 2 == 0)
-
-
-class CachedTokens(Protocol):
-    """New tokens (B, T) that follow those in a cache; keys and values are (B, T, K, D). See engine.NewTokens."""
-
-    positions: Tensor
-    previous: Tensor
-
-    def of_layer(self, layer: int) -> "CachedTokens": ...
-
-    def keys_before(self, k: Tensor) -> Tensor | None: ...
-
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]: ...
 
 
 def norm(x: Tensor, eps: float) -> Tensor:
