@@ -12,7 +12,7 @@ from nanotrain.gpt import GPTConfig
 from nanotrain.loss import chunk_rows
 from nanotrain.trainer import TrainState
 
-HORIZON = ("NUM_ITERATIONS", "TARGET_FLOPS", "TARGET_MINUTES", "TARGET_PARAM_DATA_RATIO")
+HORIZON = ("NUM_ITERATIONS", "TARGET_FLOPS", "TARGET_MINUTES", "TARGET_PARAM_DATA_RATIO")  # as recipe.Horizon has them
 UNSET = {"max_seq_len": 0, "total_batch_size": 0, "batch_ramp": False, "schedule": "wsd"}  # left to the recipe; else -1
 DEFAULT_BATCH_TOKENS = 4096  # of a forward pass, where the largest that fits is not found by trying
 
@@ -34,9 +34,7 @@ class RunPlan:
             restored.warn_of_difference(self.environment, dist)
         measured = dist.broadcast_object(hardware.training_flops_per_second(dist.device, dist.dtype))
         self.flops_per_second = measured * recipe.EFFICIENCY * dist.world_size
-        self.horizon = recipe.Horizon(
-            cfg.NUM_ITERATIONS, cfg.TARGET_FLOPS, cfg.TARGET_MINUTES, cfg.TARGET_PARAM_DATA_RATIO
-        )
+        self.horizon = recipe.Horizon(*[getattr(cfg, name) for name in HORIZON])
         self.depth_reason = "as before"
         self.model_config = parsed(GPTConfig, was["model_config"]) if restored else self._choose_model()
         width, seq_len = self.model_config.model_dim, self.model_config.max_seq_len
@@ -62,8 +60,6 @@ class RunPlan:
         self.spectral_tokens = cfg.SPECTRAL_TOKENS  # to count for bigram init; 0: random init
         if cfg.SPECTRAL_TOKENS == -1:
             self.spectral_tokens = recipe.sizes(width).spectral_tokens
-        # Elsewhere the largest batch that fits is not found by trying: memory that runs out ends the process.
-        self.tries_batch_sizes = cfg.DEVICE_BATCH_SIZE == 0 and dist.device.type == "cuda"
         self.first_weights = None
         if cfg.INIT_FROM and not restored:
             self.first_weights, self.model_config = checkpoint.load_first_weights(
@@ -110,6 +106,11 @@ class RunPlan:
             policy=recipe.ActivationPolicy(dist.dtype.itemsize, compiled, cfg.GRAD_CHECKPOINT, chunk_rows(dist.device)),
             batch_ramp=self.batch_ramp,
         )
+
+    @property
+    def tries_batch_sizes(self) -> bool:
+        """Whether the largest batch that fits is found by trying: elsewhere memory that runs out ends the process."""
+        return self.cfg.DEVICE_BATCH_SIZE == 0 and self.dist.device.type == "cuda"
 
     def record(self) -> dict:
         """What every checkpoint and config.json hold of this run."""
