@@ -23,13 +23,24 @@ def file_sha256(path: str | Path) -> str:
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError in this block names `path`, where the system names no file, as for a write to an open one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """`with atomic_file(path) as temporary:` write to it; it becomes `path` at the end, or vanishes on an error."""
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
-        yield temporary
+        with naming(path):
+            yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -51,15 +62,36 @@ def check_empty(folder: Path) -> None:
 def new_folder(folder: Path, check: Callable[[Path], object] = check_empty) -> Iterator[Path]:
     """`with new_folder(path) as temporary:` fill it; at the end it becomes `path`, or vanishes on an error.
 
-    What is there already is replaced, unless check(path) raises a UserError, at once or at the end.
+    What is there already is replaced, unless check(path) raises a UserError, at once or at the end. A mount point stays
+    and is filled, if it is empty; a link stays too.
     """
+    folder = folder.resolve()
     check(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".tmp-{folder.name}-", dir=folder.parent) as parent:
+    in_place = folder.exists() and not _can_be_renamed(folder)
+    if in_place:
+        check_empty(folder)
+    place = folder if in_place else folder.parent
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".tmp-{folder.name}-", dir=place) as parent:
         temporary = Path(parent, "new")
         temporary.mkdir()
         yield temporary
+        if in_place:
+            for path in temporary.iterdir():
+                path.rename(folder / path.name)
+            return
         check(folder)
         if folder.exists():
             folder.rename(Path(parent, "old"))
         temporary.rename(folder)
+
+
+def _can_be_renamed(folder):
+    """Whether `folder` can get another name. A mount point cannot, nor a folder in one that is read-only."""
+    other = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    try:
+        folder.rename(other)
+    except OSError:
+        return False
+    other.rename(folder)
+    return True

@@ -15,6 +15,7 @@ each of them. Nothing here knows what the files mean, or of torch.
 
 import collections
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -26,16 +27,20 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from nanotrain.errors import CheckpointError, RunError
+from nanotrain.files import naming
 
 FORMAT = 2  # of what is in the files too: state.json and the names of tensors
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optim-00000-of-00001.safetensors", "state.json"
 MANIFEST, OWNER = "manifest.json", "owner.json"
 SET_NAME = re.compile(r"(?P<old>\.old-)?(?P<name>step_(?P<step>[0-9]{8}))(?(old)-[0-9a-f]{32})")
+CANNOT_SYNC_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF)  # of CIFS, sshfs and DrvFs
 SMALL_FILE = 1 << 20  # bytes; manifest and owner have a few hundred
 
 
 class Disk:
     """The operations on files that a store consists of. All raise OSError, except `names` and `remove`."""
+
+    syncs_folders = True
 
     def names(self, folder: Path) -> list[str]:
         """The names in a folder; none if there is no such folder."""
@@ -52,16 +57,23 @@ class Disk:
         path.mkdir(parents=True, exist_ok=True)
 
     def write(self, path: Path, data: bytes) -> None:
-        with open(path, "xb") as file:
+        with naming(path), open(path, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
 
     def sync_folder(self, path: Path) -> None:
-        """Make the names in a folder last."""
+        """Make the names in a folder last, where the file system can; it is said once where it cannot."""
         handle = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(handle)
+            with naming(path):
+                os.fsync(handle)
+        except OSError as error:
+            if error.errno not in CANNOT_SYNC_FOLDERS:
+                raise
+            if self.syncs_folders:
+                print(f"{path}: this file system cannot sync folders: a power loss may undo the last save")
+            self.syncs_folders = False
         finally:
             os.close(handle)
 

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -399,3 +400,25 @@ def test_a_writer_that_is_superseded_at_any_step_before_its_rename_commits_nothi
             Store(RUN, NAMES, disk).commit(2, content(2, 0), owner)
         assert sorted(disk.names(RUN / "checkpoints")) == ["step_00000001", "step_00000002"]
         assert Store(RUN, NAMES, disk).newest() == (2, data(2, 7), [])
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EIO], ids=errno.errorcode.get)
+def test_a_file_system_that_cannot_sync_folders_is_said_once_and_other_errors_name_the_path(
+    tmp_path, monkeypatch, capsys, code
+):
+    sync = os.fsync
+
+    def sync_files_only(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync_files_only)
+    store = Store(tmp_path / "run")
+    if code == errno.EIO:
+        with pytest.raises(OSError, match=f"Input/output error: '{tmp_path / 'run'}'"):
+            store.claim()
+        return
+    store.commit(1, dict.fromkeys(store.names, bytes), store.claim())
+    assert store.newest()[0] == 1
+    assert capsys.readouterr().out.count("cannot sync folders") == 1
