@@ -55,7 +55,12 @@ def main():
     if FOUR_BITS and not importlib.util.find_spec("bitsandbytes"):
         raise UserError("--four-bits needs bitsandbytes: pip install bitsandbytes")
     tokenizer = AutoTokenizer.from_pretrained(MODEL, trust_remote_code=True)
-    sequences = sequences_of(Path(TEXT).read_text(encoding="utf-8"), tokenizer)
+    try:
+        text = Path(TEXT).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        fix = "iconv -f ENCODING -t UTF-8 converts it"
+        raise UserError(f"--text={TEXT}: byte {error.start} is not UTF-8: {fix}") from None
+    sequences = sequences_of(text, tokenizer)
     held_out = max(len(sequences) // 16, 1)
     if len(sequences) <= held_out:
         raise UserError(f"--text={TEXT}: too short, {len(sequences)} sequences of {tokenizer.model_max_length} tokens")

@@ -1,7 +1,7 @@
 """Byte-level BPE on the `tokenizers` library: train, save, load, encode, decode, and the exact bytes of each token.
 
-The saved `tokenizer.json` loads in any program that uses that library. Token 0 is BOS; the 256 bytes follow, then the
-merges.
+The saved `tokenizer.json` loads in any program that uses that library. Token 0 is BOS; 1 is PAD, which no
+text gives and only an exported model uses; the 256 bytes follow, then the merges.
 """
 
 import hashlib
@@ -17,9 +17,9 @@ from nanotrain.files import atomic_file
 if TYPE_CHECKING:
     from torch import Tensor
 
-BOS = "<|bos|>"
+BOS, PAD = "<|bos|>", "<|pad|>"
 FILE_NAME = "tokenizer.json"
-MIN_VOCAB_SIZE, MAX_VOCAB_SIZE = 257, 2**24
+MIN_VOCAB_SIZE, MAX_VOCAB_SIZE = 258, 2**24
 
 # Words with the sign or space before them, numbers in groups of one or two digits, runs of signs, line ends, spaces:
 # the manner of GPT-4's split, with shorter numbers, which suit small vocabularies.
@@ -44,19 +44,22 @@ class BPETokenizer:
         self.bos = inner.token_to_id(BOS)
         if self.bos is None:
             raise DataError(f"the tokenizer has no {BOS} token")
+        self.pad = inner.token_to_id(PAD)  # None in a tokenizer made elsewhere, or before it was reserved
         self.vocab_size = inner.get_vocab_size(with_added_tokens=True)
 
     @classmethod
     def train(cls, texts: Iterable[str] | Iterable[list[str]], vocab_size: int) -> "BPETokenizer":
         """Train on texts (or lists of texts). From too little text come fewer than `vocab_size` tokens."""
         if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
-            raise UserError(f"--vocab-size={vocab_size}: must be {MIN_VOCAB_SIZE} (BOS, all bytes) to {MAX_VOCAB_SIZE}")
+            raise UserError(
+                f"--vocab-size={vocab_size}: must be {MIN_VOCAB_SIZE} (BOS, PAD, all bytes) to {MAX_VOCAB_SIZE}"
+            )
         inner = Tokenizer(models.BPE())
         split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         inner.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
         inner.decoder = decoders.ByteLevel()
-        settings = {"vocab_size": vocab_size, "special_tokens": [BOS], "show_progress": False}
+        settings = {"vocab_size": vocab_size, "special_tokens": [BOS, PAD], "show_progress": False}
         trainer = trainers.BpeTrainer(initial_alphabet=to_bytes.alphabet(), **settings)
         inner.train_from_iterator(texts, trainer)
         return cls(inner)

@@ -15,7 +15,7 @@ from nanotrain.tokenizer import FILE_NAME, BPETokenizer
 # --- settings
 DATA_DIR = ""  # folder of shards; empty: the only data set in NANOTRAIN_DIR/data
 TOKENIZER_DIR = ""  # where tokenizer.json goes; empty: NANOTRAIN_DIR/tokenizer
-VOCAB_SIZE = 4096  # tokens, BOS included; 4096 suits minutes on a CPU, 32768 days on GPUs; 0: by depth or minutes
+VOCAB_SIZE = 4096  # tokens; 4096 suits minutes on a CPU, 32768 days on GPUs; 0: by depth or minutes
 DEPTH = 0  # of the model that the tokenizer is for
 TARGET_MINUTES = 0.0  # that the model will be trained for, where its depth follows from them
 MAX_CHARS = 200_000_000  # of text to train on; memory and time grow with it

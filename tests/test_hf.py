@@ -143,8 +143,36 @@ def test_the_tokenizer_gives_the_tokens_of_training(exported, tokenizer):
     assert [other.decode(ids, skip_special_tokens=True) for ids in expected] == texts
     assert other.bos_token_id == other.eos_token_id == tokenizer.bos
     assert other.model_max_length == model.config.max_seq_len
-    padded = other(["a", "a b c"], padding=True)["attention_mask"]
-    assert padded[0][0] == 0
+    padded = other(["a", "a b c"], padding=True)
+    assert (padded["attention_mask"][0][0], padded["input_ids"][0][0]) == (0, tokenizer.pad)
+    with_ends = transformers.AutoTokenizer.from_pretrained(folder, split_special_tokens=False)
+    assert with_ends("a<|bos|>", add_special_tokens=False)["input_ids"][-1] == tokenizer.bos
+    labels = transformers.DataCollatorForLanguageModeling(other, mlm=False)([with_ends("a b<|bos|>"), with_ends("a")])
+    assert (labels["labels"] == tokenizer.bos).sum() == 3  # no end is masked
+
+
+def test_it_does_what_users_of_transformers_ask_for_or_says_that_it_cannot(tokenizer, tmp_path):
+    export.write(random_model(shaped("bigram table", tokenizer)), tokenizer, tmp_path)
+    model, base = load(tmp_path, False), transformers.AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
+    tokens = torch.arange(9)[None]
+    found = model(tokens, output_hidden_states=True)
+    assert len(found.hidden_states) == model.config.num_hidden_layers + 1
+    assert torch.equal(found.hidden_states[-1], base(tokens).last_hidden_state)
+    logits, *_ = model(tokens, use_cache=False, return_dict=False)
+    assert torch.equal(logits, found.logits)
+    options = {"output_hidden_states": True, "return_dict_in_generate": True, "max_new_tokens": 3}
+    assert len(model.generate(tokens, **options).hidden_states) == 3
+    with pytest.raises(ValueError, match="attention"):
+        model(tokens, output_attentions=True)
+    with pytest.raises(ValueError, match="input_ids"):
+        model(inputs_embeds=torch.zeros(1, 9, model.config.hidden_size))
+
+    more = tokenizer.vocab_size + 3
+    model.resize_token_embeddings(more)
+    torch.testing.assert_close(model(tokens).logits[..., :-3], found.logits)
+    model(torch.full((1, 2), more - 1))
+    model.save_pretrained(tmp_path / "resized")
+    assert load(tmp_path / "resized", False).config.vocab_size == more
 
 
 # ---- training ----

@@ -52,8 +52,8 @@ def test_text_survives_the_round_trip_and_token_bytes_sum_to_its_length(tokenize
 
 
 def test_token_bytes_are_those_of_the_alphabet_and_bos_has_none(tokenizer):
-    expected = [b"", *(bytes_of(tokenizer, token) for token in range(1, 320))]
-    assert (tokenizer.bos, tokenizer.vocab_size) == (0, 320)
+    expected = [b"", b"", *(bytes_of(tokenizer, token) for token in range(2, 320))]
+    assert (tokenizer.bos, tokenizer.pad, tokenizer.vocab_size) == (0, 1, 320)
     assert tokenizer.byte_strings() == expected
     assert torch.equal(tokenizer.token_bytes(), torch.tensor([len(of_token) for of_token in expected]))
     assert set(expected) >= {bytes([byte]) for byte in range(256)}
@@ -88,13 +88,13 @@ def test_training_twice_gives_the_same_file(tokenizer):
 
 @pytest.mark.parametrize("size", [0, 256, 2**70])
 def test_a_vocabulary_without_room_for_the_bytes_is_refused(size):
-    with pytest.raises(UserError, match=f"--vocab-size={size}: must be 257"):
+    with pytest.raises(UserError, match=f"--vocab-size={size}: must be 258"):
         BPETokenizer.train(["text"], size)
 
 
 def test_too_little_text_gives_fewer_tokens_but_always_the_bytes():
     tokenizer = BPETokenizer.train(["abab abab"], 1000)
-    assert tokenizer.vocab_size == len(tokenizer.token_bytes()) == 260
+    assert tokenizer.vocab_size == len(tokenizer.token_bytes()) == 261
     assert tokenizer.decode(tokenizer.encode("日 text")) == "日 text"
 
 

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, processors
 from nanotrain import dataset
 from nanotrain.errors import RunError
 from nanotrain.gpt import GPT, GPTConfig
-from nanotrain.tokenizer import BOS, FILE_NAME, BPETokenizer
+from nanotrain.tokenizer import BOS, FILE_NAME, PAD, BPETokenizer
 
 CARD = Path(__file__).parent / "model_card.md"
 # Settings that are nobody else's business, or hold paths of the machine.
@@ -42,7 +42,8 @@ def write(model: GPT, tokenizer: BPETokenizer, folder: Path) -> None:
     inner.save(str(folder / FILE_NAME))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), BOS),  # where a text ends, the next begins
+        **dict.fromkeys(("bos_token", "eos_token"), BOS),  # where a text ends, the next begins
+        "pad_token": BOS if tokenizer.pad is None else PAD,
         "padding_side": "left",  # so that a batch can be continued
         "model_max_length": model.config.max_seq_len,
         "clean_up_tokenization_spaces": False,
@@ -59,7 +60,7 @@ def convert(model: GPT, tokenizer: BPETokenizer) -> torch.nn.Module:
 
     NanotrainForCausalLM.register_for_auto_class("AutoModelForCausalLM")  # so that its code is saved with it
     plain = model.config.plain
-    converted = (NanoChatForCausalLM if plain else NanotrainForCausalLM)(convert_config(model.config, tokenizer.bos))
+    converted = (NanoChatForCausalLM if plain else NanotrainForCausalLM)(convert_config(model.config, tokenizer))
     tensors = {}
     for name, tensor in model.state_dict().items():
         if plain:
@@ -68,13 +69,13 @@ def convert(model: GPT, tokenizer: BPETokenizer) -> torch.nn.Module:
             name = f"model.{name}"
         tensors[name] = tensor
     converted.load_state_dict(tensors, assign=True)  # all of them, or it raises
-    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.bos)
+    special = {name: getattr(converted.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     converted.generation_config = GenerationConfig(**special, do_sample=True, temperature=0.8, top_k=50)
     return converted.eval()
 
 
-def convert_config(config: GPTConfig, bos: int) -> object:
-    """transformers' NanoChatConfig of a plain GPTConfig, the NanotrainConfig of any other. bos: the id of BOS."""
+def convert_config(config: GPTConfig, tokenizer: BPETokenizer) -> object:
+    """transformers' NanoChatConfig of a plain GPTConfig, the NanotrainConfig of any other."""
     from transformers import NanoChatConfig
 
     from nanotrain.huggingface.configuration_nanotrain import NanotrainConfig
@@ -92,15 +93,17 @@ def convert_config(config: GPTConfig, bos: int) -> object:
         "final_logit_softcapping": config.softcap,
         "tie_word_embeddings": False,
         "dtype": "float32",
-        "bos_token_id": bos,
-        "eos_token_id": bos,
+        "bos_token_id": tokenizer.bos,
+        "eos_token_id": tokenizer.bos,
+        "pad_token_id": tokenizer.pad,  # never BOS, whose embedding would not be trained any further
     }
     if config.plain:
         shape["intermediate_size"] = 4 * config.model_dim
         shape["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_base}
-        return NanoChatConfig(**shape, pad_token_id=None)  # a number would keep that token's embedding from training
+        return NanoChatConfig(**shape)
     return NanotrainConfig(
         **shape,
+        auto_map={"AutoModel": "modeling_nanotrain.NanotrainModel"},
         value_embedding_layers=list(filter(config.has_value_embedding, range(config.num_layers))),
         bigram_rows=config.bigram_rows,
         gate_channels=config.gate_channels,

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_nanotrain import NanotrainConfig
 
@@ -128,9 +129,18 @@ class NanotrainPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _input_embed_layer = "embedding"
 
+    def _resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True):
+        tables = getattr(self, "model", self).value_embeddings
+        for layer, table in tables.items():
+            new = self._get_resized_embeddings(table, new_num_tokens, pad_to_multiple_of, mean_resizing)
+            tables[layer] = new.requires_grad_(table.weight.requires_grad)
+        return super()._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+
 
 class NanotrainModel(NanotrainPreTrainedModel):
     """Token ids in, the normed input of the head out."""
+
+    _keys_to_ignore_on_load_unexpected = ["lm_head.weight"]  # noqa: RUF012
 
     def __init__(self, config):
         super().__init__(config)
@@ -146,8 +156,30 @@ class NanotrainModel(NanotrainPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def forward(self, input_ids, attention_mask=None, position_ids=None, cache=None, use_cache=None):
-        """input_ids (B, T) int64, attention_mask (B, S) of ones and zeros or None -> last_hidden_state (B, T, C)."""
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        cache=None,
+        past_key_values=None,
+        use_cache=None,
+        output_hidden_states=None,
+        inputs_embeds=None,
+        output_attentions=None,
+    ):
+        """input_ids (B, T) int64, attention_mask (B, S) of ones and zeros or None -> last_hidden_state (B, T, C).
+
+        hidden_states, if asked for: the normed embeddings, what each block but the last gives, and last_hidden_state.
+        """
+        if input_ids is None or inputs_embeds is not None:
+            raise ValueError("a nanotrain model needs input_ids: it looks them up in several tables, not inputs_embeds")
+        if output_attentions or self.config.output_attentions:
+            raise ValueError("output_attentions: the attention of a nanotrain model is never written out")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        cache = past_key_values if cache is None else cache
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if self.gradient_checkpointing and self.training:
@@ -175,14 +207,16 @@ class NanotrainModel(NanotrainPreTrainedModel):
         frequencies = self.config.rope_theta ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
         angles = (position_ids[..., None].float() * frequencies)[:, :, None]  # (B, T, 1, D / 2)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        mask = self._mask(attention_mask, seen, T, device)
+        mask, states = self._mask(attention_mask, seen, T, device), []
         for layer, block in enumerate(self.blocks):
+            states.append(x)
             if layer == len(self.blocks) // 2:
                 middle = x
             table = self.value_embeddings[str(layer)] if str(layer) in self.value_embeddings else None
             x = block(x, x0, None if table is None else table(input_ids), cos, sin, begins, mask, cache)
         x = norm(x - self.backout_scale * middle, self.config.rms_norm_eps)
-        return BaseModelOutputWithPast(last_hidden_state=x, **{CACHE: cache})
+        states = (*states, x) if output_hidden_states else None
+        return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=states, **{CACHE: cache})
 
     def _mask(self, attention_mask, seen, length, device):
         """(B or 1, 1, T, S) bool, or None where plain causality, or seeing all, is right."""
@@ -207,15 +241,19 @@ class NanotrainForCausalLM(NanotrainPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
-        input_ids,
+        input_ids=None,
         attention_mask=None,
         position_ids=None,
         cache=None,
         past_key_values=None,
         labels=None,
         use_cache=None,
+        output_hidden_states=None,
+        inputs_embeds=None,
+        output_attentions=None,
         logits_to_keep=0,
         **kwargs,
     ):
@@ -223,13 +261,24 @@ class NanotrainForCausalLM(NanotrainPreTrainedModel, GenerationMixin):
 
         labels (B, T) int64: the same tokens, -100 where none counts; then also the mean loss in nats of the next one.
         """
-        cache = past_key_values if cache is None else cache
-        found = self.model(input_ids, attention_mask, position_ids, cache, use_cache)
+        found = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            cache,
+            past_key_values,
+            use_cache,
+            output_hidden_states,
+            inputs_embeds,
+            output_attentions,
+            return_dict=True,
+        )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         bound = self.config.final_logit_softcapping
         logits = bound * torch.tanh(self.lm_head(found.last_hidden_state[:, kept]).float() / bound)
         loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: getattr(found, CACHE)})
+        caches = {CACHE: getattr(found, CACHE)}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=found.hidden_states, **caches)
 
 
 def _prepare(cache, num_layers):
