@@ -106,7 +106,7 @@ def main():
 def documents(out, shard, model, tokenizer, dist):
     """Write the documents; returns their bits per byte."""
     texts = []
-    for text in (text for group in dataset.row_groups([shard]) for text in group if text):
+    for text in dataset.read_shards([shard]):
         lines = text.splitlines(keepends=True)
         while lines and len(tokenizer.encode("".join(lines))) > model.config.max_seq_len:
             lines = lines[: len(lines) // 2]

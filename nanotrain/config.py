@@ -60,7 +60,8 @@ def override(
     for argument in arguments:
         if argument in (short or ()):
             argument = f"{flag_of(short[argument])}={next(arguments, '')}"
-        if argument == "--":  # torchrun's users write `-m scripts.base_train -- --depth=24`
+        if argument == "--":  # what follows is text; without texts, torchrun's users write `-- --depth=24`
+            others += arguments if positional else ()
             continue
         if argument in ("-h", "--help"):
             print(_help(namespace), flush=True)

@@ -45,6 +45,7 @@ OWN_SEED = 20
 CONTEXT_WORDS, CONTINUATION_WORDS = 30, 10  # at most, and exactly
 CONTEXT_CHARS, CONTINUATION_CHARS = 400, 120  # at most
 MAX_DOCUMENTS = 4000  # read from the shard
+MAX_DOCUMENT_CHARS = 1_000_000  # of each, in which a place is drawn
 TRIES = 40  # per item
 
 Piece = namedtuple("Piece", "document context continuation")  # text: `context`, one space, `continuation`
@@ -169,7 +170,7 @@ def make(folder: str | Path, shard: Path, num_items: int) -> dict[str, int]:
     The same shard gives the same bytes. Returns {label: number of items} of the tasks for which the text has any. A
     bundle made earlier is replaced; any other files there are a UserError.
     """
-    texts = list(islice(chain.from_iterable(dataset.row_groups([shard])), MAX_DOCUMENTS))
+    texts = list(islice(dataset.read_shards([shard], MAX_DOCUMENT_CHARS), MAX_DOCUMENTS))
     tasks = [task for task in _own_tasks(texts, num_items) if task[-1]]
     baselines, entries = "Eval Task,Random baseline\n", []
     with files.new_folder(Path(folder).expanduser(), _check_replaceable) as temporary:

@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import operator
+import os
 import re
 import sysconfig
 import tempfile
@@ -34,6 +35,8 @@ STDLIB_EXCLUDED = {
     "test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data",
 }  # fmt: skip
 SEED = b"nanotrain"  # of the import's shuffle
+NOT_ROWS = "not a JSON object a line (jq -c '.[]' FILE > FILE.jsonl makes them of a list)"
+UNREADABLE = "folder that cannot be read"
 PLAIN_SUFFIXES = {
     ".txt", ".md", ".rst", ".tex", ".org", ".html", ".xml", ".csv", ".py", ".js", ".ts", ".c", ".h", ".cc", ".cpp",
     ".hpp", ".java", ".go", ".rs", ".rb", ".php", ".sh", ".sql", ".lua", ".pl", ".r", ".jl", ".scala", ".kt", ".swift",
@@ -95,14 +98,16 @@ def stdlib_documents() -> tuple[list[str], list[str]]:
 
 def stdlib_sources() -> dict[str, str]:
     """{name: text}: each source file of the standard library without its tests, and each help topic of pydoc."""
-    root = Path(sysconfig.get_path("stdlib"))
-    texts = {}
-    for path in root.rglob("*.py"):
+    root, skipped, texts = Path(sysconfig.get_path("stdlib")), Counter(), {}
+    for path in _paths_in(root, skipped):
         name = path.relative_to(root)
-        if not STDLIB_EXCLUDED & {*name.parts} and not path.name.startswith("_sysconfigdata"):  # of this machine alone
+        if (
+            path.suffix == ".py" and not STDLIB_EXCLUDED & {*name.parts} and not path.name.startswith("_sysconfigdata")
+        ):  # of this machine alone
             texts[name.as_posix()] = path.read_text(encoding="utf-8", errors="replace")
-    if not texts:
-        raise DataError(f"no standard library sources in {root}: use another Python, or your own text (--from=PATH)")
+    if not texts or skipped[UNREADABLE]:
+        fix = "use another Python, or your own text (--from=PATH)"
+        raise DataError(f"not all standard library sources can be read in {root}: {fix}")
     from pydoc_data import topics  # a large module, needed only here
 
     return texts | {f"topics/{name}": text for name, text in topics.topics.items()}
@@ -147,12 +152,29 @@ def _files(source, skipped):
     if not source.exists():
         raise DataError(f"--from={source}: no such file or folder")
     files = []
-    for path in [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file()):
-        if _reader(path) is None or any(part.startswith(".") for part in path.relative_to(source).parts):
+    for path in [source] if source.is_file() else _paths_in(source, skipped):
+        if path.suffix.lower() == ".json":
+            skipped[NOT_ROWS] += 1
+        elif _reader(path) is None or any(part.startswith(".") for part in path.relative_to(source).parts):
             skipped["file hidden or of an unknown kind (a text file is read if it ends in .txt)"] += 1
         else:
             files.append(path)
-    return files
+    return sorted(files)
+
+
+def _paths_in(source, skipped):
+    """Yield the files in a folder and those below it, and count what is neither."""
+
+    def count(error):
+        skipped[UNREADABLE] += 1
+
+    for folder, folders, names in os.walk(source, onerror=count):
+        skipped["link to a folder"] += sum(Path(folder, name).is_symlink() for name in folders)
+        for path in (Path(folder, name) for name in names):
+            if path.is_file():
+                yield path
+            else:
+                skipped["socket, pipe, device or link to nothing"] += 1
 
 
 def _reader(path):
@@ -181,7 +203,7 @@ def _plain_documents(path, text_column, skipped):
         blocks = iter(lambda: "".join(file.readlines(BLOCK_CHARS)), "")
         for document in itertools.chain.from_iterable(map(cut, blocks)):
             if "\0" in document or (not document.isascii() and LONE_SURROGATES.search(document)):
-                skipped["not UTF-8 text"] += 1
+                skipped["not UTF-8 text (iconv -f UTF-16 -t UTF-8 FILE, or from another encoding)"] += 1
             else:
                 yield document
 
@@ -193,9 +215,9 @@ def _json_documents(path, text_column, skipped):
                 continue
             try:
                 text = json.loads(line)[text_column]
-            except (ValueError, RecursionError):
-                skipped["not JSON"] += 1
-            except (KeyError, TypeError):
+            except (ValueError, RecursionError, TypeError):
+                skipped[NOT_ROWS] += 1
+            except KeyError:
                 skipped[f"no {text_column!r} in the row (--text-column=NAME chooses another field)"] += 1
             else:
                 yield text
@@ -203,9 +225,11 @@ def _json_documents(path, text_column, skipped):
 
 def _parquet_documents(path, text_column, skipped):
     with pq.ParquetFile(path, buffer_size=1 << 20) as file:
-        if text_column not in file.schema_arrow.names:
-            names = ", ".join(file.schema_arrow.names)
-            raise DataError(f"{path} has no column {text_column!r}, only: {names} (--text-column=NAME chooses one)")
+        names = file.schema_arrow.names
+        if names.count(text_column) != 1:
+            number = "several columns" if text_column in names else "no column"
+            fix = "(--text-column=NAME chooses one)"
+            raise DataError(f"{path} has {number} {text_column!r}, only: {', '.join(names)} {fix}")
         for batch in file.iter_batches(256, columns=[text_column]):
             yield from batch.column(0).to_pylist()
 

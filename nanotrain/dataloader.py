@@ -17,7 +17,7 @@ import hashlib
 import itertools
 import math
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -27,13 +27,14 @@ import numpy as np
 import torch
 
 from nanotrain import paths
-from nanotrain.dataset import Shard, Shards, fingerprint, open_shards, read_texts, row_groups
+from nanotrain.dataset import Shard, Shards, fingerprint, open_shards, read_shards, read_texts
 from nanotrain.dist import DistContext
 from nanotrain.errors import DataError
 from nanotrain.tokenizer import BPETokenizer
 
 # Longer documents are tokenized in pieces, which bounds memory. Changing this changes the data order.
 MAX_PIECE_CHARS = 100_000
+ESTIMATE_CHARS = 20_000  # of each of 50 texts, which tell how many tokens there are
 PREFETCH_SEQUENCES = 4  # tokenized at a time in each stream
 # The more streams, the more ranks can share them without tokenizing a text twice, and the more memory they need.
 NUM_STREAMS = (192, 96, 64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
@@ -60,7 +61,8 @@ class TrainData:
 
     def estimated_tokens(self) -> float:
         """About how many tokens the train shards hold, from the length of the first texts."""
-        texts = next(row_groups([shard.path for shard in self.shards.train]))[:50]
+        paths = [shard.path for shard in self.shards.train]
+        texts = list(itertools.islice(read_shards(paths, ESTIMATE_CHARS), 50))
         num_tokens = sum(map(len, self.tokenizer.encode_batch(texts)))
         num_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
         return sum(shard.text_bytes for shard in self.shards.train) / (num_bytes / num_tokens if num_tokens else 1)
@@ -181,10 +183,10 @@ class Stream:
         shard = current.shard
         for start in range(current.start, current.stop, current.window_rows):
             stop = min(start + current.window_rows, current.stop)
-            for text in filter(None, read_texts(shard.path, current.group, start, stop, shard.modified_ns)):
+            texts = list(read_texts(shard.path, current.group, start, stop, shard.modified_ns))
+            for text in filter(None, texts):
                 is_empty = False
-                for begin in range(0, len(text), MAX_PIECE_CHARS):
-                    yield text[begin : begin + MAX_PIECE_CHARS], begin == 0
+                yield from _pieces(text)
         if is_empty:
             empty.add(current)
 
@@ -384,11 +386,12 @@ class Prefetcher:
 
 def packed_sequences(paths: Sequence[Path], tokenizer: BPETokenizer, seq_len: int, num_tokens: int) -> np.ndarray:
     """The first num_tokens // T sequences of shards read in order, (N, T + 1) int32, to evaluate on; fewer if the
-    shards are shorter. Raises DataError if they are shorter than one sequence.
+    shards are shorter. Long documents are tokenized in pieces, as in training. Raises DataError if the shards are
+    shorter than one sequence.
     """
     parts, total, most = [], 0, num_tokens // seq_len
-    for _, ids in _encoded_documents(paths, tokenizer):
-        parts.append(np.array([tokenizer.bos, *ids], dtype=np.int32))
+    for (_, first), ids in _encoded(itertools.chain.from_iterable(map(_pieces, read_shards(paths))), tokenizer):
+        parts.append(np.array([tokenizer.bos] * first + ids, dtype=np.int32))
         total += len(parts[-1])
         if total > most * seq_len:
             break
@@ -400,25 +403,34 @@ def packed_sequences(paths: Sequence[Path], tokenizer: BPETokenizer, seq_len: in
     return np.concatenate(parts)[starts + np.arange(seq_len + 1)]
 
 
-def validation_documents(path: Path, tokenizer: BPETokenizer, num_bytes: int) -> list[np.ndarray]:
-    """The first whole documents of a shard, of at least `num_bytes` UTF-8 bytes, as (n,) int32 arrays without BOS."""
-    found, total = [], 0
-    for text, ids in _encoded_documents([path], tokenizer):
+def validation_documents(path: Path, tokenizer: BPETokenizer, num_bytes: int) -> tuple[list[np.ndarray], int]:
+    """(the first whole documents of a shard, of at least `num_bytes` UTF-8 bytes, as (n,) int32 arrays without BOS;
+    how many of them are only their first `num_bytes` characters, because they have more than four times as many).
+    """
+    found, total, num_cut = [], 0, 0
+    texts = ((text[:num_bytes], True) if len(text) > 4 * num_bytes else (text, False) for text in read_shards([path]))
+    for (text, is_cut), ids in _encoded(texts, tokenizer):
         found.append(np.array(ids, dtype=np.int32))
+        num_cut += is_cut
         total += len(text.encode("utf-8"))
         if total >= num_bytes:
-            return found
+            break
     if not found:
         raise DataError(f"{path} holds no text: prepare this data set again")
-    return found
+    return found, num_cut
 
 
-def _encoded_documents(paths: Iterable[Path], tokenizer: BPETokenizer) -> Iterator[tuple[str, list[int]]]:
-    """Yield each text of shards with its ids, a few tokenized at a time: a row group may be far more than needed."""
-    texts = []
-    for text in itertools.chain.from_iterable(row_groups(paths)):
-        texts.append(text)
-        if len(texts) == 64 or sum(map(len, texts)) >= 1_000_000:
-            yield from zip(texts, tokenizer.encode_batch(texts), strict=True)
-            texts = []
-    yield from zip(texts, tokenizer.encode_batch(texts), strict=True)
+def _pieces(text):
+    """[(piece, whether it is the first)] of a document."""
+    return [(text[begin : begin + MAX_PIECE_CHARS], begin == 0) for begin in range(0, len(text), MAX_PIECE_CHARS)]
+
+
+def _encoded(pieces, tokenizer):
+    """Yield each (text, anything) with the ids of the text, a few tokenized at a time."""
+    some = []
+    for piece in pieces:
+        some.append(piece)
+        if len(some) == 64 or sum(len(text) for text, _ in some) >= 1_000_000:
+            yield from zip(some, tokenizer.encode_batch([text for text, _ in some]), strict=True)
+            some = []
+    yield from zip(some, tokenizer.encode_batch([text for text, _ in some]), strict=True)

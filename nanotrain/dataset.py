@@ -119,14 +119,15 @@ def open_shard(path: Path) -> Shard:
             details = file.metadata
             groups = [details.row_group(group) for group in range(details.num_row_groups)]
             columns = [details.schema.column(number) for number in range(details.num_columns)]
-            kinds = {column.path: column.logical_type.type for column in columns}
+            kinds = [(column.path, column.logical_type.type) for column in columns]
         status = path.stat()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a readable parquet file ({first_line(error)}): get it again") from None
-    if kinds.get("text") != "STRING":
-        found = ", ".join(f"{name} ({kind.lower()})" for name, kind in kinds.items())
-        raise DataError(f"{path} has no column 'text' of strings, only: {found or 'none'}")
-    place = list(kinds).index("text")
+    if kinds.count(("text", "STRING")) != 1:
+        found = ", ".join(f"{name} ({kind.lower()})" for name, kind in kinds)
+        number = "several columns" if ("text", "STRING") in kinds else "no column"
+        raise DataError(f"{path} has {number} 'text' of strings, only: {found or 'none'}")
+    place = kinds.index(("text", "STRING"))
     text_bytes = sum(group.column(place).total_uncompressed_size for group in groups)
     group_rows = tuple(group.num_rows for group in groups)
     return Shard(path.name, path, status.st_size, status.st_mtime_ns, group_rows, text_bytes)
@@ -134,11 +135,11 @@ def open_shard(path: Path) -> Shard:
 
 def read_texts(
     path: Path, group: int, start: int = 0, stop: int | None = None, modified_ns: int | None = None
-) -> list[str | None]:
-    """The texts of rows `start` to `stop` of a row group, None for nulls; what is before them is decoded, not held.
+) -> Iterator[str | None]:
+    """Yield the texts of rows `start` to `stop` of a row group, None for nulls; about READ_BYTES are held at a time.
     Raises DataError that names the place, also if the file was changed at another time than `modified_ns`.
     """
-    where, texts, at = f"{path}, row group {group}", [], 0
+    where, at = f"{path}, row group {group}", 0
     try:
         if modified_ns not in (None, path.stat().st_mtime_ns):
             raise DataError(f"{where}, cannot be read: the file has changed since it was opened")
@@ -148,18 +149,17 @@ def read_texts(
             for batch in file.iter_batches(min(rows, 4096), [group], ["text"], use_threads=False):
                 if stop is not None and at >= stop:
                     break
-                texts += batch.column("text")[max(start - at, 0) : None if stop is None else stop - at].to_pylist()
+                yield from batch.column("text")[max(start - at, 0) : None if stop is None else stop - at].to_pylist()
                 at += len(batch)
-        return texts
     except (pa.ArrowException, OSError, LookupError, UnicodeDecodeError) as error:  # LookupError: another file is there
         raise DataError(f"{where}, cannot be read ({first_line(error)}): delete the file and get it again") from None
 
 
-def row_groups(shard_paths: Iterable[str | Path]) -> Iterator[list[str]]:
-    """Yield the texts of each row group of the shards, in order; nulls and empty texts left out."""
-    for path in map(Path, shard_paths):
+def read_shards(paths: Iterable[Path], most_chars: int | None = None) -> Iterator[str]:
+    """Yield the texts of shards in order, each cut to `most_chars`; nulls and empty texts left out."""
+    for path in paths:
         for group in range(len(open_shard(path).group_rows)):
-            yield [text for text in read_texts(path, group) if text]
+            yield from (text[:most_chars] for text in read_texts(path, group) if text)
 
 
 def fingerprint(shards: Shards) -> dict:

@@ -84,9 +84,10 @@ def text_bits_per_byte(
         measure(split, windows, f"{len(windows) * seq_len:,} tokens")
     if EVAL_DOCUMENT_BYTES:
         read = partial(dataloader.validation_documents, shards.validation.path, tokenizer, EVAL_DOCUMENT_BYTES)
-        documents = dist.on_all_ranks(read)
+        documents, num_cut = dist.on_all_ranks(read)
         windows = loss_eval.document_windows(documents, tokenizer.bos, seq_len)
-        measure("doc", windows, f"{len(documents):,} whole validation documents")
+        beginnings = f", of {num_cut} only the beginning" if num_cut else ""
+        measure("doc", windows, f"{len(documents):,} whole validation documents{beginnings}")
     return found
 
 

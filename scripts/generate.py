@@ -7,6 +7,7 @@ Several samples are made together, which takes little longer than one; they are 
 """
 
 import codecs
+import contextlib
 import itertools
 import sys
 from collections.abc import Sequence
@@ -50,7 +51,8 @@ def converse(model: GPT, tokenizer: BPETokenizer) -> None:
     """Answer every line of standard input. In a terminal, Ctrl-C ends a text or a line, and not the program."""
     in_terminal = sys.stdin.isatty()
     if in_terminal:
-        import readline  # noqa: F401 - gives input() a history, line editing, and lines of any length
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - gives input() a history, line editing, and lines of any length
     while True:
         try:
             prompt = input("> " if in_terminal else "")

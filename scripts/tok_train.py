@@ -55,15 +55,14 @@ def planned_vocab_size() -> int:
     return recipe.sizes(width).vocab_size
 
 
-def texts(shards: dataset.Shards) -> Iterator[list[str]]:
-    """The texts to train on, row group by row group, cut and counted as the settings say."""
+def texts(shards: dataset.Shards) -> Iterator[str]:
+    """The texts to train on, cut and counted as the settings say."""
     chars, total = 0, min(sum(shard.text_bytes for shard in shards.train), MAX_CHARS)
     with tqdm(desc="tokenizer", total=total, unit="B", unit_scale=True, leave=False, disable=None) as bar:
-        for group in dataset.row_groups([shard.path for shard in shards.train]):
-            cut = [text[:DOC_CHARS] for text in group]
-            yield cut
-            chars += sum(map(len, cut))
-            bar.update(sum(map(len, cut)))
+        for text in dataset.read_shards([shard.path for shard in shards.train], DOC_CHARS):
+            yield text
+            chars += len(text)
+            bar.update(len(text))
             if chars >= MAX_CHARS:
                 return
 

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import os
 import platform
 import random
 import re
@@ -21,6 +22,11 @@ from nanotrain.errors import DataError, UserError
 def read_all(folder):
     """[the texts of each shard], read with pyarrow alone."""
     return [pq.read_table(path)["text"].to_pylist() for path in sorted(folder.glob("*.parquet"))]
+
+
+def row_groups_of(path):
+    file = pq.ParquetFile(path)
+    return [file.read_row_group(group)["text"].to_pylist() for group in range(file.num_row_groups)]
 
 
 def names_in(folder):
@@ -263,7 +269,7 @@ def test_import_bounds_the_text_of_row_groups_and_of_shards_without_a_drift(tmp_
     assert len(train) > 100
     assert max(sum(map(len, texts)) for texts in train) < 30_000 + longest
     assert abs(sum(map(len, validation)) - sum(map(len, texts)) / 16) <= longest, "the last one is not used up"
-    sizes = [sum(map(len, group)) for group in dataset.row_groups([max((tmp_path / "shards").iterdir())])]
+    sizes = [sum(map(len, group)) for group in row_groups_of(max((tmp_path / "shards").iterdir()))]
     assert 9000 <= min(sizes[:-1])
     assert max(sizes) < 9000 + longest
 
@@ -283,7 +289,7 @@ def test_import_of_plain_text_leaves_out_the_documents_that_are_not_utf8(tmp_pat
     (tmp_path / "b.jsonl").write_bytes(json_lines(["one", "two"]))
     *found, skipped = imported(tmp_path, tmp_path / "shards")
     assert sorted(all_of(*found)) == sorted(["one", "two", *documents])
-    assert skipped["not UTF-8 text"] == left_out
+    assert sum(skipped.values()) == left_out
 
 
 def test_import_counts_what_it_leaves_out_by_reason(tmp_path, monkeypatch):
@@ -295,12 +301,45 @@ def test_import_counts_what_it_leaves_out_by_reason(tmp_path, monkeypatch):
     *found, skipped = imported(tmp_path, tmp_path / "shards")
     assert sorted(all_of(*found)) == sorted([*good, "a\ufffdb"]), "JSON can hold lone surrogates, parquet cannot"
     assert skipped == {
-        "empty or not a string": 5, "not JSON": 3 + 2, "duplicate": 1,
-        "no 'text' in the row (--text-column=NAME chooses another field)": 2,
+        "empty or not a string": 5, corpus.NOT_ROWS: 4 + 2, "duplicate": 1,
+        "no 'text' in the row (--text-column=NAME chooses another field)": 1,
     }  # fmt: skip
 
 
+def test_import_counts_what_is_no_file_and_says_what_to_do_with_a_list(tmp_path):
+    source, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
+    source.mkdir()
+    elsewhere.mkdir()
+    (source / "a.jsonl").write_bytes(json_lines(["one", "two"]))
+    (source / "list.json").write_text('["three"]')
+    (source / "list.jsonl").write_text('["three"]')
+    (source / "folder").symlink_to(elsewhere)
+    (source / "nothing.txt").symlink_to("nothing")
+    os.mkfifo(source / "pipe.txt")
+    *_, skipped = imported(source, tmp_path / "shards")
+    assert skipped == {corpus.NOT_ROWS: 2, "link to a folder": 1, "socket, pipe, device or link to nothing": 2}
+
+
+def test_folders_that_cannot_be_read_are_counted_and_the_embedded_corpus_is_whole_or_not(tmp_path, monkeypatch):
+    walk = os.walk
+
+    def walk_with_an_error(top, onerror):
+        onerror(PermissionError())
+        return walk(top)
+
+    monkeypatch.setattr(os, "walk", walk_with_an_error)
+    (tmp_path / "a.jsonl").write_bytes(json_lines(["one", "two"]))
+    *_, skipped = imported(tmp_path, tmp_path / "shards")
+    assert skipped == {corpus.UNREADABLE: 1}
+    with pytest.raises(DataError, match="not all"):
+        corpus.stdlib_sources()
+
+
 # ---- import: errors ----
+
+
+def two_columns_text():
+    return pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
 
 
 def cut_short(name):
@@ -316,6 +355,7 @@ BAD_SOURCES = [
     ("a.png", lambda path: path.write_bytes(b"x"), "found 0 in 0 files of text, left out: 1 file"),
     ("a.jsonl", lambda path: path.write_bytes(json_lines(["a", "a"])), "at least 2 .*found 1 .* 1 duplicate"),
     ("a.parquet", lambda path: pq.write_table(pa.table({"body": ["a"]}), path), "only: body .*--text-column"),
+    ("a.parquet", lambda path: pq.write_table(two_columns_text(), path), "several columns 'text'.*--text-column"),
     ("a.jsonl.gz", cut_short("a.jsonl.gz"), "a.jsonl.gz cannot be read"),
     ("a.jsonl.zst", cut_short("a.JSONL.zst"), "a.jsonl.zst cannot be read"),
     ("a.parquet", cut_short("a.parquet"), "a.parquet cannot be read"),

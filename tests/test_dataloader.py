@@ -398,10 +398,19 @@ def test_a_validation_shard_shorter_than_a_sequence_is_a_data_error(tokenizer, t
 
 
 def test_validation_tokenizes_little_more_than_it_needs(tmp_path, tokenizer):
-    """Of documents of 300,000 characters four at a time, and no more than 64 of short ones."""
+    """Of documents of 300,000 characters four at a time or in pieces, and no more than 64 of short ones."""
     watching = Watching(tokenizer)
-    for name, texts in (("long", ["word " * 60_000] * 8), ("short", ["a b"] * 130)):
+    for name, texts, num_bytes in (("long", ["word " * 60_000] * 8, 10**5), ("short", ["a b"] * 130, 9)):
         dataset.write_shard(tmp_path / name, texts)
-        assert len(dataloader.validation_documents(tmp_path / name, watching, 1)) == 1
+        documents, num_cut = dataloader.validation_documents(tmp_path / name, watching, num_bytes)
+        assert (len(documents), num_cut) == (1 if name == "long" else 3, 0)
         assert dataloader.packed_sequences([tmp_path / name], watching, 4, 20).shape == (5, 5)
-    assert [len(lengths) for lengths in watching.lengths] == [4, 4, 64, 64]
+    assert [(len(lengths), max(lengths)) for lengths in watching.lengths] == [(4, 3e5), (10, 1e5), (64, 3), (64, 3)]
+
+
+def test_of_a_document_far_longer_than_asked_only_the_beginning_is_read(tmp_path, tokenizer):
+    watching = Watching(tokenizer)
+    dataset.write_shard(tmp_path / "a", ["word " * 60_000] * 2)
+    (ids,), num_cut = dataloader.validation_documents(tmp_path / "a", watching, 1000)
+    assert (tokenizer.decode(ids), num_cut) == ("word " * 200, 1)
+    assert max(itertools.chain.from_iterable(watching.lengths)) == 1000

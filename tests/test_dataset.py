@@ -29,14 +29,14 @@ def flip(path, place):
 # ---- reading ----
 
 
-def test_row_groups_are_all_of_the_texts_in_order_without_null_and_empty_ones(data_dir, tmp_path):
+def test_shards_are_read_in_order_without_null_and_empty_texts_and_no_further_than_asked(data_dir, tmp_path):
     shard_paths = sorted(data_dir.glob("*.parquet"))
-    groups = list(dataset.row_groups(shard_paths))
     expected = [text for path in shard_paths for text in pq.read_table(path)["text"].to_pylist()]
-    assert len(groups) == 24
-    assert [text for group in groups for text in group] == expected
-    dataset.write_shard(tmp_path / NAMES[0], ["a", None, "", "b", None, "", "c"], rows_per_group=3)
-    assert list(dataset.row_groups([tmp_path / NAMES[0]])) == [["a"], ["b"], ["c"]]
+    assert list(dataset.read_shards(shard_paths)) == expected
+    dataset.write_shard(tmp_path / NAMES[0], ["a", None, "", "b", None, "", "cd"], rows_per_group=3)
+    assert list(dataset.read_shards([tmp_path / NAMES[0]], 1)) == ["a", "b", "c"]
+    texts = dataset.read_shards([tmp_path / NAMES[0], tmp_path / "no such shard"])
+    assert [next(texts) for _ in range(3)] == ["a", "b", "cd"]
 
 
 def test_open_shards_tells_rows_and_size_of_text(tmp_path):
@@ -55,7 +55,7 @@ def test_every_kind_of_string_column_is_read(tmp_path, kind):
     texts = ["eins", None, "zwei", "eins"]
     pq.write_table(pa.table({"text": pa.array(texts, pa.string()).cast(kind)}), tmp_path / NAMES[0])
     assert dataset.open_shard(tmp_path / NAMES[0]).group_rows == (4,)
-    assert dataset.read_texts(tmp_path / NAMES[0], 0, 1) == texts[1:]
+    assert list(dataset.read_texts(tmp_path / NAMES[0], 0, 1)) == texts[1:]
 
 
 def test_validation_is_never_in_train(tmp_path):
@@ -89,6 +89,9 @@ def with_manifest(text):
     return lambda folder: (make_shards(folder) / "manifest.json").write_text(text)
 
 
+TWO_COLUMNS = pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+
+
 def no_rows(folder):
     dataset.write_shard(folder / NAMES[0], [])
     dataset.write_shard(folder / NAMES[1], ["x"])
@@ -101,6 +104,7 @@ def no_rows(folder):
         (lambda folder: dataset.write_shard(folder / NAMES[0], ["x"]), "no train shard"),
         (no_rows, "no train shard with rows"),
         (with_table(content=["a"], id=[1]), rf"{NAMES[1]} has no column 'text' of strings, only: content \(string\)"),
+        (lambda folder: pq.write_table(TWO_COLUMNS, make_shards(folder) / NAMES[1]), "has several columns 'text'"),
         (with_table(text=[b"a", b"b"]), f"{NAMES[1]} has no column 'text' of strings"),
         (with_bytes(lambda data: data[:-400] + bytes(392) + data[-8:]), f"{NAMES[1]} is not a readable parquet"),
         (lambda folder: dataset.write_shard(listed_shards(folder) / NAMES[1], ["b"]), "bytes, its manifest says"),
@@ -140,7 +144,7 @@ def test_a_row_group_that_cannot_be_read_is_named(tmp_path, harm):
     path = make_shards(tmp_path) / NAMES[0]
     harm(path)
     with pytest.raises(DataError, match=rf"{NAMES[0]}, row group 1, cannot be read .*get it again"):
-        dataset.read_texts(path, 1)
+        list(dataset.read_texts(path, 1))
 
 
 def test_any_rows_of_a_row_group_are_read(tmp_path, monkeypatch):
@@ -149,7 +153,7 @@ def test_any_rows_of_a_row_group_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "READ_BYTES", 100)
     for group, start, stop in ((1, 0, 5), (0, 19, 20), (0, 3, 17), (0, 7, 7), (1, 0, None)):
         expected = texts[20 * group :][:20][start:stop]
-        assert dataset.read_texts(path, group, start, stop) == expected
+        assert list(dataset.read_texts(path, group, start, stop)) == expected
 
 
 # ---- hashes ----
@@ -174,12 +178,12 @@ def test_fingerprint_has_size_and_hash_of_every_shard_and_none_equals_validation
 def test_verify_notices_any_flipped_bit_and_reading_gives_text_or_a_data_error(tmp_path):
     """Pages have no checksum of their own, so only the hash of the whole file is sure to notice."""
     path = listed_shards(tmp_path, NAMES[1], train=1) / NAMES[0]
-    good, texts, unnoticed = path.read_bytes(), list(dataset.row_groups([path])), 0
+    good, texts, unnoticed = path.read_bytes(), list(dataset.read_shards([path])), 0
     for place in range(0, len(good), 211):
         flip(path, place)
         assert dataset.verify(tmp_path) == [f"{NAMES[0]} has another SHA-256"]
         try:
-            unnoticed += list(dataset.row_groups([path])) != texts
+            unnoticed += list(dataset.read_shards([path])) != texts
         except DataError as error:
             assert NAMES[0] in str(error)  # noqa: PT017
         path.write_bytes(good)

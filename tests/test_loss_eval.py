@@ -124,8 +124,8 @@ def test_validation_documents_are_the_first_ones_whole(tokenizer, tmp_path):
     folder = make_shards(tmp_path)
     texts = make_texts(40, seed=2)
     sizes = [len(text.encode()) for text in texts]
-    for num_bytes, count in ((1, 1), (sizes[0], 1), (sizes[0] + 1, 2), (sum(sizes[:9]), 9), (10**9, 40)):
-        found = dataloader.validation_documents(folder / "shard_00002.parquet", tokenizer, num_bytes)
+    for num_bytes, count in ((sizes[0], 1), (sizes[0] + 1, 2), (sum(sizes[:9]), 9), (10**9, 40)):
+        found, _ = dataloader.validation_documents(folder / "shard_00002.parquet", tokenizer, num_bytes)
         assert [tokenizer.decode(ids) for ids in found] == texts[:count]
 
 
