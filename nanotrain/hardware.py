@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import math
 import os
 import platform
 import resource
@@ -26,6 +27,7 @@ PEAK_FLOPS = {
     "GB200": 2.5e15, "B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
     "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
 }  # fmt: skip
+NO_LIMIT = ("max", "-1")  # of a control group, in version 2 and 1
 
 
 def find_device(name: str = "auto", local_rank: int = 0) -> torch.device:
@@ -64,6 +66,8 @@ def configure(device: torch.device, seed: int = 1337, deterministic: bool = True
         # Let glibc reuse large freed blocks: fresh pages of a 32 MB tensor take longer than the product that fills it.
         _call_glibc("mallopt", -1, 2**31 - 1)  # M_TRIM_THRESHOLD: never give the top of the heap back
         _call_glibc("mallopt", -3, 2**30)  # M_MMAP_THRESHOLD: no private mapping for blocks below 1 GiB
+    if "OMP_NUM_THREADS" not in os.environ and cores_of_a_rank() < torch.get_num_threads():
+        torch.set_num_threads(cores_of_a_rank())  # torch knows nothing of quotas
     if deterministic or device.type == "cpu":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         if device.type == "cuda":
@@ -97,9 +101,42 @@ def can_compile() -> bool:
     return bool(torch.cuda.is_available() or shutil.which("g++") or shutil.which("clang++"))
 
 
+def cpu_cores(root: Path = Path("/")) -> int:
+    """CPU cores that this process may use: by its affinity, and by the quotas of its control groups, rounded up."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = _control_groups("cpu", ["cpu.max"], root)
+    quotas += _control_groups("cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"], root)
+    return min([cores, *(math.ceil(int(quota) / int(period)) for quota, period in quotas if quota not in NO_LIMIT)])
+
+
 def cores_of_a_rank() -> int:
     """CPU cores per rank of this machine, at least 1."""
-    return max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1), 1)
+    return max(cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1), 1)
+
+
+def _memory_limits(root):
+    """[(bytes that a control group may hold, bytes it holds)], without cached files, whose memory the kernel takes."""
+    limits, version1 = [], ("total_", "memory.limit_in_bytes", "memory.usage_in_bytes")
+    for prefix, *names in (("", "memory.max", "memory.current"), version1):
+        for limit, used, *facts in _control_groups("memory", [*names, "memory.stat"], root):
+            facts = dict(zip(facts[::2], facts[1::2], strict=True))
+            cached = int(facts[f"{prefix}active_file"]) + int(facts[f"{prefix}inactive_file"])
+            limits += [(int(limit), int(used) - cached)] if limit not in NO_LIMIT else []
+    return limits
+
+
+def _control_groups(controller, names, root):
+    """[the words in the files of these names] of each control group of this process that has them, and its parents."""
+    found = []
+    with contextlib.suppress(OSError):  # no Linux
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controller in (controllers or controller).split(","):  # version 2 has one line, which names none
+                mount, group = root / "sys/fs/cgroup" / (controllers and controller), Path(path.lstrip("/"))
+                for part in (group, *group.parents):  # the first of which a container may not see
+                    with contextlib.suppress(OSError):
+                        found.append([word for name in names for word in (mount / part / name).read_text().split()])
+    return found
 
 
 def seconds_since_start() -> float:
@@ -175,19 +212,21 @@ def peak_memory_bytes(device: torch.device) -> int:
     return int(peak.split()[0]) * 1024 if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def memory_bytes(device: torch.device) -> int:
-    """The device's whole memory in bytes; for a CPU the machine's."""
+def memory_bytes(device: torch.device, root: Path = Path("/")) -> int:
+    """The device's whole memory in bytes; for a CPU the machine's, or what this process's control groups allow."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([whole, *(limit for limit, _ in _memory_limits(root))])
 
 
-def free_memory_bytes(device: torch.device) -> int:
+def free_memory_bytes(device: torch.device, root: Path = Path("/")) -> int:
     """Memory for this rank: the whole of its GPU's; on a CPU its share of what is still available."""
     if device.type == "cuda":
         return memory_bytes(device)
     available = _proc_value("/proc/meminfo", "MemAvailable")
     free = int(available.split()[0]) * 1024 if available else memory_bytes(device)
+    free = min([free, *(limit - used for limit, used in _memory_limits(root))])
     return free // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
@@ -221,7 +260,7 @@ def environment(device: torch.device, dtype: torch.dtype, world_size: int) -> di
         "cuda": torch.version.cuda,
         "device": device.type,
         "device_name": device_name(device),
-        "cpu_cores": os.cpu_count(),
+        "cpu_cores": cpu_cores(),
         "threads": torch.get_num_threads(),
         "world_size": world_size,
         "dtype": str(dtype).removeprefix("torch."),
@@ -235,7 +274,7 @@ def main() -> None:
     configure(device)
     dtype, reason = find_dtype("auto", device)
     print(f"python     {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}")
-    print(f"device     {device} ({device_name(device)}), {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    print(f"device     {device} ({device_name(device)}), {cpu_cores()} cores, {torch.get_num_threads()} threads")
     print(f"GPUs       {torch.cuda.device_count()}")
     print(f"precision  {str(dtype).removeprefix('torch.')} ({reason})")
     print(f"compiler   {'found' if can_compile() else 'none: training stays eager'}")

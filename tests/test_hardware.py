@@ -61,6 +61,65 @@ def test_what_counts_as_memory_that_has_run_out():
     assert not hardware.is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
+# ---- control groups ----
+
+GROUPS = {  # {/proc/self/cgroup: {file: what it says}}, each of which limits to 2 GiB and to 1.5 CPUs
+    "0::/user/job": {  # the limits are those of a parent
+        "user/memory.max": 2**31, "user/job/memory.max": "max", "user/cpu.max": "150000 100000",
+        "user/job/cpu.max": "max 100000", "user/memory.current": 2**30, "user/job/memory.current": 2**20,
+        "user/memory.stat": f"anon 5\nactive_file {2**28}\ninactive_file {2**27}", "user/job/memory.stat":
+        "active_file 0\ninactive_file 0",
+    },
+    "0::/": {  # as a container sees it
+        "memory.max": 2**31, "memory.current": 2**30, "memory.stat": f"active_file {2**28}\ninactive_file {2**27}",
+        "cpu.max": "150000 100000",
+    },
+    "9:name=systemd:/a\n4:memory:/docker/1\n2:cpu,cpuacct:/docker/1\n0::/": {  # the container sees no /docker/1
+        "memory/memory.limit_in_bytes": 2**31, "memory/memory.usage_in_bytes": 2**30, "memory/memory.stat":
+        f"active_file 0\ninactive_file 0\ntotal_active_file {2**28}\ntotal_inactive_file {2**27}",
+        "cpu/cpu.cfs_quota_us": 150000, "cpu/cpu.cfs_period_us": 100000,
+    },
+}  # fmt: skip
+
+
+def fake_root(folder, membership, files):
+    for name, text in {
+        "proc/self/cgroup": membership,
+        **{f"sys/fs/cgroup/{name}": files[name] for name in files},
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"{text}\n")
+    return folder
+
+
+@pytest.mark.parametrize(("membership", "files"), GROUPS.items(), ids=["version 2", "container", "version 1"])
+def test_the_limits_of_control_groups_are_those_of_the_machine(tmp_path, monkeypatch, membership, files):
+    monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda process: range(64), raising=False)
+    monkeypatch.setattr(hardware.os, "sysconf", lambda name: 2**20)
+    monkeypatch.setattr(hardware, "_proc_value", lambda path, field: "8388608 kB")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    root, device = fake_root(tmp_path, membership, files), torch.device("cpu")
+    assert (hardware.cpu_cores(root), hardware.memory_bytes(device, root)) == (2, 2**31)
+    assert hardware.free_memory_bytes(device, root) == (2**30 + 2**28 + 2**27) // 2  # cached files count as free
+    for path in root.glob("sys/**/*.*[xs]"):
+        limit = {"memory.max": "max", "cpu.max": "max 100000", "memory.limit_in_bytes": 2**63 - 4096}
+        limit["cpu.cfs_quota_us"] = -1
+        path.write_text(str(limit.get(path.name, path.read_text())))
+    assert (hardware.cpu_cores(root), hardware.memory_bytes(device, root)) == (64, 2**40)
+    assert hardware.free_memory_bytes(device, root) == 2**32
+
+
+def test_torch_has_no_more_threads_than_the_cores_that_it_may_use(monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(hardware, "cpu_cores", lambda: 1)
+    for number, chosen in ((3, "3"), (1, "")):  # what OMP_NUM_THREADS says counts
+        torch.set_num_threads(3)
+        monkeypatch.setenv("OMP_NUM_THREADS", chosen) if chosen else monkeypatch.delenv("OMP_NUM_THREADS")
+        hardware.configure(torch.device("cpu"))
+        assert torch.get_num_threads() == number
+    torch.set_num_threads(threads)
+
+
 # ---- this machine ----
 
 
