@@ -2,6 +2,8 @@
 
 import contextlib
 import gc
+import re
+import sysconfig
 import time
 from collections.abc import Iterator
 
@@ -83,6 +85,12 @@ def compile_and_warm_up(dist: DistContext, model: GPT, batch_size: int, mode: st
 
 def _compile(dist, model, batch_size):
     """Compile in a first pass. Returns why that failed, or ""."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # here: it takes a while, and eager runs do without
+
+    python = sysconfig.get_path("include"), sysconfig.get_config_var("LIBDIR")
+    for path in (torch.__path__[0], *python, cache_dir()) if dist.device.type == "cpu" else ():
+        if re.search(r"[\s'\"\\]", path or ""):
+            return f"torch gives the C++ compiler paths without quotes, so none may have a space, unlike {path}"
     for attempt in range(2):  # torch's parallel compilers sometimes read a header that is only half written
         # At first trust the CPU's flags for vector instructions: torch's own test of them takes as long as a model.
         torch._inductor.config.cpp.vec_isa_ok = True if attempt == 0 else None
@@ -94,7 +102,8 @@ def _compile(dist, model, batch_size):
             if hardware.is_out_of_memory(error):
                 raise
             torch.compiler.reset()
-            failure = f"{type(error).__name__}: {errors.first_line(error)[:100]}"
+            said = re.search(".* error: .*", str(error))  # of a C++ compiler, below torch's own line
+            failure = f"{type(error).__name__}: {(said[0] if said else errors.first_line(error))[:100]}"
     return failure
 
 

@@ -442,11 +442,17 @@ def test_memory_that_runs_out_before_the_first_pass_is_a_sentence(train):
 # ---- compilation ----
 
 
-def test_a_compiler_that_does_not_work_is_a_sentence_where_asked_for_and_unused_in_a_run_too_short(train, monkeypatch):
+def test_a_compiler_that_does_not_work_is_a_sentence_where_asked_for_and_unused_in_a_run_too_short(
+    train, monkeypatch, tmp_path
+):
     asked = []
     monkeypatch.setattr(GPT, "compile_parts", lambda model: asked.append(model) or setattr(model, "loss_kernel", None))
     train("short", COMPILE="auto", TARGET_MINUTES=0.01, NUM_ITERATIONS=0)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "a b"))
+    with pytest.raises(UserError, match=r"--compile=on: .* a space, unlike .*/a b"):
+        train(COMPILE="on")
     assert asked == []
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "a"))
     with pytest.raises(UserError, match="--compile=on: it does not work here"):
         train(COMPILE="on")
     assert asked
