@@ -218,6 +218,14 @@ def test_without_matplotlib_the_tables_remain_and_one_line_says_how_to_get_pictu
     assert ["tokens", "3,000"] in Page(Path(path)).rows
 
 
+def test_a_backend_that_is_not_installed_as_a_notebook_may_name_it_costs_no_pictures(tmp_path, run_script):
+    pytest.importorskip("matplotlib")
+    folder = make_run(tmp_path / "r")
+    done = run_script("nanotrain.report", str(folder), MPLBACKEND="of-a-notebook")
+    assert (done.stdout, done.stderr) == (f"{folder}/report/report.html\n", "")
+    assert (folder / "report" / "loss.png").exists()
+
+
 def test_a_report_that_fails_at_the_end_of_a_run_is_said_and_not_raised(tmp_path):
     assert report.attempt(tmp_path / "nothing").startswith("report     not written: UserError: ")
 

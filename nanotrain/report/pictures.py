@@ -1,6 +1,7 @@
 """Curves and bars as PNG images, drawn on white by matplotlib, which is optional and imported only to draw."""
 
 import io
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,6 +28,7 @@ STYLE = {
 
 def draw(runs: Sequence[Run]) -> dict[str, bytes]:
     """{name: PNG} of the pictures of some runs. Raises ImportError without matplotlib."""
+    os.environ.pop("MPLBACKEND", None)  # matplotlib refuses one that is not installed, such as a notebook's
     from matplotlib import style
     from matplotlib.figure import Figure
 
