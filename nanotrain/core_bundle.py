@@ -76,7 +76,7 @@ def read(path: str | Path, max_per_task: int = 0) -> Bundle:
 
     Items are shuffled before they are cut, as published. Raises DataError, which names the file and the line.
     """
-    path, place, digest, tasks = Path(path).expanduser(), "core.yaml", hashlib.sha256(), []
+    path, place, digest, tasks = paths.absolute(path), "core.yaml", hashlib.sha256(), []
     if not path.exists():
         raise DataError(f"no CORE bundle at {path}: python -m nanotrain.core_eval --make-bundle={path} makes one")
 
@@ -173,7 +173,7 @@ def make(folder: str | Path, shard: Path, num_items: int) -> dict[str, int]:
     texts = list(islice(dataset.read_shards([shard], MAX_DOCUMENT_CHARS), MAX_DOCUMENTS))
     tasks = [task for task in _own_tasks(texts, num_items) if task[-1]]
     baselines, entries = "Eval Task,Random baseline\n", []
-    with files.new_folder(Path(folder).expanduser(), _check_replaceable) as temporary:
+    with files.new_folder(paths.absolute(folder), _check_replaceable) as temporary:
         (temporary / "eval_data" / "own").mkdir(parents=True)
         for label, kind, num_shots, baseline, items in tasks:
             uri, lines = f"own/{label}.jsonl", [json.dumps(item, ensure_ascii=False) + "\n" for item in items]

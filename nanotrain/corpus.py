@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from nanotrain import paths
 from nanotrain.errors import DataError, first_line
 
 MAX_CHARS = 4000  # of a document cut from a longer text
@@ -128,7 +129,7 @@ def import_text(source: str | Path, folder: Path, text_column: str = "text") -> 
     text is cut into documents; rows of .jsonl (.gz, .zst) and .parquet files are documents as they are. Raises
     DataError if there are fewer than two documents or a file is broken.
     """
-    source, skipped = Path(source).expanduser(), Counter()
+    source, skipped = paths.absolute(source), Counter()
     files = _files(source, skipped)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as temporary:
         texts = itertools.chain.from_iterable(_documents(path, text_column, skipped) for path in files)

@@ -11,7 +11,15 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 def base_dir() -> Path:
     """The folder that holds data, tokenizer and runs: NANOTRAIN_DIR, read when used, or ~/.cache/nanotrain."""
-    return Path(os.environ.get("NANOTRAIN_DIR") or Path.home() / ".cache" / "nanotrain").expanduser().absolute()
+    return absolute(os.environ.get("NANOTRAIN_DIR") or "~/.cache/nanotrain")
+
+
+def absolute(path: str | Path) -> Path:
+    """`path` from the root, with ~ as this user's home folder; UserError where there is none."""
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError:
+        raise UserError(f"{path}: no such home folder: set NANOTRAIN_DIR, or give another path") from None
 
 
 def dataset_dir(name: str) -> Path:
@@ -22,7 +30,7 @@ def dataset_dir(name: str) -> Path:
 def data_dir(path: str = "") -> Path:
     """The folder of shards at `path`; without one, the only data set, or DataError if there are none or several."""
     if path:
-        return Path(path).expanduser().absolute()
+        return absolute(path)
     parent = base_dir() / "data"
     found = sorted({shard.parent for shard in parent.glob("[!.]*/shard_*.parquet")})
     if not found:
@@ -34,13 +42,13 @@ def data_dir(path: str = "") -> Path:
 
 def tokenizer_dir(path: str = "") -> Path:
     """The folder of the tokenizer: `path`, or the default one."""
-    return Path(path).expanduser().absolute() if path else base_dir() / "tokenizer"
+    return absolute(path) if path else base_dir() / "tokenizer"
 
 
 def run_dir(name: str) -> Path:
     """The folder of the run `name`; a name with a slash is taken as a path."""
     if "/" in name or os.sep in name:
-        return Path(name).expanduser().absolute()
+        return absolute(name)
     return base_dir() / "runs" / checked_name(name, "run name")
 
 

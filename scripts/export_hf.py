@@ -13,7 +13,7 @@ import json
 import shutil
 from pathlib import Path
 
-from nanotrain import checkpoint, config, errors, files
+from nanotrain import checkpoint, config, errors, files, paths
 from nanotrain.errors import UserError
 from nanotrain.huggingface import export
 
@@ -30,7 +30,7 @@ LICENCE = Path(__file__).parent.parent / "LICENSE"
 def main() -> None:
     if not OUT:
         raise UserError("where to? give a folder, as in --out=exported")
-    out = Path(OUT).expanduser().absolute()
+    out = paths.absolute(OUT)
     try:
         import transformers  # noqa: F401
     except ImportError as error:

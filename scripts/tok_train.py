@@ -3,6 +3,7 @@
 python -m scripts.tok_train --data-dir=D --vocab-size=4096
 """
 
+import tempfile
 import time
 from collections.abc import Iterator
 
@@ -30,6 +31,8 @@ def main() -> None:
     folder = paths.tokenizer_dir(TOKENIZER_DIR)
     if (folder / FILE_NAME).exists():
         BPETokenizer.load(folder)  # which refuses another program's, so that it is not overwritten
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()  # an error now rather than after the work
     vocab_size = VOCAB_SIZE or planned_vocab_size()
     tokenizer = BPETokenizer.train(texts(shards), vocab_size)
     tokenizer.save(folder)

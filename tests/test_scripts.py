@@ -107,11 +107,17 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path, data_dir, monke
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("NANOTRAIN_DIR", str(tmp_path / "file" / "below"))
     monkeypatch.setattr(tok_train, "DATA_DIR", str(data_dir))
-    monkeypatch.setattr(tok_train, "VOCAB_SIZE", 300)
+    monkeypatch.setattr(tok_train, "texts", lambda shards: pytest.fail("work that would be lost"))
     with pytest.raises(SystemExit) as caught:
         errors.run(tok_train.main)
     assert caught.value.code == 1
     assert f"error: Not a directory: {tmp_path / 'file'}" in capsys.readouterr().err
+
+
+def test_without_a_home_folder_it_says_what_to_set(monkeypatch):
+    monkeypatch.setenv("NANOTRAIN_DIR", "~nosuchuser/x")  # as ~ is for a user that the system does not know
+    with pytest.raises(errors.UserError, match=r"^~nosuchuser/x: .* set NANOTRAIN_DIR"):
+        tok_train.main()
 
 
 @pytest.mark.parametrize("script", [base_eval, generate], ids=["base_eval", "generate"])

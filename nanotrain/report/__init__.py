@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jinja2
 
+from nanotrain import paths
 from nanotrain.files import atomic_file
 from nanotrain.report import pictures, sections
 from nanotrain.report.data import read_run
@@ -39,7 +40,7 @@ def write(run_dirs: Iterable[str | Path], out: str | Path = "") -> tuple[Path, s
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     text = environment.get_template("report.html.jinja").render(page)
-    folder = Path(out).expanduser().absolute() if out else runs[0].folder / "report"
+    folder = paths.absolute(out) if out else runs[0].folder / "report"
     with atomic_file(folder / "report.html") as temporary:
         temporary.write_text(text, encoding="utf-8", errors="replace")
     for name, png in drawn.items():
