@@ -123,6 +123,12 @@ if [ -n "${RUN_NAME:-}" ] && ! [[ $RUN_NAME =~ ^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$
     fail 2 "RUN_NAME=$RUN_NAME: use 1 to 100 letters, digits, dots, dashes and underscores"
 fi
 
+export NANOTRAIN_DIR=${NANOTRAIN_DIR:-~/.cache/nanotrain}
+if ! mkdir -p "$NANOTRAIN_DIR" || ! probe=$(mktemp -d "$NANOTRAIN_DIR/.probe-XXXXXX") || ! rmdir "$probe"; then
+    echo "error: $NANOTRAIN_DIR cannot be written: set NANOTRAIN_DIR to a folder that can" >&2
+    exit 2
+fi
+
 . dev/environment.sh
 heading environment
 make_environment report || [ -n "$stopped" ] || exit 1
@@ -135,7 +141,6 @@ done)
 exec 3>&-
 finished environment 0
 
-export NANOTRAIN_DIR=${NANOTRAIN_DIR:-$HOME/.cache/nanotrain}
 nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
 dataset=${DATASET:-$([ "$gpus" -gt 0 ] && echo fineweb-edu || echo stdlib)}
 data_dir=${DATA_DIR:-$NANOTRAIN_DIR/data/$dataset}

@@ -3,6 +3,8 @@
 
 make_environment() {
     local extras stamp log base status
+    # What would put another Python's modules into the environment, take the scripts out of it, or install elsewhere.
+    unset PYTHONHOME PYTHONPATH PYTHONSAFEPATH PIP_PREFIX PIP_ROOT PIP_TARGET PIP_USER
     extras=$(IFS=,; echo "$*")
     base=${BASE_PYTHON:-python3}
     PYTHON=$PWD/.venv/bin/python
@@ -25,7 +27,7 @@ make_environment() {
     echo "installing nanotrain[$extras] into .venv (a few minutes the first time)"
     "$PYTHON" -m pip --version > /dev/null 2>&1 || "$base" -m venv .venv || return 1 # also one that was left half made
     log=.venv/install.log
-    "$PYTHON" -m pip install --disable-pip-version-check --editable ".[$extras]" > "$log" 2>&1 &
+    "$PYTHON" -m pip install --no-user --disable-pip-version-check --editable ".[$extras]" > "$log" 2>&1 &
     local pip=$!
     while kill -0 "$pip" 2> /dev/null; do
         sleep 2
@@ -39,6 +41,11 @@ make_environment() {
     if [ "$status" -ne 0 ]; then
         tail -n 5 "$log" >&2
         echo "error: pip failed with exit code $status (all of its output: $log)" >&2
+        return 1
+    fi
+    if ! (cd / && "$PYTHON" -c 'import torch, nanotrain') >> "$log" 2>&1; then
+        tail -n 1 "$log" >&2
+        echo "error: pip ended without an error, but what it should have installed cannot be imported from .venv ($log)" >&2
         return 1
     fi
     cp pyproject.toml "$stamp"

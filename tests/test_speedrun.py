@@ -127,6 +127,29 @@ def test_a_choice_that_cannot_be_is_refused_before_anything_else(tree, choice):
     assert f"error: {choice.replace(chr(39), '')}: " in err
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_else(tree):
+    out, err = speedrun(tree, "HOME=/dev/null NANOTRAIN_DIR= bash speedrun.sh", code=2)
+    assert (out, called(tree)) == ("", [])
+    assert "error: /dev/null/.cache/nanotrain cannot be written: set NANOTRAIN_DIR" in err
+
+
+def test_what_the_caller_set_for_another_python_does_not_reach_the_stages(tree):
+    python, names = tree / ".venv" / "bin" / "python", ("PYTHONHOME", "PYTHONPATH", "PYTHONSAFEPATH")
+    python.write_text(PYTHON.replace('echo "$2', 'env > environment\necho "$2'))
+    speedrun(tree, " ".join(f"{name}=/nowhere" for name in names) + " bash speedrun.sh")
+    environment = (tree / "environment").read_text().splitlines()
+    assert not [line for line in environment if line.startswith(names)]
+
+
+def test_an_environment_that_does_not_hold_what_pip_was_to_install_is_not_used(tree):
+    python, stamp = tree / ".venv" / "bin" / "python", tree / ".venv" / ".installed-report"
+    stamp.unlink()
+    python.write_text('#!/bin/bash\nenv > environment\nif [ "$1" = -c ]; then echo "no module torch"; exit 1; fi\n')
+    _, err = speedrun(tree, f"PIP_TARGET=/x PIP_USER=1 BASE_PYTHON={sys.executable} bash speedrun.sh", code=1)
+    assert (err.startswith("no module torch\nerror: "), stamp.exists()) == (True, False)
+    assert not re.search("^PIP_(TARGET|USER)=", (tree / "environment").read_text(), re.MULTILINE)
+
+
 @pytest.mark.parametrize(("gpus", "dataset", "depth"), [(0, "stdlib", 0), (2, "fineweb-edu", 20)])
 def test_the_machine_that_it_shows_decides_between_the_small_run_and_the_large_one(tree, gpus, dataset, depth):
     (tree / ".venv" / "bin" / "python").write_text(PYTHON.replace("GPUs       0", f"GPUs       {gpus}"))
