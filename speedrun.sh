@@ -128,6 +128,8 @@ if ! mkdir -p "$NANOTRAIN_DIR" || ! probe=$(mktemp -d "$NANOTRAIN_DIR/.probe-XXX
     echo "error: $NANOTRAIN_DIR cannot be written: set NANOTRAIN_DIR to a folder that can" >&2
     exit 2
 fi
+# OpenMP's threads spin while they wait, which beside another program makes steps many times as long.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 
 . dev/environment.sh
 heading environment
