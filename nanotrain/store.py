@@ -1,6 +1,7 @@
 """Sets of files that are whole or absent, whatever happens while they are written: what checkpoints are made of.
 
     <run>/owner.json                          who may write here: the process that claimed the run last
+    <run>/.lock                               locked by the process that trains
     <run>/checkpoints/step_00001000/          the files of a set, and manifest.json with the size and SHA-256 of each
     <run>/checkpoints/.tmp-step_00001000-...  being written, or being removed
     <run>/checkpoints/.old-step_00001000-...  replaced by another set of the same step; it counts until that is there
@@ -16,11 +17,13 @@ each of them. Nothing here knows what the files mean, or of torch.
 import collections
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
+import socket
 import stat
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -31,7 +34,7 @@ from nanotrain.files import naming
 
 FORMAT = 2  # of what is in the files too: state.json and the names of tensors
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optim-00000-of-00001.safetensors", "state.json"
-MANIFEST, OWNER = "manifest.json", "owner.json"
+MANIFEST, OWNER, LOCK = "manifest.json", "owner.json", ".lock"
 SET_NAME = re.compile(r"(?P<old>\.old-)?(?P<name>step_(?P<step>[0-9]{8}))(?(old)-[0-9a-f]{32})")
 CANNOT_SYNC_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF)  # of CIFS, sshfs and DrvFs
 SMALL_FILE = 1 << 20  # bytes; manifest and owner have a few hundred
@@ -76,6 +79,21 @@ class Disk:
             self.syncs_folders = False
         finally:
             os.close(handle)
+
+    def lock(self, path: Path) -> None:
+        """Hold `path` until this process ends, in whatever way. Raises RunError where another process holds it."""
+        self._lock = open(path, "a+")
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            self._lock.seek(0)
+            raise RunError(
+                f"process {self._lock.read()} is writing to {path.parent}: end it, or choose another name for this one"
+            ) from None
+        except OSError:  # no locks on this file system: then a claim stops the older process at its next save
+            return
+        self._lock.truncate(0)
+        print(f"{os.getpid()} on {socket.gethostname()}", end="", file=self._lock, flush=True)
 
     def rename(self, path: Path, new_path: Path) -> None:
         os.replace(path, new_path)
@@ -181,10 +199,13 @@ class Store:
     # ---- who may write ----
 
     def claim(self) -> str:
-        """Make the run ours, and return the id to write with: whoever had claimed it before can write no more."""
+        """Make the run ours, and return the id to write with: whoever had claimed it before can write no more. Raises
+        RunError while another process trains in it, where the file system has locks.
+        """
         owner = uuid.uuid4().hex
         temporary = self.run_dir / f".{OWNER}.{owner}.part"
         self.disk.make_folder(self.run_dir)
+        self.disk.lock(self.run_dir / LOCK)
         self.disk.write(temporary, _owner_file(owner))
         self.disk.rename(temporary, self.run_dir / OWNER)
         self.disk.sync_folder(self.run_dir)

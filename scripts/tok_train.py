@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from nanotrain import config, dataset, errors, paths, recipe
 from nanotrain.errors import UserError
+from nanotrain.store import LOCK, Disk
 from nanotrain.tokenizer import FILE_NAME, BPETokenizer
 
 # --- settings
@@ -28,7 +29,9 @@ HEAD_DIM = 128  # of the model, which the plan of its width needs
 def main() -> None:
     begin = time.monotonic()
     shards = dataset.open_shards(paths.data_dir(DATA_DIR))
-    folder = paths.tokenizer_dir(TOKENIZER_DIR)
+    folder, disk = paths.tokenizer_dir(TOKENIZER_DIR), Disk()
+    disk.make_folder(folder)
+    disk.lock(folder / LOCK)  # it may be the folder of a run that trains
     if (folder / FILE_NAME).exists():
         BPETokenizer.load(folder)  # which refuses another program's, so that it is not overwritten
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import itertools
 import json
@@ -10,6 +11,7 @@ import re
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,7 +20,7 @@ from types import SimpleNamespace
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ALONE, TINY_RUN, make_shards, make_texts
+from conftest import ALONE, ROOT, TINY_RUN, make_shards, make_texts
 from fake_wandb import FakeWandb
 
 from nanotrain import (
@@ -47,7 +49,7 @@ from nanotrain.gpt import GPT
 from nanotrain.run_plan import RunPlan
 from nanotrain.store import Store
 from nanotrain.tokenizer import BPETokenizer
-from scripts import base_train
+from scripts import base_train, tok_train
 
 TINY = {**TINY_RUN, "NUM_ITERATIONS": 6}
 MEASURED = {f"train/{name}" for name in ("tok_per_sec", "seconds", "loader_seconds", "optimizer_seconds")}
@@ -250,7 +252,15 @@ def test_the_same_command_gives_the_same_run_and_another_seed_does_not(train, wh
 
 def test_the_run_folder_is_whole_by_itself(whole, tokenizer):
     names = sorted(path.name for path in whole.iterdir())
-    assert names == ["checkpoints", "config.json", "evaluation", "metrics.jsonl", "owner.json", "tokenizer.json"]
+    assert names == [
+        ".lock",
+        "checkpoints",
+        "config.json",
+        "evaluation",
+        "metrics.jsonl",
+        "owner.json",
+        "tokenizer.json",
+    ]
     _, loaded, meta = checkpoint.load_model(whole)
     assert loaded.to_json() == tokenizer.to_json()
     assert (meta["step"], meta["total_batch_size"]) == (6, 128)
@@ -786,6 +796,31 @@ def test_the_older_of_two_jobs_on_one_run_stops_before_it_overwrites(train, at_s
         train(SAVE_EVERY=3)
     assert caught.value.exit_code == 1
     assert Store(run).steps() == [3]
+
+
+def test_the_second_of_two_jobs_on_one_run_is_told_before_it_trains_and_a_killed_one_is_in_nobodys_way(
+    train, base_dir, data_dir, monkeypatch
+):
+    run = base_dir / "runs" / "r"
+    holding = "import sys; from nanotrain.store import Store; s = Store(sys.argv[1]); s.claim(); print(); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+
+    def unsupported(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    with subprocess.Popen([sys.executable, "-c", holding, run], cwd=ROOT, **pipes) as other:
+        assert other.stdout.readline() == b"\n"
+        monkeypatch.setattr(tok_train, "DATA_DIR", str(data_dir))
+        monkeypatch.setattr(tok_train, "TOKENIZER_DIR", str(run))
+        for function in (train, tok_train.main):
+            with pytest.raises(RunError, match=f"process {other.pid} on .* is writing to {run}"):
+                function()
+        assert sorted(path.name for path in run.iterdir()) == [".lock", "owner.json"]
+        with monkeypatch.context() as patch:
+            patch.setattr(fcntl, "lockf", unsupported)
+            train(NUM_ITERATIONS=1)  # nobody can know
+        other.kill()
+    train(NUM_ITERATIONS=1, RESUME=True)
 
 
 def test_p7_a_rank_that_hangs_is_ended_with_what_it_was_doing(train, at_step, monkeypatch, capfd):

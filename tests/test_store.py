@@ -116,6 +116,9 @@ class FakeDisk(Disk):
         if self.syncs_folders:
             self.find(path).synced = dict(self.find(path).holds)
 
+    def lock(self, path):
+        pass
+
     def rename(self, path, new_path):
         self.step()
         node = self.find(path)
