@@ -230,7 +230,7 @@ LEFT
 fi
 launch=("$PYTHON")
 if [ "$nproc" -gt 1 ]; then
-    launch=("$PYTHON" -m torch.distributed.run --standalone --shutdown-timeout=300 "--nproc_per_node=$nproc")
+    launch=("$PYTHON" -m torch.distributed.run --standalone --local-addr=127.0.0.1 --shutdown-timeout=300 "--nproc_per_node=$nproc")
     if [[ $(trap -p HUP) == *"''"* ]]; then launch+=(--signals-to-handle=SIGTERM,SIGINT,SIGQUIT); fi # else nohup is in vain
 fi
 stage training "${launch[@]}" -m scripts.base_train --resume "--run-name=$run_name" "--data-dir=$data_dir" \

@@ -154,7 +154,8 @@ def run_script(base_dir):
     def run(module, *arguments, timeout=100, ranks=1, **environment):
         launch = [sys.executable]
         if ranks > 1:
-            launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+            launch += ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+            launch += [f"--nproc_per_node={ranks}"]
         settings = {**os.environ, "NANOTRAIN_DIR": str(base_dir), **environment}
         command = [*launch, "-m", module, *arguments]
         return subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=timeout)
