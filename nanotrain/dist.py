@@ -1,19 +1,26 @@
 """Ranks: the place of this process in the run, its process group, and collectives on tensors and small objects."""
 
+import contextlib
+import multiprocessing
 import os
+import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from multiprocessing.pool import ThreadPool
 from typing import Any
 
 import torch
 import torch.distributed as torch_dist
 
 from nanotrain import config, hardware
-from nanotrain.errors import RunError, UserError, file_error
+from nanotrain.errors import MemoryLimitError, RunError, UserError, file_error, first_line
 
 JOIN_SECONDS = 600.0  # in which all ranks must have started
+ANSWER_SECONDS = 30.0  # in which the address where they meet must be found and answer
 SMALL_BYTES = 2**20  # of tensors that are sent together in one message, which copies them
 
 
@@ -155,10 +162,18 @@ def init_distributed(
     return DistContext(rank, world_size, found, *hardware.find_dtype(dtype, found))
 
 
-def is_lost_peer(error: BaseException) -> bool:
-    """Whether a collective raised `error` because another rank has ended."""
-    text = str(error)
-    return isinstance(error, torch_dist.DistError) or "gloo/transport" in text or "Connection closed by peer" in text
+@contextlib.contextmanager
+def faults_as_sentences(when_lost: str = "", when_full: str = "") -> Iterator[None]:
+    """Where another rank has ended or memory runs out, raise RunError or MemoryLimitError that end with these words."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        signs = ("gloo/transport", "Connection closed by peer")
+        if isinstance(error, torch_dist.DistError) or any(sign in str(error) for sign in signs):
+            raise RunError(f"another rank has ended, and says why itself{when_lost}") from None
+        if not hardware.is_out_of_memory(error):
+            raise
+        raise MemoryLimitError(f"out of memory{when_full}") from None
 
 
 def _attempt(function):
@@ -174,6 +189,12 @@ def _attempt(function):
 def _place():
     """[rank, local rank, world size], as torchrun gives them to its processes."""
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if not os.environ.get("RANK") and os.environ.get(name, "1") not in ("", "0", "1"):
+            raise UserError(
+                f"{name}={os.environ[name]} but no RANK: this would be as many runs in one folder; let it start one "
+                "torchrun on each machine (dev/several_machines.md), or give RANK=0 to runs of different names"
+            )
     given = {name: os.environ.get(name) or default for name, default in defaults.items()}
     if not all(map(str.isdecimal, given.values())) or int(given["RANK"]) >= int(given["WORLD_SIZE"]):
         raise UserError(f"{given}: no place among ranks; start the ranks with torchrun, or unset all three")
@@ -186,10 +207,53 @@ def _join(device, world_size):
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise UserError(f"WORLD_SIZE={world_size} without {' and '.join(missing)}: start the ranks with torchrun")
-    store, rank, _ = next(torch_dist.rendezvous("env://"))
-    store = torch_dist.PrefixStore(_name_of_attempt(store, rank, world_size), store)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    torch_dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    rank, host, port = int(os.environ["RANK"]), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    torchrun_listens = os.environ.get("TORCHELASTIC_USE_AGENT_STORE")  # True, False, or not torchrun at all
+    listens = rank == 0 and torchrun_listens != "True"
+
+    def meet():
+        own_store = torch_dist.PrefixStore(_name_of_attempt(store, rank, world_size), store)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        torch_dist.init_process_group(backend, store=own_store, rank=rank, world_size=world_size)
+        torch_dist.all_reduce(torch.zeros(1, device=device))  # NCCL connects only now
+
+    try:
+        limit = JOIN_SECONDS if torchrun_listens == "False" else ANSWER_SECONDS  # rank 0 itself may start late
+        _within(limit, "nothing was found there", partial(_find, host, port, listens, limit))
+        options = {"is_master": listens, "multi_tenant": listens, "timeout": timedelta(seconds=JOIN_SECONDS)}
+        fault = "no answer from torch, but perhaps another program,"
+        connect = partial(torch_dist.TCPStore, host, int(port), wait_for_workers=False, **options)
+        store = _within(ANSWER_SECONDS, fault, connect)
+        _within(JOIN_SECONDS + ANSWER_SECONDS, "not all ranks came", meet)
+    except (OSError, ValueError, RuntimeError) as error:
+        places = ("MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+        given = ", ".join(f"{name}={os.environ[name]}" for name in places if os.environ.get(name))
+        raise RunError(
+            f"the ranks cannot meet ({given}): {first_line(error)}. On one machine give torchrun --standalone "
+            "--local-addr=127.0.0.1; for several see dev/several_machines.md"
+        ) from None
+
+
+def _within(seconds, fault, function):
+    """The result of a call that may block for ever, made in a thread so that signals are handled here meanwhile."""
+    with ThreadPool(1) as pool:
+        try:
+            return pool.apply_async(function).get(seconds)
+        except multiprocessing.TimeoutError:
+            raise RuntimeError(f"{fault} in {seconds:.0f} s") from None
+
+
+def _find(host, port, listens, seconds):
+    """Look the host up, and wait until something listens there unless this rank will; shorter than `seconds`."""
+    begin = time.monotonic()
+    while True:
+        try:
+            return socket.getaddrinfo(host, port) if listens else socket.create_connection((host, port)).close()
+        except OSError as error:
+            limit = min(seconds, ANSWER_SECONDS) if isinstance(error, socket.gaierror) else seconds
+            if time.monotonic() - begin > 0.8 * limit:  # where names are looked up slowly, another time would be late
+                raise
+        time.sleep(0.2)
 
 
 def _name_of_attempt(store, rank, world_size):

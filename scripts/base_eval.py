@@ -11,7 +11,7 @@ from functools import partial
 from tqdm import tqdm
 
 from nanotrain import checkpoint, config, core_bundle, core_eval, dataloader, dataset, errors, loss_eval, paths, report
-from nanotrain.dist import DistContext, init_distributed
+from nanotrain.dist import DistContext, faults_as_sentences, init_distributed
 from nanotrain.engine import samples
 from nanotrain.errors import UserError
 from nanotrain.files import write_json
@@ -36,6 +36,7 @@ REPORT = True  # write the run's report anew
 # ------------
 
 
+@faults_as_sentences(when_full=": try a smaller --device-batch-size")
 def main() -> None:
     config.check_numbers(config.snapshot(__name__), at_least_one=("DEVICE_BATCH_SIZE",))
     dist = init_distributed(DEVICE, DTYPE)

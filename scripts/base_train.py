@@ -32,8 +32,8 @@ from nanotrain import (
 )
 from nanotrain.checkpoint import CheckpointManager, Restored
 from nanotrain.dataloader import DataLoader, Prefetcher, TrainData
-from nanotrain.dist import DistContext, init_distributed, is_lost_peer
-from nanotrain.errors import MemoryLimitError, RunError, UserError
+from nanotrain.dist import DistContext, faults_as_sentences, init_distributed
+from nanotrain.errors import UserError
 from nanotrain.evals import Evals, EvalSettings
 from nanotrain.files import write_json
 from nanotrain.gpt import GPT
@@ -126,24 +126,18 @@ EVAL_BATCH = 16  # sequences of a forward pass without gradients
 SPECTRAL_RUNS = 5  # bigram init counts at most so many times the tokens of the run
 
 
+@faults_as_sentences(
+    when_lost=": --resume goes on from the last checkpoint",
+    when_full=" before the first pass: try a smaller --depth or --spectral-tokens=0",
+)
 def main() -> None:
-    """Train, with a sentence instead of a traceback where memory runs out or another rank has ended."""
     cfg = config.snapshot(__name__)
     check_settings(cfg)
-    stop = guard.StopRequest(prints=os.environ.get("RANK", "0") == "0")
-    try:
-        dist = init_distributed(cfg.DEVICE, cfg.DTYPE, cfg.SEED, cfg.DETERMINISTIC)
-        with guard.Watchdog(guard.SLOW_SECONDS, dist.rank) as watchdog:
-            train(cfg, dist, stop, watchdog)
-        dist.close()
-    except (RuntimeError, MemoryError) as error:
-        if is_lost_peer(error):
-            message = "another rank has ended, and says why itself: --resume goes on from the last checkpoint"
-            raise RunError(message) from None
-        if not hardware.is_out_of_memory(error):
-            raise
-        smaller = "a smaller --depth or --spectral-tokens=0"
-        raise MemoryLimitError(f"out of memory before the first pass: try {smaller}") from None
+    dist = init_distributed(cfg.DEVICE, cfg.DTYPE, cfg.SEED, cfg.DETERMINISTIC)
+    stop = guard.StopRequest(prints=dist.is_rank0)  # while ranks join, a signal ends them: there is nothing to save
+    with guard.Watchdog(guard.SLOW_SECONDS, dist.rank) as watchdog:
+        train(cfg, dist, stop, watchdog)
+    dist.close()
 
 
 def train(cfg: SimpleNamespace, dist: DistContext, stop: guard.StopRequest, watchdog: guard.Watchdog) -> None:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from nanotrain import checkpoint, config, errors, hardware
-from nanotrain.dist import init_distributed
+from nanotrain.dist import faults_as_sentences, init_distributed
 from nanotrain.engine import KVCache, generate_batch
 from nanotrain.errors import MemoryLimitError, UserError
 from nanotrain.gpt import GPT
@@ -32,6 +32,7 @@ SEED = 1337  # of the first sample's draws; the others count on from it
 # ------------
 
 
+@faults_as_sentences(when_full=": try a smaller --num-samples")
 def main(prompts: Sequence[str] = ()) -> None:
     config.check_numbers(config.snapshot(__name__), at_least_one=("NUM_SAMPLES",))
     if not 0 < TOP_P <= 1:

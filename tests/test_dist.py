@@ -1,16 +1,23 @@
 """The place of a process among the ranks, one and several; collectives between two processes."""
 
+import contextlib
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 from conftest import ROOT
 
+from nanotrain import dist as ranks
+from nanotrain import errors
 from nanotrain.dist import init_distributed
-from nanotrain.errors import RunError, UserError
+from nanotrain.errors import MemoryLimitError, RunError, UserError
+from scripts import base_eval, base_train, generate
 
 pytestmark = pytest.mark.usefixtures("own_process_state")
 
@@ -62,6 +69,18 @@ def test_a_place_that_cannot_be_is_refused_with_its_values(place, message, monke
     assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_tasks_that_a_launcher_starts_without_ranks_are_refused_and_one_task_is_not(name, monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "2")  # as a batch script sees it
+    for number, rank in (("1", ""), ("2", "0")):
+        monkeypatch.setenv(name, number)
+        monkeypatch.setenv("RANK", rank)
+        assert init_distributed(device="cpu").world_size == 1
+    monkeypatch.delenv("RANK")
+    with pytest.raises(UserError, match=f"{name}=2 but no RANK.*torchrun"):
+        init_distributed(device="cpu")
+
+
 def test_a_local_rank_beyond_the_devices_is_refused_with_the_number_that_works(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -86,6 +105,100 @@ def test_metal_runs_one_process_and_torchrun_on_a_mac_means_the_cpu(monkeypatch)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="--device=cpu"):
         init_distributed(device="mps")
+
+
+# ---- joining ----
+
+
+@pytest.fixture
+def join(monkeypatch):
+    """join(rank, faulty) joins as that rank of two at a port where we listen, say nothing, and call `faulty` at the
+    second caller, who is past finding the address; without it nobody listens.
+    """
+    monkeypatch.setattr(ranks, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(ranks, "JOIN_SECONDS", 2.0)
+    threads = set(threading.enumerate())
+    server, callers = socket.create_server(("127.0.0.1", 0)), []
+    port = server.getsockname()[1]
+
+    def listen(at_second):
+        with contextlib.suppress(OSError):  # from `hang_up`
+            while True:
+                callers.append(server.accept()[0])
+                if len(callers) == 2:
+                    at_second()
+
+    def hang_up():
+        with contextlib.suppress(OSError):  # for the second time
+            server.shutdown(socket.SHUT_RDWR)  # `close` would wait for the thread that listens
+        server.close()
+
+    def start(function, rank, at_second=None):
+        given = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in given.items():
+            monkeypatch.setenv(name, str(value))
+        if at_second:
+            threading.Thread(target=listen, args=[at_second], daemon=True).start()
+        else:
+            hang_up()
+        return function()
+
+    yield start
+    hang_up()
+    for caller in callers:
+        caller.close()
+    for thread in set(threading.enumerate()) - threads:  # that still try, and must not when Python ends
+        thread.join(30)
+
+
+def test_ranks_that_cannot_join_say_so_in_time_with_the_place_and_the_reason(join, monkeypatch):
+    def join_as(rank, at_second=None):
+        with pytest.raises(RunError, match=r"MASTER_ADDR=127\.0\.0\.1, MASTER_PORT=") as caught:
+            join(lambda: init_distributed(device="cpu"), rank, at_second)
+        return str(caught.value)
+
+    assert "another program" in join_as(1, list)
+    assert "address already in use" in join_as(0, list)
+    assert "Connection refused" in join_as(1)
+    with pytest.raises(RunError, match="rank 1 did not start within 2 s"):
+        join(lambda: init_distributed(device="cpu"), 0)
+    monkeypatch.setattr(ranks, "_name_of_attempt", lambda *arguments: "attempt")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
+    assert "GLOO_SOCKET_IFNAME=nosuch0): " in (found := join_as(0))
+    assert "Unable to find address for: nosuch0" in found
+
+    def unknown(*arguments):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    assert "Name or service not known" in join_as(0)
+    assert "Name or service not known" in join_as(1)
+
+
+def test_a_signal_ends_a_rank_that_waits_for_the_others(join, monkeypatch):
+    monkeypatch.setattr(ranks, "ANSWER_SECONDS", 20.0)
+    monkeypatch.setattr(base_train, "DEVICE", "cpu")
+    before = [signal.signal(number, errors._interrupt) for number in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        with pytest.raises(errors.Terminated):
+            join(base_train.main, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("script", [base_train, base_eval, generate])
+def test_in_every_script_a_lost_rank_and_too_little_memory_are_sentences(script, monkeypatch):
+    faults = [
+        (torch.distributed.DistNetworkError("reset"), RunError, "another rank has ended"),
+        (RuntimeError("[/gloo/transport/tcp/pair.cc:534] closed"), RunError, "another rank has ended"),
+        (torch.OutOfMemoryError("no memory"), MemoryLimitError, "out of memory.*: try a smaller --"),
+        (ZeroDivisionError("a bug"), ZeroDivisionError, "a bug"),
+    ]
+    for error, kind, message in faults:
+        monkeypatch.setattr(script, "init_distributed", lambda *_, error=error, **__: fail(error))
+        with pytest.raises(kind, match=message):
+            script.main()
 
 
 # ---- collectives ----
@@ -166,8 +279,8 @@ os._exit(0)  # as `errors.run` does
 @pytest.mark.slow
 def test_two_ranks_agree_also_on_errors_and_on_what_fits_all(tmp_path):
     (tmp_path / "program.py").write_text(RANK_PROGRAM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [tmp_path / "program.py", tmp_path]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    command += ["--nproc_per_node=2", tmp_path / "program.py", tmp_path]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
