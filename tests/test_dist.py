@@ -115,18 +115,21 @@ def join(monkeypatch):
     """join(rank, faulty) joins as that rank of two at a port where we listen, say nothing, and call `faulty` at the
     second caller, who is past finding the address; without it nobody listens.
     """
-    monkeypatch.setattr(ranks, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(ranks, "ANSWER_SECONDS", 2.5)
     monkeypatch.setattr(ranks, "JOIN_SECONDS", 2.0)
     threads = set(threading.enumerate())
     server, callers = socket.create_server(("127.0.0.1", 0)), []
+    server.settimeout(5)
     port = server.getsockname()[1]
 
     def listen(at_second):
-        with contextlib.suppress(OSError):  # from `hang_up`
+        with contextlib.suppress(OSError):  # from `hang_up`, or nobody has called for long
             while True:
                 callers.append(server.accept()[0])
                 if len(callers) == 2:
                     at_second()
+        for caller in callers:
+            caller.close()
 
     def hang_up():
         with contextlib.suppress(OSError):  # for the second time
@@ -145,8 +148,6 @@ def join(monkeypatch):
 
     yield start
     hang_up()
-    for caller in callers:
-        caller.close()
     for thread in set(threading.enumerate()) - threads:  # that still try, and must not when Python ends
         thread.join(30)
 
