@@ -630,7 +630,6 @@ def test_a_resume_takes_the_recipe_from_the_checkpoint_and_not_from_newer_code(t
         return *tensors, state
 
     monkeypatch.setattr(recipe, "SMALL", dataclasses.replace(recipe.SMALL, matrix_lr=0.3, momentum_peak=0.5))
-    monkeypatch.setattr(recipe, "width_factor", lambda width: 7.0)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "unpack", older)
         train("stopped", RESUME=True)
