@@ -168,7 +168,7 @@ class Restored:
     def warn_of_difference(self, environment: dict, dist: DistContext) -> None:
         """Say in one line what differs from the machine on which the checkpoint was written."""
         was = self.state["environment"]
-        names = ("packages", "cuda", "device_name", "threads", "world_size", "dtype", "deterministic")
+        names = ("packages", "cuda", "device_name", "threads", "world_size", "dtype", "deterministic", "code_sha256")
         different = [f"{n} was {was.get(n)}, is {environment[n]}" for n in names if was.get(n) != environment[n]]
         if different:
             dist.print0(f"warning    the same sequences, but not to the same bits: {'; '.join(different)}")

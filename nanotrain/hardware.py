@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import hashlib
 import math
 import os
 import platform
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 
 from nanotrain import config, errors
 from nanotrain.errors import UserError
+from nanotrain.files import file_sha256
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 STARTED = time.monotonic()  # about when the process started: this module is imported early
@@ -249,10 +251,6 @@ def _proc_value(path, field):
 def environment(device: torch.device, dtype: torch.dtype, world_size: int) -> dict:
     """Versions and hardware, which a result depends on besides the settings, as a JSON-like dict."""
     packages = {name: metadata.version(name) for name in ("pyarrow", "tokenizers", "numpy", "safetensors")}
-    commit = None
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -265,8 +263,25 @@ def environment(device: torch.device, dtype: torch.dtype, world_size: int) -> di
         "world_size": world_size,
         "dtype": str(dtype).removeprefix("torch."),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "commit": commit,
+        **code(Path(__file__).parent),
     }
+
+
+def code(package: Path) -> dict:
+    """{code_sha256: of the package's files; commit, changed: what git says, if the folder above is a clone}."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package).as_posix()} {file_sha256(path)}\n".encode())
+    commit = changed = None
+
+    def git(*arguments):
+        command = ["git", "-C", str(package.parent), *arguments]
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).rstrip("\n")
+
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        if not git("rev-parse", "--show-prefix"):  # not a folder within another repository
+            commit, changed = git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    return {"code_sha256": digest.hexdigest(), "commit": commit, "changed": changed}
 
 
 def main() -> None:

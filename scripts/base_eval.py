@@ -6,6 +6,7 @@ The result also goes into `evaluation.json` in the run's folder, and into the ru
     torchrun --standalone --nproc_per_node=8 -m scripts.base_eval --run-name=d20
 """
 
+import tempfile
 from functools import partial
 
 from tqdm import tqdm
@@ -41,6 +42,7 @@ def main() -> None:
     config.check_numbers(config.snapshot(__name__), at_least_one=("DEVICE_BATCH_SIZE",))
     dist = init_distributed(DEVICE, DTYPE)
     run_dir = dist.on_rank0(lambda: checkpoint.find_run(RUN_NAME))
+    dist.on_rank0(lambda: tempfile.TemporaryFile(dir=run_dir).close())  # an error now rather than after the work
     model, tokenizer, meta = dist.on_all_ranks(lambda: checkpoint.load_model(run_dir, dist.device, BEST, STEP))
     shards = dist.on_all_ranks(lambda: dataset.open_shards(paths.data_dir(DATA_DIR or meta["data_dir"])))
     same_data = dist.on_rank0(lambda: dataset.fingerprint(shards)) == meta["data"]

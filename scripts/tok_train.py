@@ -3,7 +3,6 @@
 python -m scripts.tok_train --data-dir=D --vocab-size=4096
 """
 
-import tempfile
 import time
 from collections.abc import Iterator
 
@@ -31,11 +30,9 @@ def main() -> None:
     shards = dataset.open_shards(paths.data_dir(DATA_DIR))
     folder, disk = paths.tokenizer_dir(TOKENIZER_DIR), Disk()
     disk.make_folder(folder)
-    disk.lock(folder / LOCK)  # it may be the folder of a run that trains
+    disk.lock(folder / LOCK)  # it may be the folder of a run that trains, or one that cannot be written
     if (folder / FILE_NAME).exists():
         BPETokenizer.load(folder)  # which refuses another program's, so that it is not overwritten
-    folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()  # an error now rather than after the work
     vocab_size = VOCAB_SIZE or planned_vocab_size()
     tokenizer = BPETokenizer.train(texts(shards), vocab_size)
     tokenizer.save(folder)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 
 import pytest
 import torch
@@ -121,6 +122,31 @@ def test_torch_has_no_more_threads_than_the_cores_that_it_may_use(monkeypatch):
 
 
 # ---- this machine ----
+
+
+def test_the_code_is_known_by_its_files_and_by_a_commit_only_in_its_own_clone(tmp_path):
+    def git(*arguments):
+        command = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    package = tmp_path / "nanotrain"
+    package.mkdir()
+    (package / "gpt.py").write_text("A = 1")
+    without = hardware.code(package)
+    assert (without["commit"], without["changed"]) == (None, None)
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-qm", "first")
+    clean = hardware.code(package)
+    assert clean == {**without, "commit": git("rev-parse", "HEAD"), "changed": False}
+    (package / "gpt.py").write_text("A = 2")
+    edited = hardware.code(package)
+    assert edited["changed"]
+    assert edited["code_sha256"] != clean["code_sha256"]
+    inner = package / "nanotrain"  # a copy within another repository
+    inner.mkdir()
+    (inner / "gpt.py").write_text("A = 1")
+    assert hardware.code(inner) == without
 
 
 def test_the_machine_describes_itself():

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import sys
+import tempfile
 
 import pyarrow.parquet as pq
 import pytest
@@ -289,6 +290,17 @@ def test_ctrl_c_ends_a_line_of_a_terminal_and_sigterm_the_program(monkeypatch):
     with pytest.raises(SystemExit, match="130"):
         errors.run(generate.main)
     assert list(come) == []
+
+
+@pytest.mark.usefixtures("trained")
+def test_base_eval_of_a_run_that_cannot_be_written_ends_before_the_work(monkeypatch):
+    def refuse(dir):
+        raise OSError(errno.EROFS, "Read-only file system", str(dir))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(base_eval, "text_bits_per_byte", lambda *inputs: pytest.fail("worked in vain"))
+    with pytest.raises(errors.RunError, match=r"Read-only file system: .*tiny"):
+        base_eval.main()
 
 
 def test_tok_train_does_not_overwrite_the_tokenizer_of_another_program(tmp_path, data_dir, monkeypatch):

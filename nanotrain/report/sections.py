@@ -160,7 +160,8 @@ def commands(run: Run) -> dict[str, list]:
         return {}
     commit, known = run.config["environment"].get("commit"), run.config["defaults"]
     changed = {name: value for name, value in run.config["settings"].items() if value != known.get(name)}
-    checkout = f"git checkout {shlex.quote(commit)}\n" if commit else ""
+    edited = "  # with changes" if run.config["environment"].get("changed") else ""
+    checkout = f"git checkout {shlex.quote(commit)}{edited}\n" if commit else ""
     why = "The same rows anywhere, and the same bits on the same machine with as many processes and these versions"
     found = {why: [("", [(checkout + command(run, changed), "", "")])]}
     if run.config["settings"]["TARGET_MINUTES"] and run.metrics["train/loss"]:
