@@ -42,8 +42,8 @@ def main() -> None:
     config.check_numbers(config.snapshot(__name__), at_least_one=("DEVICE_BATCH_SIZE",))
     dist = init_distributed(DEVICE, DTYPE)
     run_dir = dist.on_rank0(lambda: checkpoint.find_run(RUN_NAME))
-    dist.on_rank0(lambda: tempfile.TemporaryFile(dir=run_dir).close())  # an error now rather than after the work
     model, tokenizer, meta = dist.on_all_ranks(lambda: checkpoint.load_model(run_dir, dist.device, BEST, STEP))
+    dist.on_rank0(lambda: tempfile.TemporaryFile(dir=run_dir).close())  # an error now rather than after the work
     shards = dist.on_all_ranks(lambda: dataset.open_shards(paths.data_dir(DATA_DIR or meta["data_dir"])))
     same_data = dist.on_rank0(lambda: dataset.fingerprint(shards)) == meta["data"]
     dist.print0(f"{run_dir}, step {meta['step']}{'' if same_data else ', on other data than it was trained on'}")

@@ -121,8 +121,10 @@ def test_without_a_home_folder_it_says_what_to_set(monkeypatch):
         tok_train.main()
 
 
+@pytest.mark.parametrize("name", ["", "none"])
 @pytest.mark.parametrize("script", [base_eval, generate], ids=["base_eval", "generate"])
-def test_without_a_run_there_is_no_usable_checkpoint(script):
+def test_without_a_run_there_is_no_usable_checkpoint(script, name, monkeypatch):
+    monkeypatch.setattr(script, "RUN_NAME", name)
     with pytest.raises(errors.CheckpointError, match=r"python -m scripts.base_train"):
         script.main()
 
