@@ -54,7 +54,7 @@ def main():
         raise UserError(f"--model={MODEL}: no exported model: python -m scripts.export_hf --out={MODEL} writes one")
     if FOUR_BITS and not importlib.util.find_spec("bitsandbytes"):
         raise UserError("--four-bits needs bitsandbytes: pip install bitsandbytes")
-    tokenizer = AutoTokenizer.from_pretrained(MODEL, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL, trust_remote_code=False)
     try:
         text = Path(TEXT).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

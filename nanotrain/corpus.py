@@ -29,14 +29,15 @@ from nanotrain.errors import DataError, first_line
 
 MAX_CHARS = 4000  # of a document cut from a longer text
 BLOCK_CHARS = 16 << 20  # of a plain text file, read and cut at a time
-BLANK_LINES = re.compile(r"\n(?:[ \t]*\n)+")
+BLANK_LINES = re.compile(r"\n[ \t\n]*\n")
 VALIDATION_SHARE, MAX_VALIDATION_BYTES = 1 / 16, 32 << 20
 STDLIB_SEED, STDLIB_SHARDS = 1337, 4
 STDLIB_EXCLUDED = {
     "test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data",
 }  # fmt: skip
 SEED = b"nanotrain"  # of the import's shuffle
-NOT_ROWS = "not a JSON object a line (jq -c '.[]' FILE > FILE.jsonl makes them of a list)"
+NOT_ROWS = "not a JSON object a line (jq -c 'arrays[], objects' FILE > FILE.jsonl makes them)"
+NOT_UTF8 = "not UTF-8 text (iconv -f UTF-16 -t UTF-8 FILE, or from another encoding)"
 UNREADABLE = "folder that cannot be read"
 PLAIN_SUFFIXES = {
     ".txt", ".md", ".rst", ".tex", ".org", ".html", ".xml", ".csv", ".py", ".js", ".ts", ".c", ".h", ".cc", ".cpp",
@@ -189,14 +190,16 @@ def _reader(path):
 
 def _documents(path, text_column, skipped):
     """Yield the UTF-8 of the documents of a file; lone surrogates become U+FFFD."""
+    left_out, text = skipped.total(), None
     try:
         for text in _reader(path)(path, text_column, skipped):
             if not isinstance(text, str) or not text.strip():
                 skipped["empty or not a string"] += 1
             else:
                 yield (text if text.isascii() else LONE_SURROGATES.sub("\ufffd", text)).encode()
-    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+    except (OSError, UnicodeError, pa.ArrowException) as error:
         raise DataError(f"{path} cannot be read: {first_line(error)}") from None
+    skipped["file without text"] += text is None and skipped.total() == left_out
 
 
 def _plain_documents(path, text_column, skipped):
@@ -204,7 +207,7 @@ def _plain_documents(path, text_column, skipped):
         blocks = iter(lambda: "".join(file.readlines(BLOCK_CHARS)), "")
         for document in itertools.chain.from_iterable(map(cut, blocks)):
             if "\0" in document or (not document.isascii() and LONE_SURROGATES.search(document)):
-                skipped["not UTF-8 text (iconv -f UTF-16 -t UTF-8 FILE, or from another encoding)"] += 1
+                skipped[NOT_UTF8] += 1
             else:
                 yield document
 
@@ -215,7 +218,9 @@ def _json_documents(path, text_column, skipped):
             if line.isspace():
                 continue
             try:
-                text = json.loads(line)[text_column]
+                text = json.loads(line.decode("utf-8-sig", "surrogatepass"))[text_column]
+            except UnicodeDecodeError:
+                skipped[NOT_UTF8] += 1
             except (ValueError, RecursionError, TypeError):
                 skipped[NOT_ROWS] += 1
             except KeyError:

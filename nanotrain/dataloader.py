@@ -95,9 +95,8 @@ class Slice:
 
 def choose_num_streams(shards: Sequence[Shard]) -> int:
     """How many streams to read train shards with: as many of NUM_STREAMS as hold HELD_BYTES, huge row groups or not."""
-    groups = sum(sum(map(bool, shard.group_rows)) for shard in shards)
-    mean_bytes = sum(shard.text_bytes for shard in shards) / max(groups, 1)
-    held = max(WINDOW_BYTES, mean_bytes / MOST_WINDOWS)
+    windows = sum(min(rows, MOST_WINDOWS) for shard in shards for rows in shard.group_rows)
+    held = max(WINDOW_BYTES, sum(shard.text_bytes for shard in shards) / max(windows, 1))
     return next((count for count in NUM_STREAMS if count * held <= HELD_BYTES), 1)
 
 
@@ -421,8 +420,9 @@ def validation_documents(path: Path, tokenizer: BPETokenizer, num_bytes: int) ->
 
 
 def _pieces(text):
-    """[(piece, whether it is the first)] of a document."""
-    return [(text[begin : begin + MAX_PIECE_CHARS], begin == 0) for begin in range(0, len(text), MAX_PIECE_CHARS)]
+    """Yield (piece, whether it is the first) of a document."""
+    for begin in range(0, len(text), MAX_PIECE_CHARS):
+        yield text[begin : begin + MAX_PIECE_CHARS], begin == 0
 
 
 def _encoded(pieces, tokenizer):

@@ -242,7 +242,8 @@ def build_stdlib(folder: Path) -> bool:
     if held["dataset"] == title and not verify(folder):
         return False
     if held["dataset"].startswith(STDLIB) and {path.name for path in folder.iterdir()} <= {MANIFEST, *held["shards"]}:
-        shutil.rmtree(folder)
+        for path in folder.iterdir():
+            path.unlink()
     with new_folder(folder) as temporary:
         train, validation = corpus.stdlib_documents()
         sides = [*(train[number :: corpus.STDLIB_SHARDS] for number in range(corpus.STDLIB_SHARDS)), validation]

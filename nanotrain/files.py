@@ -35,7 +35,7 @@ def naming(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """`with atomic_file(path) as temporary:` write to it; it becomes `path` at the end, or vanishes on an error."""
-    path = Path(path).resolve()  # a link stays
+    path = Path(os.path.realpath(path))  # a link stays
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
@@ -65,7 +65,7 @@ def new_folder(folder: Path, check: Callable[[Path], object] = check_empty) -> I
     What is there already is replaced, unless check(path) raises a UserError, at once or at the end. A mount point stays
     and is filled, if it is empty; a link stays too.
     """
-    folder = folder.resolve()
+    folder = Path(os.path.realpath(folder))
     check(folder)
     in_place = folder.exists() and not _can_be_renamed(folder)
     if in_place:
@@ -75,7 +75,8 @@ def new_folder(folder: Path, check: Callable[[Path], object] = check_empty) -> I
     with tempfile.TemporaryDirectory(prefix=f".tmp-{folder.name}-", dir=place) as parent:
         temporary = Path(parent, "new")
         temporary.mkdir()
-        yield temporary
+        with naming(folder):
+            yield temporary
         if in_place:
             for path in temporary.iterdir():
                 path.rename(folder / path.name)

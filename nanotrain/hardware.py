@@ -270,13 +270,14 @@ def environment(device: torch.device, dtype: torch.dtype, world_size: int) -> di
 def code(package: Path) -> dict:
     """{code_sha256: of the package's files; commit, changed: what git says, if the folder above is a clone}."""
     digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(f"{path.relative_to(package).as_posix()} {file_sha256(path)}\n".encode())
+    for path in sorted(package.rglob("[!.]*.py")):
+        digest.update(os.fsencode(path.relative_to(package)) + bytes.fromhex(file_sha256(path)))
     commit = changed = None
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def git(*arguments):
         command = ["git", "-C", str(package.parent), *arguments]
-        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).rstrip("\n")
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, env=environment, text=True).rstrip("\n")
 
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         if not git("rev-parse", "--show-prefix"):  # not a folder within another repository

@@ -57,7 +57,7 @@ class Disk:
         return path.read_bytes()
 
     def make_folder(self, path: Path) -> None:
-        path.mkdir(parents=True, exist_ok=True)
+        Path(os.path.realpath(path)).mkdir(parents=True, exist_ok=True)  # a link to nothing becomes one to a folder
 
     def write(self, path: Path, data: bytes) -> None:
         with naming(path), open(path, "xb") as file:

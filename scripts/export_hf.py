@@ -2,7 +2,7 @@
 
     python -m scripts.export_hf --run-name=d4 --out=DIR
 
-    AutoTokenizer.from_pretrained(DIR, trust_remote_code=True)
+    AutoTokenizer.from_pretrained(DIR, trust_remote_code=False)
     AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)
 
 A model trained with --plain needs no trust_remote_code: it is transformers' own NanoChatForCausalLM. The folder is

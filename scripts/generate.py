@@ -70,7 +70,9 @@ def converse(model: GPT, tokenizer: BPETokenizer) -> None:
 
 def answer(model: GPT, tokenizer: BPETokenizer, prompt: str) -> None:
     """Print the prompt and its continuations: every character as soon as its last byte is there."""
-    ids, strings = [tokenizer.bos, *tokenizer.encode(prompt)], tokenizer.byte_strings()
+    strings = tokenizer.byte_strings()
+    end = prompt[-model.config.max_seq_len * max(map(len, strings)) :]  # what is before it would not be read
+    ids = [tokenizer.bos, *tokenizer.encode(end)]
     device, length = model.lm_head.weight.device, min(len(ids) + MAX_NEW_TOKENS, model.config.max_seq_len)
     size, memory = KVCache.bytes(model.config, 1, length), hardware.memory_bytes(device)
     if NUM_SAMPLES * size > memory:

@@ -301,7 +301,7 @@ def test_import_counts_what_it_leaves_out_by_reason(tmp_path, monkeypatch):
     *found, skipped = imported(tmp_path, tmp_path / "shards")
     assert sorted(all_of(*found)) == sorted([*good, "a\ufffdb"]), "JSON can hold lone surrogates, parquet cannot"
     assert skipped == {
-        "empty or not a string": 5, corpus.NOT_ROWS: 4 + 2, "duplicate": 1,
+        "empty or not a string": 5, corpus.NOT_ROWS: 3 + 2, corpus.NOT_UTF8: 1, "duplicate": 1,
         "no 'text' in the row (--text-column=NAME chooses another field)": 1,
     }  # fmt: skip
 
@@ -313,11 +313,15 @@ def test_import_counts_what_is_no_file_and_says_what_to_do_with_a_list(tmp_path)
     (source / "a.jsonl").write_bytes(json_lines(["one", "two"]))
     (source / "list.json").write_text('["three"]')
     (source / "list.jsonl").write_text('["three"]')
+    (source / "empty.txt").write_text(" \n")
+    (source / "wide.jsonl").write_bytes(json_lines(["four"]).decode().encode("utf-16-le"))
     (source / "folder").symlink_to(elsewhere)
     (source / "nothing.txt").symlink_to("nothing")
     os.mkfifo(source / "pipe.txt")
     *_, skipped = imported(source, tmp_path / "shards")
-    assert skipped == {corpus.NOT_ROWS: 2, "link to a folder": 1, "socket, pipe, device or link to nothing": 2}
+    assert skipped == {
+        corpus.NOT_ROWS: 4, "file without text": 1, "link to a folder": 1, "socket, pipe, device or link to nothing": 2,
+    }  # fmt: skip
 
 
 def test_folders_that_cannot_be_read_are_counted_and_the_embedded_corpus_is_whole_or_not(tmp_path, monkeypatch):

@@ -253,11 +253,14 @@ def test_a_huge_row_group_is_read_in_windows(tokenizer, tmp_path, monkeypatch, n
 
 
 @pytest.mark.parametrize(
-    ("groups", "megabytes", "expected"),
-    [(10_000, 4, 192), (400, 250, 8), (101, 25, 64), (10, 250, 8), (1, 250, 8), (1, 0.1, 192), (1, 1e4, 1)],
-)
-def test_the_number_of_streams_follows_the_row_groups(groups, megabytes, expected):
-    shards = [dataset.Shard(f"{n}", None, 0, 0, (100,), int(megabytes * 1e6)) for n in range(groups)]
+    ("groups", "megabytes", "rows", "expected"),
+    [
+        (10_000, 4, 100, 192), (400, 250, 100, 8), (101, 25, 100, 64), (10, 250, 100, 8), (1, 250, 100, 8),
+        (1, 0.1, 100, 192), (1, 1e4, 100, 1), (12, 20, 1, 12),
+    ],
+)  # fmt: skip
+def test_the_number_of_streams_follows_the_row_groups(groups, megabytes, rows, expected):
+    shards = [dataset.Shard(f"{n}", None, 0, 0, (rows,), int(megabytes * 1e6)) for n in range(groups)]
     assert dataloader.choose_num_streams(shards) == expected
 
 

@@ -223,6 +223,7 @@ def _small_stdlib(monkeypatch):
 @pytest.mark.usefixtures("_small_stdlib")
 def test_the_embedded_corpus_is_built_once_and_replaced_if_it_is_damaged_or_of_another_python(tmp_path, monkeypatch):
     folder = tmp_path / "stdlib"
+    folder.symlink_to(tmp_path / "elsewhere")
     assert dataset.build_stdlib(folder)
     assert not dataset.build_stdlib(folder)
     (folder / NAMES[0]).write_bytes(b"")

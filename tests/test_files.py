@@ -77,3 +77,11 @@ def test_an_error_of_an_open_file_names_it(tmp_path):
     with pytest.raises(OSError, match="file") as caught, files.atomic_file(tmp_path / "file"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert caught.value.filename == str(tmp_path / "file")
+    with pytest.raises(OSError, match="folder"), files.new_folder(tmp_path / "folder"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_link_to_itself_is_an_error_of_the_system(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="loop"), files.new_folder(tmp_path / "loop" / "folder"):
+        pass

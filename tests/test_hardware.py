@@ -124,7 +124,7 @@ def test_torch_has_no_more_threads_than_the_cores_that_it_may_use(monkeypatch):
 # ---- this machine ----
 
 
-def test_the_code_is_known_by_its_files_and_by_a_commit_only_in_its_own_clone(tmp_path):
+def test_the_code_is_known_by_its_files_and_by_a_commit_only_in_its_own_clone(tmp_path, monkeypatch):
     def git(*arguments):
         command = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
@@ -140,6 +140,8 @@ def test_the_code_is_known_by_its_files_and_by_a_commit_only_in_its_own_clone(tm
     clean = hardware.code(package)
     assert clean == {**without, "commit": git("rev-parse", "HEAD"), "changed": False}
     (package / "gpt.py").write_text("A = 2")
+    (package / ".#gpt.py").symlink_to("the lock of an editor")
+    monkeypatch.setenv("GIT_DIR", "/nowhere")
     edited = hardware.code(package)
     assert edited["changed"]
     assert edited["code_sha256"] != clean["code_sha256"]

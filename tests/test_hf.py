@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import make_texts
+from safetensors import SafetensorError
 from test_gpt import SHAPES, random_model, random_tokens
 
 from nanotrain import checkpoint, dataset, errors
@@ -134,7 +135,7 @@ def test_a_folder_survives_loading_and_saving(exported, tokenizer, tmp_path):
 
 def test_the_tokenizer_gives_the_tokens_of_training(exported, tokenizer):
     model, folder = exported
-    other = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=not model.config.plain)
+    other = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     sources = [path.read_text(encoding="utf-8") for path in sorted(export.CARD.parent.parent.glob("*.py"))]
     texts = [*make_texts(100, seed=9), *ODD_TEXTS, *sources]
     expected = [[tokenizer.bos, *ids] for ids in tokenizer.encode_batch(texts)]
@@ -145,10 +146,19 @@ def test_the_tokenizer_gives_the_tokens_of_training(exported, tokenizer):
     assert other.model_max_length == model.config.max_seq_len
     padded = other(["a", "a b c"], padding=True)
     assert (padded["attention_mask"][0][0], padded["input_ids"][0][0]) == (0, tokenizer.pad)
-    with_ends = transformers.AutoTokenizer.from_pretrained(folder, split_special_tokens=False)
+    with_ends = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, split_special_tokens=False)
     assert with_ends("a<|bos|>", add_special_tokens=False)["input_ids"][-1] == tokenizer.bos
     labels = transformers.DataCollatorForLanguageModeling(other, mlm=False)([with_ends("a b<|bos|>"), with_ends("a")])
     assert (labels["labels"] == tokenizer.bos).sum() == 3  # no end is masked
+
+
+def test_an_export_to_a_full_disk_is_a_sentence(tokenizer, tmp_path, monkeypatch):
+    def full(*where, **options):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(errors.RunError, match="No space left"):
+        export.write(random_model(shaped("plain", tokenizer)), tokenizer, tmp_path / "a" / "b")
 
 
 def test_it_does_what_users_of_transformers_ask_for_or_says_that_it_cannot(tokenizer, tmp_path):
@@ -173,6 +183,10 @@ def test_it_does_what_users_of_transformers_ask_for_or_says_that_it_cannot(token
     model(torch.full((1, 2), more - 1))
     model.save_pretrained(tmp_path / "resized")
     assert load(tmp_path / "resized", False).config.vocab_size == more
+
+    tied = transformers.AutoConfig.from_pretrained(tmp_path, trust_remote_code=True, tie_word_embeddings=True)
+    tied = transformers.AutoModelForCausalLM.from_config(tied, trust_remote_code=True)
+    assert tied.lm_head.weight is tied.get_input_embeddings().weight
 
 
 # ---- training ----

@@ -251,6 +251,18 @@ def test_every_line_of_standard_input_is_a_prompt(monkeypatch, capsys):
     assert "tiny, step 4" in captured.err
 
 
+def test_of_a_long_prompt_only_what_the_model_can_see_is_encoded(trained, tokenizer, monkeypatch, capsys):
+    encode, lengths = tokenizer.encode, []
+    monkeypatch.setattr(tokenizer, "encode", lambda text: lengths.append(len(text)) or encode(text))
+    monkeypatch.setattr(generate, "MAX_NEW_TOKENS", 4)
+    found = []
+    for prompt in ("river " * 10**5, "river " * 100):
+        generate.answer(trained[1], tokenizer, prompt)
+        found.append(capsys.readouterr().out.removeprefix(prompt))
+    assert max(lengths) < 1000
+    assert found[0] == found[1]
+
+
 def test_each_sample_of_a_prompt_has_a_seed_of_its_own(trained, tokenizer, monkeypatch, capsys):
     _, model = trained
     monkeypatch.setattr(generate, "NUM_SAMPLES", 3)

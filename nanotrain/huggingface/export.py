@@ -12,10 +12,11 @@ from typing import Any
 import jinja2
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, processors
 
 from nanotrain import dataset
-from nanotrain.errors import RunError
+from nanotrain.errors import RunError, first_line
 from nanotrain.gpt import GPT, GPTConfig
 from nanotrain.tokenizer import BOS, FILE_NAME, PAD, BPETokenizer
 
@@ -35,7 +36,10 @@ PLAIN_NAMES = {  # of the modules that NanoChatForCausalLM calls otherwise
 
 def write(model: GPT, tokenizer: BPETokenizer, folder: Path) -> None:
     """Write a model and its tokenizer into the folder, which must not exist yet or be empty."""
-    convert(model, tokenizer).save_pretrained(folder, max_shard_size="5GB")
+    try:
+        convert(model, tokenizer).save_pretrained(folder, max_shard_size="5GB")
+    except SafetensorError as error:  # such as a full disk
+        raise RunError(f"{folder.parent.parent}: {first_line(error)}") from None
     inner = Tokenizer.from_str(tokenizer.to_json())
     begins = {"single": f"{BOS} $A", "pair": f"{BOS} $A {BOS}:1 $B:1"}  # here BOS comes before a text by itself
     inner.post_processor = processors.TemplateProcessing(**begins, special_tokens=[(BOS, tokenizer.bos)])
@@ -120,7 +124,7 @@ def check(model: GPT, tokenizer: BPETokenizer, folder: Path) -> float:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     trust = not model.config.plain
-    other = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+    other = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     for text in CHECKED_TEXTS:
         if other(text)["input_ids"] != [tokenizer.bos, *tokenizer.encode(text)]:
             raise RunError(f"{folder}: transformers reads {text!r} as other tokens than nanotrain")

@@ -235,6 +235,8 @@ class NanotrainModel(NanotrainPreTrainedModel):
 class NanotrainForCausalLM(NanotrainPreTrainedModel, GenerationMixin):
     """Logits of the next token, and its loss."""
 
+    _tied_weights_keys = {"lm_head.weight": "model.embedding.weight"}  # noqa: RUF012
+
     def __init__(self, config):
         super().__init__(config)
         self.model = NanotrainModel(config)
