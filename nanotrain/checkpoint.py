@@ -30,7 +30,7 @@ from nanotrain.dataloader import Prefetcher, TrainData
 from nanotrain.dist import DistContext
 from nanotrain.errors import CheckpointError, DataError, NonFiniteError, UserError
 from nanotrain.gpt import CONSTANTS, GPT, GPTConfig
-from nanotrain.metrics import WANDB_PREFIX, MetricLogger, fetch_artifact
+from nanotrain.metrics import MetricLogger
 from nanotrain.store import MODEL, OPTIMIZER, STATE, Store
 from nanotrain.tokenizer import BPETokenizer
 from nanotrain.trainer import TrainState, TrainStep
@@ -63,9 +63,7 @@ def unpack(files: dict[str, bytes]) -> tuple[Tensors, Tensors, dict]:
 
 
 def find_run(name: str = "") -> Path:
-    """The folder of the run `name` or of the one saved last; `wandb:ENTITY/PROJECT/NAME:ALIAS` is fetched first."""
-    if name.startswith(WANDB_PREFIX):
-        return fetch_artifact(name, paths.base_dir() / "artifacts")
+    """The folder of the run `name`, or of the one saved last."""
     if name:
         return paths.run_dir(name)
     runs = paths.base_dir() / "runs"

@@ -12,18 +12,17 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
 
-from nanotrain import dataset, guard, hardware, paths
-from nanotrain.errors import CheckpointError, UserError, first_line
-from nanotrain.files import atomic_file, write_json
+from nanotrain import dataset, guard, hardware
+from nanotrain.errors import UserError, first_line
+from nanotrain.files import atomic_file
 from nanotrain.trainer import StepResult, TrainState
 
 PLAIN_SECONDS = 10.0  # between lines where there is no terminal
-WANDB_PREFIX = "wandb:"  # of the name of a run that is a wandb artifact
 START_SECONDS = 20.0  # for the wandb server to answer, before wandb goes offline
 FINISH_SECONDS = 120.0  # for wandb to send the rest; `wandb sync` sends what is then left
 
@@ -124,9 +123,7 @@ class MetricLogger(contextlib.AbstractContextManager):
         used = f"{hardware.seconds_since_start():.0f} s, {peak_memory_bytes / 2**30:.1f} GiB"
         self.event(f"done in {used}: {result} after {state.num_steps} steps")
         if self._wandb:
-            step, kind = (state.best_step, "best") if state.best_step >= 0 else (state.step, "last")
-            names = (f"checkpoints/step_{step:08d}", "tokenizer.json", "config.json")  # a run, for `fetch_artifact`
-            self._wandb.artifact(self._run_dir.name, "model", names, [kind, f"step-{step}"])
+            self._wandb.log_checkpoint(*((state.best_step, "best") if state.best_step >= 0 else (state.step, "last")))
 
     @contextlib.contextmanager
     def _tolerate_full_disk(self, what):
@@ -179,41 +176,38 @@ class WandbRun:
     def __init__(self, run_dir: Path, mode: str, labels: dict, record: dict, run_id: str | None, say: Callable):
         """labels: project, tags as in "baseline,cpu", and notes. record: what config.json holds. say: prints a line."""
         self.id = run_id or secrets.token_hex(4)
-        data_sha256 = dataset.hash_of(record["data"])
         config = {name.lower(): value for name, value in record["settings"].items()}
         config |= {name: record[name] for name in ("model_config", "plan", "environment", "tokenizer_sha256")}
+        config["data_sha256"] = dataset.hash_of(record["data"])
         self._options = {
             **labels,
             "tags": [tag.strip() for tag in labels["tags"].split(",") if tag.strip()],
             "name": run_dir.name,
-            "config": {**config, "data_sha256": data_sha256},
+            "config": config,
             "dir": str(run_dir),
             "resume": "allow",
         }
-        self._run_dir, self._say, self._data, self._exit_code = run_dir, say, record["data"], 0
-        self.calls = queue.SimpleQueue()
-        self.artifact(f"data-{data_sha256[:12]}", "dataset", ["wandb/data.json"])
-        self.artifact(f"tokenizer-{record['tokenizer_sha256'][:12]}", "tokenizer", ["tokenizer.json"])
+        self._run_dir, self._say = run_dir, say
+        self.calls = queue.SimpleQueue()  # of functions of the run, and at the end its exit code
         self._thread = threading.Thread(target=self._work, args=(mode,), name="wandb calls", daemon=True)
         self._thread.start()
 
-    def artifact(self, name: str, kind: str, contents: Sequence[str], aliases: Sequence[str] = ()) -> None:
-        """Log an artifact of files and folders of the run, which must stay as they are."""
+    def log_checkpoint(self, step: int, alias: str) -> None:
+        """Log a checkpoint, which must stay as it is, with its tokenizer and config.json: a run's folder."""
 
         def log(run):
-            artifact = sys.modules["wandb"].Artifact(name, kind)
-            for inside in contents:
-                path = self._run_dir / inside
+            artifact = sys.modules["wandb"].Artifact(self._run_dir.name, "model")
+            for name in (f"checkpoints/step_{step:08d}", "tokenizer.json", "config.json"):
+                path = self._run_dir / name
                 add = artifact.add_dir if path.is_dir() else artifact.add_file
-                add(str(path), name=inside, policy="immutable")  # not copied
-            run.log_artifact(artifact, aliases=list(aliases))
+                add(str(path), name=name, policy="immutable")  # not copied
+            run.log_artifact(artifact, aliases=[alias, f"step-{step}"])
 
         self.calls.put(log)
 
     def close(self, failed: bool = False) -> None:
         """Wait, for a bounded time, until wandb has taken everything, and end the run there. failed: mark it so."""
-        self._exit_code = int(failed)
-        self.calls.put(None)
+        self.calls.put(int(failed))
         self._thread.join(START_SECONDS + 1.5 * FINISH_SECONDS)
         if self._thread.is_alive():
             self._say("wandb does not answer and is ended")
@@ -223,13 +217,12 @@ class WandbRun:
                 sys.modules["wandb"].teardown()
 
     def _work(self, mode):
-        """The thread: start wandb, online if it can be and offline if not, then one call after another until None."""
+        """The thread: start wandb, online if it can be and offline if not, then one call after another."""
         try:
-            write_json(self._run_dir / "wandb" / "data.json", self._data)
             run = self._start(mode)
-            while (call := self.calls.get()) is not None:
+            while callable(call := self.calls.get()):
                 call(run)
-            run.finish(exit_code=self._exit_code)
+            run.finish(exit_code=call)
         except Exception as error:
             self._say(f"wandb: {first_line(error)}; nothing more is logged there")
 
@@ -237,7 +230,11 @@ class WandbRun:
         # console off: or all output would pass through wandb before it is printed
         settings = {"silent": True, "console": "off", "init_timeout": START_SECONDS, "finish_timeout": FINISH_SECONDS}
         try:
-            wandb = _ready(mode)
+            import wandb  # slow to import, and off by default
+
+            wandb.setup(settings=wandb.Settings(silent=True, mode=mode))  # wandb's own telemetry obeys only this
+            if mode == "online" and not wandb.login(prompt=False, verify=False):
+                raise UserError("no key is known here: `wandb login`, or set WANDB_API_KEY")
             run = wandb.init(**self._options, id=self.id, mode=mode, settings=wandb.Settings(**settings))
         except Exception as error:
             if mode == "offline":
@@ -249,29 +246,3 @@ class WandbRun:
         run.define_metric("*", step_metric="step")
         self._say(f"wandb: {run.url if mode == 'online' else f'offline; wandb sync {Path(run.dir).parent} sends it'}")
         return run
-
-
-def fetch_artifact(reference: str, folder: Path) -> Path:
-    """Load the model `wandb:ENTITY/PROJECT/NAME:ALIAS` into a folder below `folder`, and return it: like a run's."""
-    place, _, alias = reference.removeprefix(WANDB_PREFIX).partition(":")
-    parts = place.split("/")
-    if len(parts) != 3 or not all(map(paths.NAME_PATTERN.fullmatch, parts)) or not alias:
-        raise UserError(f"{reference}: write wandb:ENTITY/PROJECT/NAME:ALIAS, as in wandb:me/nanotrain/d4-mine:best")
-    wandb = _ready("online")
-    try:
-        artifact = wandb.Api().artifact(f"{place}:{alias}", type="model")
-        target = folder.joinpath(*parts[:2], f"{parts[2]}-{paths.checked_name(artifact.version, 'version')}")
-        artifact.download(root=str(target), skip_cache=True)
-    except Exception as error:
-        raise CheckpointError(f"{reference}: wandb does not give it: {first_line(error)}") from None
-    return target
-
-
-def _ready(mode):
-    """The module wandb, ready for a mode. Online needs a key, for which nobody is asked."""
-    import wandb  # slow to import, and off by default
-
-    wandb.setup(settings=wandb.Settings(silent=True, mode=mode))  # wandb's own telemetry obeys only this
-    if mode == "online" and not wandb.login(prompt=False, verify=False):
-        raise UserError("no key is known here: `wandb login`, or set WANDB_API_KEY")
-    return wandb

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from nanotrain.errors import DataError, UserError
 
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
 
 def base_dir() -> Path:
     """The folder that holds data, tokenizer and runs: NANOTRAIN_DIR, read when used, or ~/.cache/nanotrain."""
@@ -54,6 +52,6 @@ def run_dir(name: str) -> Path:
 
 def checked_name(name: str, what: str) -> str:
     """`name` itself if it is safe as one file name on every system; raises UserError if not."""
-    if not NAME_PATTERN.fullmatch(name):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise UserError(f"{what} {name!r}: use 1 to 100 letters, digits, dots, dashes and underscores")
     return name

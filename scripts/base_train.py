@@ -37,7 +37,7 @@ from nanotrain.errors import UserError
 from nanotrain.evals import Evals, EvalSettings
 from nanotrain.files import write_json
 from nanotrain.gpt import GPT
-from nanotrain.metrics import WANDB_PREFIX, MetricLogger
+from nanotrain.metrics import MetricLogger
 from nanotrain.run_plan import HORIZON, RunPlan
 from nanotrain.store import FORMAT
 from nanotrain.trainer import TimeBudget, TrainState, TrainStep
@@ -46,7 +46,7 @@ from nanotrain.trainer import TimeBudget, TrainState, TrainStep
 RUN_NAME = ""  # folder of the run under NANOTRAIN_DIR/runs; empty: d<depth>, or base where the plan chooses it
 RESUME = False  # go on from the newest checkpoint that verifies; without one, start
 ALLOW_CHANGE = ""  # settings that --resume may change although they change the training, as in matrix_lr,warmdown_ratio
-INIT_FROM = ""  # begin a new run with the weights of this run (or wandb:ENTITY/PROJECT/NAME:ALIAS)
+INIT_FROM = ""  # begin a new run with the weights of this run
 DRY_RUN = False  # print the plan and stop
 REPORT = True  # write report/ into the run's folder when it is done
 # --- machine
@@ -301,8 +301,6 @@ def check_settings(cfg: SimpleNamespace) -> None:
         raise UserError(f"{' '.join(horizons)}: two horizons at once; give one of them")
     if not horizons and not cfg.TARGET_PARAM_DATA_RATIO:
         raise UserError("--target-param-data-ratio=0 and no other horizon: give one, as in --num-iterations=1000")
-    if cfg.RUN_NAME.startswith(WANDB_PREFIX):
-        raise UserError(f"--run-name={cfg.RUN_NAME}: begin a new run with its weights, by --init-from={cfg.RUN_NAME}")
     if cfg.EARLY_STOP_PATIENCE and not cfg.EVAL_EVERY:
         raise UserError("--early-stop-patience needs evaluations: give --eval-every, as in --eval-every=250")
     if max(cfg.WARMUP_RATIO, 0) + max(cfg.WARMDOWN_RATIO, 0) > 1:

@@ -5,15 +5,15 @@ from pathlib import Path
 
 
 class FakeWandb(types.ModuleType):
-    """Stands in for wandb, its run and its Api: records what it is given, keeps an id as long as the real one does,
-    fails where told to.
+    """Stands in for wandb and its run: records what it is given, keeps an id as long as the real one does, fails where
+    told to.
     """
 
     def __init__(self, failing=(), key=True):
         super().__init__("wandb")
         self.failing, self.key, self.taken, self.done = set(failing), key, set(), []
         self.url, self.dir, self.id = "https://wandb/run", "/somewhere/offline-run/files", None
-        self.Settings, self.Api, self.Artifact = dict, lambda: self, FakeArtifact
+        self.Settings, self.Artifact = dict, FakeArtifact
 
     def note(self, what, /, *arguments, **named):
         self.done.append((what, *arguments, *([named] if named else [])))
@@ -54,13 +54,6 @@ class FakeWandb(types.ModuleType):
     def finish(self, exit_code):
         self.note("finish", exit_code)
 
-    def artifact(self, path, type):
-        """What the Api finds: the last artifact logged under the name and alias of `path`."""
-        name, _, alias = path.rpartition("/")[2].partition(":")
-        found = [artifact for artifact, aliases in self.of("log_artifact") if alias in aliases]
-        assert (found[-1].name, found[-1].kind) == (name, type)
-        return found[-1]
-
     def of(self, name):
         """The arguments of every call of `name`."""
         return [arguments for what, *arguments in self.done if what == name]
@@ -68,8 +61,6 @@ class FakeWandb(types.ModuleType):
 
 class FakeArtifact:
     """A wandb artifact as a dict of files."""
-
-    version = "v3"
 
     def __init__(self, name, kind):
         self.name, self.kind, self.files = name, kind, {}
@@ -80,8 +71,3 @@ class FakeArtifact:
     def add_dir(self, path, name, policy):
         for file in Path(path).iterdir():
             self.add_file(file, f"{name}/{file.name}", policy)
-
-    def download(self, root, skip_cache):
-        for name, data in self.files.items():
-            (Path(root) / name).parent.mkdir(parents=True, exist_ok=True)
-            (Path(root) / name).write_bytes(data)

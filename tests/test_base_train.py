@@ -746,7 +746,7 @@ def test_a_shard_that_vanishes_costs_no_step(train, tmp_path, at_step):
         {"MATRIX_LR": -0.1}, {"KEEP_LAST": 0}, {"HEAD_DIM": 15}, {"DEPTH": -1},
         {"WARMUP_RATIO": 0.5, "WARMDOWN_RATIO": 0.6},
         {"SCHEDULE": "constant"}, {"COMPILE": "maybe"}, {"WANDB": "yes"}, {"DTYPE": "fp8"}, {"DEVICE": "tpu"},
-        {"RUN_NAME": "wandb:a/b/c:best"}, {"TOTAL_BATCH_SIZE": 100},
+        {"TOTAL_BATCH_SIZE": 100},
     ],
     ids=str,
 )  # fmt: skip
@@ -854,7 +854,7 @@ def test_what_another_run_must_have_to_begin_with_its_weights(train, whole, base
     assert not (base_dir / "runs" / "second").exists()
 
 
-def test_a_run_in_wandb_goes_on_there_and_its_best_checkpoint_is_loaded_again(train, at_step, monkeypatch):
+def test_a_run_in_wandb_goes_on_there_and_its_best_checkpoint_is_a_run(train, at_step, tmp_path, monkeypatch):
     fakes = [FakeWandb(), FakeWandb()]
     at_step(4, terminate)
     for fake in fakes:
@@ -863,7 +863,12 @@ def test_a_run_in_wandb_goes_on_there_and_its_best_checkpoint_is_loaded_again(tr
     (_, first), (_, second) = (fake.of("init")[0] for fake in fakes)
     assert first["id"] == second["id"] == saved(run)[2]["train_state"]["wandb_id"]
     assert [[row["step"] for (row,) in fake.of("log") if "val/bpb" in row] for fake in fakes] == [[0, 3], [6]]
-    new = train("new", INIT_FROM=f"wandb:me/nanotrain/{first['name']}:best", NUM_ITERATIONS=1, EVAL_EVERY=1)
+    ((best, aliases),) = fakes[1].of("log_artifact")
+    assert (best.name, best.kind, aliases[0]) == (first["name"], "model", "best")
+    for name, data in best.files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    new = train("new", INIT_FROM=str(tmp_path), NUM_ITERATIONS=1, EVAL_EVERY=1)
     assert column(new, "val/bpb")[0] == column(run, "val/bpb")[-1]
 
 

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from fake_wandb import FakeArtifact, FakeWandb
+from fake_wandb import FakeWandb
 
-from nanotrain import checkpoint, metrics
-from nanotrain.errors import CheckpointError, UserError
+from nanotrain import metrics
 from nanotrain.metrics import MetricLogger
 from nanotrain.trainer import StepResult, TrainState
 
@@ -182,7 +181,6 @@ def talk(folder, mode="offline", run_id="x7k2"):
     """A short run that talks to wandb; returns (its folder, the logger)."""
     run_dir = folder / "mine"
     with MetricLogger(run_dir, 7) as logger:
-        (run_dir / "tokenizer.json").write_text("{}")
         logger.start_wandb(mode, LABELS, RECORD, run_id, 3)
         log_steps(logger, range(1, 8), replace(RESULT, grad_norm=math.nan), num_steps=7)
         logger.record(7, {"val/bpb": 1.0})
@@ -208,9 +206,6 @@ def test_wandb_is_told_of_settings_some_steps_every_evaluation_and_what_the_run_
     told = [(row["step"], row.get("train/loss"), row.get("val/bpb")) for (row,) in wandb.of("log")]
     assert told == [(3, 2.5, None), (6, 2.5, None), (7, 2.5, None), (7, None, 1.0)]
     assert not any("train/grad_norm" in row for (row,) in wandb.of("log"))  # NaN
-    data, tokenizer = [artifact for artifact, _ in wandb.of("log_artifact")]
-    assert (tokenizer.name, tokenizer.files) == ("tokenizer-abababababab", {"tokenizer.json": b"{}"})
-    assert json.loads(data.files["wandb/data.json"]) == RECORD["data"]
     assert wandb.done[-1] == ("finish", 0)
 
     wandb.init = lambda **options: setattr(wandb, "id", "chosen") or wandb  # as a sweep does
@@ -230,7 +225,7 @@ def test_online_without_a_key_or_a_server_goes_offline_under_the_same_id(tmp_pat
     assert len(wandb.of("log")) == 4
 
 
-@pytest.mark.parametrize("place", ["setup", "init", "log", "log_artifact", "finish", "everything"])
+@pytest.mark.parametrize("place", ["setup", "init", "log", "finish", "everything"])
 def test_wandb_that_fails_anywhere_is_a_line_and_nothing_else(tmp_path, fake, capsys, place):
     wandb = fake((place,))
     talk(tmp_path)
@@ -284,7 +279,6 @@ assert (service.poll() is not None) == stops
 
 def talk_to_wandb(tmp_path, mode, stops, **environment):
     """What a process says that logs to the real wandb, which finds no network; it must end."""
-    (tmp_path / "tokenizer.json").write_text("{}")
     command = [sys.executable, "-c", PROGRAM, str(tmp_path), mode, *map(json.dumps, (LABELS, RECORD, stops))]
     place = {"HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_ERROR_REPORTING": "false"}
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **place, **environment}
@@ -306,41 +300,3 @@ def test_real_wandb_without_a_key_or_a_server_goes_offline_by_itself(tmp_path, k
     assert "offline; wandb sync" in offline
     (file,) = tmp_path.glob("wandb/offline-run-*-a-b/run-a-b.wandb")
     assert b"train/loss" in file.read_bytes()
-    assert b"data.json" in file.read_bytes()
-
-
-# ---- artifacts that are loaded again ----
-
-
-def test_a_reference_is_fetched_into_a_folder_of_its_version(base_dir, fake):
-    artifact = FakeArtifact("d4", "model")
-    artifact.files = {"tokenizer.json": b"{}"}
-    fake().log_artifact(artifact, ["best"])
-    folder = checkpoint.find_run("wandb:me/nanotrain/d4:best")
-    assert folder == base_dir / "artifacts" / "me" / "nanotrain" / "d4-v3"
-    assert (folder / "tokenizer.json").read_bytes() == b"{}"
-
-
-@pytest.mark.parametrize(
-    "reference", ["wandb:", "wandb:a/b/c/d:e", "wandb:a/b/c:", "wandb:a/../c:e", "wandb:a/b/c d:e"]
-)
-def test_another_form_of_reference_is_a_usage_error(tmp_path, reference):
-    with pytest.raises(UserError) as caught:
-        metrics.fetch_artifact(reference, tmp_path)
-    assert reference in str(caught.value)
-    assert (caught.value.exit_code, list(tmp_path.iterdir())) == (2, [])
-
-
-def test_an_artifact_that_cannot_be_had_is_a_sentence_and_nobody_is_asked_for_a_key(tmp_path, fake):
-    hostile = FakeArtifact("c", "model")
-    hostile.version = "v3/../.."
-    wandb = fake()
-    wandb.log_artifact(hostile, ["best"])
-    with pytest.raises(CheckpointError, match="wandb:a/b/c:best"):
-        metrics.fetch_artifact("wandb:a/b/c:best", tmp_path)
-    wandb.artifact = lambda path, type: 1 / 0
-    with pytest.raises(CheckpointError, match="division by zero"):
-        metrics.fetch_artifact("wandb:a/b/c:best", tmp_path)
-    fake(key=False)
-    with pytest.raises(UserError, match="WANDB_API_KEY"):
-        metrics.fetch_artifact("wandb:a/b/c:best", tmp_path)
