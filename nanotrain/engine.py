@@ -43,11 +43,6 @@ class KVCache:
         self.capacity = capacity
         self.lengths, self.last_tokens = [0] * num_sequences, [-1] * num_sequences
 
-    @staticmethod
-    def bytes(config: GPTConfig, num_sequences: int, capacity: int) -> int:
-        """The memory of a cache: keys and values of every token, and a key more of each sequence."""
-        return 4 * config.num_layers * num_sequences * (2 * capacity + 1) * config.num_kv_heads * config.head_dim
-
     def begin(self, rows: Sequence[int], texts: Sequence[Sequence[int]]) -> tuple[Tensor, "NewTokens"]:
         """(tokens (B, T), NewTokens): `texts`, lists of ids of any lengths, become all that `rows` hold. Shorter ones
         are padded at their ends, where only the padding sees it.

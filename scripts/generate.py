@@ -12,10 +12,10 @@ import itertools
 import sys
 from collections.abc import Sequence
 
-from nanotrain import checkpoint, config, errors, hardware
+from nanotrain import checkpoint, config, errors
 from nanotrain.dist import faults_as_sentences, init_distributed
-from nanotrain.engine import KVCache, generate_batch
-from nanotrain.errors import MemoryLimitError, UserError
+from nanotrain.engine import generate_batch
+from nanotrain.errors import UserError
 from nanotrain.gpt import GPT
 from nanotrain.tokenizer import BPETokenizer
 
@@ -73,13 +73,6 @@ def answer(model: GPT, tokenizer: BPETokenizer, prompt: str) -> None:
     strings = tokenizer.byte_strings()
     end = prompt[-model.config.max_seq_len * max(map(len, strings)) :]  # what is before it would not be read
     ids = [tokenizer.bos, *tokenizer.encode(end)]
-    device, length = model.lm_head.weight.device, min(len(ids) + MAX_NEW_TOKENS, model.config.max_seq_len)
-    size, memory = KVCache.bytes(model.config, 1, length), hardware.memory_bytes(device)
-    if NUM_SAMPLES * size > memory:
-        raise MemoryLimitError(
-            f"--num-samples={NUM_SAMPLES}: {size / 2**20:.1f} MiB of keys and values for each, "
-            f"but {device} has {memory / 2**30:.1f} GiB: use --num-samples={max(memory // (2 * size), 1)}"
-        )
     steps = generate_batch(
         model, [ids] * NUM_SAMPLES, MAX_NEW_TOKENS, TEMPERATURE, TOP_K, TOP_P, SEED, stop=(tokenizer.bos,)
     )

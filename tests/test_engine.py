@@ -87,11 +87,6 @@ def test_logits_with_a_cache_are_those_without_whatever_else_is_in_it(config):
     assert (found[1][0] - found[0][0]).abs().max() > 1e-3
 
 
-def test_the_memory_of_a_cache_is_stated(model):
-    cache = KVCache(model.config, 2, 6, "cpu")
-    assert KVCache.bytes(model.config, 2, 6) == cache.memory.nbytes + sum(keys.nbytes for keys in cache.last_keys)
-
-
 def test_autocast_around_it_changes_nothing(model):
     expected = list(generate(model, [1, 2, 3], 2 * T, temperature=0))
     with torch.autocast("cpu", torch.bfloat16):

@@ -274,12 +274,6 @@ def test_each_sample_of_a_prompt_has_a_seed_of_its_own(trained, tokenizer, monke
     assert len({*map(tuple, tokens)}) == 3
 
 
-def test_more_samples_than_fit_into_memory_are_refused_with_a_number_that_fits(trained, tokenizer, monkeypatch):
-    monkeypatch.setattr(generate, "NUM_SAMPLES", 10**12)
-    with pytest.raises(errors.MemoryLimitError, match=r"--num-samples=1000000000000: .* use --num-samples=\d+$"):
-        generate.answer(trained[1], tokenizer, PROMPT)
-
-
 @pytest.mark.parametrize(("name", "value"), [("TEMPERATURE", -0.1), ("TOP_P", 0.0), ("NUM_SAMPLES", 0)])
 def test_settings_of_a_draw_that_cannot_be_are_refused(monkeypatch, name, value):
     monkeypatch.setattr(generate, name, value)
