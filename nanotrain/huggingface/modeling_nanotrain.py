@@ -158,30 +158,19 @@ class NanotrainModel(NanotrainPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        cache=None,
-        past_key_values=None,
-        use_cache=None,
-        output_hidden_states=None,
-        inputs_embeds=None,
-        output_attentions=None,
+        self, input_ids=None, attention_mask=None, position_ids=None, cache=None, past_key_values=None, **options
     ):
         """input_ids (B, T) int64, attention_mask (B, S) of ones and zeros or None -> last_hidden_state (B, T, C).
 
         hidden_states, if asked for: the normed embeddings, what each block but the last gives, and last_hidden_state.
         """
-        if input_ids is None or inputs_embeds is not None:
+        given = {name: value for name, value in options.items() if value is not None}
+        if input_ids is None or "inputs_embeds" in given:
             raise ValueError("a nanotrain model needs input_ids: it looks them up in several tables, not inputs_embeds")
-        if output_attentions or self.config.output_attentions:
+        if given.get("output_attentions", self.config.output_attentions):
             raise ValueError("output_attentions: the attention of a nanotrain model is never written out")
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
         cache = past_key_values if cache is None else cache
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
+        use_cache = given.get("use_cache", self.config.use_cache and not self.training)
         if self.gradient_checkpointing and self.training:
             use_cache, cache = False, None
         if use_cache and cache is None:
@@ -215,7 +204,8 @@ class NanotrainModel(NanotrainPreTrainedModel):
             table = self.value_embeddings[str(layer)] if str(layer) in self.value_embeddings else None
             x = block(x, x0, None if table is None else table(input_ids), cos, sin, begins, mask, cache)
         x = norm(x - self.backout_scale * middle, self.config.rms_norm_eps)
-        states = (*states, x) if output_hidden_states else None
+        wanted = given.get("output_hidden_states", self.config.output_hidden_states)
+        states = (*states, x) if wanted else None
         return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=states, **{CACHE: cache})
 
     def _mask(self, attention_mask, seen, length, device):
@@ -244,41 +234,17 @@ class NanotrainForCausalLM(NanotrainPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @can_return_tuple
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        cache=None,
-        past_key_values=None,
-        labels=None,
-        use_cache=None,
-        output_hidden_states=None,
-        inputs_embeds=None,
-        output_attentions=None,
-        logits_to_keep=0,
-        **kwargs,
-    ):
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, labels=None, logits_to_keep=0, **options):
         """input_ids (B, T) int64 -> logits (B, T, V) float32, or of the last `logits_to_keep` places.
 
         labels (B, T) int64: the same tokens, -100 where none counts; then also the mean loss in nats of the next one.
+        options: those of `NanotrainModel.forward` and of the loss.
         """
-        found = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            cache,
-            past_key_values,
-            use_cache,
-            output_hidden_states,
-            inputs_embeds,
-            output_attentions,
-            return_dict=True,
-        )
+        found = self.model(input_ids, attention_mask, position_ids, return_dict=True, **options)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         bound = self.config.final_logit_softcapping
         logits = bound * torch.tanh(self.lm_head(found.last_hidden_state[:, kept]).float() / bound)
-        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **options)
         caches = {CACHE: getattr(found, CACHE)}
         return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=found.hidden_states, **caches)
 
