@@ -17,7 +17,6 @@ import os
 import platform
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,16 +259,6 @@ def write_shard(path: Path, texts: Sequence[str], rows_per_group: int = 16) -> N
     pq.write_table(table, path, row_group_size=rows_per_group, compression="zstd")
 
 
-def hashes_at(url: str) -> dict[str, str]:
-    """{name: SHA-256} from the manifest of a data set that is served as it is; empty where the host has none."""
-    with tempfile.TemporaryDirectory() as folder:
-        download.fetch_all({MANIFEST: f"{url}/{MANIFEST}"}, Path(folder), lambda path: None, lambda count: None)
-        try:
-            return {shard: entry["sha256"] for shard, entry in read_manifest(Path(folder))["shards"].items()}
-        except DataError:
-            raise DataError(f"the {MANIFEST} of {download.host_of(url)} is broken") from None
-
-
 def fetch(name: str, source: Source, train_shards: int, folder: Path) -> None:
     """Fetch the first `train_shards` train shards and the validation shard of a hosted data set into `folder`.
 
@@ -288,7 +277,6 @@ def fetch(name: str, source: Source, train_shards: int, folder: Path) -> None:
     if held["validation"] and (held["dataset"], held["validation"]) != (name, validation):
         what = f"{held['dataset'] or 'of others'}, validated on {held['validation']}, which would become a train shard"
         raise UserError(f"{folder} holds other data ({what}): choose another --name, or move it away")
-    hashes = {} if source is SOURCES.get(name) else hashes_at(base)  # Hugging Face says them itself
     earlier = [shard for shard in held["shards"] if (folder / shard).is_file()]
     good, bad = {}, []
     for shard in tqdm(dict.fromkeys([*shards, *earlier]), "checking", leave=False, disable=None):
@@ -296,7 +284,7 @@ def fetch(name: str, source: Source, train_shards: int, folder: Path) -> None:
         with contextlib.suppress(DataError):
             open_shard(path)
             digest = file_sha256(path)
-            if digest == (hashes.get(shard) or held["shards"].get(shard, {}).get("sha256", digest)):
+            if digest == held["shards"].get(shard, {}).get("sha256", digest):
                 good[shard] = digest
         if shard not in good:
             path.unlink(missing_ok=True)
@@ -312,7 +300,7 @@ def fetch(name: str, source: Source, train_shards: int, folder: Path) -> None:
     with tqdm(None, "download", size or None, unit="B", unit_scale=True, disable=not bad, mininterval=2) as bar:
         for some in (bad[:1], bad[1:]):  # the first one shows whether the host can be reached
             urls = {shard: f"{base}/{shard}" for shard in some}
-            fetched, failed = download.fetch_all(urls, folder, open_shard, bar.update, token, hashes)
+            fetched, failed = download.fetch_all(urls, folder, open_shard, bar.update, token)
             good |= fetched
             if failed:
                 break

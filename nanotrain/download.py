@@ -14,7 +14,6 @@ from collections import ChainMap
 from collections.abc import Callable, Mapping
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from types import MappingProxyType
 from urllib.parse import urlsplit
 
 import requests
@@ -65,18 +64,17 @@ def fetch_all(
     check: Callable[[Path], object],
     on_bytes: Callable[[int], object],
     token: str | None = None,
-    hashes: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Fetch each {name: url} into `folder`; hashes: {name: SHA-256}, where they are known.
+    """Fetch each {name: url} into `folder`: ({name: SHA-256} of what was fetched, {name: reason} of what was not).
 
-    Returns ({name: SHA-256} of what was fetched, {name: reason} of what was not). check(path) raises DataError for a
-    wrong file; on_bytes(n) is told of progress. `token` goes to the host of the URL alone. Ctrl-C leaves no piece.
+    check(path) raises DataError for a wrong file; on_bytes(n) is told of progress. `token` goes to the host of the URL
+    alone. Ctrl-C leaves no piece.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".*.part"):
         if time.time() - left.stat().st_mtime > STALE_SECONDS:
             left.unlink(missing_ok=True)
-    session, done, failed = _Session(folder, check, on_bytes, token, hashes), {}, {}
+    session, done, failed = _Session(folder, check, on_bytes, token), {}, {}
 
     def work(name):
         try:
@@ -97,14 +95,14 @@ def fetch_all(
 class _Session(requests.Session):
     """Proxies as the environment says, but no netrc; a token only for its own host, and no redirect away from https."""
 
-    def __init__(self, folder, check, on_bytes, token, hashes):
+    def __init__(self, folder, check, on_bytes, token):
         super().__init__()
         logging.getLogger("urllib3").setLevel(logging.ERROR)  # its warnings show URLs
         self.headers["Accept-Encoding"] = "identity"
         if token:
             self.headers["Authorization"] = f"Bearer {token}"
         self.auth = lambda request: request  # without any, requests looks into netrc
-        self.folder, self.check, self.on_bytes, self.hashes = folder, check, on_bytes, hashes
+        self.folder, self.check, self.on_bytes = folder, check, on_bytes
         self.stop = threading.Event()
 
     def rebuild_auth(self, prepared_request, response):
@@ -119,7 +117,7 @@ class _Session(requests.Session):
         part, retry = self.folder / f".{name}.{os.getpid()}.part", RETRY
         while not self.stop.wait(retry.get_backoff_time()):
             try:
-                digest = self.attempt(url, part, self.hashes.get(name))
+                digest = self.attempt(url, part)
                 os.replace(part, self.folder / name)
                 return digest
             except RefusedError:
@@ -141,7 +139,7 @@ class _Session(requests.Session):
                 part.unlink(missing_ok=True)
         raise DataError(NOT_TRIED)
 
-    def attempt(self, url, part, sha256):
+    def attempt(self, url, part):
         """Write one file to `part` and check it; returns its SHA-256."""
         with self.get(url, stream=True, timeout=TIMEOUT_SECONDS) as response, open(part, "wb") as file:
             self.check_status(response)
@@ -154,7 +152,7 @@ class _Session(requests.Session):
         if str(size) != str(received):
             raise DataError(f"{received} of {size} bytes")
         digest = file_sha256(part)
-        if (sha256 or (etag if SHA256.fullmatch(etag) else digest)) != digest:
+        if SHA256.fullmatch(etag) and etag != digest:
             raise DataError("another SHA-256 than expected")
         self.check(part)
         return digest

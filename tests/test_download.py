@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import http.client
 import http.server
-import json
 import os
 import shutil
 import signal
@@ -353,25 +352,6 @@ def test_another_host_is_fetched_from_by_its_url_and_without_the_token(start_hos
     assert shards_in(base_dir / "data" / "mine") == shards
     assert dataset.read_manifest(base_dir / "data" / "mine")["validation"] == max(shards)
     assert "Authorization" not in str(host.seen)
-
-
-def test_the_manifest_beside_the_shards_of_another_host_gives_their_hashes(start_host, files, folder, monkeypatch):
-    monkeypatch.setattr(download, "RETRY", urllib3.Retry(4))
-    host, flipped = start_host(), bytearray(files[ONE])
-    flipped[len(flipped) // 2] ^= 1
-    shards = [{"name": name, "bytes": len(body), "sha256": sha256(body)} for name, body in files.items()]
-    manifest = {"dataset": "x", "validation": VALIDATION, "shards": shards}
-    host.script = {name: [reply(body)] for name, body in files.items()}
-    host.script |= {
-        "manifest.json": [reply(json.dumps(manifest).encode())],
-        ONE: [reply(bytes(flipped)), reply(files[ONE])],
-    }
-    source = replace(SOURCE, url=host.url)
-    dataset.fetch("x", source, 2, folder)
-    assert (shards_in(folder), host.asked().count(ONE)) == (files, 2)
-    host.script["manifest.json"] = [reply(b"{}")]
-    with pytest.raises(DataError, match="is broken"):
-        dataset.fetch("x", source, 2, folder)
 
 
 @pytest.mark.parametrize(
