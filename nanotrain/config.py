@@ -5,8 +5,7 @@
     # ---------
 
 makes `--depth=4`, typed by its default and explained by its comment in `--help`. Settings begin at the first heading
-(`# --- words`) and end at a line of dashes. REMOVED = {"OLD": "what to use"} names settings that are gone. A script is
-given as the name of its module, or as its namespace.
+(`# --- words`) and end at a line of dashes. A script is given as the name of its module, or as its namespace.
 """
 
 import ast
@@ -73,8 +72,6 @@ def override(
             continue
         flag, equals, text = argument.partition("=")
         name = flag[2:].replace("-", "_").upper()
-        if name in namespace.get("REMOVED", ()):
-            raise UserError(f"{flag} is gone: {namespace['REMOVED'][name]}")
         if name not in known:
             close = [f"; did you mean {flag_of(other)}?" for other in difflib.get_close_matches(name, known, 1, 0.5)]
             raise UserError(f"{flag}: no such setting{''.join(close)} (--help lists them)")

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -19,25 +20,14 @@ from nanotrain.tokenizer import BPETokenizer
 from nanotrain.trainer import TrainState
 
 SAMPLE_TOKENS = 48  # of a continuation
-
-
-@dataclass(frozen=True)
-class EvalSettings:
-    """When to evaluate, in steps (the last one always counts; 0: never), and when to stop early."""
-
-    eval_every: int  # bits per byte on validation sequences
-    core_every: int  # tasks
-    sample_every: int
-    batch_size: int  # sequences per forward pass
-    patience: int  # consecutive evaluations without a better one that end the run; 0: off
-    min_delta: float  # bits per byte by which an evaluation must be better to count
+BATCH_SIZE = 16  # sequences of a forward pass without gradients, where none is given for training
 
 
 @dataclass(frozen=True)
 class Evals:
     """The evaluations of one run. Their results go into its TrainState and its metrics."""
 
-    settings: EvalSettings
+    cfg: SimpleNamespace  # the settings of scripts.base_train
     model: GPT
     tokenizer: BPETokenizer
     sequences: np.ndarray | None  # (N, T + 1), for validation
@@ -51,20 +41,23 @@ class Evals:
         if state.evals_step == state.step:
             return
         self.beat(guard.SLOW_SECONDS)
-        settings = self.settings
         # Eager: it would be compiled anew for every new number of sequences or tokens.
-        with warmup.memory_limit(settings.batch_size, self.model), torch.compiler.set_stance("force_eager"):
-            if self._due(settings.eval_every, state):
+        with warmup.memory_limit(self.batch_size, self.model), torch.compiler.set_stance("force_eager"):
+            if self._due(self.cfg.EVAL_EVERY, state):
                 self.bits_per_byte(state)
                 self._end_early(state)
-            if self.bundle and self._due(settings.core_every, state):
+            if self.bundle and self._due(self.cfg.CORE_METRIC_EVERY, state):
                 self.core(state)
-            if self._due(settings.sample_every, state) and state.step and self.dist.is_rank0:
+            if self._due(self.cfg.SAMPLE_EVERY, state) and state.step and self.dist.is_rank0:
                 self.sample(state)
         state.evals_step = state.step
 
     def _due(self, every, state):
         return every > 0 and (state.is_finished or state.step % every == 0)
+
+    @property
+    def batch_size(self) -> int:
+        return self.cfg.DEVICE_BATCH_SIZE or BATCH_SIZE
 
     def bits_per_byte(self, state: TrainState) -> None:
         """Measure bits per byte on the validation sequences."""
@@ -72,7 +65,7 @@ class Evals:
         windows, token_bytes = loss_eval.packed_windows(self.sequences), self.tokenizer.token_bytes()
         with self._progress("evaluation", len(windows)) as done:
             val_bpb = loss_eval.bits_per_byte(
-                self.model, windows, token_bytes, self.dist, self.settings.batch_size, done, stats.add
+                self.model, windows, token_bytes, self.dist, self.batch_size, done, stats.add
             )
         is_finite = math.isfinite(val_bpb)
         state.val_bpb = val_bpb if is_finite else None  # a checkpoint holds no NaN
@@ -83,7 +76,7 @@ class Evals:
         if state.step and is_finite and (state.best_bpb is None or val_bpb < state.best_bpb):  # step 0 is never saved
             state.best_bpb, state.best_step, best = val_bpb, state.step, ", the best so far"
         if is_finite and (state.goal_bpb is None or val_bpb < state.goal_bpb):
-            state.goal_bpb, state.stale_evaluations = val_bpb - self.settings.min_delta, 0
+            state.goal_bpb, state.stale_evaluations = val_bpb - self.cfg.EARLY_STOP_MIN_DELTA, 0
         else:
             state.stale_evaluations += 1
         self.metrics.event(f"step {state.step}: val bpb {val_bpb:.4f}{best}")
@@ -91,13 +84,13 @@ class Evals:
 
     def _end_early(self, state):
         stale = state.stale_evaluations
-        if not state.is_finished and 0 < self.settings.patience <= stale and state.step:
+        if not state.is_finished and 0 < self.cfg.EARLY_STOP_PATIENCE <= stale and state.step:
             self.metrics.event(f"step {state.step}: {stale} evaluations without a better one: the end")
             state.num_steps, state.horizon_fixed = state.step, True
 
     def core(self, state: TrainState) -> None:
         """Score the tasks of the bundle; before the first step only one item, to find out whether it works."""
-        begin, bundle, batch_size = time.monotonic(), self.bundle, self.settings.batch_size
+        begin, bundle, batch_size = time.monotonic(), self.bundle, self.batch_size
         num_items = sum(len(task.items) for task in bundle.tasks)
         if not state.step:
             task = bundle.tasks[0]

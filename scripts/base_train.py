@@ -34,7 +34,7 @@ from nanotrain.checkpoint import CheckpointManager, Restored
 from nanotrain.dataloader import DataLoader, Prefetcher, TrainData
 from nanotrain.dist import DistContext, faults_as_sentences, init_distributed
 from nanotrain.errors import UserError
-from nanotrain.evals import Evals, EvalSettings
+from nanotrain.evals import Evals
 from nanotrain.files import write_json
 from nanotrain.gpt import GPT
 from nanotrain.metrics import MetricLogger
@@ -109,8 +109,6 @@ WANDB_NOTES = ""  # about the run
 WANDB_LOG_EVERY = 10  # steps between those whose numbers are logged; metrics.jsonl has all
 # -----------
 
-REMOVED = {"LANES": "give --num-streams"}
-
 # A setting that differs from the checkpoint's at a resume is refused, must be allowed by name, or is in neither list.
 # One of the optimization is also a field of recipe.Recipe.
 IDENTITY = (
@@ -122,7 +120,6 @@ TRAJECTORY = (
     "WEIGHT_DECAY", "GRAD_CLIP", "SCHEDULE", "WARMUP_RATIO", "WARMDOWN_RATIO", "FINAL_LR_FRAC", "DTYPE", "COMPILE",
     "DETERMINISTIC",
 )  # fmt: skip
-EVAL_BATCH = 16  # sequences of a forward pass without gradients
 SPECTRAL_RUNS = 5  # bigram init counts at most so many times the tokens of the run
 
 
@@ -158,10 +155,12 @@ def train(cfg: SimpleNamespace, dist: DistContext, stop: guard.StopRequest, watc
         dist.print0(f"nothing to do: {run_dir.name} has a checkpoint at step {state.step} of {state.num_steps}")
         return write_report(cfg, run_dir, state, dist)
 
-    bundle = task_bundle(cfg, data, dist)
+    tasks = (cfg.CORE_BUNDLE, data.shards.validation.path, dist, cfg.CORE_MAX_PER_TASK)
+    bundle = core_bundle.obtain(*tasks) if cfg.CORE_METRIC_EVERY else None
     checkpoints.claim(data.tokenizer)
     model, optimizers, reader = build(cfg, data, run, dist, restored)
-    record = write_config(run, run_dir, dist)
+    record = {"format": FORMAT, "plan": asdict(run.plan), **run.record(), "defaults": config.defaults(__file__)}
+    dist.on_rank0(lambda: write_json(run_dir / "config.json", record))
     batch_size, grad_accum_steps = run.plan.device_batch_size, run.plan.grad_accum_steps
     pass_seconds = warmup.compile_and_warm_up(dist, model, batch_size, cfg.COMPILE, cfg.TARGET_MINUTES)
     train_step = TrainStep(model, optimizers, dist, run.plan, run.recipe.grad_clip, run.saved)
@@ -169,7 +168,7 @@ def train(cfg: SimpleNamespace, dist: DistContext, stop: guard.StopRequest, watc
     metrics = dist.on_all_ranks(lambda: MetricLogger(run_dir, state.num_steps, state.step, dist.is_rank0, peak))
     evaluations = (cfg.EVAL_EVERY, cfg.CORE_METRIC_EVERY, cfg.EVALUATIONS_AFTER)
     budget = TimeBudget(cfg.TARGET_MINUTES, *evaluations, pass_seconds * grad_accum_steps, dist, metrics.event)
-    evals = Evals(eval_settings(cfg), model, data.tokenizer, sequences, bundle, dist, metrics, watchdog.beat)
+    evals = Evals(cfg, model, data.tokenizer, sequences, bundle, dist, metrics, watchdog.beat)
     checkpoints.begin(state, run.record(), metrics, watchdog.beat)
     with warmup.memory_limit(batch_size, model), metrics, DataLoader(reader, batch_size, dist.device) as loader:
         labels = {"project": cfg.WANDB_PROJECT, "tags": cfg.WANDB_TAGS, "notes": cfg.WANDB_NOTES}
@@ -210,14 +209,6 @@ def validation_sequences(cfg: SimpleNamespace, data: TrainData, seq_len: int, di
         return None
     files = [data.shards.validation.path]
     return dist.on_all_ranks(lambda: dataloader.packed_sequences(files, data.tokenizer, seq_len, cfg.EVAL_TOKENS))
-
-
-def task_bundle(cfg: SimpleNamespace, data: TrainData, dist: DistContext) -> core_bundle.Bundle | None:
-    """The tasks; None if they are not asked for or cannot be had."""
-    if not cfg.CORE_METRIC_EVERY:
-        return None
-    shard, most = data.shards.validation.path, cfg.CORE_MAX_PER_TASK
-    return core_bundle.obtain(cfg.CORE_BUNDLE, shard, dist, most)
 
 
 def build(
@@ -266,19 +257,6 @@ def draw_weights(model: GPT, run: RunPlan, reader: dataloader.SequenceReader) ->
 
 
 # ---- around the loop ----
-
-
-def write_config(run: RunPlan, run_dir: Path, dist: DistContext) -> dict:
-    """Write config.json, and return what it holds."""
-    record = {"format": FORMAT, "plan": asdict(run.plan), **run.record(), "defaults": config.defaults(__file__)}
-    dist.on_rank0(lambda: write_json(run_dir / "config.json", record))
-    return record
-
-
-def eval_settings(cfg: SimpleNamespace) -> EvalSettings:
-    batch_size = cfg.DEVICE_BATCH_SIZE or EVAL_BATCH
-    every = (cfg.EVAL_EVERY, cfg.CORE_METRIC_EVERY, cfg.SAMPLE_EVERY)
-    return EvalSettings(*every, batch_size, cfg.EARLY_STOP_PATIENCE, cfg.EARLY_STOP_MIN_DELTA)
 
 
 def write_report(cfg: SimpleNamespace, run_dir: Path, state: TrainState, dist: DistContext) -> None:

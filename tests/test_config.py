@@ -26,7 +26,6 @@ PROMPT = "a=b"  # text
 # -----------
 
 LATER = 2  # below the last line
-REMOVED = {"OLD_NAME": "give --run-name"}
 '''
 
 
@@ -67,7 +66,6 @@ def test_a_value_gets_the_type_of_the_default_and_nothing_else_changes(script, a
         *((argument, "a number") for argument in ("--rate=fast", "--rate=nan", "--rate=1e999")),
         ("--resume=maybe", "true or false"),
         ("--detph=4", "did you mean --depth?"),
-        ("--old-name=x", "give --run-name"),
         *((argument, "no such setting") for argument in ("--xyzzy=1", "--ignored=2", "--later=3", "---")),
         ("one", "--name=value"),
     ],

@@ -95,7 +95,7 @@ def settings(name):
 def test_every_setting_is_used(name):
     users = SOURCES[name]
     if name == "scripts.base_train":
-        users += SOURCES["nanotrain.run_plan"] + SOURCES["nanotrain.checkpoint"]
+        users += "".join(SOURCES[f"nanotrain.{part}"] for part in ("run_plan", "checkpoint", "evals"))
     fields = [field.upper() for field in Recipe.__dataclass_fields__]
     used = re.findall(r"\b[A-Z][A-Z0-9_]+\b(?! = )", re.sub("#.*", "", users)) + fields
     assert sorted(settings(name).keys() - set(used)) == []
