@@ -163,13 +163,16 @@ def init_distributed(
 
 
 @contextlib.contextmanager
-def faults_as_sentences(when_lost: str = "", when_full: str = "") -> Iterator[None]:
-    """Where another rank has ended or memory runs out, raise RunError or MemoryLimitError that end with these words."""
+def faults_as_sentences(when_lost: str | None = "", when_full: str = "") -> Iterator[None]:
+    """Where another rank has ended (not if when_lost is None) or memory runs out, raise RunError or MemoryLimitError
+    that end with these words.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         signs = ("gloo/transport", "Connection closed by peer")
-        if isinstance(error, torch_dist.DistError) or any(sign in str(error) for sign in signs):
+        is_lost = isinstance(error, torch_dist.DistError) or any(sign in str(error) for sign in signs)
+        if is_lost and when_lost is not None:
             raise RunError(f"another rank has ended, and says why itself{when_lost}") from None
         if not hardware.is_out_of_memory(error):
             raise

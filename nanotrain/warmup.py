@@ -1,16 +1,15 @@
 """Between building a model and its first step: the largest batch that fits, compilation, and the time of a pass."""
 
-import contextlib
 import gc
 import re
 import sysconfig
 import time
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 
 from nanotrain import errors, hardware
-from nanotrain.dist import DistContext
+from nanotrain.dist import DistContext, faults_as_sentences
 from nanotrain.errors import MemoryLimitError, UserError
 from nanotrain.gpt import GPT
 
@@ -107,15 +106,9 @@ def _compile(dist, model, batch_size):
     return failure
 
 
-@contextlib.contextmanager
-def memory_limit(batch_size: int, model: GPT) -> Iterator[None]:
+def memory_limit(batch_size: int, model: GPT) -> AbstractContextManager:
     """Where memory runs out in passes over so many sequences: MemoryLimitError, with what to lower."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not hardware.is_out_of_memory(error):
-            raise
-        raise MemoryLimitError(f"out of memory: {_less_memory(batch_size, model)}") from None
+    return faults_as_sentences(when_lost=None, when_full=f": {_less_memory(batch_size, model)}")
 
 
 def _less_memory(batch_size, model):
