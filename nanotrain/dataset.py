@@ -269,8 +269,7 @@ def fetch(name: str, source: Source, train_shards: int, folder: Path) -> None:
         raise UserError(f"-n {train_shards}: {name} has 1 to {most} train shards, as in -n {min(most, 8)}")
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     base = source.url if "://" in source.url else f"{endpoint}/{source.url}"
-    hub = "" if "://" in source.url else download.setting("HF_ENDPOINT")
-    download.check_url(base, hub)
+    download.check_url(base)
     token = os.environ.get("HF_TOKEN", "").strip() if download.host_of(base) == download.host_of(endpoint) else None
     shards = [f"shard_{number:05d}.parquet" for number in (most, *range(train_shards))]
     validation, held = shards[0], read_manifest(folder)
@@ -306,7 +305,7 @@ def fetch(name: str, source: Source, train_shards: int, folder: Path) -> None:
                 break
     write_manifest(folder, name, validation, good)
     if failed:
-        listed, reasons = ", ".join(sorted(failed)[:20]), "; ".join(sorted(set(failed.values()))[:3]) + hub
+        listed, reasons = ", ".join(sorted(failed)[:20]), "; ".join(sorted(set(failed.values()))[:3])
         missing = f"{count - len(good)} of {count} shards are missing ({listed}): {reasons}"
         raise DataError(f"{missing}. Run this again, or without a network DATASET=stdlib bash speedrun.sh")
 
