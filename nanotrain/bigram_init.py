@@ -22,8 +22,10 @@ OVERSAMPLING, POWER_STEPS = 32, 2  # parameters of the randomized SVD (Halko et 
 
 
 @torch.no_grad()
-def initialize(model: GPT, reader: SequenceReader, num_tokens: int, seed: int) -> None:
-    """Set embedding and head of `model` from the bigrams of the next `num_tokens` of `reader`."""
+def init_from_bigrams(model: GPT, reader: SequenceReader, num_tokens: int, seed: int) -> None:
+    """Set embedding and head of `model`, if its vocabulary is not too large, from the next tokens of `reader`."""
+    if model.config.vocab_size > LARGEST_VOCABULARY:
+        return
     sequences = torch.empty(max(num_tokens // reader.seq_len, 1), reader.seq_len + 1, dtype=torch.int64)
     reader.fill(sequences.numpy())
     generator = torch.Generator().manual_seed(seed)

@@ -29,7 +29,7 @@ import torch
 from nanotrain import paths
 from nanotrain.dataset import Shard, Shards, fingerprint, open_shards, read_shards, read_texts
 from nanotrain.dist import DistContext
-from nanotrain.errors import DataError
+from nanotrain.errors import DataError, UserError
 from nanotrain.tokenizer import BPETokenizer
 
 # Longer documents are tokenized in pieces, which bounds memory. Changing this changes the data order.
@@ -386,8 +386,10 @@ class Prefetcher:
 def packed_sequences(paths: Sequence[Path], tokenizer: BPETokenizer, seq_len: int, num_tokens: int) -> np.ndarray:
     """The first num_tokens // T sequences of shards read in order, (N, T + 1) int32, to evaluate on; fewer if the
     shards are shorter. Long documents are tokenized in pieces, as in training. Raises DataError if the shards are
-    shorter than one sequence.
+    shorter than one sequence, and UserError if `num_tokens` are.
     """
+    if num_tokens < seq_len:
+        raise UserError(f"--eval-tokens={num_tokens}: less than one sequence of {seq_len} tokens")
     parts, total, most = [], 0, num_tokens // seq_len
     for (_, first), ids in _encoded(itertools.chain.from_iterable(map(_pieces, read_shards(paths))), tokenizer):
         parts.append(np.array([tokenizer.bos] * first + ids, dtype=np.int32))

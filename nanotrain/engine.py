@@ -9,7 +9,7 @@ the last half of them (`context_length`), because moving it by one token would t
 
 import random
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -88,10 +88,6 @@ class NewTokens:
     mask: Tensor | None = None  # (B, 1, 1, seen) float32, -inf behind the end of a shorter sequence
 
     layer: int = 0  # whose attention they are in
-
-    def of_layer(self, layer: int) -> "NewTokens":
-        """The same tokens in another layer."""
-        return replace(self, layer=layer)
 
     def keys_before(self, k: Tensor) -> Tensor | None:
         """The last keys (B, 1, K, D) before `k`, or None if these begin their sequences; `k` takes their place."""

@@ -8,7 +8,7 @@ It knows nothing of optimizers, files or environment variables. `checkpoint.buil
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -191,7 +191,7 @@ class GPT(nn.Module):
         for name in ("cos", "sin"):
             self.register_buffer(name, torch.empty(config.max_seq_len, 1, config.head_dim // 2), persistent=False)
         self.loss_kernel = loss.softmax_gradient
-        self.recompute_blocks = False
+        self.recompute_blocks = False  # in the backward pass: less memory, more work, the same bits (arXiv:1604.06174)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -244,10 +244,6 @@ class GPT(nn.Module):
             block.compile(dynamic=False)
         self.loss_kernel = torch.compile(loss.softmax_gradient, dynamic=False)
 
-    def checkpoint_activations(self) -> None:
-        """Run each block again in the backward pass: less memory, more work, the same bits (arXiv:1604.06174)."""
-        self.recompute_blocks = True
-
     def hidden(self, tokens: Tensor, cached: CachedTokens | None = None) -> Tensor:
         """(B, T) int64 -> (B, T, C), the normed input of the head. cached: None if the tokens begin their sequences."""
         T = tokens.size(1)
@@ -267,7 +263,7 @@ class GPT(nn.Module):
             if layer == len(self.blocks) // 2:
                 middle = x
             table = self.value_embeddings[str(layer)] if str(layer) in self.value_embeddings else None
-            of_layer = None if cached is None else cached.of_layer(layer)
+            of_layer = None if cached is None else replace(cached, layer=layer)
             arguments = (x, x0, None if table is None else table(tokens).to(dtype), cos, sin, of_layer)
             if self.recompute_blocks:  # from outside, so that a compiled block runs the same code twice
                 block = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)

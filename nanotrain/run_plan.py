@@ -7,7 +7,6 @@ from nanotrain import checkpoint, hardware, recipe, warmup
 from nanotrain.checkpoint import Restored, parsed
 from nanotrain.dataloader import TrainData, choose_num_streams
 from nanotrain.dist import DistContext
-from nanotrain.errors import UserError
 from nanotrain.gpt import GPTConfig
 from nanotrain.loss import chunk_rows
 from nanotrain.trainer import TrainState
@@ -38,8 +37,6 @@ class RunPlan:
         self.depth_reason = "as before"
         self.model_config = parsed(GPTConfig, was["model_config"]) if restored else self._choose_model()
         width, seq_len = self.model_config.model_dim, self.model_config.max_seq_len
-        if cfg.EVAL_EVERY and cfg.EVAL_TOKENS < seq_len:
-            raise UserError(f"--eval-tokens={cfg.EVAL_TOKENS}: less than one sequence of {seq_len} tokens")
         self.total_batch_size = cfg.TOTAL_BATCH_SIZE or was.get("total_batch_size", 0)
         self.batch_ramp = cfg.BATCH_RAMP
         if restored and "BATCH_RAMP" not in changed:

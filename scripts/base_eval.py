@@ -14,7 +14,6 @@ from tqdm import tqdm
 from nanotrain import checkpoint, config, core_bundle, core_eval, dataloader, dataset, errors, loss_eval, paths, report
 from nanotrain.dist import DistContext, faults_as_sentences, init_distributed
 from nanotrain.engine import samples
-from nanotrain.errors import UserError
 from nanotrain.files import write_json
 from nanotrain.gpt import GPT
 from nanotrain.tokenizer import BPETokenizer
@@ -47,8 +46,6 @@ def main() -> None:
     shards = dist.on_all_ranks(lambda: dataset.open_shards(paths.data_dir(DATA_DIR or meta["data_dir"])))
     same_data = dist.on_rank0(lambda: dataset.fingerprint(shards)) == meta["data"]
     dist.print0(f"{run_dir}, step {meta['step']}{'' if same_data else ', on other data than it was trained on'}")
-    if EVAL_TOKENS < model.config.max_seq_len:
-        raise UserError(f"--eval-tokens={EVAL_TOKENS}: less than one sequence of {model.config.max_seq_len} tokens")
     bundle = CORE and core_bundle.obtain(CORE_BUNDLE, shards.validation.path, dist, CORE_MAX_PER_TASK)
     result = {"step": meta["step"], "tokens": meta["loader"]["next_sequence"] * model.config.max_seq_len}
     result |= text_bits_per_byte(dist, model, tokenizer, shards)

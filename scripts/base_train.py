@@ -15,23 +15,10 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from nanotrain import (
-    bigram_init,
-    checkpoint,
-    config,
-    core_bundle,
-    dataloader,
-    errors,
-    guard,
-    hardware,
-    optim,
-    paths,
-    recipe,
-    report,
-    warmup,
-)
+from nanotrain import checkpoint, config, core_bundle, errors, guard, hardware, optim, paths, recipe, report, warmup
+from nanotrain.bigram_init import init_from_bigrams
 from nanotrain.checkpoint import CheckpointManager, Restored
-from nanotrain.dataloader import DataLoader, Prefetcher, TrainData
+from nanotrain.dataloader import DataLoader, Prefetcher, SequenceReader, TrainData, packed_sequences, slices_of
 from nanotrain.dist import DistContext, faults_as_sentences, init_distributed
 from nanotrain.errors import UserError
 from nanotrain.evals import Evals
@@ -208,22 +195,22 @@ def validation_sequences(cfg: SimpleNamespace, data: TrainData, seq_len: int, di
     if not cfg.EVAL_EVERY:
         return None
     files = [data.shards.validation.path]
-    return dist.on_all_ranks(lambda: dataloader.packed_sequences(files, data.tokenizer, seq_len, cfg.EVAL_TOKENS))
+    return dist.on_all_ranks(lambda: packed_sequences(files, data.tokenizer, seq_len, cfg.EVAL_TOKENS))
 
 
 def build(
     cfg: SimpleNamespace, data: TrainData, run: RunPlan, dist: DistContext, restored: Restored | None
-) -> tuple[GPT, list[optim.ShardedOptimizer], dataloader.SequenceReader]:
+) -> tuple[GPT, list[optim.ShardedOptimizer], SequenceReader]:
     """(model with its weights, optimizers, reader of the sequences to come). Where the batch size is found by trying,
     run.plan changes.
     """
-    slices = dataloader.slices_of(data.shards.train, run.num_streams)
+    slices = slices_of(data.shards.train, run.num_streams)
     stream = (slices, data.tokenizer, run.model_config.max_seq_len, run.num_streams, cfg.SEED)
     threads = hardware.cores_of_a_rank()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the readers have threads of their own
     model = checkpoint.build_model(run.model_config, dist.device)
     if cfg.GRAD_CHECKPOINT:
-        model.checkpoint_activations()
+        model.recompute_blocks = True
     roles, rates = model.parameters_by_role(), run.recipe.learning_rates
     muon_dtype = torch.bfloat16 if dist.dtype == torch.bfloat16 else torch.float32
     optimizers = optim.build_optimizers(roles, rates, run.recipe.weight_decay, muon_dtype, dist)
@@ -234,7 +221,7 @@ def build(
         run.first_weights = None
     else:
         model.init_buffers()
-        dist.on_rank0(lambda: draw_weights(model, run, dataloader.SequenceReader(*stream, threads=threads)))
+        dist.on_rank0(lambda: draw_weights(model, run, SequenceReader(*stream, threads=threads)))
         drawn = [parameter.detach().view(-1) for parameter in model.parameters()]
         dist.broadcast_owned([drawn, *[[]] * (dist.world_size - 1)])()
     if run.tries_batch_sizes:
@@ -243,16 +230,16 @@ def build(
         run.set_batch(fitting)
         dist.print0("\n".join([f"fits       {fitting} sequences", *run.describe_batch()]))
     loader_state = restored.state["loader"] if restored else None
-    reader = dataloader.SequenceReader(*stream, dist.rank, dist.world_size, loader_state, threads)
+    reader = SequenceReader(*stream, dist.rank, dist.world_size, loader_state, threads)
     return model, optimizers, reader
 
 
-def draw_weights(model: GPT, run: RunPlan, reader: dataloader.SequenceReader) -> None:
+def draw_weights(model: GPT, run: RunPlan, reader: SequenceReader) -> None:
     """Set all weights; embedding and head from the bigrams of the next sequences, if the plan wants that."""
     model.init_weights(run.cfg.SEED)
-    if run.spectral_tokens and model.config.vocab_size <= bigram_init.LARGEST_VOCABULARY:
+    if run.spectral_tokens:
         num_tokens = min(run.spectral_tokens, SPECTRAL_RUNS * run.plan.tokens)
-        bigram_init.initialize(model, reader, num_tokens, run.cfg.SEED)
+        init_from_bigrams(model, reader, num_tokens, run.cfg.SEED)
         hardware.give_back_freed_memory()  # the bigram counts
 
 

@@ -259,7 +259,7 @@ def training(
     random_tokens = torch.randint(sizes.vocab_size, shape, device=dist.device)
     batches = iter(batches or itertools.repeat(random_tokens))
     if checkpointing == "on":
-        model.checkpoint_activations()
+        model.recompute_blocks = True
     compile = compile or ("block" if compiles() else "off")
     if compile != "off":
         torch._inductor.config.cpp.vec_isa_ok = True  # its test programs take as long as a model
