@@ -242,10 +242,8 @@ class CheckpointManager:
         self.beat(guard.SLOW_SECONDS)
         guard.check_replicas(self.dist, train_step.parameters, state.step)
         if not all(parameter.isfinite().all() for parameter in train_step.parameters):
-            raise NonFiniteError(
-                f"step {state.step}: the weights are not finite and were not saved; the last checkpoint is intact. "
-                f"Lower the rates (--matrix-lr={self.record['recipe']['matrix_lr'] / 2:g})"
-            )
+            fix = f"lower the rates (--matrix-lr={self.record['recipe']['matrix_lr'] / 2:g})"
+            raise NonFiniteError(f"step {state.step}: the weights are not finite; the last checkpoint is intact: {fix}")
         state.wandb_id = self.metrics.wandb_id or state.wandb_id  # which a sweep chooses itself
         found = {
             "step": state.step,

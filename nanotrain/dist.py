@@ -194,10 +194,8 @@ def _place():
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         if not os.environ.get("RANK") and os.environ.get(name, "1") not in ("", "0", "1"):
-            raise UserError(
-                f"{name}={os.environ[name]} but no RANK: this would be as many runs in one folder; let it start one "
-                "torchrun on each machine (dev/several_machines.md), or give RANK=0 to runs of different names"
-            )
+            fix = "let it start one torchrun on each machine (dev/several_machines.md), or give RANK=0 to runs apart"
+            raise UserError(f"{name}={os.environ[name]} but no RANK: {fix}")
     given = {name: os.environ.get(name) or default for name, default in defaults.items()}
     if not all(map(str.isdecimal, given.values())) or int(given["RANK"]) >= int(given["WORLD_SIZE"]):
         raise UserError(f"{given}: no place among ranks; start the ranks with torchrun, or unset all three")
@@ -231,10 +229,8 @@ def _join(device, world_size):
     except (OSError, ValueError, RuntimeError) as error:
         places = ("MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
         given = ", ".join(f"{name}={os.environ[name]}" for name in places if os.environ.get(name))
-        raise RunError(
-            f"the ranks cannot meet ({given}): {first_line(error)}. On one machine give torchrun --standalone "
-            "--local-addr=127.0.0.1; for several see dev/several_machines.md"
-        ) from None
+        fix = "on one machine: torchrun --standalone --local-addr=127.0.0.1; on several: dev/several_machines.md"
+        raise RunError(f"the ranks cannot meet ({given}): {first_line(error)}; {fix}") from None
 
 
 def _within(seconds, fault, function):

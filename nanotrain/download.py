@@ -41,10 +41,7 @@ class RefusedError(DataError):
 def check_url(url: str) -> None:
     """Raise UserError if `url` is not an https one (or of this machine), or has a user name."""
     if not SAFE_URL.fullmatch(url):
-        raise UserError(
-            "the host of shards (--base-url or HF_ENDPOINT) must be given as https://host/path, without a user name "
-            "or password"
-        )
+        raise UserError("--base-url and HF_ENDPOINT must be https://host/path, without a user name or password")
 
 
 def host_of(url: str) -> str:

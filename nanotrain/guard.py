@@ -118,7 +118,5 @@ def check_replicas(dist: DistContext, tensors: Sequence[torch.Tensor], step: int
     sums = dist.all_gather_objects(checksum(tensors))
     other = [rank for rank, found in enumerate(sums) if found != sums[0]]
     if other:
-        raise RunError(
-            f"step {step}: the weights of rank {', '.join(map(str, other))} are not those of rank 0: a device computes "
-            "wrongly, or gradients were not shared. Nothing was saved; --resume goes on from the last checkpoint"
-        )
+        found = f"the weights of rank {', '.join(map(str, other))} are not those of rank 0"
+        raise RunError(f"step {step}: {found}. Nothing was saved; --resume goes on from the last checkpoint")

@@ -115,10 +115,8 @@ def num_weights(depth: int, width: int) -> int:
 def model_width(depth: int, aspect_ratio: int, head_dim: int) -> tuple[int, int]:
     """(width, heads): width = depth * aspect_ratio, or the default rule if that is 0, rounded up to whole heads."""
     if depth < 1 or aspect_ratio < 0 or head_dim < 2 or head_dim % 2:
-        raise UserError(
-            f"--depth={depth} --aspect-ratio={aspect_ratio} --head-dim={head_dim}: "
-            "all must be positive, and the head dimension even"
-        )
+        given = f"--depth={depth} --aspect-ratio={aspect_ratio} --head-dim={head_dim}"
+        raise UserError(f"{given}: all must be positive, and the head dimension even")
     width = depth * aspect_ratio or max(depth * WIDTH_PER_LAYER, LEAST_WIDTH)
     heads = math.ceil(width / head_dim)
     return heads * head_dim, heads
@@ -151,17 +149,13 @@ def split_batch(
     """(device_batch_size, grad_accum_steps) of a step of `total_batch_size` tokens.
 
     device_batch_size is in sequences: the largest up to the maximum that cuts a rank's share into `parts` equal parts
-    of whole forward passes. Raises UserError, naming three sizes that work, if the total does not divide.
+    of whole forward passes. Raises UserError, naming a size that works, if the total does not divide.
     """
     unit = seq_len * world_size * parts
     if total_batch_size % unit or total_batch_size < 1:
-        first = max(total_batch_size // unit, 1)
-        works = ", ".join(str((first + extra) * unit) for extra in range(3))
-        growing = f" x {parts} parts of a growing batch" if parts > 1 else ""
-        raise UserError(
-            f"--total-batch-size={total_batch_size} is no multiple of {unit} tokens "
-            f"({world_size} ranks x sequences of {seq_len}{growing}): three that work are {works}"
-        )
+        factors = f"{world_size} ranks x {seq_len} tokens" + (f" x {parts} parts of a ramp" if parts > 1 else "")
+        works = f"{max(round(total_batch_size / unit), 1) * unit} is one"
+        raise UserError(f"--total-batch-size={total_batch_size} is no multiple of {unit} ({factors}): {works}")
     if max_device_batch_size < 1:
         raise UserError(f"--device-batch-size={max_device_batch_size}: at least 1 sequence")
     share = total_batch_size // unit

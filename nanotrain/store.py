@@ -87,9 +87,8 @@ class Disk:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             self._lock.seek(0)
-            raise RunError(
-                f"process {self._lock.read()} is writing to {path.parent}: end it, or choose another name for this one"
-            ) from None
+            holder = self._lock.read()
+            raise RunError(f"process {holder} is writing to {path.parent}: end it, or choose another name") from None
         except OSError:  # no locks on this file system: then a claim stops the older process at its next save
             return
         self._lock.truncate(0)
@@ -214,10 +213,7 @@ class Store:
     def check_owner(self, owner: str | None) -> None:
         """Raise RunError (or OSError) unless the last `claim` returned `owner`; None may always write."""
         if owner is not None and self.disk.read(self.run_dir / OWNER, SMALL_FILE) != _owner_file(owner):
-            raise RunError(
-                f"another process has taken over {self.run_dir}: that newer one goes on, this one stops and saves "
-                "nothing more"
-            )
+            raise RunError(f"another process has taken over {self.run_dir}: this one stops and saves nothing more")
 
     # ---- parts of these ----
 
@@ -249,10 +245,8 @@ class Store:
         if manifest.pop("sha256") != _hash_of(manifest):
             raise CheckpointError(f"{folder}: {MANIFEST} does not match its own hash")
         if manifest["format"] != FORMAT:
-            raise CheckpointError(
-                f"{folder} has format {manifest['format']}, and this version of nanotrain reads format {FORMAT}: use "
-                "the version that wrote it, or train anew with another --run-name"
-            )
+            found = f"{folder} has format {manifest['format']}, and this version of nanotrain reads format {FORMAT}"
+            raise CheckpointError(f"{found}: use the version that wrote it, or train anew with another --run-name")
         # no name comes from the manifest: it must list those that are expected, and no other
         if manifest["step"] != step or set(manifest["files"]) != self.names:
             raise CheckpointError(f"{folder}: {MANIFEST} is not that of the checkpoint of step {step}")

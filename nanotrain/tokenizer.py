@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 BOS, PAD = "<|bos|>", "<|pad|>"
 FILE_NAME = "tokenizer.json"
-MIN_VOCAB_SIZE, MAX_VOCAB_SIZE = 258, 2**24
+MIN_VOCAB_SIZE, MAX_VOCAB_SIZE = 258, 2**24  # 258: BOS, PAD, all bytes
 
 # Words with the sign or space before them, numbers in groups of one or two digits, runs of signs, line ends, spaces:
 # the manner of GPT-4's split, with shorter numbers, which suit small vocabularies.
@@ -51,9 +51,7 @@ class BPETokenizer:
     def train(cls, texts: Iterable[str] | Iterable[list[str]], vocab_size: int) -> "BPETokenizer":
         """Train on texts (or lists of texts). From too little text come fewer than `vocab_size` tokens."""
         if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
-            raise UserError(
-                f"--vocab-size={vocab_size}: must be {MIN_VOCAB_SIZE} (BOS, PAD, all bytes) to {MAX_VOCAB_SIZE}"
-            )
+            raise UserError(f"--vocab-size={vocab_size}: must be from {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE}")
         inner = Tokenizer(models.BPE())
         split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -80,11 +80,9 @@ class TrainState:
 
     def raise_if_too_many_skipped(self, result: "StepResult", matrix_lr: float) -> None:
         if result.skipped and not result.scale_overflow and guard.too_many_skipped(self.skipped_recently, self.step):
-            raise NonFiniteError(
-                f"step {self.step}: {result.skipped}; updates were left out at steps "
-                f"{', '.join(map(str, self.skipped_recently))}. The last checkpoint is intact. "
-                f"Lower the rates (--matrix-lr={matrix_lr / 2:g}) or use --dtype=float32"
-            )
+            found = f"{result.skipped}; no updates at steps {', '.join(map(str, self.skipped_recently))}"
+            fix = f"lower the rates (--matrix-lr={matrix_lr / 2:g}) or use --dtype=float32"
+            raise NonFiniteError(f"step {self.step}: {found}. The last checkpoint is intact: {fix}")
 
 
 @dataclass(frozen=True)
