@@ -126,13 +126,13 @@ def test_split_batch_meets_the_total_exactly_or_names_one_that_works(parts):
             met, works = met + 1, total
         rows, grad_accum_steps = recipe.split_batch(works, seq_len, most, world_size, parts)
         assert rows * grad_accum_steps * unit == works
-            assert grad_accum_steps % parts == 0
-            share = works_too // (unit * parts)
-            assert rows == max(size for size in range(1, most + 1) if share % size == 0)
+        assert grad_accum_steps % parts == 0
+        share = works // (unit * parts)
+        assert rows == max(size for size in range(1, most + 1) if share % size == 0)
     assert 300 < met < 1700
 
 
-@pytest.mark.parametrize(("total", "most", "says"), [(0, 16, "512, 1024"), (-512, 16, "512, 1024"), (512, 0, "=0")])
+@pytest.mark.parametrize(("total", "most", "says"), [(0, 16, "512 is one"), (-512, 16, "512 is one"), (512, 0, "=0")])
 def test_a_batch_without_tokens_or_rows_is_refused(total, most, says):
     with pytest.raises(UserError, match=says):
         recipe.split_batch(total, 256, most, 2)

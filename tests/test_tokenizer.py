@@ -88,7 +88,7 @@ def test_training_twice_gives_the_same_file(tokenizer):
 
 @pytest.mark.parametrize("size", [0, 256, 2**70])
 def test_a_vocabulary_without_room_for_the_bytes_is_refused(size):
-    with pytest.raises(UserError, match=f"--vocab-size={size}: must be 258"):
+    with pytest.raises(UserError, match=f"--vocab-size={size}: must be from 258"):
         BPETokenizer.train(["text"], size)
 
 
