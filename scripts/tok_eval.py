@@ -3,8 +3,7 @@
 python -m scripts.tok_eval --data-dir=D
 """
 
-from collections.abc import Sequence
-from pathlib import Path
+from itertools import islice
 
 from nanotrain import config, dataset, errors, paths
 from nanotrain.tokenizer import BPETokenizer
@@ -12,8 +11,10 @@ from nanotrain.tokenizer import BPETokenizer
 # --- settings
 DATA_DIR = ""  # folder of shards; empty: the only data set in NANOTRAIN_DIR/data
 TOKENIZER_DIR = ""  # folder of tokenizer.json; empty: NANOTRAIN_DIR/tokenizer
-MAX_CHARS = 2_000_000  # of train and of validation text to measure on
+NUM_TEXTS = 1000  # of train and of validation text to measure on
 # ------------
+
+MOST_CHARS = 20_000  # of each text
 
 
 def main() -> None:
@@ -21,21 +22,10 @@ def main() -> None:
     shards = dataset.open_shards(paths.data_dir(DATA_DIR))
     print(f"vocabulary {tokenizer.vocab_size}\n{'text':<12}{'bytes':>11}{'tokens':>11}{'bytes/token':>13}")
     for kind, part in (("train", shards.train), ("validation", [shards.validation])):
-        texts = beginning([shard.path for shard in part])
+        texts = list(islice(dataset.read_shards([shard.path for shard in part], MOST_CHARS), NUM_TEXTS))
         num_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
         num_tokens = sum(map(len, tokenizer.encode_batch(texts)))
         print(f"{kind:<12}{num_bytes:>11,}{num_tokens:>11,}{num_bytes / max(num_tokens, 1):>13.3f}")
-
-
-def beginning(shard_paths: Sequence[Path]) -> list[str]:
-    """The first texts of the shards, MAX_CHARS characters of them."""
-    texts, chars = [], 0
-    for text in dataset.read_shards(shard_paths):
-        texts.append(text[: MAX_CHARS - chars])
-        chars += len(texts[-1])
-        if chars >= MAX_CHARS:
-            break
-    return texts
 
 
 if __name__ == "__main__":

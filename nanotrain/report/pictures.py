@@ -1,4 +1,4 @@
-"""Curves and bars as PNG images, drawn on white by matplotlib, which is optional and imported only to draw."""
+"""Curves as PNG images, drawn on white by matplotlib, which is optional and imported only to draw."""
 
 import io
 import os
@@ -32,7 +32,7 @@ def draw(runs: Sequence[Run]) -> dict[str, bytes]:
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    drawn, num_tasks = {}, max(len(run.core().get("tasks", ())) for run in runs)
+    drawn = {}
     with style.context(["default", STYLE]):  # whatever this user's style is
         for name, panels in CURVES.items():
             if any(run.metrics[panels[0][1]] for run in runs):
@@ -40,10 +40,6 @@ def draw(runs: Sequence[Run]) -> dict[str, bytes]:
                 for axes, panel in zip(figure.subplots(2), panels, strict=True):
                     _draw_curves(axes, runs, *panel)
                 drawn[name] = _png(figure)
-        if num_tasks:
-            figure = Figure(figsize=(5, 1 + 0.3 * num_tasks), dpi=200, layout="constrained")
-            _draw_scores(figure.subplots(), runs)
-            drawn["tasks"] = _png(figure)
     return drawn
 
 
@@ -74,15 +70,3 @@ def _draw_curves(axes, runs, title, metric, unit):
         if metric == "train/grad_norm" and y.max() > 20 * y.min() > 0:
             axes.set_yscale("log")
     axes.set(title=title, xlabel=unit)
-
-
-def _draw_scores(axes, runs):
-    """Draw the centred score of each task and its standard error."""
-    for run in runs:
-        tasks = run.core().get("tasks", {})
-        scores = [task["centered"] for task in tasks.values()]
-        errors = [task["standard_error"] / (1 - task["baseline"]) for task in tasks.values()]
-        axes.errorbar(scores, list(tasks), xerr=errors, fmt="o", capsize=3, label=run.name)
-    axes.axvline(0, color="black", linestyle="-", linewidth=1)
-    axes.invert_yaxis()
-    axes.set(title="centred score of each task", xlabel="0: guessing, 1: all right")
