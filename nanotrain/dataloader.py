@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from nanotrain import paths
-from nanotrain.dataset import Shard, Shards, fingerprint, open_shards, read_shards, read_texts
+from nanotrain.dataset import Shard, Shards, fingerprint, hash_of, open_shards, read_shards, read_texts
 from nanotrain.dist import DistContext
 from nanotrain.errors import DataError, UserError
 from nanotrain.tokenizer import BPETokenizer
@@ -71,15 +71,11 @@ class TrainData:
 def check_nodes(dist: DistContext, tokenizer: BPETokenizer, shards: Shards) -> None:
     """Raise DataError on all ranks if one, on another machine, has another tokenizer or other shards than rank 0."""
     opened = [[shard.name, shard.text_bytes, shard.group_rows] for shard in (*shards.train, shards.validation)]
-    here = [tokenizer.sha256(), opened]
-    there = dist.broadcast_object(here)
-
-    def check():
-        if here != there:
-            what = "tokenizer" if here[0] != there[0] else f"shards in {shards.folder}"
-            raise DataError(f"rank {dist.rank} has not the {what} that rank 0 has: every node needs the same files")
-
-    dist.on_all_ranks(check)
+    found = dist.all_gather_objects([tokenizer.sha256(), hash_of(opened)])
+    for rank, here in enumerate(found):
+        if here != found[0]:
+            what = "tokenizer" if here[0] != found[0][0] else f"shards in {shards.folder}"
+            raise DataError(f"rank {rank} has not the {what} that rank 0 has: every node needs the same files")
 
 
 @dataclass(frozen=True)

@@ -124,8 +124,7 @@ def open_shard(path: Path) -> Shard:
         raise DataError(f"{path} is not a readable parquet file ({first_line(error)}): get it again") from None
     if kinds.count(("text", "STRING")) != 1:
         found = ", ".join(f"{name} ({kind.lower()})" for name, kind in kinds)
-        number = "several columns" if ("text", "STRING") in kinds else "no column"
-        raise DataError(f"{path} has {number} 'text' of strings, only: {found or 'none'}")
+        raise DataError(f"{path} needs one column 'text' of strings and has: {found or 'none'}")
     place = kinds.index(("text", "STRING"))
     text_bytes = sum(group.column(place).total_uncompressed_size for group in groups)
     group_rows = tuple(group.num_rows for group in groups)
@@ -176,9 +175,9 @@ def fingerprint(shards: Shards) -> dict:
     return {"validation": shards.validation.name, "files": files}
 
 
-def hash_of(fingerprint: dict) -> str:
-    """One SHA-256, in hex, of all names, sizes and hashes in a `fingerprint`."""
-    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
+def hash_of(value: dict | list) -> str:
+    """The SHA-256, in hex, of a JSON-like value, such as a `fingerprint`."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 # ---- manifest ----

@@ -45,7 +45,6 @@ class Evals:
         with warmup.memory_limit(self.batch_size, self.model), torch.compiler.set_stance("force_eager"):
             if self._due(self.cfg.EVAL_EVERY, state):
                 self.bits_per_byte(state)
-                self._end_early(state)
             if self.bundle and self._due(self.cfg.CORE_METRIC_EVERY, state):
                 self.core(state)
             if self._due(self.cfg.SAMPLE_EVERY, state) and state.step and self.dist.is_rank0:
@@ -60,7 +59,7 @@ class Evals:
         return self.cfg.DEVICE_BATCH_SIZE or BATCH_SIZE
 
     def bits_per_byte(self, state: TrainState) -> None:
-        """Measure bits per byte on the validation sequences."""
+        """Measure bits per byte on the validation sequences, and end the run early if that is due."""
         begin, stats = time.monotonic(), loss_eval.TokenLossStats(self.tokenizer)
         windows, token_bytes = loss_eval.packed_windows(self.sequences), self.tokenizer.token_bytes()
         with self._progress("evaluation", len(windows)) as done:
@@ -80,10 +79,7 @@ class Evals:
         else:
             state.stale_evaluations += 1
         self.metrics.event(f"step {state.step}: val bpb {val_bpb:.4f}{best}")
-        state.evaluation_seconds = time.monotonic() - begin
-
-    def _end_early(self, state):
-        stale = state.stale_evaluations
+        state.evaluation_seconds, stale = time.monotonic() - begin, state.stale_evaluations
         if not state.is_finished and 0 < self.cfg.EARLY_STOP_PATIENCE <= stale and state.step:
             self.metrics.event(f"step {state.step}: {stale} evaluations without a better one: the end")
             state.num_steps, state.horizon_fixed = state.step, True

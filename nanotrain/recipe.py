@@ -156,8 +156,6 @@ def split_batch(
         factors = f"{world_size} ranks x {seq_len} tokens" + (f" x {parts} parts of a ramp" if parts > 1 else "")
         works = f"{max(round(total_batch_size / unit), 1) * unit} is one"
         raise UserError(f"--total-batch-size={total_batch_size} is no multiple of {unit} ({factors}): {works}")
-    if max_device_batch_size < 1:
-        raise UserError(f"--device-batch-size={max_device_batch_size}: at least 1 sequence")
     share = total_batch_size // unit
     fitting = next(size for size in range(min(max_device_batch_size, share), 0, -1) if share % size == 0)
     return fitting, parts * share // fitting

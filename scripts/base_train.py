@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 
 from nanotrain import checkpoint, config, core_bundle, errors, guard, hardware, optim, paths, recipe, report, warmup
@@ -134,7 +133,8 @@ def train(cfg: SimpleNamespace, dist: DistContext, stop: guard.StopRequest, watc
         restored.check(data, cfg, config.defaults(__file__), IDENTITY, TRAJECTORY)
     run = RunPlan(cfg, data, dist, restored)
     state = run.state
-    sequences = validation_sequences(cfg, data, run.model_config.max_seq_len, dist)
+    text = ([data.shards.validation.path], data.tokenizer, run.model_config.max_seq_len, cfg.EVAL_TOKENS)
+    sequences = dist.on_all_ranks(lambda: packed_sequences(*text)) if cfg.EVAL_EVERY else None
     dist.print0("\n".join([f"run        {run_dir}", *run.describe()]))
     if cfg.DRY_RUN:
         return
@@ -188,14 +188,6 @@ def train(cfg: SimpleNamespace, dist: DistContext, stop: guard.StopRequest, watc
 
 
 # ---- before the first step ----
-
-
-def validation_sequences(cfg: SimpleNamespace, data: TrainData, seq_len: int, dist: DistContext) -> np.ndarray | None:
-    """(N, T + 1) int32 to measure bits per byte on; None without evaluations."""
-    if not cfg.EVAL_EVERY:
-        return None
-    files = [data.shards.validation.path]
-    return dist.on_all_ranks(lambda: packed_sequences(files, data.tokenizer, seq_len, cfg.EVAL_TOKENS))
 
 
 def build(

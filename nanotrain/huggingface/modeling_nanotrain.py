@@ -204,8 +204,7 @@ class NanotrainModel(NanotrainPreTrainedModel):
             table = self.value_embeddings[str(layer)] if str(layer) in self.value_embeddings else None
             x = block(x, x0, None if table is None else table(input_ids), cos, sin, begins, mask, cache)
         x = norm(x - self.backout_scale * middle, self.config.rms_norm_eps)
-        wanted = given.get("output_hidden_states", self.config.output_hidden_states)
-        states = (*states, x) if wanted else None
+        states = (*states, x) if given.get("output_hidden_states", self.config.output_hidden_states) else None
         return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=states, **{CACHE: cache})
 
     def _mask(self, attention_mask, seen, length, device):
