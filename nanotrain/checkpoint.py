@@ -271,7 +271,7 @@ class CheckpointManager:
         """Save the finished steps after an error of the data, then raise it on all ranks."""
         if self.due(state, is_final=True):
             self.save(state, train_step, batches)
-        self.dist.on_all_ranks(batches.raise_error)
+        raise next(filter(None, self.dist.all_gather_objects(batches.error)))
 
     def _write(self, state, weights, moments, found):
         """Why it could not be written, as on a full disk; empty if it was."""

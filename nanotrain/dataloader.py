@@ -373,11 +373,6 @@ class Prefetcher:
         """The number of complete epochs before `batch`, in the stream that is furthest ahead."""
         return max(position for position, _, _ in batch.state["streams"].values()) // self.loader.reader.num_slices
 
-    def raise_error(self) -> None:
-        """Raise the error of this rank, if there was one."""
-        if self.error:
-            raise self.error
-
 
 def packed_sequences(paths: Sequence[Path], tokenizer: BPETokenizer, seq_len: int, num_tokens: int) -> np.ndarray:
     """The first num_tokens // T sequences of shards read in order, (N, T + 1) int32, to evaluate on; fewer if the

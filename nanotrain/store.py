@@ -205,14 +205,14 @@ class Store:
         temporary = self.run_dir / f".{OWNER}.{owner}.part"
         self.disk.make_folder(self.run_dir)
         self.disk.lock(self.run_dir / LOCK)
-        self.disk.write(temporary, _owner_file(owner))
+        self.disk.write(temporary, json.dumps(owner).encode())
         self.disk.rename(temporary, self.run_dir / OWNER)
         self.disk.sync_folder(self.run_dir)
         return owner
 
     def check_owner(self, owner: str | None) -> None:
         """Raise RunError (or OSError) unless the last `claim` returned `owner`; None may always write."""
-        if owner is not None and self.disk.read(self.run_dir / OWNER, SMALL_FILE) != _owner_file(owner):
+        if owner is not None and self.disk.read(self.run_dir / OWNER, SMALL_FILE) != json.dumps(owner).encode():
             raise RunError(f"another process has taken over {self.run_dir}: this one stops and saves nothing more")
 
     # ---- parts of these ----
@@ -286,10 +286,6 @@ class Store:
 
     def _hidden(self, kind: str, name: str) -> Path:
         return self.folder / f".{kind}-{name}-{uuid.uuid4().hex}"
-
-
-def _owner_file(owner: str) -> bytes:
-    return json.dumps({"owner": owner}).encode()
 
 
 def _hash_of(fields: dict) -> str:
