@@ -293,9 +293,9 @@ def test_target_minutes_ends_in_time_and_the_horizon_is_recorded(train, monkeypa
 
 def test_a_node_with_other_files_than_rank_0_is_named(data_dir, tokenizer, tmp_path):
     class Second(DistContext):
-        def broadcast_object(self, value):
+        def all_gather_objects(self, value):
             of_main.append(value)  # the first time as if it were rank 0's
-            return of_main[0]
+            return [of_main[0], value]
 
     of_main, shards = [], dataset.open_shards(data_dir)
     place = Second(1, 1, torch.device("cpu"), torch.float32, "test")
