@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from nanotrain import checkpoint, config, dataloader, dataset, engine, errors, gpt, hardware, loss, optim, paths, recipe
@@ -137,6 +138,7 @@ class Work:
     function: Callable[[], object] | None  # may return {part: seconds}, which gives a row for each part
     tokens: int = 0  # of a call
     flops: int = 0
+    columns: dict = field(default_factory=dict)  # further ones, {heading: value}
 
 
 def seconds_of(dist: DistContext, function: Callable, calls: int = 1) -> tuple[float, object]:
@@ -202,7 +204,7 @@ def table(prepare: Callable, cases: Sequence[dict]) -> list[dict]:
             seconds = np.array([found[part] for found in parts])
             costs, middle = seconds / max(work.tokens, 1), np.median(seconds)
             reference = costs if reference is None else reference
-            row = {**case, **({"part": part} if part else {})}
+            row = {**case, **work.columns, **({"part": part} if part else {})}
             row["ms"] = rounded(1000 * middle)
             row["spread"] = f"{rounded(1000 * seconds.min()):g}-{rounded(1000 * seconds.max()):g}"
             row["ratio"] = rounded(np.median(costs / reference))
@@ -284,9 +286,21 @@ def training(
 
 
 def precision(dist: DistContext, dtype: str, float32_precision: str) -> Work:
-    """Steps in `dtype`, which `dist` has. float32_precision: medium is bfloat16 through oneDNN, TF32 on CUDA."""
+    """Steps, and the dtypes that their products see. medium: bfloat16 through oneDNN, TF32 on CUDA."""
     torch.set_float32_matmul_precision(float32_precision)
-    return training(dist)
+    seen = set()
+
+    class Watch(TorchDispatchMode):  # below autocast
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.overloadpacket.__name__
+            if name in ("mm", "addmm", "bmm", "baddbmm") or "scaled_dot_product" in name:
+                tensors = [x for x in args if isinstance(x, torch.Tensor)][:3]  # what follows are statistics
+                seen.update(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
+            return function(*args, **(kwargs or {}))
+
+    with Watch():  # eager, because compiled code hides its products
+        training(dist, batch_size=1, compile="off").function()
+    return replace(training(dist), columns={"products see": " ".join(sorted(seen))})
 
 
 def optimizer(dist: DistContext) -> Work:

@@ -12,7 +12,7 @@ from nanotrain.dist import init_distributed
 from scripts import bench
 
 FIRST_COLUMNS = {
-    "precision": ["dtype", "float32_precision"],
+    "precision": ["dtype", "float32_precision", "products see"],
     "attention": ["kernel"],
     "loss": ["chunk", "compile"],
     "accumulation": ["batch_size", "grad_accum_steps"],
@@ -91,6 +91,7 @@ def test_every_table_has_its_columns_and_the_json_is_what_is_printed(monkeypatch
             assert row["MiB"] > 10
     assert {row["grad_accum_steps"] * row["batch_size"] for row in tables["accumulation"]} == {8}
     assert all(row["max_seq_len"] * row["batch_size"] >= 128 for row in tables["length"])
+    assert [row["products see"] for row in tables["precision"]] == ["float32", "float32", "bfloat16"]
     assert [row["part"] for row in tables["optimizer"]] == ["all", "Muon", "AdamW", "RowwiseAdam"]
     step = {row["part"]: row["ms"] for row in tables["step"]}
     assert list(step) == ["step", "profiled step", *bench.PARTS]
