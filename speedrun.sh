@@ -125,8 +125,7 @@ fi
 
 export NANOTRAIN_DIR=${NANOTRAIN_DIR:-~/.cache/nanotrain}
 if ! mkdir -p "$NANOTRAIN_DIR" || ! probe=$(mktemp -d "$NANOTRAIN_DIR/.probe-XXXXXX") || ! rmdir "$probe"; then
-    echo "error: $NANOTRAIN_DIR cannot be written: set NANOTRAIN_DIR to a folder that can" >&2
-    exit 2
+    fail 2 "$NANOTRAIN_DIR cannot be written: set NANOTRAIN_DIR to a folder that can"
 fi
 # OpenMP's threads spin while they wait, which beside another program makes steps many times as long.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
@@ -189,7 +188,7 @@ if [ -z "${DATA_DIR:-}" ]; then
 fi
 
 clock=$SECONDS
-if ! compgen -G "$run_dir/checkpoints/step_*" > /dev/null; then # not a run that goes on
+if ! (cd "$run_dir/checkpoints" 2> /dev/null && compgen -G "step_*" > /dev/null); then # not a run that goes on
     if [ -n "${shards:-}" ]; then # more of them come meanwhile
         "$PYTHON" -m nanotrain.dataset "--dataset=$dataset" "${shards[@]}" > /dev/null 2>&1 &
         download=$!

@@ -1,16 +1,15 @@
 """Ranks: the place of this process in the run, its process group, and collectives on tensors and small objects."""
 
 import contextlib
-import multiprocessing
 import os
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from multiprocessing.pool import ThreadPool
 from typing import Any
 
 import torch
@@ -191,15 +190,16 @@ def _attempt(function):
 
 def _place():
     """[rank, local rank, world size], as torchrun gives them to its processes."""
-    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
         if not os.environ.get("RANK") and os.environ.get(name, "1") not in ("", "0", "1"):
             fix = "let it start one torchrun on each machine (dev/several_machines.md), or give RANK=0 to runs apart"
             raise UserError(f"{name}={os.environ[name]} but no RANK: {fix}")
     given = {name: os.environ.get(name) or default for name, default in defaults.items()}
-    if not all(map(str.isdecimal, given.values())) or int(given["RANK"]) >= int(given["WORLD_SIZE"]):
-        raise UserError(f"{given}: no place among ranks; start the ranks with torchrun, or unset all three")
-    return [int(value) for value in given.values()]
+    place = [int(value) if value.isdecimal() else -1 for value in given.values()]
+    if min(place) < 0 or place[0] >= place[2] or not place[3]:
+        raise UserError(f"{given}: no place among ranks; start the ranks with torchrun, or unset all four")
+    return place[:3]
 
 
 def _join(device, world_size):
@@ -209,6 +209,8 @@ def _join(device, world_size):
     if missing:
         raise UserError(f"WORLD_SIZE={world_size} without {' and '.join(missing)}: start the ranks with torchrun")
     rank, host, port = int(os.environ["RANK"]), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if not (port.isdecimal() and 0 < int(port) < 2**16):
+        raise UserError(f"MASTER_PORT={port}: must be a number from 1 to 65535")
     torchrun_listens = os.environ.get("TORCHELASTIC_USE_AGENT_STORE")  # True, False, or not torchrun at all
     listens = rank == 0 and torchrun_listens != "True"
 
@@ -235,11 +237,24 @@ def _join(device, world_size):
 
 def _within(seconds, fault, function):
     """The result of a call that may block for ever, made in a thread so that signals are handled here meanwhile."""
-    with ThreadPool(1) as pool:
+    outcome = []
+
+    def call():
         try:
-            return pool.apply_async(function).get(seconds)
-        except multiprocessing.TimeoutError:
-            raise RuntimeError(f"{fault} in {seconds:.0f} s") from None
+            outcome.append((function(), None))
+        except BaseException as error:
+            outcome.append((None, error))
+
+    threading.Thread(target=call, daemon=True).start()
+    end = time.monotonic() + seconds
+    while not outcome:  # looked at again and again, for a signal may break the wait for a lock
+        if time.monotonic() > end:
+            raise RuntimeError(f"{fault} in {seconds:.0f} s")
+        time.sleep(0.01)
+    ((result, error),) = outcome
+    if error:
+        raise error
+    return result
 
 
 def _find(host, port, listens, seconds):
@@ -260,7 +275,7 @@ def _name_of_attempt(store, rank, world_size):
     has ended, with addresses where nobody listens any more. Every rank asks for it under a key of its own.
     """
     if rank:
-        key = uuid.uuid4().hex
+        key = f"{uuid.uuid4().hex} of {world_size}"
         store.set(f"nanotrain/rank{rank}", key)
         name = store.get(key).decode()
         store.set(f"{name}/rank{rank}", "here")
@@ -270,7 +285,10 @@ def _name_of_attempt(store, rank, world_size):
     while missing:
         for other in missing:
             if store.check([f"nanotrain/rank{other}"]):
-                store.set(store.get(f"nanotrain/rank{other}").decode(), name)
+                key = store.get(f"nanotrain/rank{other}").decode()
+                if not key.endswith(f" of {world_size}"):
+                    raise RunError(f"rank {other} is one{key[32:]} (its WORLD_SIZE), rank 0 one of {world_size}")
+                store.set(key, name)
         missing = {other for other in missing if not store.check([f"{name}/rank{other}"])}
         if missing and time.monotonic() > end:
             raise RunError(f"rank {', '.join(map(str, sorted(missing)))} did not start within {JOIN_SECONDS:.0f} s")

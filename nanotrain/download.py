@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import requests
 import urllib3
-from requests.exceptions import InvalidSchema, InvalidURL
+from requests.exceptions import InvalidSchema, InvalidURL, SSLError
 from urllib3.exceptions import HTTPError
 
 from nanotrain.errors import DataError, UserError
@@ -30,6 +30,8 @@ TIMEOUT_SECONDS = 5.0, 60.0  # to connect, to read
 MAX_RETRY_AFTER_SECONDS = 120.0
 STALE_SECONDS = 3600.0  # without a change, after which a temporary file belongs to a killed process
 NOT_TRIED = "not tried"
+CERTIFICATES = "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"  # environment variables that requests reads
+PROXIES = "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"  # in the order in which it reads them
 SHA256 = re.compile(r"[0-9a-f]{64}")
 SAFE_URL = re.compile(r"(https://[^/@?#\\]+|http://(127\.0\.0\.1|localhost|\[::1\])(:\d+)?)([/?#].*)?")
 
@@ -38,10 +40,18 @@ class RefusedError(DataError):
     """The host does not give a file, and another attempt would not change that."""
 
 
-def check_url(url: str) -> None:
-    """Raise UserError if `url` is not an https one (or of this machine), or has a user name."""
+def check_url(url: str, source: str = "") -> None:
+    """Raise UserError if `url`, of that `source`, is not an https one (or of this machine), or has a user name."""
     if not SAFE_URL.fullmatch(url):
-        raise UserError("--base-url and HF_ENDPOINT must be https://host/path, without a user name or password")
+        raise UserError(
+            f"--base-url and HF_ENDPOINT must be https://host/path, without a user name or password{source}"
+        )
+
+
+def setting(*names: str) -> str:
+    """The first of these environment variables that is set, with its value but no password, in brackets; else ""."""
+    name = next(filter(os.environ.get, names), None)
+    return f" ({name}={os.environ[name].rpartition('@')[2]})" if name else ""
 
 
 def host_of(url: str) -> str:
@@ -117,13 +127,15 @@ class _Session(requests.Session):
                 lasting = isinstance(error, InvalidSchema | InvalidURL) or "CERTIFICATE_VERIFY_FAILED" in str(error)
                 if lasting or not retry.total:
                     own = isinstance(error, DataError)  # what others say may show a URL
+                    setter = setting(*(CERTIFICATES if isinstance(error, SSLError) else PROXIES))
                     kind = "SOCKS needs pip install pysocks" if "SOCKS support" in str(error) else type(error).__name__
-                    reason = str(error).replace(str(part), "it") if own else f"no whole answer ({kind})"
+                    reason = str(error).replace(str(part), "it") if own else f"no whole answer ({kind}){setter}"
                     raise DataError(f"{name} from {host_of(url)}: {reason}") from None
                 retry = retry.increment()
             except OSError as error:  # such as a full disk; requests says in words that certificates are not there
                 self.stop.set()
-                raise DataError(f"{error.strerror}: {self.folder}" if error.strerror else str(error)) from None
+                said = f"{error.strerror}: {self.folder}" if error.strerror else f"{error}{setting(*CERTIFICATES)}"
+                raise DataError(said) from None
             finally:
                 part.unlink(missing_ok=True)
         raise DataError(NOT_TRIED)

@@ -62,16 +62,23 @@ class Output(io.FileIO):
     """
 
     def __init__(self, descriptor: int):
+        self._descriptor, self._dropping = descriptor, False
+        if os.isatty(descriptor):  # with some room it is ready, but a blocking write would wait until all has room
+            with contextlib.suppress(OSError):
+                descriptor = os.open(f"/dev/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
         super().__init__(descriptor, "w", closefd=False)
-        self._dropping = False
+
+    def fileno(self) -> int:
+        """The number of the stream itself."""
+        return self._descriptor
 
     def write(self, data: bytes) -> int:
         """Write at most PIPE_BUF bytes, which a pipe with any room takes without blocking; returns how many."""
         with contextlib.suppress(OSError):
             if select.select([], [self], [], 0.0 if self._dropping else OUTPUT_SECONDS)[1]:
                 written = super().write(data[: select.PIPE_BUF])
-                self._dropping = False
-                return written
+                self._dropping = written is None
+                return written or len(data)
         self._dropping = True
         return len(data)
 
@@ -133,6 +140,8 @@ def _open_standard_streams(for_its_output):
 
 
 def _interrupt(number, frame):
+    for other in stop_signals():
+        signal.signal(other, signal.SIG_IGN)  # a second one must not end the cleaning up
     raise Terminated
 
 

@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import statistics
@@ -29,7 +30,6 @@ PEAK_FLOPS = {
     "GB200": 2.5e15, "B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
     "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
 }  # fmt: skip
-NO_LIMIT = ("max", "-1")  # of a control group, in version 2 and 1
 
 
 def find_device(name: str = "auto", local_rank: int = 0) -> torch.device:
@@ -105,10 +105,13 @@ def can_compile() -> bool:
 
 def cpu_cores(root: Path = Path("/")) -> int:
     """CPU cores that this process may use: by its affinity, and by the quotas of its control groups, rounded up."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quotas = _control_groups("cpu", ["cpu.max"], root)
-    quotas += _control_groups("cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"], root)
-    return min([cores, *(math.ceil(int(quota) / int(period)) for quota, period in quotas if quota not in NO_LIMIT)])
+    limits = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
+    for group in _control_groups("cpu", root):
+        quota = _number(group / "cpu.max") or _number(group / "cpu.cfs_quota_us")
+        period = _number(group / "cpu.max", 1) or _number(group / "cpu.cfs_period_us")
+        if quota > 0 and period > 0:
+            limits.append(math.ceil(quota / period))
+    return min(limits)
 
 
 def cores_of_a_rank() -> int:
@@ -118,27 +121,36 @@ def cores_of_a_rank() -> int:
 
 def _memory_limits(root):
     """[(bytes that a control group may hold, bytes it holds)], without cached files, whose memory the kernel takes."""
-    limits, version1 = [], ("total_", "memory.limit_in_bytes", "memory.usage_in_bytes")
-    for prefix, *names in (("", "memory.max", "memory.current"), version1):
-        for limit, used, *facts in _control_groups("memory", [*names, "memory.stat"], root):
-            facts = dict(zip(facts[::2], facts[1::2], strict=True))
-            cached = int(facts[f"{prefix}active_file"]) + int(facts[f"{prefix}inactive_file"])
-            limits += [(int(limit), int(used) - cached)] if limit not in NO_LIMIT else []
+    limits = []
+    for group in _control_groups("memory", root):
+        limit = _number(group / "memory.max") or _number(group / "memory.limit_in_bytes")
+        used = _number(group / "memory.current") or _number(group / "memory.usage_in_bytes")
+        with contextlib.suppress(OSError):
+            stat = (group / "memory.stat").read_text(encoding="utf-8", errors="replace")
+            found = re.findall(r"^(total_)?(?:in)?active_file (\d+)$", stat, re.MULTILINE)
+            below = any(total for total, _ in found)  # version 1 counts the groups below under names of their own
+            used -= sum(int(number) for total, number in found if bool(total) == below)
+        if limit:
+            limits.append((limit, used))
     return limits
 
 
-def _control_groups(controller, names, root):
-    """[the words in the files of these names] of each control group of this process that has them, and its parents."""
-    found = []
+def _number(path, place=0):
+    """The number at that place in a file; 0 where it is not one, as in "max", or the file not there."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(path.read_text(encoding="utf-8").split()[place])
+    return 0
+
+
+def _control_groups(controller, root):
+    """Yield the folders of the control groups of this process and their parents, some of which may not be there."""
     with contextlib.suppress(OSError):  # no Linux
-        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-            _, controllers, path = line.split(":", 2)
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8", errors="replace").splitlines()
+        for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") > 1):
             if controller in (controllers or controller).split(","):  # version 2 has one line, which names none
-                mount, group = root / "sys/fs/cgroup" / (controllers and controller), Path(path.lstrip("/"))
-                for part in (group, *group.parents):  # the first of which a container may not see
-                    with contextlib.suppress(OSError):
-                        found.append([word for name in names for word in (mount / part / name).read_text().split()])
-    return found
+                group = Path(path.lstrip("/"))  # which a container may not see, but its parents
+                for mount in {controllers, controllers and controller}:
+                    yield from (root / "sys/fs/cgroup" / mount / part for part in (group, *group.parents))
 
 
 def seconds_since_start() -> float:

@@ -86,8 +86,12 @@ def _compile(dist, model, batch_size):
     """Compile in a first pass. Returns why that failed, or ""."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir  # here: it takes a while, and eager runs do without
 
+    try:
+        cache = cache_dir()
+    except OSError as error:
+        return str(errors.file_error(error))
     python = sysconfig.get_path("include"), sysconfig.get_config_var("LIBDIR")
-    for path in (torch.__path__[0], *python, cache_dir()) if dist.device.type == "cpu" else ():
+    for path in (torch.__path__[0], *python, cache) if dist.device.type == "cpu" else ():
         if re.search(r"[\s'\"\\]", path or ""):
             return f"torch gives the C++ compiler paths without quotes, so none may have a space, unlike {path}"
     for attempt in range(2):  # torch's parallel compilers sometimes read a header that is only half written

@@ -234,6 +234,20 @@ def test_the_embedded_corpus_is_built_once_and_replaced_if_it_is_damaged_or_of_a
 
 
 @pytest.mark.usefixtures("_small_stdlib")
+def test_of_two_that_build_the_embedded_corpus_at_once_the_second_finds_it_built(tmp_path, monkeypatch):
+    documents, folder = corpus.stdlib_documents, tmp_path / "stdlib"
+
+    def build_meanwhile():
+        monkeypatch.setattr(corpus, "stdlib_documents", documents)
+        assert dataset.build_stdlib(folder)
+        return documents()
+
+    monkeypatch.setattr(corpus, "stdlib_documents", build_meanwhile)
+    assert not dataset.build_stdlib(folder)
+    assert dataset.verify(folder) == []
+
+
+@pytest.mark.usefixtures("_small_stdlib")
 def test_the_embedded_corpus_replaces_nothing_that_it_did_not_make(tmp_path):
     dataset.build_stdlib(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")

@@ -58,6 +58,7 @@ def test_a_device_or_dtype_that_cannot_be_is_refused(options, message, monkeypat
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK and MASTER_ADDR and MASTER_PORT"),
         ({"WORLD_SIZE": "two"}, "'two'"),
         ({"RANK": "-1"}, "'-1'"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "'LOCAL_WORLD_SIZE': '0'"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "'RANK': '2'"),
     ],
 )
@@ -163,6 +164,14 @@ def test_ranks_that_cannot_join_say_so_in_time_with_the_place_and_the_reason(joi
     assert "Connection refused" in join_as(1)
     with pytest.raises(RunError, match="rank 1 did not start within 2 s"):
         join(lambda: init_distributed(device="cpu"), 0)
+    monkeypatch.setattr(ranks, "JOIN_SECONDS", 10.0)
+    store = torch.distributed.HashStore()
+    store.set("nanotrain/rank1", f"{'0' * 32} of 3")
+    with pytest.raises(RunError, match=r"rank 1 is one of 3 \(its WORLD_SIZE\), rank 0 one of 2"):
+        ranks._name_of_attempt(store, 0, 2)
+    monkeypatch.setenv("MASTER_PORT", "99999")
+    with pytest.raises(UserError, match="MASTER_PORT=99999"):
+        init_distributed(device="cpu")
     monkeypatch.setattr(ranks, "_name_of_attempt", lambda *arguments: "attempt")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
     assert "GLOO_SOCKET_IFNAME=nosuch0): " in (found := join_as(0))
@@ -179,12 +188,12 @@ def test_ranks_that_cannot_join_say_so_in_time_with_the_place_and_the_reason(joi
 def test_a_signal_ends_a_rank_that_waits_for_the_others(join, monkeypatch):
     monkeypatch.setattr(ranks, "ANSWER_SECONDS", 20.0)
     monkeypatch.setattr(base_train, "DEVICE", "cpu")
-    before = [signal.signal(number, errors._interrupt) for number in (signal.SIGTERM, signal.SIGINT)]
+    before = [signal.signal(number, errors._interrupt) for number in (signal.SIGTERM, signal.SIGHUP)]
     try:
         with pytest.raises(errors.Terminated):
-            join(base_train.main, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            join(base_train.main, 1, lambda: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(3)])
     finally:
-        for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+        for number, handler in zip((signal.SIGTERM, signal.SIGHUP), before, strict=True):
             signal.signal(number, handler)
 
 

@@ -102,11 +102,18 @@ def test_the_limits_of_control_groups_are_those_of_the_machine(tmp_path, monkeyp
     root, device = fake_root(tmp_path, membership, files), torch.device("cpu")
     assert (hardware.cpu_cores(root), hardware.memory_bytes(device, root)) == (2, 2**31)
     assert hardware.free_memory_bytes(device, root) == (2**30 + 2**28 + 2**27) // 2  # cached files count as free
+    for path in root.glob("sys/**/*.stat"):
+        path.write_text("odd\nactive_file")
+    assert hardware.free_memory_bytes(device, root) == 2**30 // 2
+    (root / "proc/self/cgroup").write_bytes(membership.encode() + b"\n\n0::/\xff\n")
     for path in root.glob("sys/**/*.*[xs]"):
         limit = {"memory.max": "max", "cpu.max": "max 100000", "memory.limit_in_bytes": 2**63 - 4096}
         limit["cpu.cfs_quota_us"] = -1
         path.write_text(str(limit.get(path.name, path.read_text())))
     assert (hardware.cpu_cores(root), hardware.memory_bytes(device, root)) == (64, 2**40)
+    for path in root.glob("sys/**/c*.*"):
+        path.write_text("odd")
+    assert hardware.cpu_cores(root) == 64
     assert hardware.free_memory_bytes(device, root) == 2**32
 
 

@@ -54,7 +54,7 @@ def start(tree, command="MINUTES=2 bash speedrun.sh"):
     choices = re.findall(r"^  ([A-Z_]+)  ", (ROOT / "speedrun.sh").read_text(encoding="utf-8"), re.MULTILINE)
     assert {"DATASET", "MINUTES"} <= set(choices)
     environment = {name: value for name, value in os.environ.items() if name not in choices}
-    environment["NANOTRAIN_DIR"] = str(tree.parent / "base")
+    environment["NANOTRAIN_DIR"] = str(tree.parent / "base[a-b]")
     (tree / "calls").write_text("")
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     return subprocess.Popen(["bash", "-c", f"exec env {command}"], cwd=tree, env=environment, **options)
@@ -99,7 +99,7 @@ def test_stopped_in_a_stage_and_called_as_it_says_it_goes_on(tree, stage):
     out, _ = speedrun(tree, command)
     training = dict(called(tree))["scripts.base_train"]
     assert {"--resume", "--run-name=stdlib-2min"} <= set(training)
-    run = tree.parent / "base" / "runs" / "stdlib-2min"
+    run = tree.parent / "base[a-b]" / "runs" / "stdlib-2min"
     assert f"--tokenizer-dir={run}" in training
     if STAGES.index(stage) < STAGES.index("scripts.base_train"):
         assert [module for module, _ in called(tree)] == STAGES
@@ -176,7 +176,7 @@ def test_runs_of_other_data_have_their_own_tokenizer(tree):
     for folder in ("x/mine", "y/theirs"):
         speedrun(tree, f"MINUTES=2 DATA_DIR=/{folder} bash speedrun.sh")
         calls = dict(called(tree))
-        run = tree.parent / "base" / "runs" / f"{Path(folder).name}-2min"
+        run = tree.parent / "base[a-b]" / "runs" / f"{Path(folder).name}-2min"
         for stage in ("scripts.tok_train", "scripts.base_train"):
             assert {f"--tokenizer-dir={run}", f"--data-dir=/{folder}"} <= set(calls[stage])
         (run / "tokenizer.json").touch()
