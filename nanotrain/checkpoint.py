@@ -31,7 +31,7 @@ from nanotrain.dist import DistContext
 from nanotrain.errors import CheckpointError, DataError, NonFiniteError, UserError
 from nanotrain.gpt import CONSTANTS, GPT, GPTConfig
 from nanotrain.metrics import MetricLogger
-from nanotrain.store import MODEL, OPTIMIZER, STATE, Store
+from nanotrain.store import HORIZON, MODEL, OPTIMIZER, STATE, Store
 from nanotrain.tokenizer import BPETokenizer
 from nanotrain.trainer import TrainState, TrainStep
 
@@ -221,6 +221,26 @@ class CheckpointManager:
         """Make this process the one that writes to the run's folder, and put the tokenizer there."""
         self.owner = self.dist.on_rank0(self.store.claim)
         self.dist.on_rank0(lambda: tokenizer.save(self.run_dir))
+
+    def horizon(self, of: str) -> tuple[dict[str, int], Callable[[dict[str, int]], bool]]:
+        """({step: num_steps} that earlier processes chose for a horizon `of` the same; a function that keeps what is
+        chosen now, and returns whether it could be written).
+        """
+
+        def read():
+            with contextlib.suppress(OSError, ValueError, TypeError, LookupError, AttributeError):
+                found = json.loads((self.run_dir / HORIZON).read_bytes())
+                if found["of"] == of:
+                    return {step: int(num_steps) for step, num_steps in found["num_steps"].items()}
+            return {}
+
+        def keep(chosen):
+            with contextlib.suppress(OSError):
+                self.store.put(HORIZON, json.dumps({"of": of, "num_steps": chosen}).encode())
+                return True
+            return False
+
+        return self.dist.on_rank0(read), keep
 
     def begin(self, state: TrainState, record: dict, metrics: MetricLogger, beat: Callable[[float], None]) -> None:
         """Get ready to save: `record` goes into every checkpoint."""

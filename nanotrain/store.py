@@ -1,6 +1,7 @@
 """Sets of files that are whole or absent, whatever happens while they are written: what checkpoints are made of.
 
     <run>/owner.json                          who may write here: the process that claimed the run last
+    <run>/horizon.json                        how a timed run corrected its number of steps: see `TimeBudget.correct`
     <run>/.lock                               locked by the process that trains
     <run>/checkpoints/step_00001000/          the files of a set, and manifest.json with the size and SHA-256 of each
     <run>/checkpoints/.tmp-step_00001000-...  being written, or being removed
@@ -34,7 +35,7 @@ from nanotrain.files import naming
 
 FORMAT = 2  # of what is in the files too: state.json and the names of tensors
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optim-00000-of-00001.safetensors", "state.json"
-MANIFEST, OWNER, LOCK = "manifest.json", "owner.json", ".lock"
+MANIFEST, OWNER, HORIZON, LOCK = "manifest.json", "owner.json", "horizon.json", ".lock"
 SET_NAME = re.compile(r"(?P<old>\.old-)?(?P<name>step_(?P<step>[0-9]{8}))(?(old)-[0-9a-f]{32})")
 CANNOT_SYNC_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF)  # of CIFS, sshfs and DrvFs
 SMALL_FILE = 1 << 20  # bytes; manifest and owner have a few hundred
@@ -202,13 +203,17 @@ class Store:
         RunError while another process trains in it, where the file system has locks.
         """
         owner = uuid.uuid4().hex
-        temporary = self.run_dir / f".{OWNER}.{owner}.part"
         self.disk.make_folder(self.run_dir)
         self.disk.lock(self.run_dir / LOCK)
-        self.disk.write(temporary, json.dumps(owner).encode())
-        self.disk.rename(temporary, self.run_dir / OWNER)
-        self.disk.sync_folder(self.run_dir)
+        self.put(OWNER, json.dumps(owner).encode())
         return owner
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write a file of the run's folder that lasts, and is always the old or the new one as a whole."""
+        temporary = self.run_dir / f".{name}.{uuid.uuid4().hex}.part"
+        self.disk.write(temporary, data)
+        self.disk.rename(temporary, self.run_dir / name)
+        self.disk.sync_folder(self.run_dir)
 
     def check_owner(self, owner: str | None) -> None:
         """Raise RunError (or OSError) unless the last `claim` returned `owner`; None may always write."""

@@ -1,7 +1,6 @@
 """A run of training: its state, its optimizer step, and the number of steps that end in time."""
 
 import math
-import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from nanotrain.gpt import GPT
 from nanotrain.optim import ShardedOptimizer
 from nanotrain.recipe import Horizon, Plan, StepSchedule, progress_at_step
 
-REFIT_PROGRESS = 0.25  # of a timed run, where its number of steps is corrected once
+CORRECTIONS = 20  # of the number of steps of a timed run, evenly over its progress; the last one is left out
 STEP_PER_PASSES = 1.25  # until steps have been timed: seconds of a step, in forward and backward passes
 SLOWER_LATER, LAST_SAVE_SECONDS = 1.1, 1.0  # what a timed run allows for its last evaluations and its last save
 STEP_SECONDS, SLOW_STEP_FACTOR = 120.0, 20.0  # a step may take the longer of this and so many median steps
@@ -29,7 +28,7 @@ class TrainState:
     """What changes during a run. A checkpoint keeps all of it."""
 
     num_steps: int = 0
-    horizon_fixed: bool = False  # False until a timed run has corrected num_steps
+    horizon_fixed: bool = False  # False while a timed run may correct num_steps
     step: int = 0  # finished optimizer steps
     corrected_step: int = 0  # where num_steps was last corrected
     corrected_progress: float = 0.0  # progress there, in [0, 1]
@@ -219,8 +218,9 @@ class TimeBudget:
     evaluations_after: float  # so many evaluations, for which time is left after the run
     pass_seconds: float  # of a step's forward and backward passes, measured before the first step
     dist: DistContext
-    say: Callable[[str], None]
-    step_seconds: deque = field(default_factory=lambda: deque(maxlen=200))
+    chosen: dict[str, int]  # {step: num_steps} of each correction so far, which steps computed again repeat
+    keep: Callable[[dict[str, int]], bool]  # writes it, so that it lasts; False if that failed
+    step_seconds: deque = field(default_factory=lambda: deque(maxlen=1000))
 
     def add(self, result: StepResult, full_batch_tokens: int) -> None:
         """Note the time of a step; of smaller batches only the first counts, in proportion."""
@@ -229,8 +229,13 @@ class TimeBudget:
 
     @property
     def typical_seconds(self) -> float:
-        """Median seconds of the last 200 steps with a full batch; infinite before the first."""
-        return statistics.median(self.step_seconds) if self.step_seconds else math.inf
+        """Mean seconds of a step with a full batch, over the last third of the time; infinite before the first."""
+        seconds, count, limit = 0.0, 0, sum(self.step_seconds) / 3
+        for count, step_seconds in enumerate(reversed(self.step_seconds), 1):  # noqa: B007
+            seconds += step_seconds
+            if seconds >= limit:
+                break
+        return seconds / count if count else math.inf
 
     @property
     def step_limit_seconds(self) -> float:
@@ -249,16 +254,20 @@ class TimeBudget:
         each += state.core_seconds / self.core_every if self.core_every else 0
         return state.step + max(round(left / each), 1)
 
-    def estimate(self, state: TrainState) -> None:
-        """Before the first step of a timed run, once an evaluation has been timed: estimate num_steps."""
-        if not state.horizon_fixed and state.step == state.corrected_step and not self.step_seconds:
-            state.num_steps = self.dist.broadcast_object(self.steps_in_time(state, STEP_PER_PASSES * self.pass_seconds))
-
-    def refit(self, state: TrainState) -> None:
-        """After a quarter of the steps of a timed run: correct num_steps, for good."""
-        begun, planned = state.step - state.corrected_step, state.num_steps - state.corrected_step
-        if not state.horizon_fixed and begun >= REFIT_PROGRESS * planned:
-            progress = state.progress(state.step)
-            state.correct(self.dist.broadcast_object(self.steps_in_time(state, self.typical_seconds)), progress)
-            state.horizon_fixed = True
-            self.say(f"{1000 * self.typical_seconds:.0f} ms a step: {state.num_steps} steps end in time")
+    def correct(self, state: TrainState) -> None:
+        """Correct num_steps of a timed run before its first step and from then on, until little is left. What is chosen
+        is kept before it takes effect: the same steps, computed again after a crash, have the same learning rates.
+        """
+        step, before = str(state.step), state.corrected_progress
+        progress = before if state.step == state.corrected_step else state.progress(state.step)
+        is_due = state.step == state.corrected_step or int(CORRECTIONS * progress) > int(CORRECTIONS * before)
+        if state.horizon_fixed or not is_due:
+            return
+        if step not in self.chosen:
+            seconds = self.typical_seconds if self.step_seconds else STEP_PER_PASSES * self.pass_seconds
+            chosen = {**self.chosen, step: self.dist.broadcast_object(self.steps_in_time(state, seconds))}
+            if not self.dist.on_rank0(lambda: self.keep(chosen)):
+                return
+            self.chosen = chosen
+        state.correct(self.chosen[step], progress)
+        state.horizon_fixed = progress >= 1 - 1 / CORRECTIONS

@@ -154,7 +154,8 @@ def train(cfg: SimpleNamespace, dist: DistContext, stop: guard.StopRequest, watc
     peak = (hardware.peak_flops(dist.device) or 0.0) * dist.world_size / run.plan.flops_per_token
     metrics = dist.on_all_ranks(lambda: MetricLogger(run_dir, state.num_steps, state.step, dist.is_rank0, peak))
     evaluations = (cfg.EVAL_EVERY, cfg.CORE_METRIC_EVERY, cfg.EVALUATIONS_AFTER)
-    budget = TimeBudget(cfg.TARGET_MINUTES, *evaluations, pass_seconds * grad_accum_steps, dist, metrics.event)
+    kept = checkpoints.horizon(f"{cfg.TARGET_MINUTES} minutes in steps of {run.plan.total_batch_size} tokens")
+    budget = TimeBudget(cfg.TARGET_MINUTES, *evaluations, pass_seconds * grad_accum_steps, dist, *kept)
     evals = Evals(cfg, model, data.tokenizer, sequences, bundle, dist, metrics, watchdog.beat)
     checkpoints.begin(state, run.record(), metrics, watchdog.beat)
     with warmup.memory_limit(batch_size, model), metrics, DataLoader(reader, batch_size, dist.device) as loader:
@@ -170,7 +171,8 @@ def train(cfg: SimpleNamespace, dist: DistContext, stop: guard.StopRequest, watc
                 checkpoints.save(state, train_step, batches, is_final)
             if is_final:
                 break
-            budget.estimate(state)
+            if state.step == state.corrected_step:
+                budget.correct(state)
             watchdog.beat(budget.step_limit_seconds)
             schedule = run.recipe.at(state.progress(state.step + 1), grad_accum_steps)
             result = train_step(batches, schedule, stop)
@@ -181,7 +183,7 @@ def train(cfg: SimpleNamespace, dist: DistContext, stop: guard.StopRequest, watc
             metrics.log_step(state, result, deviations, schedule.matrix_lr, budget.seconds_left(state))
             state.raise_if_too_many_skipped(result, run.recipe.matrix_lr)
             guard.check_replicas(dist, train_step.parameters, state.step, guard.CHECK_REPLICAS_EVERY)
-            budget.refit(state)
+            budget.correct(state)
             stopping = result.stop_requested and not state.is_finished
         metrics.finish(state, hardware.peak_memory_bytes(dist.device))
     write_report(cfg, run_dir, state, dist)

@@ -47,7 +47,7 @@ from nanotrain.dist import DistContext
 from nanotrain.errors import CheckpointError, DataError, MemoryLimitError, NonFiniteError, RunError, UserError
 from nanotrain.gpt import GPT
 from nanotrain.run_plan import RunPlan
-from nanotrain.store import Store
+from nanotrain.store import HORIZON, Store
 from nanotrain.tokenizer import BPETokenizer
 from scripts import base_train, tok_train
 
@@ -274,21 +274,49 @@ def test_checkpoints_are_saved_on_time_and_kept_by_rule(train, measured):
     assert checkpoint.load_model(run, best=True)[2]["step"] == 4
 
 
-def test_target_minutes_ends_in_time_and_the_horizon_is_recorded(train, monkeypatch):
+@pytest.fixture
+def clock(monkeypatch):
+    """The seconds of a clock that goes on by 20 ms in what is timed, so that no run depends on the machine."""
     calls, now = itertools.count(1), [0.0]
 
-    def monotonic():  # it goes on by 20 ms in what is timed, so that a run by time does not depend on the machine
+    def monotonic():
         now[0] = 0.02 * (next(calls) // 2)
         return now[0]
 
     for module in (trainer, evals, warmup):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=monotonic, perf_counter=time.perf_counter))
     monkeypatch.setattr(hardware, "seconds_since_start", lambda: now[0])
+    return now
+
+
+TIMED = {"NUM_ITERATIONS": 0, "TARGET_MINUTES": 0.05, "EVAL_EVERY": 0, "SAVE_EVERY": 20}
+
+
+def test_target_minutes_ends_in_time_and_the_horizon_is_recorded(train, clock):
     run = train(NUM_ITERATIONS=0, TARGET_MINUTES=0.05)
-    assert 1.9 < now[0] < 2.1  # a second is kept for the last save, which takes none here
+    assert 1.9 < clock[0] < 2.1  # a second is kept for the last save, which takes none here
     steps, state = len(rows(run)), saved(run)[2]
     assert 50 < steps == state["step"] == state["train_state"]["num_steps"] < 200
     assert state["train_state"]["horizon_fixed"] is True
+
+
+def test_p1_a_timed_run_that_was_killed_repeats_what_it_chose_and_goes_on(train, clock, at_step):
+    """Twice, once before its first checkpoint: it equals a run that began with all of its choices."""
+    for killed in (15, 35):
+        at_step(killed, kill)
+        with pytest.raises(ZeroDivisionError):
+            train("victim", RESUME=True, **TIMED)
+        clock[0] = 0.0
+    at_step()
+    victim = train("victim", RESUME=True, **TIMED)
+    chosen = json.loads((victim / HORIZON).read_text())["num_steps"]
+    assert len(chosen) > 10
+    other = victim.with_name("other")
+    other.mkdir()
+    shutil.copy(victim / HORIZON, other / HORIZON)
+    assert column(train("other", **TIMED), "train/lr") == column(victim, "train/lr")
+    assert equal(saved(other)[0], saved(victim)[0])
+    assert json.loads((other / HORIZON).read_text())["num_steps"] == chosen
 
 
 def test_a_node_with_other_files_than_rank_0_is_named(data_dir, tokenizer, tmp_path):

@@ -85,30 +85,55 @@ def test_a_step_reports_what_its_batches_were_and_lowers_their_loss(step):
 @pytest.fixture
 def budget(monkeypatch):
     monkeypatch.setattr(hardware, "seconds_since_start", lambda: 19.0)
-    return TimeBudget(2.0, 0, 0, 0.0, 1.0, ALONE, [].append)
+    return TimeBudget(2.0, 0, 0, 0.0, 1.0, ALONE, {}, lambda chosen: True)
 
 
-def test_a_timed_run_is_estimated_before_its_first_step_and_corrected_once_after_a_quarter(budget):
-    state = TrainState(num_steps=7)
-    assert budget.typical_seconds == math.inf
+def run_by_minutes(monkeypatch, minutes, slower=1, begin=0.0, end=0.0, chosen=None, stop_at=math.inf, keeps=True):
+    """(state, seconds, {step: num_steps}) of a timed run with steps of 0.2 s, `slower` times it from begin to end."""
+    now, state = [20.0], TrainState(num_steps=7)
+    monkeypatch.setattr(hardware, "seconds_since_start", lambda: now[0])
+    budget = TimeBudget(minutes, 0, 0, 0.0, 0.16, ALONE, chosen or {}, lambda found: keeps)
+    while not state.is_finished and state.step < stop_at:
+        if state.step == state.corrected_step:
+            budget.correct(state)
+        seconds = 0.2 * (slower if begin <= now[0] < end else 1)
+        now[0] += seconds
+        state.advance(replace(RESULT, seconds=seconds))
+        budget.add(replace(RESULT, seconds=seconds), RESULT.tokens)
+        budget.correct(state)
+    return state, now[0] + trainer.LAST_SAVE_SECONDS, budget.chosen
+
+
+@pytest.mark.parametrize("minutes", [1.0, 1.5, 10.0])
+@pytest.mark.parametrize("slower", [1, 2, 3])
+@pytest.mark.parametrize("third", [0, 1, 2])
+def test_a_timed_run_ends_in_time_whenever_another_program_slows_it_down(monkeypatch, minutes, slower, third):
+    length = (60 * minutes - 20) / 3
+    begin = 20 + third * length
+    for seconds in (10, length):
+        _, found, chosen = run_by_minutes(monkeypatch, minutes, slower, begin, begin + seconds)
+        assert found == pytest.approx(60 * minutes, rel=0.05)
+        assert len(chosen) <= trainer.CORRECTIONS
+
+
+def test_steps_computed_again_have_the_learning_rates_that_they_had(monkeypatch):
+    first, _, chosen = run_by_minutes(monkeypatch, 1.0, 3, 30, 40, stop_at=120)
+    again, *_ = run_by_minutes(monkeypatch, 1.0, chosen=chosen, stop_at=120)
+    other, *_ = run_by_minutes(monkeypatch, 1.0, stop_at=120)
+    assert again == first != other
+    assert first.progress(121) > first.progress(120) > first.corrected_progress
+
+
+def test_a_correction_that_cannot_be_kept_is_not_made(monkeypatch):
+    state, *_ = run_by_minutes(monkeypatch, 1.0, keeps=False)
+    assert (state.num_steps, state.horizon_fixed) == (7, False)
+
+
+def test_a_run_that_is_not_timed_keeps_its_steps(budget):
+    state = TrainState(num_steps=7, horizon_fixed=True)
     assert budget.step_limit_seconds == guard.SLOW_SECONDS
-    budget.estimate(state)
-    assert state.num_steps == 80  # 100 s of 1.25 s each
-    for _ in range(20):
-        budget.refit(state)
-        assert not state.horizon_fixed
-        state.advance(RESULT)
-        budget.add(RESULT, 64)
-        budget.estimate(state)
-    budget.refit(state)
-    assert (state.num_steps, state.horizon_fixed) == (220, True)  # 100 s of 0.5 s each, from step 20
-    assert state.progress(21) == pytest.approx((19.5 + 0.75 / 200 * 80 * 0.5 + 0.125) / 80, abs=0.01)
-    budget.refit(replace(state, step=100))
-    assert len(budget.say.__self__) == 1
-
-    not_timed = TrainState(num_steps=7, horizon_fixed=True)
-    budget.refit(not_timed)
-    assert not_timed == TrainState(num_steps=7, horizon_fixed=True)
+    budget.correct(state)
+    assert state == TrainState(num_steps=7, horizon_fixed=True)
 
 
 def test_smaller_batches_count_only_until_there_is_a_full_one(budget):
