@@ -42,13 +42,15 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _ctrl_c_ends_programs():
-    """A shell starts what runs in its background with Ctrl-C ignored, and the programs of the tests would inherit
-    that.
+def _signals_end_programs():
+    """A shell starts what runs in its background with Ctrl-C ignored, nohup what it runs with SIGHUP ignored, and the
+    programs of the tests would inherit that.
     """
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
