@@ -127,8 +127,6 @@ export NANOTRAIN_DIR=${NANOTRAIN_DIR:-~/.cache/nanotrain}
 if ! mkdir -p "$NANOTRAIN_DIR" || ! probe=$(mktemp -d "$NANOTRAIN_DIR/.probe-XXXXXX") || ! rmdir "$probe"; then
     fail 2 "$NANOTRAIN_DIR cannot be written: set NANOTRAIN_DIR to a folder that can"
 fi
-# OpenMP's threads spin while they wait, which beside another program makes steps many times as long.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 
 . dev/environment.sh
 heading environment

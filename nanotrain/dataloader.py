@@ -61,8 +61,10 @@ class TrainData:
 
     def estimated_tokens(self) -> float:
         """About how many tokens the train shards hold, from the length of the first texts."""
-        paths = [shard.path for shard in self.shards.train]
-        texts = list(itertools.islice(read_shards(paths, ESTIMATE_CHARS), 50))
+        groups = (
+            (shard.path, group) for shard in self.shards.train for group, rows in enumerate(shard.group_rows) if rows
+        )
+        texts = [text[:ESTIMATE_CHARS] for text in itertools.islice(filter(None, read_texts(*next(groups))), 50)]
         num_tokens = sum(map(len, self.tokenizer.encode_batch(texts)))
         num_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
         return sum(shard.text_bytes for shard in self.shards.train) / (num_bytes / num_tokens if num_tokens else 1)

@@ -138,7 +138,6 @@ def test_what_the_caller_set_for_another_python_does_not_reach_the_stages(tree):
     python.write_text(PYTHON.replace('echo "$2', 'env > environment\necho "$2'))
     speedrun(tree, " ".join(f"{name}=/nowhere" for name in names) + " bash speedrun.sh")
     environment = (tree / "environment").read_text().splitlines()
-    assert "OMP_WAIT_POLICY=passive" in environment
     assert not [line for line in environment if line.startswith(names)]
 
 
