@@ -40,14 +40,13 @@ T = TypeVar("T")
 Tensors = dict[str, Tensor]  # by name
 
 
-def save(run_dir: Path, step: int, weights: Tensors, moments: Tensors, state: dict, owner: str | None = None) -> Path:
-    """Write the checkpoint of `step`, and return its folder: see `Store.commit`."""
-    files = {
+def pack(weights: Tensors, moments: Tensors, state: dict) -> dict[str, Callable[[], bytes]]:
+    """{file name: function that gives its bytes} of a checkpoint."""
+    return {
         MODEL: lambda: tensor_bytes(_plain(weights)),
         OPTIMIZER: lambda: tensor_bytes(_plain(moments)),
         STATE: lambda: json.dumps(state, indent=1, allow_nan=False).encode(),
     }
-    return Store(run_dir).commit(step, files, owner)
 
 
 def unpack(files: dict[str, bytes]) -> tuple[Tensors, Tensors, dict]:
@@ -296,7 +295,7 @@ class CheckpointManager:
     def _write(self, state, weights, moments, found):
         """Why it could not be written, as on a full disk; empty if it was."""
         try:
-            save(self.run_dir, state.step, weights, moments, found, self.owner)
+            self.store.commit(state.step, pack(weights, moments, found), self.owner)
         except OSError as error:
             return error.strerror or str(error)
         with contextlib.suppress(OSError):  # it is saved; what could not be removed is removed at the next save

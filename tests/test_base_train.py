@@ -7,9 +7,11 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -132,14 +134,14 @@ def measured(monkeypatch):
 @pytest.fixture
 def disk_full_at(monkeypatch):
     """disk_full_at(2, 4): the disk is full when these steps are saved."""
-    save, full = checkpoint.save, set()
+    commit, full = Store.commit, set()
 
-    def saving(run_dir, step, *arguments):
+    def committing(store, step, *arguments):
         if step in full:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return save(run_dir, step, *arguments)
+        return commit(store, step, *arguments)
 
-    monkeypatch.setattr(checkpoint, "save", saving)
+    monkeypatch.setattr(Store, "commit", committing)
     return lambda *steps: (full.clear(), full.update(steps))
 
 
@@ -264,6 +266,19 @@ def test_the_run_folder_is_whole_by_itself(whole, tokenizer):
     _, loaded, meta = checkpoint.load_model(whole)
     assert loaded.to_json() == tokenizer.to_json()
     assert (meta["step"], meta["total_batch_size"]) == (6, 128)
+
+
+def test_a_run_says_once_that_its_file_system_cannot_sync_folders(train, monkeypatch, capsys):
+    sync = os.fsync
+
+    def sync_files_only(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync_files_only)
+    assert Store(train(EVAL_EVERY=0, SAVE_EVERY=2)).steps() == [6, 4]
+    assert capsys.readouterr().out.count("cannot sync folders") == 1
 
 
 def test_checkpoints_are_saved_on_time_and_kept_by_rule(train, measured):

@@ -22,7 +22,7 @@ MOMENTS = {"layer.weight/momentum": torch.full((2, 3), 1 / 3)}
 
 
 def save(run, step, weights=WEIGHTS, moments=MOMENTS, state=None):
-    return checkpoint.save(run, step, weights, moments, state or {"step": step})
+    return Store(run).commit(step, checkpoint.pack(weights, moments, state or {"step": step}))
 
 
 def flipped(data, place):

@@ -184,7 +184,7 @@ def test_p1_the_comparison_notices_one_bit_of_the_weights(whole, tmp_path):
     step, files, _ = Store(run).newest()
     tensors, moments, state = checkpoint.unpack(files)
     tensors["lm_head.weight"].view(torch.int32)[0, 0] ^= 1
-    checkpoint.save(run, step, tensors, moments, state)
+    Store(run).commit(step, checkpoint.pack(tensors, moments, state))
     assert [line.partition(":")[0] for line in soak.differences(whole.run, run)] == [checkpoint.MODEL]
 
 

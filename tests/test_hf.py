@@ -16,6 +16,7 @@ from nanotrain import checkpoint, dataset, errors
 from nanotrain.engine import generate_batch
 from nanotrain.huggingface import export
 from nanotrain.loss import softcap
+from nanotrain.store import Store
 from scripts import export_hf
 
 transformers = pytest.importorskip(
@@ -231,7 +232,7 @@ def run(base_dir, data_dir, tokenizer, monkeypatch, tmp_path):
         "val_bpb": 1.25,
         "environment": {"commit": "abc123", "device_name": "an abacus", "packages": {"torch": "9.9"}},
     }
-    checkpoint.save(run, 4, model.state_dict(), {}, state)
+    Store(run).commit(4, checkpoint.pack(model.state_dict(), {}, state))
     monkeypatch.setattr(export_hf, "RUN_NAME", "tiny")
     monkeypatch.setattr(export_hf, "OUT", str(tmp_path / "out"))
     return run

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models
 
 from nanotrain import checkpoint, config, core_bundle, core_eval, dataset, engine, errors, hardware
 from nanotrain.gpt import GPTConfig
+from nanotrain.store import Store
 from nanotrain.tokenizer import BPETokenizer
 from scripts import base_eval, generate, tok_train
 
@@ -175,7 +176,7 @@ def trained(base_dir, data_dir, tokenizer, monkeypatch):
         "data_dir": str(data_dir),
         "data": dataset.fingerprint(dataset.open_shards(data_dir)),
     }
-    checkpoint.save(run, 4, model.state_dict(), {}, state)
+    Store(run).commit(4, checkpoint.pack(model.state_dict(), {}, state))
     return run, model
 
 
