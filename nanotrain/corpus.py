@@ -103,9 +103,8 @@ def stdlib_sources() -> dict[str, str]:
     root, skipped, texts = Path(sysconfig.get_path("stdlib")), Counter(), {}
     for path in _paths_in(root, skipped):
         name = path.relative_to(root)
-        if (
-            path.suffix == ".py" and not STDLIB_EXCLUDED & {*name.parts} and not path.name.startswith("_sysconfigdata")
-        ):  # of this machine alone
+        of_this_machine = path.name.startswith("_sysconfigdata")
+        if path.suffix == ".py" and not STDLIB_EXCLUDED & {*name.parts} and not of_this_machine:
             texts[name.as_posix()] = path.read_text(encoding="utf-8", errors="replace")
     if not texts or skipped[UNREADABLE]:
         fix = "use another Python, or your own text (--from=PATH)"

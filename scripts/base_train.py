@@ -171,8 +171,7 @@ def train(cfg: SimpleNamespace, dist: DistContext, stop: guard.StopRequest, watc
                 checkpoints.save(state, train_step, batches, is_final)
             if is_final:
                 break
-            if state.step == state.corrected_step:
-                budget.correct(state)
+            budget.correct(state)  # before the first step, or where a resume begins another horizon
             watchdog.beat(budget.step_limit_seconds)
             schedule = run.recipe.at(state.progress(state.step + 1), grad_accum_steps)
             result = train_step(batches, schedule, stop)
