@@ -1,8 +1,8 @@
-"""Making shards: cutting text into documents, and the import of a user's own files in bounded memory.
+"""Building shards: split text into documents, and import a user's own files in bounded memory.
 
-The import reads every file once, in blocks. Each document goes to a bucket on disk, a range of SHA-256; then bucket
-after bucket is sorted by that hash in memory, without exact duplicates, and written out. This shuffles the documents,
-and the same documents give the same shards, whatever the order or the names of the files.
+The import reads each file once, in blocks, and distributes the documents over buckets on disk by their SHA-256. It then
+loads one bucket at a time, drops exact duplicates, sorts by hash and writes the shards. This shuffles the documents;
+the same documents give the same shards whatever the names or order of the files.
 """
 
 import contextlib
@@ -27,33 +27,34 @@ from tqdm import tqdm
 from nanotrain import paths
 from nanotrain.errors import DataError, first_line
 
-MAX_CHARS = 4000  # of a document cut from a longer text
-BLOCK_CHARS = 16 << 20  # of a plain text file, read and cut at a time
+MAX_CHARS = 4000  # maximum length of a document cut from a longer text
+BLOCK_CHARS = 16 << 20  # characters of a plain text file read and cut at a time
 BLANK_LINES = re.compile(r"\n[ \t\n]*\n")
 VALIDATION_SHARE, MAX_VALIDATION_BYTES = 1 / 16, 32 << 20
 STDLIB_SEED, STDLIB_SHARDS = 1337, 4
 STDLIB_EXCLUDED = {
     "test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data",
 }  # fmt: skip
-SEED = b"nanotrain"  # of the import's shuffle
-NOT_ROWS = "not a JSON object a line (jq -c 'arrays[], objects' FILE > FILE.jsonl makes them)"
-NOT_UTF8 = "not UTF-8 text (iconv -f UTF-16 -t UTF-8 FILE, or from another encoding)"
-UNREADABLE = "folder that cannot be read"
+SEED = b"nanotrain"  # seed of the import's shuffle
+NOT_ROWS = "not one JSON object per line (convert: jq -c 'arrays[], objects' FILE > FILE.jsonl)"
+NOT_UTF8 = "not UTF-8 (convert: iconv -f UTF-16 -t UTF-8 FILE, or from another encoding)"
+UNREADABLE = "unreadable folder"
 PLAIN_SUFFIXES = {
     ".txt", ".md", ".rst", ".tex", ".org", ".html", ".xml", ".csv", ".py", ".js", ".ts", ".c", ".h", ".cc", ".cpp",
     ".hpp", ".java", ".go", ".rs", ".rb", ".php", ".sh", ".sql", ".lua", ".pl", ".r", ".jl", ".scala", ".kt", ".swift",
 }  # fmt: skip
-LONE_SURROGATES = re.compile("[\ud800-\udfff]")  # which UTF-8 cannot hold
-MAX_LINE_BYTES = 128 << 20  # of a row of .jsonl; a longer one, as a whole data set in one array, is not JSON in parts
-NUM_BUCKETS = 128  # one of them is in memory at a time
-SHARD_BYTES = 200 << 20  # of text, about 100 MB as parquet
-GROUP_BYTES = 4 << 20  # of text in a row group, at most
-MIN_TRAIN_SHARDS, MIN_GROUPS = 4, 100  # spreads a small corpus, so that many streams find something to read
+LONE_SURROGATES = re.compile("[\ud800-\udfff]")  # not encodable in UTF-8
+MAX_LINE_BYTES = 128 << 20  # longest .jsonl line; a longer one (a whole data set in one array) is not imported
+NUM_BUCKETS = 128  # only one is held in memory at a time
+SHARD_BYTES = 200 << 20  # text per shard, about 100 MB as parquet
+GROUP_BYTES = 4 << 20  # maximum text per row group
+MIN_TRAIN_SHARDS, MIN_GROUPS = 4, 100  # spread a small corpus so that many streams have data
 
 
 def cut(text: str, max_chars: int = MAX_CHARS) -> Iterator[str]:
-    """Yield a text as documents of at most `max_chars`, cut at blank lines where possible, else at line ends, else
-    anywhere. Each is as long as what follows allows; nothing but blank lines is lost.
+    """Split text into documents of at most `max_chars`: at blank lines if possible, else at line ends, else anywhere.
+
+    Documents are as long as the limit allows. Only blank lines are lost.
     """
     document = ""
     for part in itertools.chain.from_iterable(_cut_lines(part, max_chars) for part in BLANK_LINES.split(text)):
@@ -80,9 +81,9 @@ def _cut_lines(paragraph, max_chars):
 
 
 def stdlib_documents() -> tuple[list[str], list[str]]:
-    """(train documents, validation documents) of the embedded corpus, shuffled; no source file is on both sides.
+    """(train documents, validation documents) of the embedded corpus, shuffled and split by source file.
 
-    Exact duplicates are dropped; a text that both sides have stays in train.
+    Exact duplicates are dropped; a document that occurs on both sides stays in train.
     """
     sources = stdlib_sources()
     validation, chars, goal = set(), 0, VALIDATION_SHARE * sum(map(len, sources.values()))
@@ -90,7 +91,7 @@ def stdlib_documents() -> tuple[list[str], list[str]]:
         if chars < goal:
             validation.add(name)
             chars += len(sources[name])
-    sides = {}  # whether it is for validation, of each document
+    sides = {}  # {document: whether it is for validation}
     for name in sorted(sources, key=lambda name: name in validation):
         for document in cut(sources[name]):
             sides.setdefault(document, name in validation)
@@ -99,23 +100,23 @@ def stdlib_documents() -> tuple[list[str], list[str]]:
 
 
 def stdlib_sources() -> dict[str, str]:
-    """{name: text}: each source file of the standard library without its tests, and each help topic of pydoc."""
+    """{name: text} of the standard library's source files, except its tests, and of pydoc's help topics."""
     root, skipped, texts = Path(sysconfig.get_path("stdlib")), Counter(), {}
     for path in _paths_in(root, skipped):
         name = path.relative_to(root)
-        of_this_machine = path.name.startswith("_sysconfigdata")
-        if path.suffix == ".py" and not STDLIB_EXCLUDED & {*name.parts} and not of_this_machine:
+        machine_specific = path.name.startswith("_sysconfigdata")
+        if path.suffix == ".py" and not STDLIB_EXCLUDED & {*name.parts} and not machine_specific:
             texts[name.as_posix()] = path.read_text(encoding="utf-8", errors="replace")
     if not texts or skipped[UNREADABLE]:
-        fix = "use another Python, or your own text (--from=PATH)"
-        raise DataError(f"not all standard library sources can be read in {root}: {fix}")
-    from pydoc_data import topics  # a large module, needed only here
+        fix = "use another Python installation or your own text (--from=PATH)"
+        raise DataError(f"standard library sources are missing or unreadable in {root}: {fix}")
+    from pydoc_data import topics  # a large module, imported only when needed
 
     return texts | {f"topics/{name}": text for name, text in topics.topics.items()}
 
 
 def _order(kind, text):
-    """A key that shuffles: the same on every machine and in every version."""
+    """Shuffle key, the same on every machine and Python version."""
     return hashlib.sha256(f"{STDLIB_SEED} {kind} {text}".encode("utf-8", "replace")).digest()
 
 
@@ -123,11 +124,11 @@ def _order(kind, text):
 
 
 def import_text(source: str | Path, folder: Path, text_column: str = "text") -> tuple[str, int, Counter[str]]:
-    """Make shuffled shards of the text in `source` (a file or a folder of them) in `folder`, which must exist.
+    """Write the text in `source` (a file or a folder) as shuffled shards to the existing `folder`.
 
-    Returns (name of the validation shard, documents written, number of documents or files left out by reason). Plain
-    text is cut into documents; rows of .jsonl (.gz, .zst) and .parquet files are documents as they are. Raises
-    DataError if there are fewer than two documents or a file is broken.
+    Returns (name of the validation shard, documents written, number of skipped documents or files by reason). Plain
+    text is cut into documents; each row of a .jsonl (.gz, .zst) or .parquet file is one document. Raises DataError if
+    there are fewer than two documents or a file is corrupt.
     """
     source, skipped = paths.absolute(source), Counter()
     files = _files(source, skipped)
@@ -142,14 +143,14 @@ def import_text(source: str | Path, folder: Path, text_column: str = "text") -> 
         skipped += Counter(duplicate=found - documents)
         if documents < 2:
             reasons = "; ".join(f"{count:,} {reason}" for reason, count in skipped.most_common())
-            there = f"{documents} in {len(files)} files of text, left out: {reasons or 'nothing'}"
-            raise DataError(f"--from={source}: at least 2 documents are needed, found {there}")
+            summary = f"{documents} in {len(files)} text files (skipped: {reasons or 'nothing'})"
+            raise DataError(f"--from={source}: at least 2 documents are needed, found {summary}")
         shuffled = (text for bucket in buckets for text in sorted(set(_read_bucket(bucket)), key=_key))
         return _write_shards(folder, shuffled, documents, text_bytes), documents, skipped
 
 
 def _files(source, skipped):
-    """The files to read, in order of name."""
+    """The files to read, sorted by name."""
     if not source.exists():
         raise DataError(f"--from={source}: no such file or folder")
     files = []
@@ -157,29 +158,29 @@ def _files(source, skipped):
         if path.suffix.lower() == ".json":
             skipped[NOT_ROWS] += 1
         elif _reader(path) is None or any(part.startswith(".") for part in path.relative_to(source).parts):
-            skipped["file hidden or of an unknown kind (a text file is read if it ends in .txt)"] += 1
+            skipped["hidden file or unknown file type (rename plain text to .txt)"] += 1
         else:
             files.append(path)
     return sorted(files)
 
 
 def _paths_in(source, skipped):
-    """Yield the files in a folder and those below it, and count what is neither."""
+    """Yield the files in a folder and its subfolders; count everything else in `skipped`."""
 
     def count(error):
         skipped[UNREADABLE] += 1
 
     for folder, folders, names in os.walk(source, onerror=count):
-        skipped["link to a folder"] += sum(Path(folder, name).is_symlink() for name in folders)
+        skipped["symbolic link to a folder"] += sum(Path(folder, name).is_symlink() for name in folders)
         for path in (Path(folder, name) for name in names):
             if path.is_file():
                 yield path
             else:
-                skipped["socket, pipe, device or link to nothing"] += 1
+                skipped["socket, pipe, device or broken link"] += 1
 
 
 def _reader(path):
-    """The function that yields the documents of a file; None for one that is not text."""
+    """The reader for this file type, or None if it is not text."""
     if path.name.lower().endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
         return _json_documents
     if path.suffix.lower() == ".parquet":
@@ -188,7 +189,7 @@ def _reader(path):
 
 
 def _documents(path, text_column, skipped):
-    """Yield the UTF-8 of the documents of a file; lone surrogates become U+FFFD."""
+    """Yield a file's documents as UTF-8 bytes; lone surrogates become U+FFFD."""
     left_out, text = skipped.total(), None
     try:
         for text in _reader(path)(path, text_column, skipped):
@@ -223,7 +224,7 @@ def _json_documents(path, text_column, skipped):
             except (ValueError, RecursionError, TypeError):
                 skipped[NOT_ROWS] += 1
             except KeyError:
-                skipped[f"no {text_column!r} in the row (--text-column=NAME chooses another field)"] += 1
+                skipped[f"no field {text_column!r} in the row (--text-column=NAME selects another)"] += 1
             else:
                 yield text
 
@@ -233,22 +234,22 @@ def _parquet_documents(path, text_column, skipped):
         names = file.schema_arrow.names
         if names.count(text_column) != 1:
             number = "several columns" if text_column in names else "no column"
-            fix = "(--text-column=NAME chooses one)"
-            raise DataError(f"{path} has {number} {text_column!r}, only: {', '.join(names)} {fix}")
+            fix = f"choose one with --text-column=NAME (columns: {', '.join(names)})"
+            raise DataError(f"{path} has {number} {text_column!r}: {fix}")
         for batch in file.iter_batches(256, columns=[text_column]):
             yield from batch.column(0).to_pylist()
 
 
-# ---- buckets: files of (length, UTF-8) ----
+# ---- buckets: files of (length, UTF-8 bytes) ----
 
 
 def _key(data):
-    """The sort key of a document."""
+    """Sort key of a document."""
     return hashlib.sha256(SEED + data).digest()
 
 
 def _spread(texts, folder):
-    """Write each text to the bucket of its key, a file in `folder`, in order of name; returns the number of texts."""
+    """Write each text to its bucket, a file in `folder`; return the number of texts. Bucket names sort like keys."""
     count = 0
     with contextlib.ExitStack() as stack:
         buckets = [stack.enter_context(open(folder / f"{number:03d}", "wb")) for number in range(NUM_BUCKETS)]
@@ -265,7 +266,7 @@ def _read_bucket(path):
 
 
 def _write_shards(folder, texts, documents, text_bytes):
-    """Write the texts as shards; returns the name of the last one, which is for validation and never empty."""
+    """Write the texts as shards; return the name of the last one, which is for validation and never empty."""
     schema = pa.schema([("text", pa.string())])
     row_groups = _row_groups(texts, documents, text_bytes)
     for shard, groups in itertools.groupby(row_groups, operator.itemgetter(0)):
@@ -277,14 +278,14 @@ def _write_shards(folder, texts, documents, text_bytes):
 
 
 def _row_groups(texts, documents, text_bytes):
-    """Yield (number of the shard, texts of a row group)."""
+    """Yield (shard number, list of texts) for each row group."""
     train_bytes = text_bytes - min(text_bytes * VALIDATION_SHARE, MAX_VALIDATION_BYTES)
     num_train = max(math.ceil(train_bytes / SHARD_BYTES), MIN_TRAIN_SHARDS)
     group_bytes = min(max(train_bytes / MIN_GROUPS, 1), GROUP_BYTES)
     shard = written = held = 0
     group = []
     for number, data in enumerate(texts):
-        # by the running sum, so that what shards have too much does not add up at the cost of the last one
+        # compare running sums: otherwise the excess of each shard adds up and starves the last one
         full = written * num_train >= train_bytes * (shard + 1) or number == documents - 1
         starts_shard = number > 0 and full and shard < num_train
         if starts_shard or held >= group_bytes:

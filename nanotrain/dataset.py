@@ -1,12 +1,12 @@
-"""Parquet shards of text: what a folder of them holds, reading them by row group, and the commands that prepare one.
+"""Data sets as parquet shards: prepare them, check them, and read them by row group.
 
     python -m nanotrain.dataset --dataset=stdlib              build the embedded corpus from this Python installation
     python -m nanotrain.dataset -n 8 --dataset=fineweb-edu    download 8 train shards and the validation shard
-    python -m nanotrain.dataset --from=PATH --name=mine       make shards of your own .txt, .md, .jsonl, .parquet files
-    python -m nanotrain.dataset --verify                      hash what is on disk again and compare with the manifests
+    python -m nanotrain.dataset --from=PATH --name=mine       build shards of your own .txt, .md, .jsonl, .parquet
+    python -m nanotrain.dataset --verify                      hash the shards on disk and compare with the manifests
 
-A data folder holds `shard_<digits>.parquet` files with a string column `text`. One of them is validation: the one that
-`manifest.json` names, or else the last by name. Files of any other name are ignored.
+A data folder holds `shard_<digits>.parquet` files with a string column `text`. The validation shard is the one named in
+`manifest.json`, or without a manifest the last by name. Files with other names are ignored.
 """
 
 import contextlib
@@ -29,33 +29,33 @@ from nanotrain import config, corpus, download, errors, paths, recipe
 from nanotrain.errors import DataError, UserError, first_line
 from nanotrain.files import file_sha256, new_folder, write_json
 
-# --- which data
+# --- source
 DATASET = ""  # stdlib, fineweb-edu or climbmix
-FROM = ""  # a file or folder of your own text to make shards of
+FROM = ""  # file or folder of your own text to build shards from
 BASE_URL = ""  # another host of shards, as in https://host/path
-NAME = ""  # of the data set, for --from, --base-url and --verify: its folder under NANOTRAIN_DIR/data
-# --- how much of it, and how it is read
-TRAIN_SHARDS = 0  # how many train shards to download; 0: all (with --base-url)
-FOR_DEPTH = 0  # instead of TRAIN_SHARDS: as many as a model of this depth trains on by default
-NUM_SHARDS = 0  # with --base-url: how many shards the host has, the last of them for validation
-TEXT_COLUMN = "text"  # with --from: the field of .jsonl rows or the column of .parquet files
-VERIFY = False  # hash the shards again and compare with the manifest
+NAME = ""  # data set name, its folder under NANOTRAIN_DIR/data (for --from, --base-url and --verify)
+# --- amount and format
+TRAIN_SHARDS = 0  # number of train shards to download; 0: all (with --base-url)
+FOR_DEPTH = 0  # instead of TRAIN_SHARDS: model depth, for as many shards as it trains on by default
+NUM_SHARDS = 0  # number of shards on the host, the last of them for validation (with --base-url)
+TEXT_COLUMN = "text"  # text field of .jsonl rows or column of .parquet files (with --from)
+VERIFY = False  # check of the shards' hashes against the manifest
 # -----------
 
 MANIFEST = "manifest.json"
-STDLIB = "stdlib of Python"  # with its version: what the manifest of the embedded corpus calls it
+STDLIB = "stdlib of Python"  # data set name in the embedded corpus's manifest, followed by the Python version
 SHARD_NAME = re.compile(r"shard_[0-9]{1,12}\.parquet")
-SHARD_TEXT_BYTES, BYTES_PER_TOKEN = 250e6, 4.8  # about, of a hosted shard and of its text
-READ_BYTES = 1 << 20  # of a row group, decoded at a time
+SHARD_TEXT_BYTES, BYTES_PER_TOKEN = 250e6, 4.8  # approximate values for a hosted shard
+READ_BYTES = 1 << 20  # amount of a row group decoded at a time
 
 
 @dataclass(frozen=True)
 class Source:
-    """A hosted data set: shards 0 .. num_shards - 1, the last of which is validation."""
+    """A hosted data set of shards 0 to num_shards - 1; the last one is for validation."""
 
     url: str
     num_shards: int
-    shard_megabytes: int  # about; 0: not known
+    shard_megabytes: int  # approximate; 0: unknown
     licence: str
 
 
@@ -70,7 +70,7 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Shard:
-    """One parquet file, with the number of rows in each of its row groups and about how many bytes of text it holds."""
+    """One parquet file: its size, the rows in each row group, and its approximate bytes of text."""
 
     name: str
     path: Path
@@ -82,7 +82,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Shards:
-    """A folder of shards: the train shards in order of name, and the validation shard, which is never one of them."""
+    """A folder of shards: the train shards sorted by name, and the validation shard, which is not among them."""
 
     folder: Path
     train: tuple[Shard, ...]
@@ -90,29 +90,29 @@ class Shards:
 
 
 def open_shards(folder: str | Path) -> Shards:
-    """The Shards of a data folder. Raises DataError that says which shard is missing, broken or not the manifest's."""
+    """Open a data folder. Raises DataError if a shard is missing, corrupt or differs in size from the manifest."""
     folder, names = Path(folder), _shard_names(folder)
     if not names:
-        fix = "python -m nanotrain.dataset --dataset=stdlib builds one"
-        raise DataError(f"no data folder {folder}, or no shard_<digits>.parquet in it: {fix}")
+        fix = "build a data set with python -m nanotrain.dataset --dataset=stdlib"
+        raise DataError(f"no shard_<digits>.parquet in {folder}: {fix}")
     manifest = read_manifest(folder)
     validation, entries = manifest["validation"], manifest["shards"]
     missing = sorted({validation, *entries} - set(names))
     if missing:
-        raise DataError(f"{folder}: {', '.join(missing[:5])} of its manifest is missing; prepare this data set again")
+        raise DataError(f"{folder}: {', '.join(missing[:5])} missing (see {MANIFEST}): prepare this data set again")
     shards = {name: open_shard(folder / name) for name in names}
     for name, entry in entries.items():
         size = shards[name].num_bytes
         if size != entry["bytes"]:
-            raise DataError(f"{folder / name} has {size} bytes, its manifest says {entry['bytes']}: get it again")
+            raise DataError(f"{folder / name} has {size} bytes, the manifest says {entry['bytes']}: get it again")
     last = shards.pop(validation)
     if not any(sum(shard.group_rows) for shard in shards.values()):
-        raise DataError(f"{folder} holds no train shard with rows beside {validation}, the validation shard: add one")
+        raise DataError(f"{folder} has no train shard with rows beside the validation shard {validation}: add one")
     return Shards(folder, tuple(shards.values()), last)
 
 
 def open_shard(path: Path) -> Shard:
-    """The Shard at `path`, its footer and schema checked. Raises DataError that says what is wrong with it."""
+    """Read and check a shard's footer and schema. Raises DataError if the file is not a shard."""
     try:
         with pq.ParquetFile(path) as file:
             details = file.metadata
@@ -124,7 +124,7 @@ def open_shard(path: Path) -> Shard:
         raise DataError(f"{path} is not a readable parquet file ({first_line(error)}): get it again") from None
     if kinds.count(("text", "STRING")) != 1:
         found = ", ".join(f"{name} ({kind.lower()})" for name, kind in kinds)
-        raise DataError(f"{path} needs one column 'text' of strings and has: {found or 'none'}")
+        raise DataError(f"{path} must have exactly one string column 'text'; its columns: {found or 'none'}")
     place = kinds.index(("text", "STRING"))
     text_bytes = sum(group.column(place).total_uncompressed_size for group in groups)
     group_rows = tuple(group.num_rows for group in groups)
@@ -134,14 +134,15 @@ def open_shard(path: Path) -> Shard:
 def read_texts(
     path: Path, group: int, start: int = 0, stop: int | None = None, modified_ns: int | None = None
 ) -> Iterator[str | None]:
-    """Yield the texts of rows `start` to `stop` of a row group, None for nulls; about READ_BYTES are held at a time.
-    Raises DataError that names the place, also if the file was changed at another time than `modified_ns`.
+    """Yield the texts of rows `start` to `stop` of a row group, None for nulls, decoding about READ_BYTES at a time.
+
+    Raises DataError if the rows cannot be read or the file's modification time is not `modified_ns`.
     """
     where, at = f"{path}, row group {group}", 0
     try:
         if modified_ns not in (None, path.stat().st_mtime_ns):
             raise DataError(f"{where}, cannot be read: the file has changed since it was opened")
-        with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:  # which reads no whole column chunk
+        with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:  # else whole columns are read
             details = file.metadata.row_group(group)
             rows = max(READ_BYTES * details.num_rows // max(details.total_byte_size, 1), 1)
             for batch in file.iter_batches(min(rows, 4096), [group], ["text"], use_threads=False):
@@ -149,21 +150,21 @@ def read_texts(
                     break
                 yield from batch.column("text")[max(start - at, 0) : None if stop is None else stop - at].to_pylist()
                 at += len(batch)
-    except (pa.ArrowException, OSError, LookupError, UnicodeDecodeError) as error:  # LookupError: another file is there
+    except (pa.ArrowException, OSError, LookupError, UnicodeDecodeError) as error:  # LookupError: file replaced
         raise DataError(f"{where}, cannot be read ({first_line(error)}): delete the file and get it again") from None
 
 
 def read_shards(paths: Iterable[Path], most_chars: int | None = None) -> Iterator[str]:
-    """Yield the texts of shards in order, each cut to `most_chars`; nulls and empty texts left out."""
+    """Yield the texts of shards in order, each cut to `most_chars`; nulls and empty texts are skipped."""
     for path in paths:
         for group in range(len(open_shard(path).group_rows)):
             yield from (text[:most_chars] for text in read_texts(path, group) if text)
 
 
 def fingerprint(shards: Shards) -> dict:
-    """{name: {bytes, sha256}} of every shard and which is validation: what a checkpoint remembers of its data.
+    """{validation: name, files: {name: {bytes, sha256}}}, by which a checkpoint identifies its data.
 
-    Files that the manifest does not know are hashed. Raises DataError if a train shard equals the validation shard.
+    Files without a manifest entry are hashed. Raises DataError if a train shard equals the validation shard.
     """
     entries, files = read_manifest(shards.folder)["shards"], {}
     for shard in tqdm((*shards.train, shards.validation), "hashing shards", leave=False, disable=None):
@@ -176,7 +177,7 @@ def fingerprint(shards: Shards) -> dict:
 
 
 def hash_of(value: dict | list) -> str:
-    """The SHA-256, in hex, of a JSON-like value, such as a `fingerprint`."""
+    """Hex SHA-256 of a JSON-like value, such as a `fingerprint`."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -184,8 +185,8 @@ def hash_of(value: dict | list) -> str:
 
 
 def read_manifest(folder: Path) -> dict:
-    """{dataset, validation, shards: {name: {bytes, sha256}}} of a data folder. Without a manifest, validation is the
-    last shard by name. Raises DataError if the manifest is broken or another program's.
+    """{dataset, validation, shards: {name: {bytes, sha256}}} of a data folder. Without a manifest, `shards` is empty
+    and validation is the last shard by name. Raises DataError if the manifest is not valid.
     """
     path, shards = folder / MANIFEST, {}
     if not path.is_file():
@@ -196,11 +197,11 @@ def read_manifest(folder: Path) -> dict:
             shards[entry["name"]] = {"bytes": entry["bytes"], "sha256": str(entry["sha256"])}
         if all(map(SHARD_NAME.fullmatch, [manifest["validation"], *shards])):
             return {"dataset": str(manifest.get("dataset")), "validation": manifest["validation"], "shards": shards}
-    raise DataError(f"{path} is broken or another program's: rename it, and the last shard by name is validation")
+    raise DataError(f"{path} is not a valid manifest: rename it, and the last shard by name is used for validation")
 
 
 def write_manifest(folder: Path, dataset: str, validation: str, hashes: Mapping[str, str] | None = None) -> None:
-    """Write the manifest of the shards in `folder`. hashes: {name: SHA-256} of those that need not be hashed again."""
+    """Write the manifest of the shards in `folder`. hashes: known {name: SHA-256}, which are not computed again."""
     shards, hashes = [], hashes or {}
     for name in _shard_names(folder):
         shard, digest = open_shard(folder / name), hashes.get(name) or file_sha256(folder / name)
@@ -209,18 +210,18 @@ def write_manifest(folder: Path, dataset: str, validation: str, hashes: Mapping[
 
 
 def verify(folder: Path) -> list[str]:
-    """[what is wrong] of every shard of `folder` that is not as the manifest says, each with its name."""
-    manifest, there, bad = read_manifest(folder), _shard_names(folder), []
+    """Compare the shards in `folder` with the manifest; return one message per difference."""
+    manifest, present, bad = read_manifest(folder), _shard_names(folder), []
     shards = manifest["shards"]
     if not shards:
         raise DataError(f"{folder} has no {MANIFEST} to compare with")
-    for name in tqdm(sorted({manifest["validation"], *shards, *there}), "verifying", leave=False, disable=None):
-        if name not in there:
+    for name in tqdm(sorted({manifest["validation"], *shards, *present}), "verifying", leave=False, disable=None):
+        if name not in present:
             bad.append(f"{name} is missing")
         elif name not in shards:
             bad.append(f"{name} is not in the manifest")
         elif file_sha256(folder / name) != shards[name]["sha256"]:
-            bad.append(f"{name} has another SHA-256")
+            bad.append(f"{name} does not match its SHA-256")
     return bad
 
 
@@ -232,9 +233,9 @@ def _shard_names(folder):
 
 
 def build_stdlib(folder: Path) -> bool:
-    """Write the embedded corpus to `folder`: the sources of this Python's standard library and the help of pydoc.
+    """Write the embedded corpus to `folder`: the sources of this Python's standard library and pydoc's help topics.
 
-    Returns False if it is there already; that of another Python, or a damaged one, is replaced.
+    Returns False if an intact one exists; a damaged one, or one of another Python version, is replaced.
     """
     title, held = f"{STDLIB} {platform.python_version()}", read_manifest(folder)
     if held["dataset"] == title and not verify(folder):
@@ -253,7 +254,7 @@ def build_stdlib(folder: Path) -> bool:
     except UserError:
         if read_manifest(folder)["dataset"] != title or verify(folder):
             raise
-        return False  # another process has built it meanwhile
+        return False  # another process has built it in the meantime
     return True
 
 
@@ -264,13 +265,13 @@ def write_shard(path: Path, texts: Sequence[str], rows_per_group: int = 16) -> N
 
 
 def fetch(name: str, source: Source, train_shards: int, folder: Path) -> None:
-    """Fetch the first `train_shards` train shards and the validation shard of a hosted data set into `folder`.
+    """Download the first `train_shards` train shards and the validation shard of a hosted data set into `folder`.
 
-    Good files that are there stay, bad ones are fetched again. Raises DataError that lists what could not be had.
+    Intact files are kept and damaged ones downloaded again. Raises DataError that lists the missing shards.
     """
     most = source.num_shards - 1
     if not 1 <= train_shards <= most:
-        raise UserError(f"-n {train_shards}: {name} has 1 to {most} train shards, as in -n {min(most, 8)}")
+        raise UserError(f"-n {train_shards}: choose 1 to {most} train shards of {name}, as in -n {min(most, 8)}")
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     base = source.url if "://" in source.url else f"{endpoint}/{source.url}"
     hub = "" if "://" in source.url else download.setting("HF_ENDPOINT")
@@ -279,8 +280,8 @@ def fetch(name: str, source: Source, train_shards: int, folder: Path) -> None:
     shards = [f"shard_{number:05d}.parquet" for number in (most, *range(train_shards))]
     validation, held = shards[0], read_manifest(folder)
     if held["validation"] and (held["dataset"], held["validation"]) != (name, validation):
-        what = f"{held['dataset'] or 'of others'}, validated on {held['validation']}, which would become a train shard"
-        raise UserError(f"{folder} holds other data ({what}): choose another --name, or move it away")
+        what = f"{held['dataset'] or 'unknown'}, with validation shard {held['validation']}"
+        raise UserError(f"{folder} holds another data set ({what}): choose another --name or move the folder away")
     earlier = [shard for shard in held["shards"] if (folder / shard).is_file()]
     good, bad = {}, []
     for shard in tqdm(dict.fromkeys([*shards, *earlier]), "checking", leave=False, disable=None):
@@ -294,15 +295,15 @@ def fetch(name: str, source: Source, train_shards: int, folder: Path) -> None:
             path.unlink(missing_ok=True)
             bad.append(shard)
     size, count = len(bad) * source.shard_megabytes * 1_000_000, len(good) + len(bad)
-    print(f"{name} (licence: {source.licence}): {len(bad)} of {count} shards to fetch from {download.host_of(base)}")
-    print(f"into {folder}" + (f", about {size / 1e9:.2f} GB" if size else ""), flush=True)
+    print(f"{name} (licence: {source.licence}): {len(bad)} of {count} shards to download from {download.host_of(base)}")
+    print(f"to {folder}" + (f", about {size / 1e9:.2f} GB" if size else ""), flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder.parent).free
     if size > free:
-        raise DataError(f"the disk is full: {size / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free in {folder}")
-    write_manifest(folder, name, validation, good)  # after a kill, the folder is known as ours
+        raise DataError(f"not enough disk space: {size / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free in {folder}")
+    write_manifest(folder, name, validation, good)  # identifies the folder after a kill
     with tqdm(None, "download", size or None, unit="B", unit_scale=True, disable=not bad, mininterval=2) as bar:
-        for some in (bad[:1], bad[1:]):  # the first one shows whether the host can be reached
+        for some in (bad[:1], bad[1:]):  # one first, to see whether the host is reachable
             urls = {shard: f"{base}/{shard}" for shard in some}
             fetched, failed = download.fetch_all(urls, folder, open_shard, bar.update, token)
             good |= fetched
@@ -312,7 +313,7 @@ def fetch(name: str, source: Source, train_shards: int, folder: Path) -> None:
     if failed:
         listed, reasons = ", ".join(sorted(failed)[:20]), "; ".join(sorted(set(failed.values()))[:3]) + hub
         missing = f"{count - len(good)} of {count} shards are missing ({listed}): {reasons}"
-        raise DataError(f"{missing}. Run this again, or without a network DATASET=stdlib bash speedrun.sh")
+        raise DataError(f"{missing}. Run this again, or train without a network: DATASET=stdlib bash speedrun.sh")
 
 
 def main() -> None:
@@ -320,7 +321,7 @@ def main() -> None:
         return verify_command()
     if sum(map(bool, (DATASET, FROM, BASE_URL))) != 1 or DATASET not in ("", "stdlib", *SOURCES):
         names = "|".join(("stdlib", *SOURCES))
-        raise UserError(f"which data? One of --dataset={names}, --from=PATH --name=mine, --base-url=URL --name=mine")
+        raise UserError(f"choose one of --dataset={names}, --from=PATH --name=mine, --base-url=URL --name=mine")
     if not (NAME or DATASET):
         raise UserError(f"{'--from' if FROM else '--base-url'} needs a name for the data set, as in --name=mine")
     folder = paths.dataset_dir(NAME or DATASET)
@@ -328,29 +329,28 @@ def main() -> None:
         with new_folder(folder) as temporary:
             validation, documents, skipped = corpus.import_text(FROM, temporary, TEXT_COLUMN)
             write_manifest(temporary, "own text", validation)
-        left_out = "".join(f", {count:,} left out: {reason}" for reason, count in skipped.most_common())
-        print(f"{folder}: {documents:,} documents{left_out}")
-        print(f"train on it with --data-dir={folder}, or DATA_DIR={folder} bash speedrun.sh")
+        reasons = "".join(f", {count:,} skipped: {reason}" for reason, count in skipped.most_common())
+        print(f"{folder}: {documents:,} documents{reasons}")
+        print(f"train on it with --data-dir={folder} or DATA_DIR={folder} bash speedrun.sh")
     elif BASE_URL:
         if NUM_SHARDS < 2:
-            raise UserError("--base-url needs --num-shards, how many the host has (2 or more), the last for validation")
+            raise UserError("--base-url needs --num-shards=N, the number of shards on the host (2 or more)")
         source = Source(BASE_URL.rstrip("/"), NUM_SHARDS, 0, "see the host")
         fetch(NAME, source, TRAIN_SHARDS or source.num_shards - 1, folder)
     elif DATASET in SOURCES:
         fetch(DATASET, SOURCES[DATASET], shards_for(FOR_DEPTH) if FOR_DEPTH else TRAIN_SHARDS, folder)
     else:
-        built = build_stdlib(folder)
-        print(f"{folder}: {'built' if built else 'there already, every shard is as the manifest says'}")
+        print(f"{folder}: {'built' if build_stdlib(folder) else 'already built, every shard matches the manifest'}")
 
 
 def shards_for(depth: int) -> int:
-    """How many hosted shards hold the text that a model of this depth trains on: ten tokens for each weight."""
+    """Number of hosted shards with enough text for a model of this depth: ten tokens per weight."""
     width, _ = recipe.model_width(depth, 0, 128)
     return math.ceil(10 * recipe.num_weights(depth, width) * BYTES_PER_TOKEN / SHARD_TEXT_BYTES)
 
 
 def verify_command() -> None:
-    """Verify one data set, or all that have a manifest."""
+    """Verify the data set NAME or DATASET, or all data sets that have a manifest."""
     name, parent, num_bad = NAME or DATASET, paths.base_dir() / "data", 0
     folders = [paths.dataset_dir(name)] if name else sorted(path.parent for path in parent.glob(f"*/{MANIFEST}"))
     if not folders:
@@ -358,7 +358,7 @@ def verify_command() -> None:
     for folder in folders:
         bad = verify(folder)
         num_bad += len(bad)
-        print(f"{folder}: {'; '.join(bad) or 'every shard is as the manifest says'}")
+        print(f"{folder}: {'; '.join(bad) or 'every shard matches the manifest'}")
     if num_bad:
         raise DataError(f"{num_bad} bad shards: delete them and prepare the data set again")
 

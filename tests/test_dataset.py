@@ -100,19 +100,19 @@ def no_rows(folder):
 @pytest.mark.parametrize(
     ("prepare", "says"),
     [
-        (lambda folder: folder.rmdir(), "no data folder.*--dataset=stdlib"),
+        (lambda folder: folder.rmdir(), "no shard_<digits>.*--dataset=stdlib"),
         (lambda folder: dataset.write_shard(folder / NAMES[0], ["x"]), "no train shard"),
         (no_rows, "no train shard with rows"),
-        (with_table(content=["a"], id=[1]), rf"{NAMES[1]} needs one column 'text' .*: content \(string\)"),
-        (lambda folder: pq.write_table(TWO_COLUMNS, make_shards(folder) / NAMES[1]), "needs one column 'text'"),
-        (with_table(text=[b"a", b"b"]), f"{NAMES[1]} needs one column 'text' of strings"),
+        (with_table(content=["a"], id=[1]), rf"{NAMES[1]} must have exactly one.* 'text'.*: content \(string\)"),
+        (lambda folder: pq.write_table(TWO_COLUMNS, make_shards(folder) / NAMES[1]), "exactly one string column"),
+        (with_table(text=[b"a", b"b"]), f"{NAMES[1]} must have exactly one string column 'text'"),
         (with_bytes(lambda data: data[:-400] + bytes(392) + data[-8:]), f"{NAMES[1]} is not a readable parquet"),
-        (lambda folder: dataset.write_shard(listed_shards(folder) / NAMES[1], ["b"]), "bytes, its manifest says"),
-        (lambda folder: (listed_shards(folder) / NAMES[1]).unlink(), f"{NAMES[1]} of its manifest is missing"),
-        (with_manifest('{"validation": "shard_0'), "manifest.json is broken"),
-        (with_manifest("[" * 100_000), "manifest.json is broken"),
-        (with_manifest('{"docs": 3}'), "manifest.json is .*another program's: rename"),
-        (with_manifest(f'{{"validation": "{NAMES[2]}", "shards": [{{"name": "../x"}}]}}'), "manifest.json is broken"),
+        (lambda folder: dataset.write_shard(listed_shards(folder) / NAMES[1], ["b"]), "bytes, the manifest says"),
+        (lambda folder: (listed_shards(folder) / NAMES[1]).unlink(), f"{NAMES[1]} missing"),
+        (with_manifest('{"validation": "shard_0'), "manifest.json is not a valid manifest"),
+        (with_manifest("[" * 100_000), "manifest.json is not a valid manifest"),
+        (with_manifest('{"docs": 3}'), "manifest.json is not a valid manifest: rename"),
+        (with_manifest(f'{{"validation": "{NAMES[2]}", "shards": [{{"name": "../x"}}]}}'), "not a valid manifest"),
     ],
 )
 def test_open_shards_says_what_is_wrong(tmp_path, prepare, says):
@@ -181,7 +181,7 @@ def test_verify_notices_any_flipped_bit_and_reading_gives_text_or_a_data_error(t
     good, texts, unnoticed = path.read_bytes(), list(dataset.read_shards([path])), 0
     for place in range(0, len(good), 211):
         flip(path, place)
-        assert dataset.verify(tmp_path) == [f"{NAMES[0]} has another SHA-256"]
+        assert dataset.verify(tmp_path) == [f"{NAMES[0]} does not match its SHA-256"]
         try:
             unnoticed += list(dataset.read_shards([path])) != texts
         except DataError as error:
@@ -198,12 +198,12 @@ def test_verify_command_names_every_bad_shard_of_one_or_all_data_sets(monkeypatc
     one, two = (listed_shards(paths.dataset_dir(name)) for name in ("one", "two"))
     without = make_shards(paths.dataset_dir("without"))
     dataset.main()
-    good = "every shard is as the manifest says"
+    good = "every shard matches the manifest"
     assert capsys.readouterr().out == f"{one}: {good}\n{two}: {good}\n"
     (two / NAMES[1]).unlink()
     flip(two / NAMES[2], 100)
     dataset.write_shard(two / NAMES[7], ["new"])
-    bad = f"{NAMES[1]} is missing; {NAMES[2]} has another SHA-256; {NAMES[7]} is not in the manifest"
+    bad = f"{NAMES[1]} is missing; {NAMES[2]} does not match its SHA-256; {NAMES[7]} is not in the manifest"
     with pytest.raises(DataError, match="3 bad shards"):
         dataset.main()
     assert capsys.readouterr().out == f"{one}: {good}\n{two}: {bad}\n"
