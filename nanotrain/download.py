@@ -1,7 +1,7 @@
-"""Files over HTTPS, each of them whole or not there at all.
+"""Downloads over HTTPS: each file arrives whole or not at all.
 
-A file goes to a temporary name, is checked (size, SHA-256 and whatever the caller checks) and then renamed. A failure
-that may pass is retried from the beginning. No message shows a URL: a signed one is a secret.
+A file is written under a temporary name, checked (size, SHA-256 and the caller's own check) and then renamed. Transient
+failures are retried from the beginning. Messages never show a URL, because a signed URL is a secret.
 """
 
 import contextlib
@@ -24,38 +24,37 @@ from urllib3.exceptions import HTTPError
 from nanotrain.errors import DataError, UserError
 from nanotrain.files import file_sha256
 
-RETRY = urllib3.Retry(4, backoff_factor=1, backoff_jitter=1, backoff_max=60)  # five attempts in all
+RETRY = urllib3.Retry(4, backoff_factor=1, backoff_jitter=1, backoff_max=60)  # five attempts in total
 WORKERS = 4
-TIMEOUT_SECONDS = 5.0, 60.0  # to connect, to read
+TIMEOUT_SECONDS = 5.0, 60.0  # connect, read
 MAX_RETRY_AFTER_SECONDS = 120.0
-STALE_SECONDS = 3600.0  # without a change, after which a temporary file belongs to a killed process
+STALE_SECONDS = 3600.0  # age of a temporary file that must belong to a killed process
 NOT_TRIED = "not tried"
-CERTIFICATES = "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"  # environment variables that requests reads
-PROXIES = "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"  # in the order in which it reads them
+# Environment variables that requests reads, in its order of precedence.
+CERTIFICATES = "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"
+PROXIES = "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"
 SHA256 = re.compile(r"[0-9a-f]{64}")
 SAFE_URL = re.compile(r"(https://[^/@?#\\]+|http://(127\.0\.0\.1|localhost|\[::1\])(:\d+)?)([/?#].*)?")
 
 
 class RefusedError(DataError):
-    """The host does not give a file, and another attempt would not change that."""
+    """The host refuses a file; retrying would not help."""
 
 
 def check_url(url: str, source: str = "") -> None:
-    """Raise UserError if `url`, of that `source`, is not an https one (or of this machine), or has a user name."""
+    """Raise UserError, its message ending in `source`, unless `url` is https (or local http) without a user name."""
     if not SAFE_URL.fullmatch(url):
-        raise UserError(
-            f"--base-url and HF_ENDPOINT must be https://host/path, without a user name or password{source}"
-        )
+        raise UserError(f"--base-url and HF_ENDPOINT must be https://host/path, without user name or password{source}")
 
 
 def setting(*names: str) -> str:
-    """The first of these environment variables that is set, with its value but no password, in brackets; else ""."""
+    """The first of these environment variables that is set, as " (NAME=value)" without a password; "" if none is."""
     name = next(filter(os.environ.get, names), None)
     return f" ({name}={os.environ[name].rpartition('@')[2]})" if name else ""
 
 
 def host_of(url: str) -> str:
-    """The host of a URL, which may be shown."""
+    """The host (and port) of a URL, safe to show in messages."""
     return urlsplit(url).netloc
 
 
@@ -66,15 +65,15 @@ def fetch_all(
     on_bytes: Callable[[int], object],
     token: str | None = None,
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Fetch each {name: url} into `folder`: ({name: SHA-256} of what was fetched, {name: reason} of what was not).
+    """Download each {name: url} into `folder`; return ({name: SHA-256} downloaded, {name: reason} failed).
 
-    check(path) raises DataError for a wrong file; on_bytes(n) is told of progress. `token` goes to the host of the URL
-    alone. Ctrl-C leaves no piece.
+    check(path) raises DataError for an invalid file; on_bytes(n) reports progress. `token` is sent only to the host of
+    the URL. Ctrl-C leaves no partial files.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".*.part"):
-        if time.time() - left.stat().st_mtime > STALE_SECONDS:
-            left.unlink(missing_ok=True)
+    for part in folder.glob(".*.part"):
+        if time.time() - part.stat().st_mtime > STALE_SECONDS:
+            part.unlink(missing_ok=True)
     session, done, failed = _Session(folder, check, on_bytes, token), {}, {}
 
     def work(name):
@@ -83,38 +82,38 @@ def fetch_all(
         except DataError as error:
             failed[name] = str(error)
 
-    with ThreadPool(WORKERS) as pool:  # of daemon threads: one that waits for a silent host does not delay the exit
+    with ThreadPool(WORKERS) as pool:  # daemon threads: one waiting for a silent host does not delay the exit
         try:
             pool.map(work, urls, chunksize=1)
         finally:
             session.stop.set()
-            for left in folder.glob(f".*.{os.getpid()}.part"):
-                left.unlink(missing_ok=True)
+            for part in folder.glob(f".*.{os.getpid()}.part"):
+                part.unlink(missing_ok=True)
     return done, failed
 
 
 class _Session(requests.Session):
-    """Proxies as the environment says, but no netrc; a token only for its own host, and no redirect away from https."""
+    """A session that uses the environment's proxies but no netrc, keeps the token to its host, and stays on https."""
 
     def __init__(self, folder, check, on_bytes, token):
         super().__init__()
-        logging.getLogger("urllib3").setLevel(logging.ERROR)  # its warnings show URLs
+        logging.getLogger("urllib3").setLevel(logging.ERROR)  # its warnings contain URLs
         self.headers["Accept-Encoding"] = "identity"
         if token:
             self.headers["Authorization"] = f"Bearer {token}"
-        self.auth = lambda request: request  # without any, requests looks into netrc
+        self.auth = lambda request: request  # otherwise requests reads netrc
         self.folder, self.check, self.on_bytes = folder, check, on_bytes
         self.stop = threading.Event()
 
     def rebuild_auth(self, prepared_request, response):
         before, url = response.request.url, prepared_request.url
         if not SAFE_URL.fullmatch(url) or (before.startswith("https:") and not url.startswith("https:")):
-            raise RefusedError(f"{host_of(before)} redirects to a URL without https, which is refused")
+            raise RefusedError(f"{host_of(before)} redirects to a URL without https")
         if self.should_strip_auth(before, url):
             prepared_request.headers.pop("Authorization", None)
 
     def fetch(self, name, url):
-        """Fetch one file, attempt by attempt; returns its SHA-256. Raises DataError."""
+        """Download one file, with retries; return its SHA-256. Raises DataError."""
         part, retry = self.folder / f".{name}.{os.getpid()}.part", RETRY
         while not self.stop.wait(retry.get_backoff_time()):
             try:
@@ -124,48 +123,48 @@ class _Session(requests.Session):
             except RefusedError:
                 raise
             except (DataError, requests.RequestException, HTTPError, ValueError) as error:
-                lasting = isinstance(error, InvalidSchema | InvalidURL) or "CERTIFICATE_VERIFY_FAILED" in str(error)
-                if lasting or not retry.total:
-                    own = isinstance(error, DataError)  # what others say may show a URL
+                permanent = isinstance(error, InvalidSchema | InvalidURL) or "CERTIFICATE_VERIFY_FAILED" in str(error)
+                if permanent or not retry.total:
+                    own = isinstance(error, DataError)  # messages of other libraries may contain a URL
                     setter = setting(*(CERTIFICATES if isinstance(error, SSLError) else PROXIES))
                     kind = "SOCKS needs pip install pysocks" if "SOCKS support" in str(error) else type(error).__name__
-                    reason = str(error).replace(str(part), "it") if own else f"no whole answer ({kind}){setter}"
+                    reason = str(error).replace(str(part), "it") if own else f"incomplete response ({kind}){setter}"
                     raise DataError(f"{name} from {host_of(url)}: {reason}") from None
                 retry = retry.increment()
-            except OSError as error:  # such as a full disk; requests says in words that certificates are not there
+            except OSError as error:  # such as a full disk; without strerror, requests found no certificates
                 self.stop.set()
-                said = f"{error.strerror}: {self.folder}" if error.strerror else f"{error}{setting(*CERTIFICATES)}"
-                raise DataError(said) from None
+                reason = f"{error.strerror}: {self.folder}" if error.strerror else f"{error}{setting(*CERTIFICATES)}"
+                raise DataError(reason) from None
             finally:
                 part.unlink(missing_ok=True)
         raise DataError(NOT_TRIED)
 
     def attempt(self, url, part):
-        """Write one file to `part` and check it; returns its SHA-256."""
+        """Download one file to `part` and check it; return its SHA-256."""
         with self.get(url, stream=True, timeout=TIMEOUT_SECONDS) as response, open(part, "wb") as file:
             self.check_status(response)
             for block in response.iter_content(1 << 18):
                 file.write(block)
                 self.on_bytes(len(block))
-        # Hugging Face says size and hash where it redirects, and the first host has the last word.
+        # Hugging Face sends size and hash with its redirect; headers of the first response take precedence.
         headers, received = ChainMap(*(hop.headers for hop in (*response.history, response))), part.stat().st_size
         size, etag = headers.get("X-Linked-Size", received), headers.get("X-Linked-Etag", "").strip('"')
         if str(size) != str(received):
-            raise DataError(f"{received} of {size} bytes")
+            raise DataError(f"received {received} of {size} bytes")
         digest = file_sha256(part)
         if SHA256.fullmatch(etag) and etag != digest:
-            raise DataError("another SHA-256 than expected")
+            raise DataError("unexpected SHA-256")
         self.check(part)
         return digest
 
     def check_status(self, response):
-        """Raise DataError unless the status is 200, after as long as the host asks to wait before another request."""
+        """Raise DataError unless the status is 200, after waiting as long as a Retry-After header asks."""
         status = response.status_code
-        said = f"{urlsplit(response.url).hostname} answers {status}"
+        message = f"{urlsplit(response.url).hostname} answers {status}"
         if status in (408, 429) or status >= 500:
             with contextlib.suppress(HTTPError, ValueError, OverflowError):
                 self.stop.wait(min(RETRY.get_retry_after(response) or 0, MAX_RETRY_AFTER_SECONDS))
-            raise DataError(said)
+            raise DataError(message)
         if status != 200:
-            fix = ": set HF_TOKEN to a token that may read this data set" if status in (401, 403) else ""
-            raise RefusedError(f"{said}{fix}")
+            fix = ": set HF_TOKEN to a token that can read this data set" if status in (401, 403) else ""
+            raise RefusedError(f"{message}{fix}")

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, and their hashes."""
+"""Atomic files and folders, and file hashes."""
 
 import contextlib
 import hashlib
@@ -14,9 +14,9 @@ from nanotrain.errors import UserError
 
 
 def file_sha256(path: str | Path) -> str:
-    """The SHA-256 of a file, in hex."""
+    """Hex SHA-256 of a file."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -24,7 +24,7 @@ def file_sha256(path: str | Path) -> str:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError in this block names `path`, where the system names no file, as for a write to an open one."""
+    """Add `path` to an OSError of this block that has no file name, as after a write to an open file."""
     try:
         yield
     except OSError as error:
@@ -34,8 +34,8 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """`with atomic_file(path) as temporary:` write to it; it becomes `path` at the end, or vanishes on an error."""
-    path = Path(os.path.realpath(path))  # a link stays
+    """Yield a temporary path to write to. It becomes `path` at the end of the block, or is deleted on an error."""
+    path = Path(os.path.realpath(path))  # replace the target of a link, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
@@ -47,23 +47,23 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON, whole or not at all."""
+    """Write `value` as indented JSON, atomically."""
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def check_empty(folder: Path) -> None:
-    """Raise UserError if there is a file at `folder`, or anything in it."""
+    """Raise UserError if `folder` is a file or a folder that is not empty."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} holds files that would be lost: choose another name, or move them away")
+        raise UserError(f"{folder} holds files that would be lost: choose another name or move them away")
 
 
 @contextlib.contextmanager
 def new_folder(folder: Path, check: Callable[[Path], object] = check_empty) -> Iterator[Path]:
-    """`with new_folder(path) as temporary:` fill it; at the end it becomes `path`, or vanishes on an error.
+    """Yield a temporary folder to fill. It becomes `folder` at the end of the block, or is deleted on an error.
 
-    What is there already is replaced, unless check(path) raises a UserError, at once or at the end. A mount point stays
-    and is filled, if it is empty; a link stays too.
+    An existing folder is replaced if check(folder), called at the beginning and at the end, raises no UserError. Links
+    are followed. A mount point must be empty and is filled in place.
     """
     folder = Path(os.path.realpath(folder))
     check(folder)
@@ -88,7 +88,7 @@ def new_folder(folder: Path, check: Callable[[Path], object] = check_empty) -> I
 
 
 def _can_be_renamed(folder):
-    """Whether `folder` can get another name. A mount point cannot, nor a folder in one that is read-only."""
+    """Whether `folder` can be renamed. A mount point cannot, nor a folder in a read-only one."""
     other = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
         folder.rename(other)

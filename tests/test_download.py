@@ -128,8 +128,8 @@ def linked(body):
 
 FAULTS = {  # of a body: (the answer, a word of the reason)
     "503": (lambda body: reply(status=503), "answers 503"),
-    "no answer": (lambda body: b"", "no whole answer"),
-    "cut": (lambda body: reply(body[:2000], length=len(body)), "no whole answer"),
+    "no answer": (lambda body: b"", "incomplete response"),
+    "cut": (lambda body: reply(body[:2000], length=len(body)), "incomplete response"),
     "cut, no length": (lambda body: reply(body[:2000], length=False, **linked(body)), "2000 of"),
     "a page": (lambda body: reply(b"<html>", Content_Type="text/html"), "not a readable parquet file"),
     "a flipped bit": (lambda body: reply(flipped(body), **linked(body)), "SHA-256"),
