@@ -1,11 +1,11 @@
-"""Settings: the UPPERCASE constants at the top of a script, which the command line may override.
+"""Settings: the UPPERCASE constants at the top of a script, which the command line can override.
 
     # --- model
     DEPTH = 4  # layers
     # ---------
 
-makes `--depth=4`, typed by its default and explained by its comment in `--help`. Settings begin at the first heading
-(`# --- words`) and end at a line of dashes. A script is given as the name of its module, or as its namespace.
+defines `--depth=4`: the default gives its type, the comment its `--help` text. Settings start at the first heading
+(`# --- words`) and end at a line of dashes. Functions take a script as its module name or its namespace.
 """
 
 import ast
@@ -27,21 +27,21 @@ LINE = re.compile(r"^(?:# --- (.*)|([A-Z][A-Z0-9_]*) = ([^#\n]*?) *(?:# *(.*))?)
 
 
 def settings(script: str | dict) -> dict:
-    """The settings of a script, {NAME: value}, in the order of its source."""
+    """{NAME: value} of a script's settings, in source order."""
     namespace = _namespace(script)
     return {name: namespace[name] for _, name, _, _ in _documented(namespace["__file__"]) if name}
 
 
 def snapshot(script: str | dict) -> SimpleNamespace:
-    """The settings of a script as they are now, as attributes: `snapshot(__name__).DEPTH`."""
+    """The current settings of a script as attributes: `snapshot(__name__).DEPTH`."""
     return SimpleNamespace(**settings(script))
 
 
 def defaults(path: str | Path) -> dict:
-    """The settings in the source of a script, {NAME: value}, without a command line; only those that are literals."""
+    """{NAME: value} of the settings in a script's source, without a command line; literals only."""
     found = {}
     for _, name, value, _ in _documented(path):
-        with contextlib.suppress(ValueError, SyntaxError):  # SyntaxError: a heading has no value
+        with contextlib.suppress(ValueError, SyntaxError):  # a heading has no value
             found[name] = ast.literal_eval(value)
     return found
 
@@ -49,17 +49,17 @@ def defaults(path: str | Path) -> dict:
 def override(
     script: str | dict, argv: list[str] | None = None, positional: bool = False, short: dict[str, str] | None = None
 ) -> list[str]:
-    """Apply each `--name=value` of `argv` (the process's own by default) to the constant NAME of the script, in place.
+    """Apply each `--name=value` of `argv` (default: sys.argv[1:]) to the constant NAME of the script, in place.
 
-    A bare `--name` sets a boolean true. short: {"-n": "TRAIN_SHARDS"} makes `-n 8` mean `--train-shards=8`. Returns the
-    other arguments if `positional`; else one of them is an error. `--help` prints the settings and exits.
+    A bare `--name` sets a boolean to true. short: {"-n": "TRAIN_SHARDS"} makes `-n 8` mean `--train-shards=8`. Returns
+    the positional arguments if `positional`; else they are a UserError. `--help` prints the settings and exits.
     """
     namespace, others = _namespace(script), []
     known, arguments = settings(namespace), iter(sys.argv[1:] if argv is None else argv)
     for argument in arguments:
         if argument in (short or ()):
             argument = f"{flag_of(short[argument])}={next(arguments, '')}"
-        if argument == "--":  # what follows is text; without texts, torchrun's users write `-- --depth=24`
+        if argument == "--":  # positional text follows; otherwise ignored, since torchrun needs `-- --depth=24`
             others += arguments if positional else ()
             continue
         if argument in ("-h", "--help"):
@@ -67,7 +67,7 @@ def override(
             sys.exit(0)
         if not argument.startswith("--"):
             if not positional:
-                raise UserError(f"{argument!r}: settings are written --name=value (--help lists them)")
+                raise UserError(f"{argument!r}: write settings as --name=value (--help lists them)")
             others.append(argument)
             continue
         flag, equals, text = argument.partition("=")
@@ -94,7 +94,7 @@ def _parsed(text, default, flag):
 def check_numbers(
     given: SimpleNamespace, at_least_one: Iterable[str] = (), fractions: Iterable[str] = (), unset: Iterable[str] = ()
 ) -> None:
-    """Raise UserError unless numbers are 0 (`at_least_one`: 1) to 2^63 - 1 (`fractions`: 1), or -1 where `unset`."""
+    """Raise UserError for numbers outside 0 (`at_least_one`: 1) to 2^63 - 1 (`fractions`: 1); `unset` may be -1."""
     for name, value in vars(given).items():
         least, most = int(name in at_least_one), 1 if name in fractions else 2**63 - 1
         is_unset = value == -1 and name in unset
@@ -103,19 +103,19 @@ def check_numbers(
 
 
 def choice(name: str, value: str, allowed: Iterable[str]) -> str:
-    """`value` if it is one of `allowed`; raises UserError that lists them if not."""
+    """Return `value` if it is one of `allowed`. Raises UserError otherwise."""
     if value not in allowed:
         raise UserError(f"{flag_of(name)}={value}: must be one of {', '.join(allowed)}")
     return value
 
 
 def flag_of(name: str) -> str:
-    """The command-line form of a setting: RUN_NAME -> --run-name."""
+    """The command-line flag of a setting: RUN_NAME -> --run-name."""
     return "--" + name.lower().replace("_", "-")
 
 
 def _help(namespace):
-    """The script's docstring, then each setting with its value and its comment."""
+    """The script's docstring, then each setting with its value and comment."""
     lines = [(namespace.get("__doc__") or "").strip()]
     for heading, name, _, comment in _documented(namespace["__file__"]):
         if heading:
@@ -131,6 +131,6 @@ def _namespace(script):
 
 
 def _documented(path):
-    """[(heading, NAME, value, comment)] of the lines of settings in a script; headings have only the first."""
+    """[(heading, NAME, value, comment)] of the settings in a script's source; a heading has only the first field."""
     blocks = BLOCK.findall(Path(path).read_text(encoding="utf-8"))
-    return LINE.findall(blocks[0]) if blocks else []  # a program may have no settings
+    return LINE.findall(blocks[0]) if blocks else []  # a script may have no settings

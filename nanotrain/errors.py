@@ -1,7 +1,7 @@
-"""Errors a user can cause, and how a program ends on one: a sentence and an exit code, never a traceback.
+"""User errors and process exit: a one-sentence message and an exit code, never a traceback.
 
-The message says what is wrong, the value, and the command that fixes it. What only a programmer can break is an
-`assert`.
+The message names the problem, the value and the command that fixes it. Invariants that only a programmer can break are
+checked by `assert`.
 """
 
 import contextlib
@@ -12,18 +12,18 @@ import signal
 import sys
 from collections.abc import Callable
 
-HANG_EXIT_CODE = 8  # of a process that its watchdog ended
-OUTPUT_SECONDS = 5.0  # that a reader who has stopped reading may hold a program up
+HANG_EXIT_CODE = 8  # exit code when the watchdog ends a process
+OUTPUT_SECONDS = 5.0  # how long output waits for a reader that has stopped reading
 
 
 class UserError(Exception):
-    """Wrong usage or settings."""
+    """Invalid usage or settings."""
 
     exit_code = 2
 
 
 class CheckpointError(UserError):
-    """There is no checkpoint that can be used."""
+    """No usable checkpoint."""
 
     exit_code = 3
 
@@ -41,39 +41,39 @@ class DataError(UserError):
 
 
 class RunError(UserError):
-    """A program cannot go on, through no fault of its settings: a file, another rank, another process on the run."""
+    """Failure that is not due to settings: a file, another rank, another process using the run."""
 
     exit_code = 1
 
 
 class NonFiniteError(UserError):
-    """Loss or gradients were NaN or infinite several steps in a row."""
+    """NaN or infinite losses, gradients or weights."""
 
     exit_code = 7
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP: it ends a program as Ctrl-C does, which takes its temporary files along."""
+    """SIGTERM or SIGHUP, handled like Ctrl-C so that temporary files are deleted."""
 
 
 class Output(io.FileIO):
-    """Standard output or error. What cannot be written is dropped: the terminal or the reader is gone, the disk is
-    full, or nobody has read for OUTPUT_SECONDS.
+    """Standard output or error that drops what cannot be written: the terminal or reader is gone, the disk is full, or
+    nobody has read for OUTPUT_SECONDS.
     """
 
     def __init__(self, descriptor: int):
         self._descriptor, self._dropping = descriptor, False
-        if os.isatty(descriptor):  # with some room it is ready, but a blocking write would wait until all has room
+        if os.isatty(descriptor):  # select reports any room, but a blocking write waits for enough
             with contextlib.suppress(OSError):
                 descriptor = os.open(f"/dev/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
         super().__init__(descriptor, "w", closefd=False)
 
     def fileno(self) -> int:
-        """The number of the stream itself."""
+        """The original descriptor."""
         return self._descriptor
 
     def write(self, data: bytes) -> int:
-        """Write at most PIPE_BUF bytes, which a pipe with any room takes without blocking; returns how many."""
+        """Write at most PIPE_BUF bytes, which never block on a pipe that select reports ready; return the number."""
         with contextlib.suppress(OSError):
             if select.select([], [self], [], 0.0 if self._dropping else OUTPUT_SECONDS)[1]:
                 written = super().write(data[: select.PIPE_BUF])
@@ -84,24 +84,24 @@ class Output(io.FileIO):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an exception says, at most 160 characters; the name of its type if it says nothing."""
+    """The first line of an exception's message, at most 160 characters; its type's name if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
 def file_error(error: OSError) -> RunError:
-    """The sentence of an error of the operating system."""
+    """An OSError as a RunError: the system's reason and the file."""
     return RunError(": ".join(str(part) for part in (error.strerror, error.filename) if part) or str(error))
 
 
 def stop_signals() -> list[int]:
-    """The signals that ask a program to stop, Ctrl-C's aside; a closed terminal's only if nobody said to ignore it."""
+    """The signals that request a stop, besides SIGINT: SIGTERM, and SIGHUP unless it is ignored (nohup)."""
     hang_up = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
     return [signal.SIGTERM, *hang_up]
 
 
 def run(*functions: Callable[[], object], for_its_output: bool = False) -> None:
-    """Call `functions` in turn, and end the process as every nanotrain program ends. Output that cannot be written
-    neither ends nor changes anything, except for programs that run for_its_output: they end with their reader.
+    """Call `functions` in turn and exit; errors become a message and an exit code. Output that cannot be written is
+    dropped, unless the program runs for_its_output: then it ends when its reader does.
     """
     _open_standard_streams(for_its_output)
     for number in stop_signals():
@@ -124,24 +124,24 @@ def run(*functions: Callable[[], object], for_its_output: bool = False) -> None:
 
 def _open_standard_streams(for_its_output):
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass  # one that was closed (`>&-`), whose number the next file would get
+        pass  # open closed streams (`>&-`), whose descriptors the next files would get
     os.close(descriptor)
     sys.stdin = sys.stdin or open(0, closefd=False)
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name) or open(descriptor, "w", closefd=False)
-        with contextlib.suppress(OSError, AttributeError):  # a test's replacement has no descriptor
+        with contextlib.suppress(OSError, AttributeError):  # replaced by a test
             if stream.fileno() == descriptor and not (name == "stdout" and for_its_output):
                 buffer = io.BufferedWriter(Output(descriptor))
                 stream = io.TextIOWrapper(buffer, stream.encoding, line_buffering=stream.line_buffering)
         setattr(sys, name, stream)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a character gets a question mark
+            stream.reconfigure(errors="replace")  # "?" for characters the terminal cannot show
 
 
 def _interrupt(number, frame):
     for other in stop_signals():
-        signal.signal(other, signal.SIG_IGN)  # a second one must not end the cleaning up
+        signal.signal(other, signal.SIG_IGN)  # a second signal must not interrupt the cleanup
     raise Terminated
 
 
@@ -152,8 +152,8 @@ def _end(exit_code, message=""):
     try:
         sys.stdout.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would flush once more, and say so
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python flushes again and prints an error
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        os._exit(exit_code)  # threads of torch.distributed sometimes abort an interpreter that takes itself down
+        os._exit(exit_code)  # torch.distributed threads sometimes abort a normal exit
     if exit_code:
         sys.exit(exit_code)
