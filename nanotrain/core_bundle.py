@@ -1,8 +1,8 @@
-"""Task bundles of the CORE metric: reading one, fetching the public one, making one from your own validation text.
+"""Task bundles for the CORE metric: read one, download the public one, or make one from your own validation text.
 
-A bundle is a folder, or a zip of one:
+A bundle is a folder or a zip file:
 
-    core.yaml             icl_tasks: label, dataset_uri, num_fewshot [n], icl_task_type, continuation_delimiter of each
+    core.yaml             icl_tasks: [{label, dataset_uri, num_fewshot: [n], icl_task_type, continuation_delimiter}]
     eval_meta_data.csv    columns "Eval Task" and "Random baseline" (in percent), among others
     eval_data/<uri>       one JSON object per line: {query, choices, gold} for multiple_choice, {context_options,
                           continuation, gold} for schema, {context, continuation} for language_modeling
@@ -28,10 +28,10 @@ from nanotrain import dataset, download, files, paths
 from nanotrain.dist import DistContext
 from nanotrain.errors import DataError, first_line
 
-OWN = "own"  # instead of a path: the tasks made from a data set's validation shard
+OWN = "own"  # in place of a path: the tasks made from a data set's validation shard
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 ZIP_NAME = "eval_bundle.zip"
-ITEM_SEED = 1337  # shuffles the items of a task, as published
+ITEM_SEED = 1337  # item shuffle of the published metric
 
 MULTIPLE_CHOICE, SCHEMA, LANGUAGE_MODELING = KINDS = ("multiple_choice", "schema", "language_modeling")
 CORE_LABELS = frozenset(
@@ -40,45 +40,45 @@ CORE_LABELS = frozenset(
     "bigbench_operators bigbench_repeat_copy_logic squad coqa boolq bigbench_language_identification".split()
 )
 
-MARK = "# Made by nanotrain"  # the start of every core.yaml that may be replaced
+MARK = "# Made by nanotrain"  # prefix of a core.yaml that may be overwritten
 OWN_SEED = 20
-CONTEXT_WORDS, CONTINUATION_WORDS = 30, 10  # at most, and exactly
-CONTEXT_CHARS, CONTINUATION_CHARS = 400, 120  # at most
-MAX_DOCUMENTS = 4000  # read from the shard
-MAX_DOCUMENT_CHARS = 1_000_000  # of each, in which a place is drawn
-TRIES = 40  # per item
+CONTEXT_WORDS, CONTINUATION_WORDS = 30, 10  # maximum; exact
+CONTEXT_CHARS, CONTINUATION_CHARS = 400, 120  # maximum
+MAX_DOCUMENTS = 4000  # documents read from the shard
+MAX_DOCUMENT_CHARS = 1_000_000  # characters of each to draw from
+TRIES = 40  # draws per item
 
-Piece = namedtuple("Piece", "document context continuation")  # text: `context`, one space, `continuation`
+Piece = namedtuple("Piece", "document context continuation")  # context and continuation are one space apart in the text
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task. An item is (options, number of the right one), and an option (text, answer)."""
+    """One task. An item is (options, index of the correct one); an option is (text, answer)."""
 
     label: str
     kind: str  # MULTIPLE_CHOICE, SCHEMA or LANGUAGE_MODELING
     num_shots: int  # solved examples before each item
     delimiter: str  # between text and answer
-    baseline: float  # the accuracy of random guessing, in [0, 1)
+    baseline: float  # accuracy of random guessing, in [0, 1)
     items: list[tuple[list[tuple[str, str]], int]]
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """Tasks, and a hash of every file they were read from: scores can be compared only where the hashes agree."""
+    """Tasks and a hash of their files. Scores are comparable only for equal hashes."""
 
     tasks: list[Task]
     sha256: str
 
 
 def read(path: str | Path, max_per_task: int = 0) -> Bundle:
-    """The bundle at `path`, a folder or a zip; with `max_per_task`, only the first items of each task.
+    """Read the bundle at `path`, a folder or a zip file, up to `max_per_task` items of each task (0: all).
 
-    Items are shuffled before they are cut, as published. Raises DataError, which names the file and the line.
+    Items are shuffled first, as in the published metric. Raises DataError that names the file and line.
     """
     path, place, digest, tasks = paths.absolute(path), "core.yaml", hashlib.sha256(), []
     if not path.exists():
-        raise DataError(f"no CORE bundle at {path}: python -m nanotrain.core_eval --make-bundle={path} makes one")
+        raise DataError(f"no CORE bundle at {path}: make one with python -m nanotrain.core_eval --make-bundle={path}")
 
     def text(name):
         nonlocal place
@@ -91,9 +91,9 @@ def read(path: str | Path, max_per_task: int = 0) -> Bundle:
         with zipfile.ZipFile(path) if path.is_file() else contextlib.nullcontext() as file:
             root = zipfile.Path(file) if file else path
             if not (root / "core.yaml").is_file():
-                root = root / "eval_bundle"  # the only folder of the public zip
+                root = root / "eval_bundle"  # the top folder of the public zip
             entries = yaml.safe_load(text("core.yaml"))["icl_tasks"]
-            rows = csv.DictReader(io.StringIO(text("eval_meta_data.csv")))  # "Random baseline v2" is not CORE's
+            rows = csv.DictReader(io.StringIO(text("eval_meta_data.csv")))  # CORE does not use "Random baseline v2"
             baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in rows}
             for entry in entries:
                 place = f"core.yaml, {entry}"
@@ -112,14 +112,14 @@ def read(path: str | Path, max_per_task: int = 0) -> Bundle:
                 tasks.append(Task(label, kind, num_shots, delimiter, baseline, items[: max_per_task or None]))
             if not tasks:
                 raise ValueError("no tasks")
-    except Exception as error:  # a damaged file can raise almost anything
+    except Exception as error:  # a corrupt file can raise almost anything
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise DataError(f"{path}: cannot read {place} ({reason}): delete it and get it again") from None
+        raise DataError(f"{path}: cannot read {place} ({reason}): delete it and download or make it again") from None
     return Bundle(tasks, digest.hexdigest())
 
 
 def parse_item(kind: str, entry: object) -> tuple[list[tuple[str, str]], int]:
-    """The item (see Task) that a line of a task holds as JSON. Raises ValueError if it is not one of its kind."""
+    """Convert one JSON entry of a task file to an item (see Task). Raises ValueError if it does not fit `kind`."""
     match kind, entry:
         case "multiple_choice", {"query": query, "choices": [_, _, *_] as choices, "gold": int(gold)}:
             options = [(query, choice) for choice in choices]
@@ -135,7 +135,7 @@ def parse_item(kind: str, entry: object) -> tuple[list[tuple[str, str]], int]:
 
 
 def fetch() -> Path:
-    """The path of the public bundle, fetched if it is not there. Raises DataError."""
+    """Path of the public bundle, downloaded if necessary. Raises DataError."""
     path = paths.base_dir() / "core" / ZIP_NAME
     if not path.is_file():
         with tqdm(None, "CORE bundle", unit="B", unit_scale=True, leave=False, disable=None) as bar:
@@ -146,29 +146,30 @@ def fetch() -> Path:
 
 
 def own_folder(shard: Path) -> Path:
-    """The folder of the tasks made from a validation shard, named by the shard's content."""
+    """Folder of the tasks made from a validation shard, named by the shard's SHA-256."""
     return paths.base_dir() / "core" / f"tasks-{files.file_sha256(shard)[:16]}"
 
 
 def obtain(path: str, shard: Path, dist: DistContext, max_per_task: int) -> Bundle | None:
-    """The bundle at `path`, on every rank. OWN stands for the one made from the validation `shard`, "" for the public
-    one: where that cannot be had, the reason is printed and the result is None.
+    """Read the bundle at `path` on every rank: OWN is the one made from the validation `shard`, "" the public one.
+
+    If the public bundle is not available, prints the reason and returns None.
     """
     if path == OWN:
         path = dist.on_rank0(lambda: str(own_folder(shard)))
     try:
         path = path or dist.on_rank0(lambda: str(fetch()))
     except DataError as error:
-        dist.print0(f"CORE is skipped (--core-bundle=PATH gives other tasks): {error}")
+        dist.print0(f"CORE skipped (choose other tasks with --core-bundle=PATH): {error}")
         return None
     return dist.on_all_ranks(lambda: read(path, max_per_task))
 
 
 def make(folder: str | Path, shard: Path, num_items: int) -> dict[str, int]:
-    """Write a bundle of up to `num_items` items per task, made from the text of a validation `shard`, to `folder`.
+    """Make a bundle of up to `num_items` items per task from a validation `shard` and write it to `folder`.
 
-    The same shard gives the same bytes. Returns {label: number of items} of the tasks for which the text has any. A
-    bundle made earlier is replaced; any other files there are a UserError.
+    Deterministic. Returns {label: number of items}, without tasks that have none. A bundle made by this function is
+    overwritten; raises UserError if the folder holds anything else.
     """
     texts = list(islice(dataset.read_shards([shard], MAX_DOCUMENT_CHARS), MAX_DOCUMENTS))
     tasks = [task for task in _own_tasks(texts, num_items) if task[-1]]
@@ -188,14 +189,14 @@ def make(folder: str | Path, shard: Path, num_items: int) -> dict[str, int]:
 
 
 def _check_replaceable(folder):
-    """Raise UserError if there is anything at `folder` but a bundle that `make` wrote."""
+    """Raise UserError unless `folder` is empty or a bundle written by `make`."""
     core = folder / "core.yaml"
     if not core.is_file() or not core.read_bytes().startswith(MARK.encode()):
         files.check_empty(folder)
 
 
 def _own_tasks(texts, num_items):
-    """[(label, kind, number of shots, baseline in percent, items)]. Every draw changes those after it."""
+    """[(label, kind, number of shots, baseline in percent, items)]. The order of the draws determines the result."""
     draw = random.Random(OWN_SEED)
     pieces = _distinct(lambda: _piece(texts, draw, CONTINUATION_WORDS), num_items)
     repeated = _distinct(lambda: _repeated_word(texts, draw), num_items)
@@ -224,7 +225,7 @@ def _own_tasks(texts, num_items):
 
 
 def _distinct(drawn, num_items):
-    """Up to `num_items` different results of drawn(), without None."""
+    """Up to `num_items` distinct results of drawn(), except None."""
     found = {}
     for _ in range(TRIES * num_items):
         if len(found) < num_items and (item := drawn()) is not None:
@@ -233,14 +234,14 @@ def _distinct(drawn, num_items):
 
 
 def _piece(texts, draw, num_words):
-    """The piece at a drawn place in a drawn document, with `num_words` to continue; None if nothing fits there."""
+    """A Piece from a random place in a random document, its continuation `num_words` long; None if none fits there."""
     if not texts:
         return None
     document = draw.randrange(len(texts))
     place = draw.randrange(len(texts[document]))
     begin = max(place - CONTEXT_CHARS, 0)
     text = texts[document][begin : place + CONTINUATION_CHARS]
-    words = list(re.finditer(r"\S+", text))[1:-1]  # the outer ones may be cut
+    words = list(re.finditer(r"\S+", text))[1:-1]  # the outer words may be truncated
     middle = sum(word.start() < place - begin for word in words)
     before, after = words[max(middle - CONTEXT_WORDS, 0) : middle], words[middle : middle + num_words]
     if min(len(before), len(after)) < num_words or text[before[-1].end() : after[0].start()] != " ":
@@ -249,15 +250,15 @@ def _piece(texts, draw, num_words):
 
 
 def _repeated_word(texts, draw):
-    """A piece whose next word is also in the text before it, so that a reader would guess it; or None."""
+    """A Piece with a one-word continuation that also occurs in its context and so can be guessed; or None."""
     piece = _piece(texts, draw, 1)
     fits = piece and len(piece.continuation) > 3 and piece.continuation.isalpha()
     return piece if fits and piece.continuation in re.findall(r"\w+", piece.context) else None
 
 
 def _among_others(pieces, draw, num_others, part):
-    """Yield (piece, options, gold): the `part` of each piece among those of pieces from other documents, which all
-    continue in different ways. A piece that has too few of them is left out.
+    """Yield (piece, options, gold): the `part` of each piece shuffled among those of `num_others` pieces from other
+    documents with different continuations. Pieces without enough of these are skipped.
     """
     for piece in pieces:
         others = {other.continuation: other for other in pieces if other.document != piece.document}

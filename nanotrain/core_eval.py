@@ -1,14 +1,14 @@
-"""The CORE metric of DCLM (arXiv:2406.11794): in-context tasks, each scored against random guessing.
+"""The CORE metric of DCLM (arXiv:2406.11794): in-context tasks, each scored relative to random guessing.
 
-    multiple_choice     which choice makes the text likeliest? (mean loss of its tokens)
-    schema              which context makes the continuation likeliest? (mean loss of its tokens)
-    language_modeling   is the continuation, token by token, what the model would write? (all must be right)
+    multiple_choice     which choice is most likely? (lowest mean loss of its tokens)
+    schema              which context makes the continuation most likely? (lowest mean loss of its tokens)
+    language_modeling   does greedy decoding give the continuation? (all tokens must match)
 
-A task's centred score is (accuracy - b) / (1 - b), b the accuracy of random guessing; CORE is the mean over 22 tasks.
-Prompts, few-shot examples and the order of items are those of the published metric; the baselines are those of DCLM v1,
-as in nanochat's published scores.
+A task's centered score is (accuracy - b) / (1 - b), where b is the accuracy of random guessing; CORE is the mean over
+22 tasks. Prompts, few-shot examples and item order follow the published metric; baselines are those of DCLM v1, as in
+nanochat's published scores.
 
-    python -m nanotrain.core_eval --make-bundle=DIR --data-dir=D     make tasks of a validation shard, without a network
+    python -m nanotrain.core_eval --make-bundle=DIR --data-dir=D     make tasks from a validation shard, offline
 """
 
 import math
@@ -26,21 +26,20 @@ from nanotrain.dist import DistContext
 from nanotrain.errors import UserError
 from nanotrain.tokenizer import BPETokenizer
 
-# --- a bundle of tasks from your own text
-MAKE_BUNDLE = ""  # folder to write it to; own: the one that --core-bundle=own reads
-DATA_DIR = ""  # folder of shards, whose validation shard is used; empty: the only data set in NANOTRAIN_DIR/data
-ITEMS_PER_TASK = 200  # at most
+# --- task bundle from your own text
+MAKE_BUNDLE = ""  # output folder; own: the one that --core-bundle=own reads
+DATA_DIR = ""  # folder of shards with the validation shard to use; empty: the only data set in NANOTRAIN_DIR/data
+ITEMS_PER_TASK = 200  # maximum number of items per task
 # ----------------------------------------
 
-SHOT_SEED = 1234  # plus the index of an item: which others stand before it, as published
-TIE_NATS = 1e-5  # choices this close are equally likely, and the first counts: rounding must not decide
-BLOCK_ITEMS = 256  # tokenized at a time, which bounds memory
+SHOT_SEED = 1234  # plus the item's index: seed of its few-shot examples, as in the published metric
+TIE_NATS = 1e-5  # losses this close are ties, won by the first choice: rounding must not decide
+BLOCK_ITEMS = 256  # items tokenized at a time, to bound memory
 
 
 def prompts(task: Task, index: int) -> list[str]:
-    """The texts that the model reads for item `index`: one for each choice (multiple_choice) or context (schema), or
-    the text without and with its continuation (language_modeling). Before it stand other items, solved: drawn ones, or
-    all of them if they are too few.
+    """The prompts of item `index`: one per choice (multiple_choice) or context (schema), or the text without and with
+    its continuation (language_modeling). Each starts with up to `task.num_shots` random other items, solved.
     """
     num_others, before = len(task.items) - 1, ""
     for number in random.Random(SHOT_SEED + index).sample(range(num_others), min(task.num_shots, num_others)):
@@ -49,21 +48,20 @@ def prompts(task: Task, index: int) -> list[str]:
     options, _ = task.items[index]
     texts = [before + task.delimiter.join(option) for option in options]
     if task.kind == LANGUAGE_MODELING:
-        # without the space at its end, which most tokenizers put into the first token of the continuation
+        # strip the trailing space, which most tokenizers merge into the first token of the continuation
         texts.insert(0, texts[0].removesuffix(options[0][1]).strip())
     return texts
 
 
 def sequences(kind: str, encoded: Sequence[list[int]], max_len: int) -> list[tuple[list[int], int]]:
-    """Prompts as token ids -> [(ids, start)]: what goes through the model, and where the tokens that are scored begin
-    (to the end); at least one is, and none at place 0, which nothing predicts.
+    """Prompts as token ids -> [(ids, start)], to be scored on ids[start:]: at least one token, start >= 1.
 
-    Longer ones than max_len are cut on the left, and an answer that alone is longer is scored by its end.
+    Sequences longer than `max_len` lose their beginning, even part of the answer if necessary.
     """
     if kind == LANGUAGE_MODELING:
         starts, encoded = [_common_prefix(encoded)], encoded[1:]
     elif kind == MULTIPLE_CHOICE:
-        # A choice may be a prefix of another: then its last token is scored, and the same place of the others.
+        # A choice may be a prefix of another: then scoring starts at its last token in all of them.
         starts = [min(_common_prefix(encoded), min(map(len, encoded)) - 1)] * len(encoded)
     else:
         common_suffix = _common_prefix([ids[::-1] for ids in encoded])
@@ -76,7 +74,7 @@ def sequences(kind: str, encoded: Sequence[list[int]], max_len: int) -> list[tup
 
 
 def _common_prefix(sequences):
-    """The number of tokens that all of them begin with."""
+    """Length of the longest common prefix."""
     return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*sequences, strict=False)))
 
 
@@ -88,10 +86,10 @@ def evaluate(
     batch_size: int,
     progress: Callable[[int], object] = lambda count: None,
 ) -> dict[str, Any]:
-    """The result on the tasks of a bundle (see `summary`), the same on every rank.
+    """Evaluate on a bundle and return its `summary`, the same on every rank.
 
-    The items are assigned to ranks by index and batched by length, as many tokens per forward pass as `batch_size`
-    sequences of full length have. `progress` is called with the number of items done.
+    Items are assigned to ranks by index and batched by length, with at most `batch_size` * max_seq_len tokens per
+    forward pass. `progress` is called with the number of items done since its last call.
     """
     num_right, max_len = [], model.config.max_seq_len
     for task in bundle.tasks:
@@ -116,18 +114,18 @@ def _first_least(losses):
 
 @torch.no_grad()
 def _scores(model, sequences, greedy, dist, batch_size):
-    """For each (ids, start) the mean loss in nats of the tokens from `start`, or, if `greedy`, the share of them that
-    the model itself would write. Only those places get logits, in float32.
+    """For each (ids, start), the mean loss in nats of ids[start:], or if `greedy`, the fraction of these tokens that
+    greedy decoding gives. Logits are float32 and computed only where needed.
     """
     scores, order = {}, sorted(range(len(sequences)), key=lambda place: len(sequences[place][0]))
     while order:
-        longest = len(sequences[order[-1]][0])  # of those that are left
+        longest = len(sequences[order[-1]][0])  # of the remaining sequences
         size = max(batch_size * model.config.max_seq_len // longest, 1)
         batch, order = order[-size:], order[:-size]
         inputs = torch.zeros(len(batch), longest - 1, dtype=torch.int64)
         scored, targets, counts = torch.zeros(inputs.shape, dtype=torch.bool), [], []
         for row, (ids, start) in enumerate(sequences[place] for place in batch):
-            inputs[row, : len(ids) - 1] = torch.tensor(ids[:-1])  # the padding on its right changes nothing
+            inputs[row, : len(ids) - 1] = torch.tensor(ids[:-1])  # padding on the right has no effect
             scored[row, start - 1 : len(ids) - 1] = True
             targets += ids[start:]
             counts.append(len(ids) - start)
@@ -144,7 +142,7 @@ def _scores(model, sequences, greedy, dist, batch_size):
 
 
 def summary(bundle: Bundle, num_right: Sequence[float]) -> dict[str, Any]:
-    """The scores as a JSON-like dict: of each task, and their means; `core_metric` is that of the centred scores."""
+    """A JSON-like dict of scores per task and their means; `core_metric` is the mean of the centered scores."""
     tasks = {}
     for task, right in zip(bundle.tasks, num_right, strict=True):
         accuracy, num_items = right / len(task.items), len(task.items)
@@ -162,35 +160,35 @@ def summary(bundle: Bundle, num_right: Sequence[float]) -> dict[str, Any]:
         "standard_error": math.hypot(*errors_of_centered) / len(tasks),
         "accuracy": sum(task["accuracy"] for task in tasks.values()) / len(tasks),
         "baseline": sum(task["baseline"] for task in tasks.values()) / len(tasks),
-        "is_core": tasks.keys() == core_bundle.CORE_LABELS,  # else the mean may not be called so
+        "is_core": tasks.keys() == core_bundle.CORE_LABELS,  # otherwise the mean is not CORE
         "bundle_sha256": bundle.sha256,
         "tasks": tasks,
     }
 
 
 def headline(result: dict[str, Any]) -> str:
-    """The mean in one line, with what it may be called and compared with."""
+    """The mean score in one line, and whether it is CORE."""
     score = f"{result['core_metric']:.4f} +- {result['standard_error']:.4f}"
     if result["is_core"]:
         return f"CORE {score} (22 tasks, random baselines of DCLM v1)"
-    return f"tasks {score} ({len(result['tasks'])} tasks that are not CORE; guessing gives 0)"
+    return f"tasks {score} ({len(result['tasks'])} tasks, not CORE; random guessing scores 0)"
 
 
 def table(result: dict[str, Any]) -> str:
-    """A line for each task: accuracy, its standard error, the baseline, the centred score, number of items."""
-    head = f"{'task':<34}{'accuracy':>9}{'+-':>8}{'guessing':>10}{'centred':>9}{'items':>8}"
+    """One line per task: accuracy, its standard error, baseline, centered score, number of items."""
+    head = f"{'task':<34}{'accuracy':>9}{'+-':>8}{'guessing':>10}{'centered':>9}{'items':>8}"
     line = "{label:<34}{accuracy:>9.4f}{standard_error:>8.4f}{baseline:>10.4f}{centered:>9.4f}{num_items:>8,}"
     return "\n".join([head, *(line.format(**task) for task in result["tasks"].values())])
 
 
 def main() -> None:
     if not MAKE_BUNDLE:
-        raise UserError("nothing to do: --make-bundle=DIR makes a bundle of tasks (scripts.base_eval evaluates on one)")
+        raise UserError("nothing to do: make a task bundle with --make-bundle=DIR (scripts.base_eval evaluates on one)")
     config.check_numbers(config.snapshot(__name__), at_least_one=("ITEMS_PER_TASK",))
     shard = dataset.open_shards(paths.data_dir(DATA_DIR)).validation.path
     folder = core_bundle.own_folder(shard) if MAKE_BUNDLE == core_bundle.OWN else MAKE_BUNDLE
     counts = core_bundle.make(folder, shard, ITEMS_PER_TASK)
-    print(f"{folder}, of {shard.name}:\n{', '.join(f'{count} {label}' for label, count in counts.items())}")
+    print(f"{folder}, made from {shard.name}:\n{', '.join(f'{count} {label}' for label, count in counts.items())}")
 
 
 if __name__ == "__main__":

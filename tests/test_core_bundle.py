@@ -129,7 +129,7 @@ def test_what_is_no_bundle_does_not_stay_and_one_line_says_why_there_is_no_core(
     host.script["eval_bundle.zip"] = [reply(b"<html>please log in</html>")]
     assert core_bundle.obtain("", None, ALONE, 5) is None
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("CORE is skipped")
+    assert line.startswith("CORE skipped")
     assert list((base_dir / "core").iterdir()) == []
 
 

@@ -205,7 +205,7 @@ def test_the_result_by_hand():
     assert (result["accuracy"], result["baseline"]) == (pytest.approx(1.3 / 3), pytest.approx(0.87 / 3))
     assert (result["is_core"], result["bundle_sha256"], tasks["b"]["num_items"]) == (False, "5a", 400)
     assert core_eval.table(result).splitlines()[1].split() == ["a", "0.5000", "0.0500", "0.2500", "0.3333", "100"]
-    assert core_eval.headline(result).startswith("tasks 0.2690 +- 0.0283 (3 tasks that are not CORE")
+    assert core_eval.headline(result).startswith("tasks 0.2690 +- 0.0283 (3 tasks, not CORE")
 
 
 def test_the_22_tasks_are_core_with_the_baselines_of_nanochats_scores():
