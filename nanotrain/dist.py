@@ -1,4 +1,4 @@
-"""Ranks: the place of this process in the run, its process group, and collectives on tensors and small objects."""
+"""Distributed runs: rank and device of this process, its process group, collectives on tensors and small objects."""
 
 import contextlib
 import os
@@ -18,14 +18,14 @@ import torch.distributed as torch_dist
 from nanotrain import config, hardware
 from nanotrain.errors import MemoryLimitError, RunError, UserError, file_error, first_line
 
-JOIN_SECONDS = 600.0  # in which all ranks must have started
-ANSWER_SECONDS = 30.0  # in which the address where they meet must be found and answer
-SMALL_BYTES = 2**20  # of tensors that are sent together in one message, which copies them
+JOIN_SECONDS = 600.0  # time limit for all ranks to start
+ANSWER_SECONDS = 30.0  # time limit for MASTER_ADDR to resolve and answer
+SMALL_BYTES = 2**20  # tensors below this size are copied into one message
 
 
 @dataclass(frozen=True)
 class DistContext:
-    """One process of a run: its place among the ranks, its device, and the dtype of its matrix products."""
+    """One process of a run: its rank, its device, and the dtype of its matrix products."""
 
     rank: int
     world_size: int
@@ -35,22 +35,23 @@ class DistContext:
 
     @property
     def is_rank0(self) -> bool:
-        """True on rank 0, the only one that prints, logs and writes files."""
+        """Whether this is rank 0, the only rank that prints, logs and writes files."""
         return self.rank == 0
 
     def print0(self, text: str) -> None:
+        """Print on rank 0 only."""
         if self.is_rank0:
             print(text, flush=True)
 
     def autocast(self) -> torch.autocast:
-        """The context in which the model's matrix products run in `dtype`; does nothing for float32."""
+        """Context manager that runs matrix products in `dtype`; does nothing for float32."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def all_reduce_sum(self, values: list) -> list[float]:
-        """The sums over all ranks of a list of numbers or () tensors, with a single read of the device."""
+        """Sum a list of numbers or () tensors over all ranks in float64, with a single device-to-host copy."""
         device = self.device if self.device.type == "cuda" else "cpu"  # MPS has no float64
         numbers = [0.0 if isinstance(value, torch.Tensor) else value for value in values]
-        total = torch.tensor(numbers, dtype=torch.float64).to(device, non_blocking=True)  # one by one each would wait
+        total = torch.tensor(numbers, dtype=torch.float64).to(device, non_blocking=True)  # one copy: each would wait
         for place, value in zip(total, values, strict=True):
             if isinstance(value, torch.Tensor):
                 place.copy_(value)
@@ -59,14 +60,14 @@ class DistContext:
         return total.tolist()
 
     def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's `value` (anything JSON-like), on every rank."""
+        """Return rank 0's `value` (any JSON-like object) on every rank."""
         box = [value]
         if self.world_size > 1:
-            torch_dist.broadcast_object_list(box, src=0)  # on the CPU: a GPU's collective would not wait for rank 0
+            torch_dist.broadcast_object_list(box, src=0)  # over gloo: NCCL would not wait for rank 0
         return box[0]
 
     def all_gather_objects(self, value: Any) -> list:
-        """A list of every rank's `value` (anything JSON-like), on every rank."""
+        """Return the list of every rank's `value` (any JSON-like object) on every rank."""
         boxes = [value]
         if self.world_size > 1:
             boxes = [None] * self.world_size
@@ -74,7 +75,7 @@ class DistContext:
         return boxes
 
     def all_gather_rows(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensors of all ranks joined in rank order along their first dimension, whose size may differ."""
+        """Concatenate the tensors of all ranks, in rank order, along the first dimension, whose size may differ."""
         if self.world_size == 1:
             return tensor
         sizes = torch.empty(self.world_size, dtype=torch.int64, device=tensor.device)
@@ -87,8 +88,8 @@ class DistContext:
         return torch.cat([part[:size] for part, size in zip(joined, sizes, strict=True)])
 
     def broadcast_owned(self, owned: list[list[torch.Tensor]]) -> Callable[[], None]:
-        """Start sending every rank the tensors that each rank owns, and return a function that waits for all of them.
-        owned: for each rank its 1-D contiguous tensors of one dtype, which the other ranks overwrite.
+        """Start broadcasting the tensors that each rank owns; return a function that waits for them.
+        owned: one list per rank of 1-D contiguous tensors of one dtype, overwritten on the other ranks.
         """
         sent, joined = [], []
         for rank, tensors in enumerate(owned if self.world_size > 1 else ()):
@@ -108,7 +109,7 @@ class DistContext:
         return wait
 
     def gather_to_rank0(self, part: torch.Tensor, sizes: list[int]) -> torch.Tensor | None:
-        """On rank 0 the 1-D tensors of all ranks, of these `sizes`, joined on the CPU; None on the others."""
+        """Concatenate the 1-D tensors of all ranks, of these `sizes`, on rank 0's CPU; return None on other ranks."""
         if self.world_size == 1:
             return part
         if not self.is_rank0:
@@ -124,14 +125,14 @@ class DistContext:
         return joined
 
     def on_rank0(self, function: Callable[[], Any]) -> Any:
-        """Call `function` on rank 0 only; every rank returns its result, or raises its UserError or OSError."""
+        """Call `function` on rank 0 only; every rank returns its result or raises its UserError or OSError."""
         result, error = self.broadcast_object(_attempt(function) if self.is_rank0 else None)
         if error:
             raise error
         return result
 
     def on_all_ranks(self, function: Callable[[], Any]) -> Any:
-        """Call `function` on every rank and return its result here; a UserError or OSError on any is raised on all."""
+        """Call `function` on every rank and return the local result; a UserError or OSError on any is raised on all."""
         result, error = _attempt(function)
         for found in self.all_gather_objects(error):
             if found:
@@ -139,6 +140,7 @@ class DistContext:
         return result
 
     def close(self) -> None:
+        """Destroy the process group."""
         if self.world_size > 1:
             torch_dist.destroy_process_group()
 
@@ -146,15 +148,15 @@ class DistContext:
 def init_distributed(
     device: str = "auto", dtype: str = "auto", seed: int = 1337, deterministic: bool = True
 ) -> DistContext:
-    """Set up this process, with a process group if torchrun started more than one. `deterministic` asks torch for
-    repeatable kernels, which the CPU always uses. Raises UserError for what this machine does not have.
+    """Set up the device and, under torchrun, the process group. `deterministic` selects deterministic GPU kernels.
+    Raises UserError if device or dtype are not available, RunError if the ranks cannot connect.
     """
     config.choice("DEVICE", device, ("auto", "cuda", "mps", "cpu"))
     config.choice("DTYPE", dtype, ("auto", *hardware.DTYPES))
     rank, local_rank, world_size = _place()
     found = hardware.find_device(device, local_rank)
     if found.type == "cuda":
-        torch.cuda.set_device(found)  # before NCCL starts, which takes the current one
+        torch.cuda.set_device(found)  # before NCCL starts, which uses the current device
     if world_size > 1:
         _join(found, world_size)
     hardware.configure(found, seed, deterministic)
@@ -163,8 +165,8 @@ def init_distributed(
 
 @contextlib.contextmanager
 def faults_as_sentences(when_lost: str | None = "", when_full: str = "") -> Iterator[None]:
-    """Where another rank has ended (not if when_lost is None) or memory runs out, raise RunError or MemoryLimitError
-    that end with these words.
+    """Convert the loss of another rank (unless when_lost is None) to RunError, and running out of memory to
+    MemoryLimitError. when_lost, when_full: suffixes of the messages.
     """
     try:
         yield
@@ -172,14 +174,14 @@ def faults_as_sentences(when_lost: str | None = "", when_full: str = "") -> Iter
         signs = ("gloo/transport", "Connection closed by peer")
         is_lost = isinstance(error, torch_dist.DistError) or any(sign in str(error) for sign in signs)
         if is_lost and when_lost is not None:
-            raise RunError(f"another rank has ended, and says why itself{when_lost}") from None
+            raise RunError(f"another rank has ended (its own message says why){when_lost}") from None
         if not hardware.is_out_of_memory(error):
             raise
         raise MemoryLimitError(f"out of memory{when_full}") from None
 
 
 def _attempt(function):
-    """(result, None) of a call, or (None, its UserError or OSError, as one that any rank can raise)."""
+    """(result, None), or (None, error) for a UserError or OSError, in a form that any rank can raise."""
     try:
         return function(), None
     except OSError as error:
@@ -189,54 +191,54 @@ def _attempt(function):
 
 
 def _place():
-    """[rank, local rank, world size], as torchrun gives them to its processes."""
+    """[rank, local rank, world size] from torchrun's environment variables. Raises UserError if they are invalid."""
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
         if not os.environ.get("RANK") and os.environ.get(name, "1") not in ("", "0", "1"):
-            fix = "let it start one torchrun on each machine (dev/several_machines.md), or give RANK=0 to runs apart"
-            raise UserError(f"{name}={os.environ[name]} but no RANK: {fix}")
+            fix = "start one torchrun per machine (dev/several_machines.md), or set RANK=0 for independent runs"
+            raise UserError(f"{name}={os.environ[name]} without RANK: {fix}")
     given = {name: os.environ.get(name) or default for name, default in defaults.items()}
     place = [int(value) if value.isdecimal() else -1 for value in given.values()]
     if min(place) < 0 or place[0] >= place[2] or not place[3]:
-        raise UserError(f"{given}: no place among ranks; start the ranks with torchrun, or unset all four")
+        raise UserError(f"{given}: not a valid rank and world size; start the ranks with torchrun, or unset all four")
     return place[:3]
 
 
 def _join(device, world_size):
     if device.type == "mps":
-        raise UserError(f"--device=mps runs one process, not {world_size}: use --device=cpu or one process")
+        raise UserError(f"--device=mps supports one process, not {world_size}: use --device=cpu or one process")
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise UserError(f"WORLD_SIZE={world_size} without {' and '.join(missing)}: start the ranks with torchrun")
     rank, host, port = int(os.environ["RANK"]), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     if not (port.isdecimal() and 0 < int(port) < 2**16):
         raise UserError(f"MASTER_PORT={port}: must be a number from 1 to 65535")
-    torchrun_listens = os.environ.get("TORCHELASTIC_USE_AGENT_STORE")  # True, False, or not torchrun at all
+    torchrun_listens = os.environ.get("TORCHELASTIC_USE_AGENT_STORE")  # True, False, or unset without torchrun
     listens = rank == 0 and torchrun_listens != "True"
 
     def meet():
         own_store = torch_dist.PrefixStore(_name_of_attempt(store, rank, world_size), store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         torch_dist.init_process_group(backend, store=own_store, rank=rank, world_size=world_size)
-        torch_dist.all_reduce(torch.zeros(1, device=device))  # NCCL connects only now
+        torch_dist.all_reduce(torch.zeros(1, device=device))  # NCCL connects here
 
     try:
-        limit = JOIN_SECONDS if torchrun_listens == "False" else ANSWER_SECONDS  # rank 0 itself may start late
-        _within(limit, "nothing was found there", partial(_find, host, port, listens, limit))
+        limit = JOIN_SECONDS if torchrun_listens == "False" else ANSWER_SECONDS  # rank 0 may start late
+        _within(limit, "no answer", partial(_find, host, port, listens, limit))
         options = {"is_master": listens, "multi_tenant": listens, "timeout": timedelta(seconds=JOIN_SECONDS)}
-        fault = "no answer from torch, but perhaps another program,"
+        fault = "no answer from torch, perhaps another program uses the port"
         connect = partial(torch_dist.TCPStore, host, int(port), wait_for_workers=False, **options)
         store = _within(ANSWER_SECONDS, fault, connect)
-        _within(JOIN_SECONDS + ANSWER_SECONDS, "not all ranks came", meet)
+        _within(JOIN_SECONDS + ANSWER_SECONDS, "not all ranks connected", meet)
     except (OSError, ValueError, RuntimeError) as error:
         places = ("MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
         given = ", ".join(f"{name}={os.environ[name]}" for name in places if os.environ.get(name))
         fix = "on one machine: torchrun --standalone --local-addr=127.0.0.1; on several: dev/several_machines.md"
-        raise RunError(f"the ranks cannot meet ({given}): {first_line(error)}; {fix}") from None
+        raise RunError(f"the ranks cannot connect ({given}): {first_line(error)}; {fix}") from None
 
 
 def _within(seconds, fault, function):
-    """The result of a call that may block for ever, made in a thread so that signals are handled here meanwhile."""
+    """Run a call that may block forever in a thread, so that this one can handle signals, and return its result."""
     outcome = []
 
     def call():
@@ -247,9 +249,9 @@ def _within(seconds, fault, function):
 
     threading.Thread(target=call, daemon=True).start()
     end = time.monotonic() + seconds
-    while not outcome:  # looked at again and again, for a signal may break the wait for a lock
+    while not outcome:  # poll, because a signal may interrupt waiting on a lock
         if time.monotonic() > end:
-            raise RuntimeError(f"{fault} in {seconds:.0f} s")
+            raise RuntimeError(f"{fault} (waited {seconds:.0f} s)")
         time.sleep(0.01)
     ((result, error),) = outcome
     if error:
@@ -258,21 +260,21 @@ def _within(seconds, fault, function):
 
 
 def _find(host, port, listens, seconds):
-    """Look the host up, and wait until something listens there unless this rank will; shorter than `seconds`."""
+    """Resolve the host and, unless this rank listens there, wait for a listener, for less than `seconds`."""
     begin = time.monotonic()
     while True:
         try:
             return socket.getaddrinfo(host, port) if listens else socket.create_connection((host, port)).close()
         except OSError as error:
             limit = min(seconds, ANSWER_SECONDS) if isinstance(error, socket.gaierror) else seconds
-            if time.monotonic() - begin > 0.8 * limit:  # where names are looked up slowly, another time would be late
+            if time.monotonic() - begin > 0.8 * limit:  # a slow lookup must not exceed the limit
                 raise
         time.sleep(0.2)
 
 
 def _name_of_attempt(store, rank, world_size):
-    """A name that rank 0 draws for this start of the ranks: torchrun (2.13) hands restarted ranks the store of those it
-    has ended, with addresses where nobody listens any more. Every rank asks for it under a key of its own.
+    """A random name, chosen by rank 0, for this start of the ranks: torchrun (2.13) reuses the store of an earlier
+    attempt, whose addresses are stale. Every rank asks for it under a key of its own.
     """
     if rank:
         key = f"{uuid.uuid4().hex} of {world_size}"
@@ -287,7 +289,7 @@ def _name_of_attempt(store, rank, world_size):
             if store.check([f"nanotrain/rank{other}"]):
                 key = store.get(f"nanotrain/rank{other}").decode()
                 if not key.endswith(f" of {world_size}"):
-                    raise RunError(f"rank {other} is one{key[32:]} (its WORLD_SIZE), rank 0 one of {world_size}")
+                    raise RunError(f"WORLD_SIZE differs: {key[36:]} on rank {other}, {world_size} on rank 0")
                 store.set(key, name)
         missing = {other for other in missing if not store.check([f"{name}/rank{other}"])}
         if missing and time.monotonic() > end:

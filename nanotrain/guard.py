@@ -1,4 +1,4 @@
-"""What a run must notice: requests to stop, hangs, non-finite updates, spikes of the loss, ranks that drift apart."""
+"""Run safety: stop requests, hangs, non-finite updates, loss spikes, diverging replicas."""
 
 import contextlib
 import math
@@ -15,18 +15,16 @@ import torch
 from nanotrain.dist import DistContext
 from nanotrain.errors import HANG_EXIT_CODE, Output, RunError, stop_signals
 
-NON_FINITE_IN_A_ROW = 3  # steps that end a run
-NON_FINITE_NEARBY, NEARBY_STEPS = 10, 1000  # so many within so many steps end it too
-LOSS_WINDOW = 128  # accepted losses that a new one is compared with
+NON_FINITE_IN_A_ROW = 3  # consecutive skipped steps that end a run
+NON_FINITE_NEARBY, NEARBY_STEPS = 10, 1000  # or this many skipped steps among this many
+LOSS_WINDOW = 128  # accepted losses to compare a new one with
 SPIKE_DEVIATIONS = 6.0  # standard deviations above their mean
-SLOW_SECONDS = 1800.0  # without progress after which a rank counts as hung, outside of steps
+SLOW_SECONDS = 1800.0  # watchdog limit outside of training steps
 CHECK_REPLICAS_EVERY = 500  # steps
 
 
 class StopRequest:
-    """SIGTERM, SIGHUP (a closed terminal), SIGUSR1 (Slurm's warning) and Ctrl-C set a flag; a second Ctrl-C ends the
-    process at once.
-    """
+    """Flag set by SIGTERM, SIGHUP (closed terminal), SIGUSR1 (Slurm's warning) or Ctrl-C; a second Ctrl-C exits."""
 
     def __init__(self, prints: bool):
         self.requested, self.since, self.prints = False, 0.0, prints
@@ -34,18 +32,18 @@ class StopRequest:
             signal.signal(number, self._handle)
 
     def _handle(self, number, frame):
-        # torchrun passes the terminal's Ctrl-C on, so that one keystroke arrives twice
+        # torchrun forwards the terminal's Ctrl-C, so one keystroke arrives twice
         if self.requested and number == signal.SIGINT and time.monotonic() - self.since > 1:
             os._exit(130)
         if not self.requested:
             self.requested, self.since = True, time.monotonic()
             if self.prints:
-                Output(2).write(b"\nstopping after this step (Ctrl-C again: at once, without saving)\n")
+                Output(2).write(b"\nstopping after this step (Ctrl-C again: exit at once, without saving)\n")
 
 
 class Watchdog:
-    """Ends the process with exit code 8, and the stacks of all its threads on standard error, when `beat` is not called
-    in time. To be used with `with`. The seconds of a suspended process (Ctrl-Z, a closed laptop) do not count.
+    """Context manager that prints all threads' stacks and exits with code 8 if `beat` is not called in time. Time in
+    which the process is suspended (Ctrl-Z, a closed laptop) does not count.
     """
 
     TICK_SECONDS = 0.25
@@ -56,7 +54,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="nanotrain-watchdog", daemon=True)
 
     def beat(self, seconds: float) -> None:
-        """All is well; the next beat comes within `seconds`."""
+        """Report progress and allow `seconds` until the next call."""
         self._limit, self._waited = seconds, 0.0
 
     def _watch(self):
@@ -69,10 +67,10 @@ class Watchdog:
 
     def _say_where_threads_are(self):
         where = f"[rank {self._rank}] " if self._rank else ""
-        message = f"no progress for {self._limit:.0f} s: this process is ended. Where each of its threads was:"
+        message = f"no progress for {self._limit:.0f} s: exiting. Stacks of all threads:"
         lines = [f"{where}error: {message}"]
         for innermost in sys._current_frames().values():
-            # not traceback's functions, which read source files, perhaps from the file system that hangs
+            # not traceback.print_stack, which reads source files, perhaps from the file system that hangs
             codes = [(frame.f_code, line) for frame, line in walk_stack(innermost)]
             lines += ["", *(f"  {code.co_filename}:{line} in {code.co_name}" for code, line in codes)]
         print("\n".join(lines), file=sys.stderr, flush=True)
@@ -87,13 +85,13 @@ class Watchdog:
 
 
 def too_many_skipped(skipped: Sequence[int], step: int) -> bool:
-    """Whether a run should end. skipped: the steps without an update, of which `step` is the last."""
+    """Whether too many steps were skipped to go on. skipped: the steps without an update, the last one being `step`."""
     in_a_row = skipped[-NON_FINITE_IN_A_ROW:] == list(range(step - NON_FINITE_IN_A_ROW + 1, step + 1))
     return in_a_row or sum(other > step - NEARBY_STEPS for other in skipped) >= NON_FINITE_NEARBY
 
 
 def deviations(losses: Sequence[float], loss: float) -> float:
-    """How many standard deviations `loss` lies above the mean of the accepted `losses`; 0 while there are few."""
+    """Standard deviations of `loss` above the mean of the accepted `losses`; 0 while there are too few."""
     if len(losses) < LOSS_WINDOW // 4:
         return 0.0
     mean = math.fsum(losses) / len(losses)
@@ -103,7 +101,7 @@ def deviations(losses: Sequence[float], loss: float) -> float:
 
 @torch.no_grad()
 def checksum(tensors: Iterable[torch.Tensor]) -> int:
-    """A 64-bit sum over the bits of float32 tensors, in order; any single change changes it."""
+    """64-bit checksum of float32 tensors; it detects any change of a single value."""
     total = 0
     for tensor in tensors:
         bits = tensor.detach().reshape(-1).view(torch.int32).sum(dtype=torch.int64).item()
@@ -112,11 +110,11 @@ def checksum(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def check_replicas(dist: DistContext, tensors: Sequence[torch.Tensor], step: int, every: int = 1) -> None:
-    """Raise RunError on all ranks if their `tensors` differ in any bit. every: only in each so many steps."""
+    """Raise RunError on all ranks if their float32 `tensors` differ in any bit; checks every `every`-th step only."""
     if dist.world_size == 1 or step % every:
         return
     sums = dist.all_gather_objects(checksum(tensors))
     other = [rank for rank, found in enumerate(sums) if found != sums[0]]
     if other:
-        found = f"the weights of rank {', '.join(map(str, other))} are not those of rank 0"
-        raise RunError(f"step {step}: {found}. Nothing was saved; --resume goes on from the last checkpoint")
+        found = f"the weights of rank {', '.join(map(str, other))} differ from those of rank 0"
+        raise RunError(f"step {step}: {found}. Nothing was saved; continue from the last checkpoint with --resume")

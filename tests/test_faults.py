@@ -159,7 +159,7 @@ def test_p1_sigterm_to_torchrun_saves_once_on_both_ranks_at_the_same_step(whole,
 def test_p1_bit_exact_resume_after_sigterm_and_after_sigkill_of_one_rank_under_max_restarts(whole, killed):
     assert (killed.code, killed.ends) == (0, ["0", "0"]), killed.errors
     assert killed.killed == [None, str(KILLED - STOPPED)]
-    assert "error: another rank has ended, and says why itself" in killed.errors
+    assert "error: another rank has ended (its own message says why)" in killed.errors
     assert f"resume     disturbed at step {STOPPED}\n" in killed.printed
     assert f"resume     disturbed at step {SAVED}\n" in killed.printed
     assert soak.differences(whole.run, killed.run) == []
@@ -172,7 +172,7 @@ def test_p1_bit_exact_after_a_node_is_lost_and_started_again(whole, rejoined):
     assert codes == [0, -9, 0], files
     assert files["rank1.lost"] == str(KILLED)
     assert [files[f"rank{rank}.end"] for rank in range(2)] == ["0", "0"]
-    assert "error: another rank has ended, and says why itself" in files["node0.log"]
+    assert "error: another rank has ended (its own message says why)" in files["node0.log"]
     assert f"resume     rejoined at step {SAVED}\n" in files["node0.log"]
     assert soak.differences(whole.run, run) == []
     assert [files[f"rank{rank}.hashes"].split()[-1] for rank in range(2)] == [found[-1] for found in whole.hashes]

@@ -167,7 +167,7 @@ def test_gradients_that_are_not_averaged_are_noticed_though_all_ranks_hold_the_s
 @pytest.mark.slow
 def test_parameters_that_are_not_sent_are_noticed_before_a_save(worlds):
     assert 0 not in worlds.codes["unsent"]
-    assert f"step {STEPS}: the weights of rank 1 are not those of rank 0" in worlds.log("unsent", 0)
+    assert f"step {STEPS}: the weights of rank 1 differ from those of rank 0" in worlds.log("unsent", 0)
     assert Store(worlds.folder / "runs" / "unsent").steps() == []
 
 
