@@ -1,13 +1,13 @@
-"""Checkpoints that cannot be half written, silently wrong or hostile.
+"""Checkpoints: their contents, saving, restoring and loading.
 
     <run>/checkpoints/step_00001000/
-        manifest.json                         format, step, size and SHA-256 of every other file, and a hash of all that
-        model.safetensors                     the weights by name, and nothing else
-        optim-00000-of-00001.safetensors      "parameter/state" -> whole tensors
+        manifest.json                         format, step, size and SHA-256 of every other file, and a hash of all this
+        model.safetensors                     weights by name
+        optim-00000-of-00001.safetensors      whole tensors by "parameter/state"
         state.json                            everything else: see `CheckpointManager.save` and `RunPlan.record`
 
-How they are written and verified is in store.py; what is in them is here. There is no pickle: tensors are safetensors,
-the rest is JSON.
+store.py writes and verifies the files, so that a checkpoint is never half written or silently corrupt. Tensors are
+safetensors and the rest is JSON, never pickle, so that a hostile checkpoint cannot execute code.
 """
 
 import contextlib
@@ -35,13 +35,13 @@ from nanotrain.store import HORIZON, MODEL, OPTIMIZER, STATE, Store
 from nanotrain.tokenizer import BPETokenizer
 from nanotrain.trainer import TrainState, TrainStep
 
-FAILED_SAVES_LIMIT = 3  # consecutive ones that end a run
+FAILED_SAVES_LIMIT = 3  # consecutive failed saves that end a run
 T = TypeVar("T")
 Tensors = dict[str, Tensor]  # by name
 
 
 def pack(weights: Tensors, moments: Tensors, state: dict) -> dict[str, Callable[[], bytes]]:
-    """{file name: function that gives its bytes} of a checkpoint."""
+    """{file name: function that returns its bytes} of a checkpoint."""
     return {
         MODEL: lambda: tensor_bytes(_plain(weights)),
         OPTIMIZER: lambda: tensor_bytes(_plain(moments)),
@@ -50,19 +50,19 @@ def pack(weights: Tensors, moments: Tensors, state: dict) -> dict[str, Callable[
 
 
 def unpack(files: dict[str, bytes]) -> tuple[Tensors, Tensors, dict]:
-    """(model tensors, optimizer tensors, state) of verified files. Raises CheckpointError if they are no checkpoint."""
+    """(model tensors, optimizer tensors, state) of verified files. Raises CheckpointError if they cannot be parsed."""
     try:
         model_tensors, optimizer_tensors = load_tensors(files[MODEL]), load_tensors(files[OPTIMIZER])
         state = json.loads(files[STATE])
         if not isinstance(state, dict):
-            raise TypeError(f"{STATE} is no JSON object")
+            raise TypeError(f"{STATE} is not a JSON object")
     except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, AssertionError) as error:
-        raise CheckpointError(f"a verified file of another program cannot be read: {error}") from None
+        raise CheckpointError(f"the checkpoint is intact but not in nanotrain's format: {error}") from None
     return model_tensors, optimizer_tensors, state
 
 
 def find_run(name: str = "") -> Path:
-    """The folder of the run `name`, or of the one saved last."""
+    """The folder of the run `name`, or of the most recently saved run. Raises CheckpointError if there is none."""
     if name:
         return paths.run_dir(name)
     runs = paths.base_dir() / "runs"
@@ -75,23 +75,23 @@ def find_run(name: str = "") -> Path:
 def load_model(
     run_dir: str | Path, device: str | torch.device = "cpu", best: bool = False, step: int = 0
 ) -> tuple[GPT, BPETokenizer, dict]:
-    """(model, tokenizer, meta) of the newest checkpoint of a run that verifies, of the one with the best validation
-    bits per byte, or of the one after `step` steps: float32 weights on `device`, in evaluation mode.
+    """Load (model, tokenizer, meta) from a run's newest valid checkpoint, the one with the best validation bits per
+    byte, or that of `step`. The model has float32 weights on `device` and is in evaluation mode.
 
-    meta is the checkpoint's state: step, settings, model_config, val_bpb and so on. Raises CheckpointError (none can
-    be used), DataError (the tokenizer is missing or not that of the run) or UserError (both `best` and `step`).
+    meta is the checkpoint's state: step, settings, model_config, val_bpb and so on. Raises CheckpointError (no usable
+    checkpoint), DataError (tokenizer missing or not the run's) or UserError (both `best` and `step`).
     """
     run_dir, store = Path(run_dir), Store(run_dir)
     if best and step:
-        raise UserError(f"--best and --step={step}: two checkpoints; give one of them")
+        raise UserError(f"--best and --step={step} exclude each other: give one of them")
     if step and step not in store.steps():
-        there = ", ".join(map(str, store.steps())) or "none"
-        raise CheckpointError(f"--step={step}: no such checkpoint in {store.folder}; there: {there}")
+        available = ", ".join(map(str, store.steps())) or "none"
+        raise CheckpointError(f"--step={step}: no such checkpoint in {store.folder}; available: {available}")
     tensors, _, meta = unpack(store.read(step)) if step else _newest(run_dir)
     if best:
         best_step = (meta.get("train_state") or {}).get("best_step", -1)
         if best_step < 0:
-            raise CheckpointError(f"no checkpoint of {run_dir} is known as its best: it was never evaluated")
+            raise CheckpointError(f"{run_dir} has no best checkpoint because it was never evaluated: omit --best")
         tensors, _, meta = unpack(store.read(best_step))
     model_config = parsed(GPTConfig, meta.get("model_config"))
     tokenizer = BPETokenizer.load(run_dir)
@@ -103,23 +103,23 @@ def load_model(
 
 
 def build_model(model_config: GPTConfig, device: str | torch.device) -> GPT:
-    """A GPT on `device` whose memory is not set yet: `init_weights` or `load_weights` comes next."""
+    """A GPT on `device` with uninitialized memory: call `init_weights` or `load_weights` next."""
     with torch.device("meta"):
         model = GPT(model_config)
     return model.to_empty(device=device)
 
 
 def load_weights(model: GPT, tensors: Tensors) -> None:
-    """Fill a model. Raises CheckpointError that lists what is missing, extra or misshapen."""
+    """Copy tensors into a model. Raises CheckpointError that lists missing, unexpected and misshapen ones."""
     model.init_buffers()
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise CheckpointError(f"the checkpoint's weights are not those of this model: {error}") from None
+        raise CheckpointError(f"the checkpoint's weights do not fit this model: {error}") from None
 
 
 def parsed(kind: type[T], saved: object) -> T:
-    """The dataclass `kind` of the fields that a checkpoint holds. Raises CheckpointError if they are not valid."""
+    """An instance of the dataclass `kind` from saved fields. Raises CheckpointError if they are not valid."""
     types = {found.name: found.type for found in fields(kind)}
     try:
         for name, value in saved.items():
@@ -130,26 +130,26 @@ def parsed(kind: type[T], saved: object) -> T:
                 raise ValueError(f"{name} is {value}")
         return kind(**saved)
     except (AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"a checkpoint holds no valid {kind.__name__}: {error}") from None
+        raise CheckpointError(f"the checkpoint has no valid {kind.__name__}: {error}") from None
 
 
 @dataclass
 class Restored:
-    """A checkpoint that a run goes on from."""
+    """The contents of the checkpoint that a run resumes from."""
 
     model_tensors: Tensors
     optimizer_tensors: Tensors
     state: dict
-    changed: set[str] = field(default_factory=set)  # settings that are other than in the checkpoint
+    changed: set[str] = field(default_factory=set)  # names of settings that differ from the checkpoint
 
     def check(self, data: TrainData, cfg: SimpleNamespace, defaults: dict, identity: tuple, trajectory: tuple) -> None:
-        """Find `changed`. Raises DataError if tokenizer or data differ, and UserError if settings do that may not: of
-        `identity` none may, of `trajectory` those in ALLOW_CHANGE. defaults: of settings newer than the checkpoint.
+        """Set `changed`. Raises DataError if tokenizer or data differ, and UserError if settings in `identity` do, or
+        those in `trajectory` that are not in ALLOW_CHANGE. defaults: values of settings newer than the checkpoint.
         """
         if self.state["tokenizer_sha256"] != data.tokenizer.sha256():
-            raise DataError("the tokenizer is not that of this run: give its folder with --tokenizer-dir")
+            raise DataError("this run was trained with another tokenizer: give its folder with --tokenizer-dir")
         if self.state["data"] != data.fingerprint:
-            raise DataError("the data are not those of this run: give their folder with --data-dir")
+            raise DataError("this run was trained on other data: give their folder with --data-dir")
         was, settings = {**defaults, **self.state["settings"]}, vars(cfg)
         self.changed = {name for name in settings if was[name] != settings[name]}
         may = {name.strip().replace("-", "_").upper() for name in cfg.ALLOW_CHANGE.split(",")}
@@ -157,54 +157,53 @@ class Restored:
         for name in (*identity, *trajectory):
             if name in self.changed and (name in identity or name not in may):
                 fixed = name in identity
-                rule = "it cannot change within a run" if fixed else f"allow it with --allow-change={name.lower()}"
+                rule = "cannot change within a run" if fixed else f"allow it with --allow-change={name.lower()}"
                 lines.append(f"{config.flag_of(name)} was {was[name]}, is {settings[name]}: {rule}")
         if lines:
             raise UserError("this run was started with other settings:\n  " + "\n  ".join(lines))
 
     def warn_of_difference(self, environment: dict, dist: DistContext) -> None:
-        """Say in one line what differs from the machine on which the checkpoint was written."""
+        """Print in one line how this machine and code differ from those that wrote the checkpoint."""
         was = self.state["environment"]
         names = ("packages", "cuda", "device_name", "threads", "world_size", "dtype", "deterministic", "code_sha256")
         different = [f"{n} was {was.get(n)}, is {environment[n]}" for n in names if was.get(n) != environment[n]]
         if different:
-            dist.print0(f"warning    the same sequences, but not to the same bits: {'; '.join(different)}")
+            dist.print0(f"warning    same sequences, but results not bit-identical: {'; '.join(different)}")
 
     def load_tensors(self, model: GPT, optimizers: Iterable[optim.ShardedOptimizer]) -> None:
-        """Load weights and optimizer state, and let go of the tensors: a run must not hold two copies of them."""
+        """Load weights and optimizer state and free the tensors, so that a run does not hold two copies."""
         load_weights(model, self.model_tensors)
         try:
             optim.load_state_tensors(optimizers, self.optimizer_tensors)
         except ValueError as error:
-            raise CheckpointError(f"the checkpoint's optimizer state is not that of these settings: {error}") from None
+            raise CheckpointError(f"the checkpoint's optimizer state does not fit these settings: {error}") from None
         self.model_tensors = self.optimizer_tensors = {}
 
 
 class CheckpointManager:
-    """The checkpoints of one run. Call `restore`, then `claim`, then `begin`, then `save` as often as it is due. A few
-    that cannot be written do not end the run.
+    """The checkpoints of one run. Call `restore`, `claim`, `begin`, and then `save` whenever it is `due`.
 
-    There is no state of a random number generator: after initialization nothing is drawn.
+    No random number generator is saved: nothing is drawn after initialization.
     """
 
     def __init__(self, run_dir: Path, dist: DistContext, save_every: int = 0, keep_last: int = 2, keep_every: int = 0):
-        """save_every, keep_every: steps; 0: never."""
+        """save_every, keep_every: in steps; 0: never."""
         self.run_dir, self.dist, self.store = run_dir, dist, Store(run_dir)
         self.save_every, self.keep_last, self.keep_every = save_every, keep_last, keep_every
-        self.failures, self.resumed_step = 0, None  # failures: consecutive
+        self.failures, self.resumed_step = 0, None  # failures: consecutive failed saves
 
     def restore(self, resume: bool) -> Restored | None:
-        """The newest checkpoint that verifies, on every rank; None for a new run, which must have no checkpoint."""
-        files = {}  # of rank 0, which has read them to find the step
+        """The newest valid checkpoint, on every rank; None for a new run, which must not have any yet."""
+        files = {}  # on rank 0, which reads them to find the step
 
         def find():
             if resume:
                 step, found, complaints = self.store.newest()
                 files.update(found or {})
                 return step, complaints
-            if there := self.store.steps():
-                begun = f"run {self.run_dir.name!r} is already at step {there[0]}"
-                raise UserError(f"{begun}: go on with --resume, or choose another --run-name")
+            if steps := self.store.steps():
+                found = f"run {self.run_dir.name!r} is already at step {steps[0]}"
+                raise UserError(f"{found}: continue with --resume or choose another --run-name")
             return None, []
 
         self.resumed_step, complaints = self.dist.on_rank0(find)
@@ -217,13 +216,13 @@ class CheckpointManager:
         return Restored(*tensors_and_state)
 
     def claim(self, tokenizer: BPETokenizer) -> None:
-        """Make this process the one that writes to the run's folder, and put the tokenizer there."""
+        """Make this process the only writer of the run's folder, and save the tokenizer there."""
         self.owner = self.dist.on_rank0(self.store.claim)
         self.dist.on_rank0(lambda: tokenizer.save(self.run_dir))
 
     def horizon(self, of: str) -> tuple[dict[str, int], Callable[[dict[str, int]], bool]]:
-        """({step: num_steps} that earlier processes chose for a horizon `of` the same; a function that keeps what is
-        chosen now, and returns whether it could be written).
+        """(the saved {step: num_steps} for the same horizon `of`, a function that saves the current one and returns
+        whether it could be written).
         """
 
         def read():
@@ -242,12 +241,12 @@ class CheckpointManager:
         return self.dist.on_rank0(read), keep
 
     def begin(self, state: TrainState, record: dict, metrics: MetricLogger, beat: Callable[[float], None]) -> None:
-        """Get ready to save: `record` goes into every checkpoint."""
+        """Prepare for saving. `record` goes into every checkpoint."""
         self.record, self.metrics, self.beat, self.saved = record, metrics, beat, replace(state)
 
     def due(self, state: TrainState, is_final: bool) -> bool:
-        """Whether to save: on schedule, at the end, if it is the best, or if evaluations that a stop had left out were
-        made up. Never twice for the same state, and not before the first step.
+        """Whether to save: on schedule, at the end, at a new best, or after evaluations that an earlier stop skipped.
+        Never twice for the same state, and not before the first step.
         """
         if state.step == self.saved.step:
             return state.step > 0 and state.evals_step != self.saved.evals_step
@@ -255,15 +254,15 @@ class CheckpointManager:
         return scheduled or is_final or state.best_step == state.step
 
     def save(self, state: TrainState, train_step: TrainStep, batches: Prefetcher, is_final: bool = False) -> None:
-        """Save on all ranks at once. Raises NonFiniteError or RunError if the weights are not what they should be, and
-        CheckpointError if it cannot be written and is the final one, or one too many in a row.
+        """Save a checkpoint; a collective operation. Raises NonFiniteError for non-finite weights, RunError if they
+        differ between ranks, CheckpointError if the final checkpoint or FAILED_SAVES_LIMIT in a row cannot be written.
         """
         self.beat(guard.SLOW_SECONDS)
         guard.check_replicas(self.dist, train_step.parameters, state.step)
         if not all(parameter.isfinite().all() for parameter in train_step.parameters):
             fix = f"lower the rates (--matrix-lr={self.record['recipe']['matrix_lr'] / 2:g})"
-            raise NonFiniteError(f"step {state.step}: the weights are not finite; the last checkpoint is intact: {fix}")
-        state.wandb_id = self.metrics.wandb_id or state.wandb_id  # which a sweep chooses itself
+            raise NonFiniteError(f"step {state.step}: non-finite weights; the last checkpoint is intact: {fix}")
+        state.wandb_id = self.metrics.wandb_id or state.wandb_id  # a sweep chooses its own
         found = {
             "step": state.step,
             "val_bpb": state.val_bpb if state.evaluated_step == state.step else None,
@@ -272,7 +271,7 @@ class CheckpointManager:
             **train_step.state(),
             **self.record,
         }
-        hardware.give_back_freed_memory()  # a file is put together in memory
+        hardware.give_back_freed_memory()  # each file is assembled in memory
         weights, moments = train_step.model.state_dict(), optim.state_tensors(train_step.optimizers, self.dist)
         failure = self.dist.on_rank0(lambda: self._write(state, weights, moments, found))
         if not failure:
@@ -280,25 +279,25 @@ class CheckpointManager:
             self.metrics.event(f"step {state.step}: checkpoint saved")
             return
         self.failures += 1
-        state.best_bpb, state.best_step = self.saved.best_bpb, self.saved.best_step  # one that can be loaded
+        state.best_bpb, state.best_step = self.saved.best_bpb, self.saved.best_step  # the best must be on disk
         if is_final or self.failures == FAILED_SAVES_LIMIT:
             which = "the last checkpoint" if is_final else f"{self.failures} checkpoints in a row"
-            raise CheckpointError(f"{which} could not be written: {failure}: {self.run_dir}. Older ones are intact")
-        self.metrics.event(f"step {state.step}: the checkpoint could not be written ({failure}); training goes on")
+            raise CheckpointError(f"{which} could not be written: {failure}: {self.run_dir}; older ones are intact")
+        self.metrics.event(f"step {state.step}: the checkpoint could not be written ({failure}); training continues")
 
     def save_then_raise(self, state: TrainState, train_step: TrainStep, batches: Prefetcher) -> None:
-        """Save the finished steps after an error of the data, then raise it on all ranks."""
+        """After a data error, save the finished steps, then raise the error on all ranks."""
         if self.due(state, is_final=True):
             self.save(state, train_step, batches)
         raise next(filter(None, self.dist.all_gather_objects(batches.error)))
 
     def _write(self, state, weights, moments, found):
-        """Why it could not be written, as on a full disk; empty if it was."""
+        """Write the checkpoint; return why that failed (such as a full disk), or ""."""
         try:
             self.store.commit(state.step, pack(weights, moments, found), self.owner)
         except OSError as error:
             return error.strerror or str(error)
-        with contextlib.suppress(OSError):  # it is saved; what could not be removed is removed at the next save
+        with contextlib.suppress(OSError):  # saved; the next save tries again to remove old checkpoints
             self.store.clean(self.keep_last, self.keep_every, state.best_step, self.resumed_step, self.owner)
         return ""
 
@@ -306,19 +305,19 @@ class CheckpointManager:
 def load_first_weights(
     dist: DistContext, source: str, model_config: GPTConfig, tokenizer: BPETokenizer
 ) -> tuple[Tensors, GPTConfig]:
-    """(weights, configuration) of the run `source`, for a new run of the same tokenizer and shape to begin with."""
+    """(weights, configuration) of the run `source`, to initialize a new run with the same tokenizer and shape."""
     run_dir = dist.on_rank0(lambda: find_run(source))
 
     def load():
         tensors, _, state = _newest(run_dir)
         if state.get("tokenizer_sha256") != tokenizer.sha256():
-            raise DataError(f"--init-from={source} has another tokenizer: give its own, --tokenizer-dir={run_dir}")
+            raise DataError(f"--init-from={source} has another tokenizer: use it with --tokenizer-dir={run_dir}")
         own, found = asdict(model_config), parsed(GPTConfig, state.get("model_config"))
         other = {name: value for name, value in asdict(found).items() if name not in CONSTANTS and own[name] != value}
         if other:
             shape = ", ".join(f"{name} {value}" for name, value in other.items())
             raise UserError(f"--init-from={source} has another shape: {shape}; use the settings it was trained with")
-        dist.print0(f"weights    of {source} at step {state['step']}")
+        dist.print0(f"weights    from {source} at step {state['step']}")
         return tensors, found
 
     return dist.on_all_ranks(load)

@@ -600,7 +600,7 @@ def test_resuming_at_the_last_step_says_that_there_is_nothing_to_do(train, finis
     train("finished", RESUME=True)
     assert "nothing to do: finished has a checkpoint at step 6 of 6" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
-    with pytest.raises(UserError, match="already at step 6: go on with --resume") as caught:
+    with pytest.raises(UserError, match="already at step 6: continue with --resume") as caught:
         train("finished")
     assert caught.value.exit_code == 2
     train("finished", RESUME=True, REPORT=True)  # which a kill had left out
@@ -639,7 +639,7 @@ def test_every_setting_is_of_exactly_one_class():
 @pytest.mark.usefixtures("stopped")
 def test_what_a_run_is_cannot_change_even_if_asked_for(train):
     for name, value in REFUSED.items():
-        with pytest.raises(UserError, match=f"{config.flag_of(name)} was .*, is {value}: it cannot change"):
+        with pytest.raises(UserError, match=f"{config.flag_of(name)} was .*, is {value}: cannot change"):
             train("stopped", RESUME=True, ALLOW_CHANGE=name.lower(), **{name: value})
 
 
@@ -748,7 +748,7 @@ def test_p8_weights_that_are_not_finite_are_never_saved(train, at_step, monkeypa
             next(p for name, p in models[-1].named_parameters() if "scale" in name).view(-1)[0] = math.nan
 
     at_step(5, spoil)
-    with pytest.raises(NonFiniteError, match="step 6: the weights are not finite"):
+    with pytest.raises(NonFiniteError, match="step 6: non-finite weights"):
         train(SAVE_EVERY=2)
     assert Store(base_dir / "runs" / "r").newest()[0] == 4
     assert all(tensor.isfinite().all() for tensor in saved(base_dir / "runs" / "r")[0].values())
