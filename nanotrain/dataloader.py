@@ -34,18 +34,18 @@ from nanotrain.tokenizer import BPETokenizer
 
 # Longer documents are tokenized in pieces, which bounds memory. Changing this changes the data order.
 MAX_PIECE_CHARS = 100_000
-ESTIMATE_CHARS = 20_000  # of each of 50 texts, which tell how many tokens there are
-PREFETCH_SEQUENCES = 4  # tokenized at a time in each stream
-# The more streams, the more ranks can share them without tokenizing a text twice, and the more memory they need.
+ESTIMATE_CHARS = 20_000  # characters of each of 50 texts used to estimate the number of tokens
+PREFETCH_SEQUENCES = 4  # sequences tokenized at a time per stream
+# More streams let more ranks share the work without tokenizing a text twice, but need more memory.
 NUM_STREAMS = (192, 96, 64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
-HELD_BYTES = 256e6  # of texts, read by all streams and not tokenized yet
-WINDOW_BYTES, MOST_WINDOWS = 1e6, 8  # of a row group read at a time; each window decodes what is before it once more
-CHARS_PER_TOKEN = 3  # estimate of how much text to tokenize; a bad one costs time but never changes a sequence
+HELD_BYTES = 256e6  # limit for texts that are read but not yet tokenized, all streams together
+WINDOW_BYTES, MOST_WINDOWS = 1e6, 8  # part of a row group read at a time; each decodes those before it again
+CHARS_PER_TOKEN = 3  # estimate of how much text to tokenize; it affects speed but never a sequence
 
 
 @dataclass(frozen=True)
 class TrainData:
-    """What a run trains on."""
+    """Tokenizer and shards of a run."""
 
     tokenizer: BPETokenizer
     shards: Shards
@@ -53,14 +53,14 @@ class TrainData:
 
     @classmethod
     def open(cls, data_dir: str, tokenizer_dir: str, dist: DistContext) -> "TrainData":
-        """Open the folders, "" for the default ones, on every rank; see `check_nodes`."""
+        """Open both folders ("": the defaults) on every rank. Raises DataError; see `open_shards`, `check_nodes`."""
         tokenizer = BPETokenizer.load(paths.tokenizer_dir(tokenizer_dir))
         shards = dist.on_all_ranks(lambda: open_shards(paths.data_dir(data_dir)))
         check_nodes(dist, tokenizer, shards)
         return cls(tokenizer, shards, dist.on_rank0(lambda: fingerprint(shards)))
 
     def estimated_tokens(self) -> float:
-        """About how many tokens the train shards hold, from the length of the first texts."""
+        """Approximate number of tokens in the train shards, extrapolated from the first 50 texts."""
         groups = (
             (shard.path, group) for shard in self.shards.train for group, rows in enumerate(shard.group_rows) if rows
         )
@@ -71,18 +71,18 @@ class TrainData:
 
 
 def check_nodes(dist: DistContext, tokenizer: BPETokenizer, shards: Shards) -> None:
-    """Raise DataError on all ranks if one, on another machine, has another tokenizer or other shards than rank 0."""
+    """Raise DataError on all ranks if tokenizer or shards on any node differ from those of rank 0."""
     opened = [[shard.name, shard.text_bytes, shard.group_rows] for shard in (*shards.train, shards.validation)]
     found = dist.all_gather_objects([tokenizer.sha256(), hash_of(opened)])
     for rank, here in enumerate(found):
         if here != found[0]:
-            what = "tokenizer" if here[0] != found[0][0] else f"shards in {shards.folder}"
-            raise DataError(f"rank {rank} has not the {what} that rank 0 has: every node needs the same files")
+            what = "tokenizers" if here[0] != found[0][0] else f"shards in {shards.folder}"
+            raise DataError(f"ranks 0 and {rank} have different {what}: copy the same files to every node")
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Rows `start` to `stop` of one row group, to be read `window_rows` at a time."""
+    """Rows `start` to `stop` of one row group, read `window_rows` at a time."""
 
     shard: Shard
     group: int
@@ -92,7 +92,7 @@ class Slice:
 
 
 def choose_num_streams(shards: Sequence[Shard]) -> int:
-    """How many streams to read train shards with: as many of NUM_STREAMS as hold HELD_BYTES, huge row groups or not."""
+    """Number of streams for train shards: the largest of NUM_STREAMS that keeps texts in memory within HELD_BYTES."""
     windows = sum(min(rows, MOST_WINDOWS) for shard in shards for rows in shard.group_rows)
     held = max(WINDOW_BYTES, sum(shard.text_bytes for shard in shards) / max(windows, 1))
     return next((count for count in NUM_STREAMS if count * held <= HELD_BYTES), 1)
@@ -155,7 +155,7 @@ class Stream:
         self.encoding = None  # Future of the token arrays for `taken`, if any
 
     def take_texts(self, num_tokens: int) -> list[tuple[str, bool]]:
-        """The next pieces, at least one and about `num_tokens` tokens, as (text, whether it begins a document)."""
+        """The next pieces, at least one and about `num_tokens` tokens, as (text, whether it starts a document)."""
         taken, chars = [], 0
         while not taken or chars < num_tokens * CHARS_PER_TOKEN:
             if self.pieces is None:
@@ -174,7 +174,7 @@ class Stream:
         """Yield the pieces of the slice at `position`."""
         current, empty, is_empty = self.order[self.position], self.order.empty, True
         if len(empty) == len(self.order.slices):
-            raise DataError("the train shards hold no text: every document is null or empty")
+            raise DataError("the train shards have no text: every document is null or empty")
         if current in empty:
             return
         shard = current.shard
@@ -222,23 +222,23 @@ class Stream:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of this rank: inputs and targets (N, T) int64 on the device, its hash and the loader's state."""
+    """One micro-batch of this rank: inputs and targets (N, T) int64 on the device, hash and loader state."""
 
     inputs: torch.Tensor
     targets: torch.Tensor
     sequence_hash: int  # sum of `sequence_hash` over the sequences, mod 2^64
-    state: dict  # the loader's state before this batch; resuming from it yields this batch again
+    state: dict  # loader state before this batch; resuming from it yields this batch again
 
 
 def sequence_hash(number: int, sequence: np.ndarray) -> int:
-    """8-byte BLAKE2b of sequence `number` of the run: over the number (int64) and the tokens (int32), little-endian."""
+    """8-byte BLAKE2b over the number (int64) and tokens (int32) of a sequence, little-endian."""
     digest = hashlib.blake2b(number.to_bytes(8, "little"), digest_size=8)
     digest.update(np.ascontiguousarray(sequence, dtype="<i4").tobytes())
     return int.from_bytes(digest.digest(), "little")
 
 
 class SequenceReader:
-    """The sequences of one rank as arrays, in the order of the run, with the exact state between any two batches."""
+    """The sequences of one rank as arrays, in the order of the run, with an exact state between any two batches."""
 
     def __init__(
         self,
@@ -252,7 +252,7 @@ class SequenceReader:
         state: dict | None = None,
         threads: int = 1,
     ):
-        """state: the merged `state()` of any number of ranks; None: the start. threads: how many tokenize ahead."""
+        """state: the merged `state()` of any number of ranks, or None. threads: number of tokenizer threads."""
         self.tokenizer, self.seq_len, self.num_streams = tokenizer, seq_len, num_streams
         self.rank, self.world_size = rank, world_size
         self.next_sequence = state["next_sequence"] if state else 0
@@ -267,7 +267,7 @@ class SequenceReader:
         }
 
     def fill(self, sequences: np.ndarray) -> int:
-        """Fill `sequences` (N, T + 1) with this rank's share of the next N * W; return the sum of their hashes."""
+        """Fill `sequences` (N, T + 1) with this rank's share of the next N * W; return the sum of its hashes."""
         count, total = len(sequences) * self.world_size, 0
         following = range(self.next_sequence, self.next_sequence + count)
         numbers = [number for number in following if number % self.num_streams in self.streams]
@@ -288,11 +288,11 @@ class SequenceReader:
 
     def _tokenize(self, needed):
         """Make enough tokens available for {stream: number of sequences}."""
-        # One more: the last target stays in the stream as the first input of its next sequence.
+        # + 1: the last target stays in the stream as the first input of the next sequence
         needed = {stream: count * self.seq_len + 1 for stream, count in needed.items()}
         for stream, count in needed.items():
             if stream.encoding is None and stream.available < count:
-                self._submit(stream, count)  # of all streams, before any is waited for
+                self._submit(stream, count)  # submit all streams before waiting for any
         for stream, count in needed.items():
             while stream.available < count:
                 if stream.encoding is None:
@@ -314,13 +314,13 @@ class SequenceReader:
         ]
 
     def state(self) -> dict:
-        """Between two batches, as plain JSON: the next sequence's number and the positions of this rank's streams."""
+        """JSON-like state between two batches: next sequence number and positions of this rank's streams."""
         positions = {str(number): list(stream.state()) for number, stream in self.streams.items()}
         return {"next_sequence": self.next_sequence, "streams": positions}
 
 
 class DataLoader(Iterator[Batch], AbstractContextManager):
-    """The batches of one rank on its device; a thread prepares the next two."""
+    """Iterator over the batches of one rank on its device; a thread prepares the next two."""
 
     def __init__(self, reader: SequenceReader, batch_size: int, device: torch.device):
         self.reader, self.device = reader, device
@@ -329,13 +329,13 @@ class DataLoader(Iterator[Batch], AbstractContextManager):
         self._filled = deque(self._worker.submit(self._fill) for _ in range(2))
 
     def _fill(self):
-        # torch reuses the memory of a pinned buffer only after the copy out of it has finished
+        # torch reuses a pinned buffer only after the copy from it has finished
         buffer = torch.empty(self._shape, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         state = self.reader.state()
         return buffer, self.reader.fill(buffer.numpy()), state
 
     def __next__(self) -> Batch:
-        buffer, total, state = self._filled[0].result()  # raises an error of the thread again and again
+        buffer, total, state = self._filled[0].result()  # an error is raised again at every call
         self._filled.popleft()
         self._filled.append(self._worker.submit(self._fill))
         sequences = buffer.to(self.device, non_blocking=True)
@@ -346,9 +346,9 @@ class DataLoader(Iterator[Batch], AbstractContextManager):
 
 
 class Prefetcher:
-    """Batches of a loader, the next one always fetched already: a run resumes from the state of `next`.
+    """Batches of a loader, fetched one ahead: a run resumes from the state of `next`.
 
-    After an error it returns the last batch again, so this rank takes part in the step in which all ranks learn of it.
+    After an error, `take` repeats the last batch so that this rank joins the step in which all ranks learn of it.
     """
 
     def __init__(self, loader: DataLoader):
@@ -356,7 +356,7 @@ class Prefetcher:
         self.next = next(loader)
 
     def take(self) -> Batch:
-        """The batch to train on now."""
+        """Return the next batch."""
         now = self.next
         try:
             self.next = next(self.loader)
@@ -365,24 +365,23 @@ class Prefetcher:
         return now
 
     def state(self, dist: DistContext) -> dict:
-        """The loader's state before the next batch, with the streams of all ranks. A collective operation."""
+        """Loader state before the next batch, with the streams of all ranks. A collective operation."""
         streams = {}
         for part in dist.all_gather_objects(self.next.state["streams"]):
             streams |= part
         return {**self.next.state, "streams": streams}
 
     def epoch(self, batch: Batch) -> int:
-        """The number of complete epochs before `batch`, in the stream that is furthest ahead."""
+        """Number of complete epochs before `batch`, in the most advanced stream."""
         return max(position for position, _, _ in batch.state["streams"].values()) // self.loader.reader.num_slices
 
 
 def packed_sequences(paths: Sequence[Path], tokenizer: BPETokenizer, seq_len: int, num_tokens: int) -> np.ndarray:
-    """The first num_tokens // T sequences of shards read in order, (N, T + 1) int32, to evaluate on; fewer if the
-    shards are shorter. Long documents are tokenized in pieces, as in training. Raises DataError if the shards are
-    shorter than one sequence, and UserError if `num_tokens` are.
+    """The first num_tokens // T sequences of shards read in order, (N, T + 1) int32, or all if there are fewer. Raises
+    UserError if `num_tokens` is less than one sequence, DataError if the shards hold less.
     """
     if num_tokens < seq_len:
-        raise UserError(f"--eval-tokens={num_tokens}: less than one sequence of {seq_len} tokens")
+        raise UserError(f"--eval-tokens={num_tokens}: must be at least one sequence of {seq_len} tokens")
     parts, total, most = [], 0, num_tokens // seq_len
     for (_, first), ids in _encoded(itertools.chain.from_iterable(map(_pieces, read_shards(paths))), tokenizer):
         parts.append(np.array([tokenizer.bos] * first + ids, dtype=np.int32))
@@ -391,15 +390,15 @@ def packed_sequences(paths: Sequence[Path], tokenizer: BPETokenizer, seq_len: in
             break
     count = min((total - 1) // seq_len, most)
     if count < 1:
-        holds = f"{paths[0]} holds" if len(paths) == 1 else f"the train shards in {paths[0].parent} hold"
-        raise DataError(f"{holds} {total} tokens, a sequence {seq_len + 1}: train with a shorter --max-seq-len")
+        have = f"{paths[0]} has" if len(paths) == 1 else f"the train shards in {paths[0].parent} have"
+        raise DataError(f"{have} {total} tokens, one sequence needs {seq_len + 1}: train with a shorter --max-seq-len")
     starts = np.arange(count)[:, None] * seq_len
     return np.concatenate(parts)[starts + np.arange(seq_len + 1)]
 
 
 def validation_documents(path: Path, tokenizer: BPETokenizer, num_bytes: int) -> tuple[list[np.ndarray], int]:
-    """(the first whole documents of a shard, of at least `num_bytes` UTF-8 bytes, as (n,) int32 arrays without BOS;
-    how many of them are only their first `num_bytes` characters, because they have more than four times as many).
+    """(documents, number of truncated ones): the first documents of a shard, with at least `num_bytes` UTF-8 bytes in
+    total, as (n,) int32 arrays without BOS. Those over 4 * `num_bytes` characters are cut to `num_bytes` characters.
     """
     found, total, num_cut = [], 0, 0
     texts = ((text[:num_bytes], True) if len(text) > 4 * num_bytes else (text, False) for text in read_shards([path]))
@@ -410,18 +409,18 @@ def validation_documents(path: Path, tokenizer: BPETokenizer, num_bytes: int) ->
         if total >= num_bytes:
             break
     if not found:
-        raise DataError(f"{path} holds no text: prepare this data set again")
+        raise DataError(f"{path} has no text: prepare this data set again")
     return found, num_cut
 
 
 def _pieces(text):
-    """Yield (piece, whether it is the first) of a document."""
+    """Yield (piece, whether it is the first) for each piece of a document."""
     for begin in range(0, len(text), MAX_PIECE_CHARS):
         yield text[begin : begin + MAX_PIECE_CHARS], begin == 0
 
 
 def _encoded(pieces, tokenizer):
-    """Yield each (text, anything) with the ids of the text, a few tokenized at a time."""
+    """Yield ((text, anything), ids of the text) for each of `pieces`, tokenized in small batches."""
     some = []
     for piece in pieces:
         some.append(piece)

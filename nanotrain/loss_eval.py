@@ -1,8 +1,8 @@
-"""Bits per byte: the loss in a unit that does not depend on the tokenizer.
+"""Bits per byte: a loss that does not depend on the tokenizer.
 
 `packed_windows` measure what training minimizes: text packed into sequences, with documents split at sequence ends.
-`document_windows` show the model every document from its beginning and overlap, so the result does not depend on the
-packing either. `TokenLossStats` finds the texts with the highest and lowest loss.
+`document_windows` are overlapping windows over whole documents, so the result does not depend on packing either.
+`TokenLossStats` finds the texts with the highest and lowest loss.
 """
 
 import codecs
@@ -20,7 +20,7 @@ from nanotrain.tokenizer import BPETokenizer
 
 
 def packed_windows(sequences: np.ndarray) -> np.ndarray:
-    """Sequences (N, T + 1) as windows of inputs and targets, (N, 2, T)."""
+    """Sequences (N, T + 1) -> windows (N, 2, T) of inputs and targets."""
     return np.stack((sequences[:, :-1], sequences[:, 1:]), axis=1)
 
 
@@ -28,9 +28,9 @@ def document_windows(documents: Sequence[np.ndarray], bos: int, seq_len: int) ->
     """Split documents, (n,) int32 token ids without BOS, into (2, 1 to seq_len) int32 arrays of inputs and targets,
     shortest first.
 
-    A window is BOS and up to seq_len tokens of one document. Windows overlap by half: after the first one, every target
-    that counts has at least half a context of its document before it. Targets already counted in an earlier window are
-    replaced by BOS, which has no bytes.
+    A window's inputs are BOS and tokens of one document. Windows overlap by half: after the first, every counted target
+    has at least half a context of its document before it. Targets counted in an earlier window are replaced by BOS,
+    which has no bytes.
     """
     windows, stride = [], max(seq_len // 2, 1)
     for ids in documents:
@@ -54,11 +54,11 @@ def bits_per_byte(
     progress: Callable[[int], object] = lambda count: None,
     stats: Callable[[Tensor, Tensor], object] = lambda targets, nats: None,
 ) -> float:
-    """Sum of nats / (ln 2 x UTF-8 bytes of the targets) over windows, (2, T) int32 each, the same on every rank.
+    """Total nats / (ln 2 * total UTF-8 bytes) of the targets of windows, (2, T) int32 each; the same on every rank.
 
-    Targets without bytes (special tokens) count in neither sum. `progress` is called with the number of windows done,
-    `stats` (see `TokenLossStats.add`) with the loss of every token. Sums are float64, so batch size and rank count do
-    not matter. Raises DataError if no target has any bytes.
+    Special tokens have no bytes and are not counted. `progress` is called with the number of windows in each batch,
+    `stats` (see `TokenLossStats.add`) with every token's loss. Sums are float64, so batch size and number of ranks do
+    not matter. Raises DataError if the targets have no bytes.
     """
     nats, num_bytes, mine = 0.0, 0, windows[dist.rank :: dist.world_size]
     padding = int(token_bytes.argmin())  # a special token
@@ -77,17 +77,17 @@ def bits_per_byte(
         progress(len(some))
     total_nats, total_bytes = dist.all_reduce_sum([nats, num_bytes])
     if not total_bytes:
-        raise DataError("the text to evaluate on has no bytes: --data-dir needs a validation shard with text")
+        raise DataError("the evaluation text is empty: --data-dir needs a validation shard with text")
     return total_nats / (math.log(2) * total_bytes)
 
 
 class TokenLossStats:
-    """The texts with the most and the fewest bits per byte, token by token.
+    """Finds the texts with the most and the fewest bits per byte.
 
-    A text is the part of one document in one sequence. Very short texts are left out: a single token would dominate.
+    A text is the part of one document in one sequence. Short ones are skipped, because a single token would dominate.
     """
 
-    NUM_TEXTS, MAX_TOKENS = 5, 300  # texts kept of each kind; tokens kept of each text
+    NUM_TEXTS, MAX_TOKENS = 5, 300  # texts of each kind; tokens per text
 
     def __init__(self, tokenizer: BPETokenizer):
         self._strings = tokenizer.byte_strings()
@@ -111,8 +111,8 @@ class TokenLossStats:
         return texts[:most] + texts[most:][-most:]
 
     def result(self, dist: DistContext) -> dict:
-        """The texts of all ranks, the same on every rank: {"documents": {"worst", "best"}}, each a list of {"text",
-        "bpb", "tokens": [[text, bits], ...]}, the most extreme text first.
+        """{"documents": {"worst": [...], "best": [...]}} over all ranks, the most extreme text first, each as {"text",
+        "bpb", "tokens": [[text, bits], ...]}. A collective operation.
         """
         texts = self._extremes(itertools.chain.from_iterable(dist.all_gather_objects(self._texts)))
         half = len(texts) // 2
@@ -120,7 +120,7 @@ class TokenLossStats:
         return {"documents": {kind: [self._described(*text) for text in found] for kind, found in documents.items()}}
 
     def _described(self, bpb, ids, bits):
-        """One text as a dict; tokens that are parts of a character are joined until it is complete."""
+        """One text as a dict; tokens that share a UTF-8 character are joined."""
         decoder, tokens, pending = codecs.getincrementaldecoder("utf-8")("replace"), [], 0.0
         for place, (token, cost) in enumerate(zip(ids, bits, strict=True)):
             pending += cost

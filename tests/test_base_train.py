@@ -344,7 +344,7 @@ def test_a_node_with_other_files_than_rank_0_is_named(data_dir, tokenizer, tmp_p
     place = Second(1, 1, torch.device("cpu"), torch.float32, "test")
     for _ in range(2):
         dataloader.check_nodes(place, tokenizer, shards)
-    with pytest.raises(DataError, match="rank 1 has not the shards"):
+    with pytest.raises(DataError, match="ranks 0 and 1 have different shards"):
         dataloader.check_nodes(place, tokenizer, dataset.open_shards(make_shards(tmp_path / "data", documents=39)))
 
 

@@ -231,7 +231,7 @@ def test_shards_without_text_are_an_error_and_not_an_endless_search(tokenizer, t
     folder = write(tmp_path, texts, rows_per_group=1)
     ranks = Ranks(folder, tokenizer, 16, num_streams)
     for _ in range(2):
-        with pytest.raises(DataError, match="the train shards hold no text") as caught:
+        with pytest.raises(DataError, match="the train shards have no text") as caught:
             soon(lambda: ranks.step(4))
     assert caught.value.exit_code == 6
 
@@ -389,14 +389,14 @@ def test_packed_sequences_by_hand(tokenizer, tmp_path):
         assert sequences.dtype == np.int32
         assert sequences.tolist() == [stream[3 * n : 3 * n + 4] for n in range(count)]
     assert len(dataloader.packed_sequences(paths, tokenizer, len(stream) - 1, 10**6)) == 1
-    with pytest.raises(DataError, match=r"the train shards in .* hold"):
+    with pytest.raises(DataError, match=r"the train shards in .* have"):
         dataloader.packed_sequences(paths, tokenizer, 10**4, 10**5)
 
 
 @pytest.mark.parametrize(("texts", "tokens"), [(["a"], 2), ([], 0)])
 def test_a_validation_shard_shorter_than_a_sequence_is_a_data_error(tokenizer, tmp_path, texts, tokens):
     dataset.write_shard(tmp_path / "shard_0.parquet", texts)
-    with pytest.raises(DataError, match=rf"shard_0.parquet holds {tokens} tokens.* 17: .*--max-seq-len"):
+    with pytest.raises(DataError, match=rf"shard_0.parquet has {tokens} tokens.* 17: .*--max-seq-len"):
         dataloader.packed_sequences([tmp_path / "shard_0.parquet"], tokenizer, 16, 1000)
 
 
