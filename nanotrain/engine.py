@@ -1,8 +1,8 @@
-"""Generation: continue texts token by token, with a cache of every layer's keys and values.
+"""Text generation with a KV cache.
 
-All but the last token of each prompt goes through the model at once (prefill), then the newest token of every sequence
-together, again and again (decode). A model sees at most max_seq_len tokens: a sequence that is full begins anew with
-the last half of them (`context_length`), because moving it by one token would turn every key.
+Prefill: all but the last token of each prompt in one forward pass. Decode: one forward pass per new token for all
+sequences together. The context is at most max_seq_len tokens. A full sequence restarts with its last half
+(`context_length`), because sliding the window by one token would change the rotary position of every key.
 
     B sequences   T tokens of a sequence   K key and value heads   D head dimension   V vocabulary
 """
@@ -19,11 +19,11 @@ from torch import Tensor
 from nanotrain.gpt import GPT, GPTConfig
 from nanotrain.tokenizer import BPETokenizer
 
-PROMPTS = ("import os\n", "def __init__(self", "class", "The", "If the")  # of samples
+PROMPTS = ("import os\n", "def __init__(self", "class", "The", "If the")  # prompts of `samples`
 
 
 def context_length(length: int, max_seq_len: int) -> int:
-    """How many of its last tokens the model sees of a text of `length` tokens, wherever its prompt ended."""
+    """Number of tokens in the context of a text of `length` tokens; does not depend on the prompt's length."""
     if length <= max_seq_len:
         return length
     shortest = max(max_seq_len // 2, 1)
@@ -31,21 +31,21 @@ def context_length(length: int, max_seq_len: int) -> int:
 
 
 class KVCache:
-    """The keys and values (float32) of `num_sequences` sequences of up to `capacity` tokens in every layer.
+    """Keys and values (float32) of every layer for `num_sequences` sequences of up to `capacity` tokens.
 
-    Row r holds `lengths[r]` tokens, the last of which is `last_tokens[r]`. What lies behind them is never seen.
+    Row r holds `lengths[r]` tokens, ending with `last_tokens[r]`. Memory after them is never attended to.
     """
 
     def __init__(self, config: GPTConfig, num_sequences: int, capacity: int, device: torch.device | str):
         shape = (config.num_layers, 2, num_sequences, capacity, config.num_kv_heads, config.head_dim)
-        self.memory = torch.zeros(shape, device=device)  # zeros, for a NaN would shine through any mask
-        self.last_keys = list(self.memory[:, 0, :, :1].clone())  # per layer (num_sequences, 1, K, D)
+        self.memory = torch.zeros(shape, device=device)  # zeros: a mask does not hide NaN
+        self.last_keys = list(self.memory[:, 0, :, :1].clone())  # one (num_sequences, 1, K, D) per layer
         self.capacity = capacity
         self.lengths, self.last_tokens = [0] * num_sequences, [-1] * num_sequences
 
     def begin(self, rows: Sequence[int], texts: Sequence[Sequence[int]]) -> tuple[Tensor, "NewTokens"]:
-        """(tokens (B, T), NewTokens): `texts`, lists of ids of any lengths, become all that `rows` hold. Shorter ones
-        are padded at their ends, where only the padding sees it.
+        """Set the contents of `rows` to `texts`, lists of ids of any length. Returns (tokens (B, T), NewTokens), padded
+        on the right, where only padding attends to it.
         """
         longest = max(1, *map(len, texts))
         for row, text in zip(rows, texts, strict=True):
@@ -58,7 +58,7 @@ class KVCache:
         return tokens, NewTokens(self, positions, previous, slots.flatten(), rows, ends)
 
     def append(self, tokens: Sequence[int]) -> tuple[Tensor, "NewTokens"]:
-        """(tokens (B, 1), NewTokens): one more token for each row."""
+        """Append one token to each row. Returns (tokens (B, 1), NewTokens)."""
         seen, mask = max(self.lengths) + 1, None
         slots = self._tensor([row * self.capacity + length for row, length in enumerate(self.lengths)])
         new, positions, previous = self._tensor([tokens, self.lengths, self.last_tokens])[:, :, None]
@@ -74,23 +74,23 @@ class KVCache:
 
 @dataclass(frozen=True)
 class NewTokens:
-    """Tokens on their way through the model into a cache: what a layer of the model has to know of them."""
+    """What the model's layers need to know about tokens that are being added to a cache."""
 
     cache: KVCache
-    positions: Tensor  # (B or 1, T) int64, in their sequences
-    previous: Tensor  # (B, T) int64, the token before each; -1 before the first of a sequence
-    slots: Tensor  # (B * T,) int64, their places in a layer's memory
-    # Of tokens that begin their sequences, and attend to each other:
-    rows: Tensor | None = None  # (B,) int64, of the cache
-    ends: Tensor | None = None  # (B,) int64, which of the T is the last of its sequence; -1: none, all is padding
-    # Of tokens that come after others, in every sequence:
-    seen: int = 0  # the length of the longest sequence
-    mask: Tensor | None = None  # (B, 1, 1, seen) float32, -inf behind the end of a shorter sequence
+    positions: Tensor  # (B or 1, T) int64, positions in the sequences
+    previous: Tensor  # (B, T) int64, the token before each; -1 at the start of a sequence
+    slots: Tensor  # (B * T,) int64, indices into a layer's memory
+    # Prefill only, where tokens start their sequences and attend to each other:
+    rows: Tensor | None = None  # (B,) int64, rows of the cache
+    ends: Tensor | None = None  # (B,) int64, index of each sequence's last token; -1 if all is padding
+    # Decode only:
+    seen: int = 0  # length of the longest sequence; 0 in prefill
+    mask: Tensor | None = None  # (B, 1, 1, seen) float32, -inf after the end of a shorter sequence
 
-    layer: int = 0  # whose attention they are in
+    layer: int = 0  # current layer
 
     def keys_before(self, k: Tensor) -> Tensor | None:
-        """The last keys (B, 1, K, D) before `k`, or None if these begin their sequences; `k` takes their place."""
+        """Return the last keys (B, 1, K, D) before `k`, None in prefill, and store the last of `k` in their place."""
         last_keys = self.cache.last_keys
         if self.seen:
             before, last_keys[self.layer] = last_keys[self.layer], k
@@ -100,7 +100,7 @@ class NewTokens:
         return None
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keep these keys and values (B, T, K, D); returns those that the tokens attend to, and the mask."""
+        """Store keys and values (B, T, K, D); return the keys, values and mask to attend with."""
         keys, values = self.cache.memory[self.layer]  # (N, capacity, K, D) each
         keys.flatten(0, 1).index_copy_(0, self.slots, k.flatten(0, 1))
         values.flatten(0, 1).index_copy_(0, self.slots, v.flatten(0, 1))
@@ -108,14 +108,14 @@ class NewTokens:
 
 
 def samples(model: GPT, tokenizer: BPETokenizer, num_tokens: int) -> Iterator[tuple[str, str]]:
-    """Yield (prompt, continuation) of PROMPTS, texts of at most `num_tokens` tokens that end with their document."""
+    """Yield (prompt, continuation) for PROMPTS, with at most `num_tokens` new tokens, ending at BOS."""
     for prompt in PROMPTS:
         tokens = generate(model, [tokenizer.bos, *tokenizer.encode(prompt)], num_tokens, stop=(tokenizer.bos,))
         yield prompt, tokenizer.decode(list(tokens))
 
 
 def generate(model: GPT, tokens: Sequence[int], max_new_tokens: int, **settings: Any) -> Iterator[int]:
-    """Yield the next tokens of one prompt; settings: see `generate_batch`."""
+    """Yield the tokens that continue one prompt; settings: see `generate_batch`."""
     for (token,) in generate_batch(model, [tokens], max_new_tokens, **settings):
         yield token
 
@@ -131,10 +131,10 @@ def generate_batch(
     seed: int = 0,
     stop: Collection[int] = (),
 ) -> Iterator[list[int | None]]:
-    """Yield lists with the next token of each prompt, or None for a text that has ended, until all have: after
-    `max_new_tokens`, or with a token of `stop`, which is not part of the text.
+    """Yield a list with the next token of each prompt, None after a token of `stop`, which is not yielded itself. Ends
+    after `max_new_tokens`, or when all texts have ended.
 
-    prompts: ids, BOS first; prompt n draws with its own generator, seeded by seed + n. The other settings: see `pick`.
+    prompts: token ids, BOS first. Prompt n has its own generator, seeded by seed + n. Other settings: see `pick`.
     """
     assert all(prompts), "a prompt has at least one token, BOS"
     max_seq_len, device = model.config.max_seq_len, model.lm_head.weight.device
@@ -145,7 +145,7 @@ def generate_batch(
     for _ in range(max_new_tokens):
         lengths = [context_length(len(text), max_seq_len) for text in texts]
         stale = [row for row, length in enumerate(lengths) if cache.lengths[row] != length - 1]
-        if stale:  # prompts at first, and later sequences that were full; a prompt of one token has nothing before it
+        if stale:  # prompts of more than one token, and later full sequences
             tokens, new = cache.begin(stale, [texts[row][-lengths[row] : -1] for row in stale])
             with torch.autocast(device.type, enabled=False):
                 model.hidden(tokens, new)
@@ -155,25 +155,25 @@ def generate_batch(
         if all(ended):
             return
         for text, token in zip(texts, picked, strict=True):
-            text.append(token)  # also to those that have ended: the cache grows by a token in every row
+            text.append(token)  # even to ended texts: the cache grows in every row
         yield [None if end else token for end, token in zip(ended, picked, strict=True)]
 
 
 def pick(logits: Tensor, temperature: float, top_k: int, top_p: float, draws: Sequence[random.Random]) -> list[int]:
-    """logits (B, V) float32 -> a token for each row; row n draws with draws[n].
+    """Sample a token id for each row of logits (B, V) float32, with generator draws[n] for row n.
 
-    temperature: divides the logits; 0 takes the likeliest token. top_k: draw from so many of the likeliest, 0 from
-    all. top_p: and of these from the fewest that have together this probability, in (0, 1] (arXiv:1904.09751).
+    temperature: divisor of the logits; 0 is greedy. top_k: number of most likely tokens to sample from; 0 is all.
+    top_p: nucleus sampling from the smallest set of these with this total probability, in (0, 1] (arXiv:1904.09751).
     """
     if temperature == 0:
         return logits.argmax(-1).tolist()
     size = logits.size(-1)
-    values, tokens = (found.cpu() for found in logits.topk(min(top_k or size, size)))  # the likeliest first
+    values, tokens = (found.cpu() for found in logits.topk(min(top_k or size, size)))  # most likely first
     weights = ((values - values[:, :1]).double() / temperature).exp()
     before = weights.cumsum(-1) - weights
     weights[before >= top_p * weights.sum(-1, keepdim=True)] = 0.0
     ends = weights.cumsum(-1)
-    # 32 bits, so that the product stays below the whole sum however it is rounded
+    # 32 bits: the product stays below the total despite rounding
     places = torch.tensor([draw.getrandbits(32) / 2**32 for draw in draws], dtype=torch.float64)[:, None]
     chosen = torch.searchsorted(ends, places * ends[:, -1:], right=True)
     return tokens.gather(-1, chosen).flatten().tolist()
