@@ -277,7 +277,7 @@ def test_the_program_writes_a_folder_with_its_card(run, tmp_path, capsys):
     ("name", "right", "wrong", "message"),
     [
         ("config.json", '"attention_gain": 0.7', '"attention_gain": 1.5', "logits differ by"),
-        ("tokenizer_config.json", '"split_special_tokens": true', '"split_special_tokens": false', "as other tokens"),
+        ("tokenizer_config.json", '"split_special_tokens": true', '"split_special_tokens": false', "differently"),
     ],
 )
 def test_a_folder_that_differs_from_the_model_never_gets_its_name(monkeypatch, tmp_path, name, right, wrong, message):

@@ -1,4 +1,4 @@
-"""The shape of a nanotrain model, as transformers' configuration class."""
+"""transformers configuration of a nanotrain model."""
 
 from transformers import PretrainedConfig
 
@@ -23,7 +23,7 @@ DEFAULTS = {
 
 
 class NanotrainConfig(PretrainedConfig):
-    """Fields have transformers' names where it has one; the others are those of nanotrain's GPTConfig."""
+    """Fields have the names common in transformers, otherwise those of nanotrain's GPTConfig."""
 
     model_type = "nanotrain"
     keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012 - transformers wants a list

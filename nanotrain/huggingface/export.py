@@ -1,7 +1,7 @@
-"""Export to the Hugging Face format: a folder that `transformers` loads, checked against the model it was made from.
+"""Export to the Hugging Face format: a folder that `transformers` loads, checked against the original model.
 
-A plain model (`GPTConfig.plain`) is written as transformers' own NanoChatForCausalLM. Any other comes with the two
-modelling files beside this one, which stand alone and compute the same as gpt.py. Only this package needs transformers.
+A plain model (`GPTConfig.plain`) becomes transformers' own NanoChatForCausalLM. Any other is exported with a copy of
+the two self-contained modeling files of this package, the only one that needs transformers.
 """
 
 import json
@@ -21,11 +21,11 @@ from nanotrain.gpt import GPT, GPTConfig
 from nanotrain.tokenizer import BOS, FILE_NAME, PAD, BPETokenizer
 
 CARD = Path(__file__).parent / "model_card.md"
-# Settings that are nobody else's business, or hold paths of the machine.
+# Settings that are private or contain local paths.
 PRIVATE = re.compile("RUN_NAME|INIT_FROM|CORE_BUNDLE|WANDB|.*_DIR$")
-TOLERANCE = 1e-3  # of float32 logits, which the softcap bounds
+TOLERANCE = 1e-3  # for float32 logits, which are bounded by the softcap
 CHECKED_TEXTS = ("  Ünïcode, 日本語, 🙂🏽\r\n\t0123", f"text that names {BOS} is text", "")
-PLAIN_NAMES = {  # of the modules that NanoChatForCausalLM calls otherwise
+PLAIN_NAMES = {  # our module names -> those of NanoChatForCausalLM, where they differ
     "embedding": "model.embed_tokens",
     "blocks": "model.layers",
     "attention": "self_attn",
@@ -35,34 +35,34 @@ PLAIN_NAMES = {  # of the modules that NanoChatForCausalLM calls otherwise
 
 
 def write(model: GPT, tokenizer: BPETokenizer, folder: Path) -> None:
-    """Write a model and its tokenizer into the folder, which must not exist yet or be empty."""
+    """Write a model and its tokenizer into an empty folder. Raises RunError if the disk is full."""
     try:
         convert(model, tokenizer).save_pretrained(folder, max_shard_size="5GB")
-    except SafetensorError as error:  # such as a full disk
+    except SafetensorError as error:  # not an OSError, even for a full disk
         raise RunError(f"{folder.parent.parent}: {first_line(error)}") from None
     inner = Tokenizer.from_str(tokenizer.to_json())
-    begins = {"single": f"{BOS} $A", "pair": f"{BOS} $A {BOS}:1 $B:1"}  # here BOS comes before a text by itself
+    begins = {"single": f"{BOS} $A", "pair": f"{BOS} $A {BOS}:1 $B:1"}  # adds BOS
     inner.post_processor = processors.TemplateProcessing(**begins, special_tokens=[(BOS, tokenizer.bos)])
     inner.save(str(folder / FILE_NAME))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **dict.fromkeys(("bos_token", "eos_token"), BOS),  # where a text ends, the next begins
+        **dict.fromkeys(("bos_token", "eos_token"), BOS),  # a text ends where the next one begins
         "pad_token": BOS if tokenizer.pad is None else PAD,
-        "padding_side": "left",  # so that a batch can be continued
+        "padding_side": "left",  # for batched generation
         "model_max_length": model.config.max_seq_len,
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # the name of BOS in a text is text
+        "split_special_tokens": True,  # "<|bos|>" in a text is plain text
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def convert(model: GPT, tokenizer: BPETokenizer) -> torch.nn.Module:
-    """A transformers model that shares the weights of a GPT."""
+    """A transformers model that shares a GPT's weights."""
     from transformers import GenerationConfig, NanoChatForCausalLM
 
     from nanotrain.huggingface.modeling_nanotrain import NanotrainForCausalLM
 
-    NanotrainForCausalLM.register_for_auto_class("AutoModelForCausalLM")  # so that its code is saved with it
+    NanotrainForCausalLM.register_for_auto_class("AutoModelForCausalLM")  # saves the code with the model
     plain = model.config.plain
     converted = (NanoChatForCausalLM if plain else NanotrainForCausalLM)(convert_config(model.config, tokenizer))
     tensors = {}
@@ -72,14 +72,14 @@ def convert(model: GPT, tokenizer: BPETokenizer) -> torch.nn.Module:
         elif name != "lm_head.weight":
             name = f"model.{name}"
         tensors[name] = tensor
-    converted.load_state_dict(tensors, assign=True)  # all of them, or it raises
+    converted.load_state_dict(tensors, assign=True)  # strict: raises if any are missing
     special = {name: getattr(converted.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     converted.generation_config = GenerationConfig(**special, do_sample=True, temperature=0.8, top_k=50)
     return converted.eval()
 
 
 def convert_config(config: GPTConfig, tokenizer: BPETokenizer) -> object:
-    """transformers' NanoChatConfig of a plain GPTConfig, the NanotrainConfig of any other."""
+    """The NanoChatConfig for a plain GPTConfig, a NanotrainConfig for any other."""
     from transformers import NanoChatConfig
 
     from nanotrain.huggingface.configuration_nanotrain import NanotrainConfig
@@ -99,7 +99,7 @@ def convert_config(config: GPTConfig, tokenizer: BPETokenizer) -> object:
         "dtype": "float32",
         "bos_token_id": tokenizer.bos,
         "eos_token_id": tokenizer.bos,
-        "pad_token_id": tokenizer.pad,  # never BOS, whose embedding would not be trained any further
+        "pad_token_id": tokenizer.pad,  # never BOS: the padding embedding gets no gradient
     }
     if config.plain:
         shape["intermediate_size"] = 4 * config.model_dim
@@ -118,8 +118,8 @@ def convert_config(config: GPTConfig, tokenizer: BPETokenizer) -> object:
 
 @torch.no_grad()
 def check(model: GPT, tokenizer: BPETokenizer, folder: Path) -> float:
-    """Load the folder back as its users will. Returns the largest difference of float32 logits, over max_seq_len random
-    tokens and over the first of them behind padding. Raises RunError if that is too large or the tokenizers disagree.
+    """Load the folder as its users will and compare float32 logits of random tokens, with and without left padding.
+    Returns the largest difference. Raises RunError if it exceeds TOLERANCE or the tokenizers disagree.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -127,7 +127,7 @@ def check(model: GPT, tokenizer: BPETokenizer, folder: Path) -> float:
     other = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     for text in CHECKED_TEXTS:
         if other(text)["input_ids"] != [tokenizer.bos, *tokenizer.encode(text)]:
-            raise RunError(f"{folder}: transformers reads {text!r} as other tokens than nanotrain")
+            raise RunError(f"{folder}: transformers and nanotrain tokenize {text!r} differently")
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=trust)
     length, padding = model.config.max_seq_len, model.config.max_seq_len // 3
     tokens = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
@@ -141,7 +141,7 @@ def check(model: GPT, tokenizer: BPETokenizer, folder: Path) -> float:
 
 
 def model_card(name: str, model: GPT, meta: dict[str, Any], evaluation: dict[str, Any]) -> str:
-    """The README.md of an exported model, from its checkpoint's state and what base_eval wrote of it, or {}."""
+    """The README.md of an exported model. meta: checkpoint state; evaluation: contents of evaluation.json, or {}."""
     splits = {"val_bpb": "validation text", "train_bpb": "train text", "doc_bpb": "whole validation documents"}
     settings, folder = meta["settings"].items(), Path(meta["data_dir"]).name
     template = jinja2.Template(CARD.read_text(encoding="utf-8"), trim_blocks=True, keep_trailing_newline=True)

@@ -1,10 +1,9 @@
-"""A nanotrain model for transformers (5.x): `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.
+"""A nanotrain model for transformers 5: `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.
 
-It computes what nanotrain's own gpt.py computes. A token also looks at the token before it (the keys' offset, the
-bigram table), so the cache keeps a little more than keys and values. A token at position 0 has none before it, so the
-padding on the left of a batch has no effect.
+Computes the same as nanotrain's gpt.py. A token also uses the token before it (key offset, bigram table), so the cache
+stores slightly more than keys and values. A token at position 0 has no previous token, so left padding has no effect.
 
-    B sequences   T tokens of each   S tokens with those in the cache
+    B sequences   T tokens of each   S tokens including those in the cache
     C width   H heads   K key and value heads   D head dimension
 """
 
@@ -27,16 +26,16 @@ CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "
 
 
 class RecentLayer(DynamicLayer):
-    """One layer's keys and values, and by name what the next token must know of the last: tensors (B, ...)."""
+    """One layer's keys and values, and named tensors (B, ...) of the most recent token."""
 
-    is_croppable = False  # what was recent before the last tokens is gone
+    is_croppable = False  # only the latest `recent` is kept
 
     def __init__(self):
         super().__init__()
         self.recent = {}
 
     def exchange(self, name, new):
-        """Keep `new` under `name`; returns what was there, or None."""
+        """Store `new` under `name`; return the previous tensor or None."""
         before = self.recent.get(name)
         self.recent[name] = new
         return before
@@ -52,20 +51,20 @@ def norm(x, eps):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions on (B, T, H, D): the two halves of D are turned by minus theta; cos, sin (B, T, 1, D / 2)."""
+    """Rotary embedding of (B, T, H, D): rotates the two halves of D by -theta; cos, sin (B, T, 1, D / 2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
 def shift(x, before, begins):
-    """x (B, T, ...), before (B, 1, ...) or None, begins (B, T) bool -> x of the place before, zeros at a beginning."""
+    """x (B, T, ...) shifted by one, with `before` (B, 1, ...) or zeros first; zeros where `begins` (B, T) is true."""
     first = torch.zeros_like(x[:, :1]) if before is None else before
     shifted = torch.cat((first, x[:, :-1]), dim=1)
     return shifted.masked_fill(begins.view(*begins.shape, *[1] * (x.ndim - 2)), 0)
 
 
 class NanotrainAttention(nn.Module):
-    """Causal attention with offset keys; a gated value embedding is added to the values of some layers."""
+    """Causal attention with key offset; some layers add a gated value embedding to the values."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -87,7 +86,7 @@ class NanotrainAttention(nn.Module):
         if value_embedding is not None:
             gate = 2 * torch.sigmoid(self.value_gate(x[..., : self.config.gate_channels]))  # (B, T, K)
             v = v + gate.unsqueeze(-1) * value_embedding.view(B, T, -1, D)
-        # The slowly turning half of a key's channels comes from the token before.
+        # The low-frequency half of a key's channels comes from the previous token.
         before = None if cache is None else cache.layers[self.layer].exchange("key", k[:, -1:])
         halves, shifted = (keys.view(B, T, -1, 2, D // 2) for keys in (k, shift(k, before, begins)))
         k = torch.cat((halves[..., : D // 4], shifted[..., D // 4 :]), dim=-1).view(B, T, -1, D)
@@ -101,7 +100,7 @@ class NanotrainAttention(nn.Module):
 
 
 class NanotrainBlock(GradientCheckpointingLayer):
-    """One layer: mix in the embedding x0, attend, then the ReLU^2 MLP, each on a normed input."""
+    """Pre-norm transformer block with a ReLU^2 MLP that also mixes in the embedding x0."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -112,10 +111,10 @@ class NanotrainBlock(GradientCheckpointingLayer):
         self.residual_scale = nn.Parameter(torch.ones(()))
         self.x0_scale = nn.Parameter(torch.zeros(()))
 
-    def forward(self, x, x0, *of_attention):
-        """x, x0 (B, T, C) -> (B, T, C). of_attention: what the attention takes after x."""
+    def forward(self, x, x0, *attention_args):
+        """x, x0 (B, T, C) -> (B, T, C). attention_args: the attention's arguments after x."""
         x = self.residual_scale * x + self.x0_scale * x0
-        x = x + self.attention(norm(x, self.eps), *of_attention)
+        x = x + self.attention(norm(x, self.eps), *attention_args)
         return x + self.down_proj(F.relu(self.up_proj(norm(x, self.eps))).square())
 
 
@@ -138,7 +137,7 @@ class NanotrainPreTrainedModel(PreTrainedModel):
 
 
 class NanotrainModel(NanotrainPreTrainedModel):
-    """Token ids in, the normed input of the head out."""
+    """The model without its head."""
 
     _keys_to_ignore_on_load_unexpected = ["lm_head.weight"]  # noqa: RUF012
 
@@ -162,13 +161,13 @@ class NanotrainModel(NanotrainPreTrainedModel):
     ):
         """input_ids (B, T) int64, attention_mask (B, S) of ones and zeros or None -> last_hidden_state (B, T, C).
 
-        hidden_states, if asked for: the normed embeddings, what each block but the last gives, and last_hidden_state.
+        hidden_states on request: normed embeddings, outputs of all blocks but the last, and last_hidden_state.
         """
         given = {name: value for name, value in options.items() if value is not None}
         if input_ids is None or "inputs_embeds" in given:
-            raise ValueError("a nanotrain model needs input_ids: it looks them up in several tables, not inputs_embeds")
+            raise ValueError("a nanotrain model needs input_ids, not inputs_embeds: it has several embedding tables")
         if given.get("output_attentions", self.config.output_attentions):
-            raise ValueError("output_attentions: the attention of a nanotrain model is never written out")
+            raise ValueError("output_attentions: a nanotrain model does not compute attention matrices")
         cache = past_key_values if cache is None else cache
         use_cache = given.get("use_cache", self.config.use_cache and not self.training)
         if self.gradient_checkpointing and self.training:
@@ -208,7 +207,7 @@ class NanotrainModel(NanotrainPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=states, **{CACHE: cache})
 
     def _mask(self, attention_mask, seen, length, device):
-        """(B or 1, 1, T, S) bool, or None where plain causality, or seeing all, is right."""
+        """(B or 1, 1, T, S) bool, or None if attention is plainly causal or to all keys."""
         if attention_mask is not None and attention_mask.all():
             attention_mask = None
         if attention_mask is None and (seen == 0 or length == 1):
@@ -217,12 +216,12 @@ class NanotrainModel(NanotrainPreTrainedModel):
         queries = keys[seen:, None]
         if attention_mask is None:
             return (keys <= queries)[None, None]
-        # padding sees itself, for to see nothing would give NaN
+        # padding attends to itself, because an empty row gives NaN
         return (keys <= queries) & attention_mask[:, None, None].bool() | (keys == queries)
 
 
 class NanotrainForCausalLM(NanotrainPreTrainedModel, GenerationMixin):
-    """Logits of the next token, and its loss."""
+    """The model with its head: next-token logits and loss."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embedding.weight"}  # noqa: RUF012
 
@@ -234,10 +233,10 @@ class NanotrainForCausalLM(NanotrainPreTrainedModel, GenerationMixin):
 
     @can_return_tuple
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, labels=None, logits_to_keep=0, **options):
-        """input_ids (B, T) int64 -> logits (B, T, V) float32, or of the last `logits_to_keep` places.
+        """input_ids (B, T) int64 -> logits (B, T, V) float32, or of the last `logits_to_keep` positions.
 
-        labels (B, T) int64: the same tokens, -100 where none counts; then also the mean loss in nats of the next one.
-        options: those of `NanotrainModel.forward` and of the loss.
+        labels (B, T) int64: the same tokens, -100 to ignore one; adds the mean next-token loss in nats.
+        options: of `NanotrainModel.forward` and the loss.
         """
         found = self.model(input_ids, attention_mask, position_ids, return_dict=True, **options)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -249,9 +248,9 @@ class NanotrainForCausalLM(NanotrainPreTrainedModel, GenerationMixin):
 
 
 def _prepare(cache, num_layers):
-    """Give a new transformers cache our kind of layers."""
+    """Set up a new transformers cache with RecentLayers."""
     if cache.layers and all(isinstance(layer, RecentLayer) for layer in cache.layers):
         return
     if not isinstance(cache, DynamicCache) or cache.get_seq_length():
-        raise ValueError(f"a nanotrain model needs a DynamicCache of its own, not this {type(cache).__name__}")
+        raise ValueError(f"a nanotrain model needs a new DynamicCache, not this {type(cache).__name__}")
     cache.layers, cache.layer_class_to_replicate = [RecentLayer() for _ in range(num_layers)], None
