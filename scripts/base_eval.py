@@ -1,6 +1,6 @@
-"""Evaluate a trained model: bits per byte on train and validation text, the CORE tasks, and samples.
+"""Evaluate a trained model: bits per byte on train and validation text, CORE tasks, and samples.
 
-The result also goes into `evaluation.json` in the run's folder, and into the run's report.
+Results are also written to `evaluation.json` in the run folder and to the run's report.
 
     python -m scripts.base_eval --run-name=d4
     torchrun --standalone --nproc_per_node=8 -m scripts.base_eval --run-name=d20
@@ -19,20 +19,20 @@ from nanotrain.gpt import GPT
 from nanotrain.tokenizer import BPETokenizer
 
 # --- settings
-RUN_NAME = ""  # folder under NANOTRAIN_DIR/runs; empty: the run that was saved last
-BEST = False  # its checkpoint with the best validation bits per byte, not the newest
-STEP = 0  # its checkpoint after so many steps; 0: the newest
+RUN_NAME = ""  # folder under NANOTRAIN_DIR/runs; empty: the most recently saved run
+BEST = False  # checkpoint with the best validation bits per byte instead of the newest
+STEP = 0  # step of the checkpoint; 0: the newest
 DATA_DIR = ""  # folder of shards; empty: the one the run was trained on
 DEVICE = "auto"  # auto, cuda, mps or cpu
-DTYPE = "auto"  # of the matrix products: auto, bfloat16, float16 or float32
+DTYPE = "auto"  # dtype of matrix products: auto, bfloat16, float16 or float32
 DEVICE_BATCH_SIZE = 16  # sequences per forward pass
-EVAL_TOKENS = 262144  # of each kind of text, or all of it where there is less
-EVAL_DOCUMENT_BYTES = 600000  # of whole validation documents, for the bits per byte of documents; 0: off
-CORE = True  # evaluate on the tasks of CORE, or of CORE_BUNDLE
-CORE_BUNDLE = ""  # folder or zip of tasks, or own: those of the validation shard; empty: CORE's public one, fetched
-CORE_MAX_PER_TASK = 500  # items of each task; 0: all, as published scores do
-SAMPLE_TOKENS = 96  # of each sample
-REPORT = True  # write the run's report anew
+EVAL_TOKENS = 262144  # maximum number of train and of validation tokens
+EVAL_DOCUMENT_BYTES = 600000  # UTF-8 bytes of whole validation documents to evaluate on; 0: off
+CORE = True  # evaluation on the tasks of CORE or CORE_BUNDLE
+CORE_BUNDLE = ""  # folder or zip of tasks; own: tasks made from the validation shard; empty: public CORE (download)
+CORE_MAX_PER_TASK = 500  # maximum number of items per task; 0: all, as in published scores
+SAMPLE_TOKENS = 96  # tokens per sample
+REPORT = True  # update of the run's report
 # ------------
 
 
@@ -42,7 +42,7 @@ def main() -> None:
     dist = init_distributed(DEVICE, DTYPE)
     run_dir = dist.on_rank0(lambda: checkpoint.find_run(RUN_NAME))
     model, tokenizer, meta = dist.on_all_ranks(lambda: checkpoint.load_model(run_dir, dist.device, BEST, STEP))
-    dist.on_rank0(lambda: tempfile.TemporaryFile(dir=run_dir).close())  # an error now rather than after the work
+    dist.on_rank0(lambda: tempfile.TemporaryFile(dir=run_dir).close())  # fail before the work, not after
     shards = dist.on_all_ranks(lambda: dataset.open_shards(paths.data_dir(DATA_DIR or meta["data_dir"])))
     same_data = dist.on_rank0(lambda: dataset.fingerprint(shards)) == meta["data"]
     dist.print0(f"{run_dir}, step {meta['step']}{'' if same_data else ', on other data than it was trained on'}")
@@ -69,7 +69,7 @@ def main() -> None:
 def text_bits_per_byte(
     dist: DistContext, model: GPT, tokenizer: BPETokenizer, shards: dataset.Shards
 ) -> dict[str, float]:
-    """{train_bpb, val_bpb, doc_bpb} of packed train and validation text and of whole validation documents."""
+    """{train_bpb, val_bpb, doc_bpb}: bits per byte of packed train and validation text and of whole documents."""
     seq_len, token_bytes, found = model.config.max_seq_len, tokenizer.token_bytes(), {}
 
     def measure(split, windows, what):
@@ -86,13 +86,13 @@ def text_bits_per_byte(
         read = partial(dataloader.validation_documents, shards.validation.path, tokenizer, EVAL_DOCUMENT_BYTES)
         documents, num_cut = dist.on_all_ranks(read)
         windows = loss_eval.document_windows(documents, tokenizer.bos, seq_len)
-        beginnings = f", of {num_cut} only the beginning" if num_cut else ""
-        measure("doc", windows, f"{len(documents):,} whole validation documents{beginnings}")
+        truncated = f", {num_cut} of them truncated" if num_cut else ""
+        measure("doc", windows, f"{len(documents):,} whole validation documents{truncated}")
     return found
 
 
 def progress(dist: DistContext, description: str, count: int) -> tqdm:
-    """A bar that vanishes, for this rank's part of `count` things."""
+    """A temporary progress bar over this rank's part of `count` items."""
     hidden = None if dist.is_rank0 else True  # None: shown on a terminal
     return tqdm(total=-(-count // dist.world_size), desc=description, leave=False, disable=hidden)
 

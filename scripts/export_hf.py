@@ -5,8 +5,8 @@
     AutoTokenizer.from_pretrained(DIR, trust_remote_code=False)
     AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)
 
-A model trained with --plain needs no trust_remote_code: it is transformers' own NanoChatForCausalLM. The folder is
-loaded back and its logits are compared before it gets its name. It needs transformers: pip install -e '.[export]'
+A model trained with --plain needs no trust_remote_code: it becomes transformers' own NanoChatForCausalLM. The export is
+loaded and its logits are compared before the folder appears. Needs transformers: pip install -e '.[export]'
 """
 
 import json
@@ -18,10 +18,10 @@ from nanotrain.errors import UserError
 from nanotrain.huggingface import export
 
 # --- settings
-RUN_NAME = ""  # folder under NANOTRAIN_DIR/runs; empty: the run that was saved last
-BEST = False  # its checkpoint with the best validation bits per byte, not the newest
-STEP = 0  # its checkpoint after so many steps; 0: the newest
-OUT = ""  # folder to write, which must not exist yet or be empty
+RUN_NAME = ""  # folder under NANOTRAIN_DIR/runs; empty: the most recently saved run
+BEST = False  # checkpoint with the best validation bits per byte instead of the newest
+STEP = 0  # step of the checkpoint; 0: the newest
+OUT = ""  # output folder, new or empty
 # ------------
 
 LICENCE = Path(__file__).parent.parent / "LICENSE"
@@ -29,7 +29,7 @@ LICENCE = Path(__file__).parent.parent / "LICENSE"
 
 def main() -> None:
     if not OUT:
-        raise UserError("where to? give a folder, as in --out=exported")
+        raise UserError("no output folder: give one, as in --out=exported")
     out = paths.absolute(OUT)
     try:
         import transformers  # noqa: F401
@@ -48,7 +48,7 @@ def main() -> None:
         (folder / "README.md").write_text(card, encoding="utf-8")
         difference = export.check(model, tokenizer, folder)
     kind = "transformers' own NanoChatForCausalLM" if model.config.plain else "its own code (trust_remote_code=True)"
-    print(f"{out}: step {meta['step']} of {run_dir.name}, {kind}, logits equal to {difference:.1g}")
+    print(f"{out}: step {meta['step']} of {run_dir.name}, {kind}, logits equal to within {difference:.1g}")
 
 
 if __name__ == "__main__":

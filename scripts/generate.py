@@ -1,9 +1,9 @@
-"""Talk to a base model: it continues what you write.
+"""Generate text with a base model, which continues a prompt.
 
-python -m scripts.generate --run-name=d4 "def main("    the text comes as it is made
-python -m scripts.generate --run-name=d4                an interactive prompt, with history
+python -m scripts.generate --run-name=d4 "def main("    print the continuation as it is generated
+python -m scripts.generate --run-name=d4                interactive prompt with history
 
-Several samples are made together, which takes little longer than one; they are printed one after another.
+Several samples are generated together, which takes little longer than one, and printed one after another.
 """
 
 import codecs
@@ -20,15 +20,15 @@ from nanotrain.gpt import GPT
 from nanotrain.tokenizer import BPETokenizer
 
 # --- settings
-RUN_NAME = ""  # folder under NANOTRAIN_DIR/runs; empty: the run that was saved last
-BEST = False  # its checkpoint with the best validation bits per byte, not the newest
+RUN_NAME = ""  # folder under NANOTRAIN_DIR/runs; empty: the most recently saved run
+BEST = False  # checkpoint with the best validation bits per byte instead of the newest
 DEVICE = "auto"  # auto, cuda, mps or cpu
-MAX_NEW_TOKENS = 200  # of one continuation
-TEMPERATURE = 0.8  # 0: always the likeliest token
-TOP_K = 50  # draw from so many of the likeliest tokens; 0: from all
-TOP_P = 1.0  # and of them from the fewest that have together this probability
-NUM_SAMPLES = 1  # continuations of each prompt
-SEED = 1337  # of the first sample's draws; the others count on from it
+MAX_NEW_TOKENS = 200  # maximum length of a continuation, in tokens
+TEMPERATURE = 0.8  # sampling temperature; 0: greedy
+TOP_K = 50  # number of most likely tokens to sample from; 0: all
+TOP_P = 1.0  # total probability of the most likely tokens to sample from (nucleus sampling)
+NUM_SAMPLES = 1  # continuations per prompt
+SEED = 1337  # seed of the first sample; sample n uses SEED + n
 # ------------
 
 
@@ -36,24 +36,24 @@ SEED = 1337  # of the first sample's draws; the others count on from it
 def main(prompts: Sequence[str] = ()) -> None:
     config.check_numbers(config.snapshot(__name__), at_least_one=("NUM_SAMPLES",))
     if not 0 < TOP_P <= 1:
-        raise UserError(f"--top-p={TOP_P}: a probability above 0 and up to 1, which draws from all")
+        raise UserError(f"--top-p={TOP_P}: must be above 0 and at most 1 (off)")
     dist = init_distributed(DEVICE, seed=SEED)
     run_dir = checkpoint.find_run(RUN_NAME)
     model, tokenizer, meta = checkpoint.load_model(run_dir, dist.device, BEST)
     for prompt in prompts:
         answer(model, tokenizer, prompt)
     if not prompts:
-        print(f"{run_dir.name}, step {meta['step']}. Write the beginning of a text.", file=sys.stderr)
-        print("Ctrl-C ends what it writes, Ctrl-D the program.", file=sys.stderr)
+        print(f"{run_dir.name}, step {meta['step']}. Type the beginning of a text.", file=sys.stderr)
+        print("Ctrl-C stops a continuation, Ctrl-D exits.", file=sys.stderr)
         converse(model, tokenizer)
 
 
 def converse(model: GPT, tokenizer: BPETokenizer) -> None:
-    """Answer every line of standard input. In a terminal, Ctrl-C ends a text or a line, and not the program."""
+    """Continue every line of standard input. In a terminal, Ctrl-C ends a continuation or a line, not the program."""
     in_terminal = sys.stdin.isatty()
     if in_terminal:
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401 - gives input() a history, line editing, and lines of any length
+            import readline  # noqa: F401 - history, editing and long lines for input()
     while True:
         try:
             prompt = input("> " if in_terminal else "")
@@ -69,9 +69,9 @@ def converse(model: GPT, tokenizer: BPETokenizer) -> None:
 
 
 def answer(model: GPT, tokenizer: BPETokenizer, prompt: str) -> None:
-    """Print the prompt and its continuations: every character as soon as its last byte is there."""
+    """Print the prompt and its continuations, each character as soon as it is complete."""
     strings = tokenizer.byte_strings()
-    end = prompt[-model.config.max_seq_len * max(map(len, strings)) :]  # what is before it would not be read
+    end = prompt[-model.config.max_seq_len * max(map(len, strings)) :]  # the rest does not fit into the context
     ids = [tokenizer.bos, *tokenizer.encode(end)]
     steps = generate_batch(
         model, [ids] * NUM_SAMPLES, MAX_NEW_TOKENS, TEMPERATURE, TOP_K, TOP_P, SEED, stop=(tokenizer.bos,)

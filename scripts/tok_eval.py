@@ -1,4 +1,4 @@
-"""How well the tokenizer packs text: UTF-8 bytes per token, where single bytes as tokens would give 1.
+"""Compression of the tokenizer, in UTF-8 bytes per token (1 for single bytes as tokens).
 
 python -m scripts.tok_eval --data-dir=D
 """
@@ -11,8 +11,8 @@ from nanotrain.tokenizer import BPETokenizer
 # --- settings
 DATA_DIR = ""  # folder of shards; empty: the only data set in NANOTRAIN_DIR/data
 TOKENIZER_DIR = ""  # folder of tokenizer.json; empty: NANOTRAIN_DIR/tokenizer
-NUM_TEXTS = 1000  # of train and of validation text to measure on
-MAX_CHARS = 20_000  # of each of them
+NUM_TEXTS = 1000  # number of train and of validation documents
+MAX_CHARS = 20_000  # maximum characters per document
 # ------------
 
 

@@ -1,4 +1,4 @@
-"""Train the tokenizer on train shards.
+"""Train the tokenizer on the train shards.
 
 python -m scripts.tok_train --data-dir=D --vocab-size=4096
 """
@@ -15,13 +15,13 @@ from nanotrain.tokenizer import FILE_NAME, BPETokenizer
 
 # --- settings
 DATA_DIR = ""  # folder of shards; empty: the only data set in NANOTRAIN_DIR/data
-TOKENIZER_DIR = ""  # where tokenizer.json goes; empty: NANOTRAIN_DIR/tokenizer
-VOCAB_SIZE = 4096  # tokens; 4096 suits minutes on a CPU, 32768 days on GPUs; 0: by depth or minutes
-DEPTH = 0  # of the model that the tokenizer is for
-TARGET_MINUTES = 0.0  # that the model will be trained for, where its depth follows from them
-MAX_CHARS = 200_000_000  # of text to train on; memory and time grow with it
-DOC_CHARS = 10_000  # of one document to train on
-HEAD_DIM = 128  # of the model, which the plan of its width needs
+TOKENIZER_DIR = ""  # output folder of tokenizer.json; empty: NANOTRAIN_DIR/tokenizer
+VOCAB_SIZE = 4096  # number of tokens: 4096 for minutes on a CPU, 32768 for days on GPUs; 0: from depth or minutes
+DEPTH = 0  # depth of the model, to choose the vocabulary for
+TARGET_MINUTES = 0.0  # training time of the model, to choose depth and vocabulary for
+MAX_CHARS = 200_000_000  # characters of training text; time and memory grow with it
+DOC_CHARS = 10_000  # maximum characters per document
+HEAD_DIM = 128  # head dimension of the model, to plan its width
 # ------------
 
 
@@ -30,24 +30,24 @@ def main() -> None:
     shards = dataset.open_shards(paths.data_dir(DATA_DIR))
     folder, disk = paths.tokenizer_dir(TOKENIZER_DIR), Disk()
     disk.make_folder(folder)
-    disk.lock(folder / LOCK)  # it may be the folder of a run that trains, or one that cannot be written
+    disk.lock(folder / LOCK)  # fails for the folder of a run in training, or a read-only one
     if (folder / FILE_NAME).exists():
-        BPETokenizer.load(folder)  # which refuses another program's, so that it is not overwritten
+        BPETokenizer.load(folder)  # raises rather than overwrite another program's file
     vocab_size = VOCAB_SIZE or planned_vocab_size()
     tokenizer = BPETokenizer.train(texts(shards), vocab_size)
     tokenizer.save(folder)
     if tokenizer.vocab_size < vocab_size:
-        print(f"the text gives only {tokenizer.vocab_size} tokens of {vocab_size}")
+        print(f"too little text for {vocab_size} tokens, only {tokenizer.vocab_size} found")
     print(f"{folder}: {tokenizer.vocab_size} tokens in {time.monotonic() - begin:.1f} s")
 
 
 def planned_vocab_size() -> int:
-    """The vocabulary that suits DEPTH, or the model that this machine can train in TARGET_MINUTES."""
+    """Vocabulary size for a model of DEPTH, or for the one this machine can train in TARGET_MINUTES."""
     if not DEPTH and TARGET_MINUTES <= 0:
-        raise UserError("--vocab-size=0 leaves the choice to the plan, which needs --depth or --target-minutes")
+        raise UserError("--vocab-size=0 needs --depth or --target-minutes to choose the size from")
     depth = DEPTH
     if not depth:
-        from nanotrain import hardware  # here, so that a tokenizer of a given size does not wait for torch
+        from nanotrain import hardware  # imports torch, not needed for a given size
         from nanotrain.dist import init_distributed
 
         dist = init_distributed()
@@ -59,7 +59,7 @@ def planned_vocab_size() -> int:
 
 
 def texts(shards: dataset.Shards) -> Iterator[str]:
-    """The texts to train on, cut and counted as the settings say."""
+    """Yield the training texts within MAX_CHARS and DOC_CHARS."""
     chars, total = 0, min(sum(shard.text_bytes for shard in shards.train), MAX_CHARS)
     with tqdm(desc="tokenizer", total=total, unit="B", unit_scale=True, leave=False, disable=None) as bar:
         for text in dataset.read_shards([shard.path for shard in shards.train], DOC_CHARS):
