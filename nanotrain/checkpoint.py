@@ -181,9 +181,8 @@ class Restored:
 
 
 class CheckpointManager:
-    """The checkpoints of one run. Call `restore`, `claim`, `begin`, and then `save` whenever it is `due`.
-
-    No random number generator is saved: nothing is drawn after initialization.
+    """The checkpoints of one run. Call `restore`, `claim`, `begin`, and then `save` whenever it is `due`. There is no
+    state of a random number generator to save: nothing is drawn after initialization.
     """
 
     def __init__(self, run_dir: Path, dist: DistContext, save_every: int = 0, keep_last: int = 2, keep_every: int = 0):

@@ -115,7 +115,6 @@ def flag_of(name: str) -> str:
 
 
 def _help(namespace):
-    """The script's docstring, then each setting with its value and comment."""
     lines = [(namespace.get("__doc__") or "").strip()]
     for heading, name, _, comment in _documented(namespace["__file__"]):
         if heading:

@@ -73,7 +73,6 @@ class Bundle:
 
 def read(path: str | Path, max_per_task: int = 0) -> Bundle:
     """Read the bundle at `path`, a folder or a zip file, up to `max_per_task` items of each task (0: all).
-
     Items are shuffled first, as in the published metric. Raises DataError that names the file and line.
     """
     path, place, digest, tasks = paths.absolute(path), "core.yaml", hashlib.sha256(), []
@@ -152,7 +151,6 @@ def own_folder(shard: Path) -> Path:
 
 def obtain(path: str, shard: Path, dist: DistContext, max_per_task: int) -> Bundle | None:
     """Read the bundle at `path` on every rank: OWN is the one made from the validation `shard`, "" the public one.
-
     If the public bundle is not available, prints the reason and returns None.
     """
     if path == OWN:

@@ -55,7 +55,6 @@ def prompts(task: Task, index: int) -> list[str]:
 
 def sequences(kind: str, encoded: Sequence[list[int]], max_len: int) -> list[tuple[list[int], int]]:
     """Prompts as token ids -> [(ids, start)], to be scored on ids[start:]: at least one token, start >= 1.
-
     Sequences longer than `max_len` lose their beginning, even part of the answer if necessary.
     """
     if kind == LANGUAGE_MODELING:
@@ -74,7 +73,6 @@ def sequences(kind: str, encoded: Sequence[list[int]], max_len: int) -> list[tup
 
 
 def _common_prefix(sequences):
-    """Length of the longest common prefix."""
     return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*sequences, strict=False)))
 
 

@@ -32,17 +32,15 @@ BLOCK_CHARS = 16 << 20  # characters of a plain text file read and cut at a time
 BLANK_LINES = re.compile(r"\n[ \t\n]*\n")
 VALIDATION_SHARE, MAX_VALIDATION_BYTES = 1 / 16, 32 << 20
 STDLIB_SEED, STDLIB_SHARDS = 1337, 4
-STDLIB_EXCLUDED = {
-    "test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data",
-}  # fmt: skip
+STDLIB_EXCLUDED = set("test tests idle_test site-packages dist-packages __pycache__ encodings pydoc_data".split())
 SEED = b"nanotrain"  # seed of the import's shuffle
 NOT_ROWS = "not one JSON object per line (convert: jq -c 'arrays[], objects' FILE > FILE.jsonl)"
 NOT_UTF8 = "not UTF-8 (convert: iconv -f UTF-16 -t UTF-8 FILE, or from another encoding)"
 UNREADABLE = "unreadable folder"
-PLAIN_SUFFIXES = {
-    ".txt", ".md", ".rst", ".tex", ".org", ".html", ".xml", ".csv", ".py", ".js", ".ts", ".c", ".h", ".cc", ".cpp",
-    ".hpp", ".java", ".go", ".rs", ".rb", ".php", ".sh", ".sql", ".lua", ".pl", ".r", ".jl", ".scala", ".kt", ".swift",
-}  # fmt: skip
+PLAIN_SUFFIXES = set(
+    ".txt .md .rst .tex .org .html .xml .csv .py .js .ts .c .h .cc .cpp .hpp .java .go .rs .rb .php .sh .sql .lua .pl "
+    ".r .jl .scala .kt .swift".split()
+)
 LONE_SURROGATES = re.compile("[\ud800-\udfff]")  # not encodable in UTF-8
 MAX_LINE_BYTES = 128 << 20  # longest .jsonl line; a longer one (a whole data set in one array) is not imported
 NUM_BUCKETS = 128  # only one is held in memory at a time
@@ -52,9 +50,8 @@ MIN_TRAIN_SHARDS, MIN_GROUPS = 4, 100  # spread a small corpus so that many stre
 
 
 def cut(text: str, max_chars: int = MAX_CHARS) -> Iterator[str]:
-    """Split text into documents of at most `max_chars`: at blank lines if possible, else at line ends, else anywhere.
-
-    Documents are as long as the limit allows. Only blank lines are lost.
+    """Split text into the longest possible documents of at most `max_chars`: at blank lines, else at line ends, else
+    anywhere. Only blank lines are lost.
     """
     document = ""
     for part in itertools.chain.from_iterable(_cut_lines(part, max_chars) for part in BLANK_LINES.split(text)):
@@ -77,13 +74,9 @@ def _cut_lines(paragraph, max_chars):
     yield paragraph[begin:]
 
 
-# ---- the embedded corpus ----
-
-
 def stdlib_documents() -> tuple[list[str], list[str]]:
-    """(train documents, validation documents) of the embedded corpus, shuffled and split by source file.
-
-    Exact duplicates are dropped; a document that occurs on both sides stays in train.
+    """(train documents, validation documents) of the embedded corpus, shuffled and split by source file. Exact
+    duplicates are dropped; a document that occurs on both sides stays in train.
     """
     sources = stdlib_sources()
     validation, chars, goal = set(), 0, VALIDATION_SHARE * sum(map(len, sources.values()))
@@ -120,9 +113,6 @@ def _order(kind, text):
     return hashlib.sha256(f"{STDLIB_SEED} {kind} {text}".encode("utf-8", "replace")).digest()
 
 
-# ---- import ----
-
-
 def import_text(source: str | Path, folder: Path, text_column: str = "text") -> tuple[str, int, Counter[str]]:
     """Write the text in `source` (a file or a folder) as shuffled shards to the existing `folder`.
 
@@ -150,7 +140,6 @@ def import_text(source: str | Path, folder: Path, text_column: str = "text") -> 
 
 
 def _files(source, skipped):
-    """The files to read, sorted by name."""
     if not source.exists():
         raise DataError(f"--from={source}: no such file or folder")
     files = []
@@ -240,16 +229,12 @@ def _parquet_documents(path, text_column, skipped):
             yield from batch.column(0).to_pylist()
 
 
-# ---- buckets: files of (length, UTF-8 bytes) ----
-
-
 def _key(data):
-    """Sort key of a document."""
     return hashlib.sha256(SEED + data).digest()
 
 
 def _spread(texts, folder):
-    """Write each text to its bucket, a file in `folder`; return the number of texts. Bucket names sort like keys."""
+    """Write each text as (length, UTF-8 bytes) to a bucket file; return their number. Bucket names sort like keys."""
     count = 0
     with contextlib.ExitStack() as stack:
         buckets = [stack.enter_context(open(folder / f"{number:03d}", "wb")) for number in range(NUM_BUCKETS)]

@@ -347,7 +347,6 @@ class DataLoader(Iterator[Batch], AbstractContextManager):
 
 class Prefetcher:
     """Batches of a loader, fetched one ahead: a run resumes from the state of `next`.
-
     After an error, `take` repeats the last batch so that this rank joins the step in which all ranks learn of it.
     """
 

@@ -65,9 +65,6 @@ SOURCES = {
 }
 
 
-# ---- reading ----
-
-
 @dataclass(frozen=True)
 class Shard:
     """One parquet file: its size, the rows in each row group, and its approximate bytes of text."""
@@ -135,7 +132,6 @@ def read_texts(
     path: Path, group: int, start: int = 0, stop: int | None = None, modified_ns: int | None = None
 ) -> Iterator[str | None]:
     """Yield the texts of rows `start` to `stop` of a row group, None for nulls, decoding about READ_BYTES at a time.
-
     Raises DataError if the rows cannot be read or the file's modification time is not `modified_ns`.
     """
     where, at = f"{path}, row group {group}", 0
@@ -163,7 +159,6 @@ def read_shards(paths: Iterable[Path], most_chars: int | None = None) -> Iterato
 
 def fingerprint(shards: Shards) -> dict:
     """{validation: name, files: {name: {bytes, sha256}}}, by which a checkpoint identifies its data.
-
     Files without a manifest entry are hashed. Raises DataError if a train shard equals the validation shard.
     """
     entries, files = read_manifest(shards.folder)["shards"], {}
@@ -179,9 +174,6 @@ def fingerprint(shards: Shards) -> dict:
 def hash_of(value: dict | list) -> str:
     """Hex SHA-256 of a JSON-like value, such as a `fingerprint`."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-# ---- manifest ----
 
 
 def read_manifest(folder: Path) -> dict:
@@ -229,12 +221,8 @@ def _shard_names(folder):
     return sorted(path.name for path in Path(folder).glob("shard_*.parquet") if SHARD_NAME.fullmatch(path.name))
 
 
-# ---- preparing a data set ----
-
-
 def build_stdlib(folder: Path) -> bool:
     """Write the embedded corpus to `folder`: the sources of this Python's standard library and pydoc's help topics.
-
     Returns False if an intact one exists; a damaged one, or one of another Python version, is replaced.
     """
     title, held = f"{STDLIB} {platform.python_version()}", read_manifest(folder)
@@ -266,7 +254,6 @@ def write_shard(path: Path, texts: Sequence[str], rows_per_group: int = 16) -> N
 
 def fetch(name: str, source: Source, train_shards: int, folder: Path) -> None:
     """Download the first `train_shards` train shards and the validation shard of a hosted data set into `folder`.
-
     Intact files are kept and damaged ones downloaded again. Raises DataError that lists the missing shards.
     """
     most = source.num_shards - 1
@@ -338,15 +325,13 @@ def main() -> None:
         source = Source(BASE_URL.rstrip("/"), NUM_SHARDS, 0, "see the host")
         fetch(NAME, source, TRAIN_SHARDS or source.num_shards - 1, folder)
     elif DATASET in SOURCES:
-        fetch(DATASET, SOURCES[DATASET], shards_for(FOR_DEPTH) if FOR_DEPTH else TRAIN_SHARDS, folder)
+        num_shards = TRAIN_SHARDS
+        if FOR_DEPTH:  # ten tokens per weight
+            num_bytes = 10 * recipe.num_weights(FOR_DEPTH, recipe.model_width(FOR_DEPTH, 0, 128)[0]) * BYTES_PER_TOKEN
+            num_shards = math.ceil(num_bytes / SHARD_TEXT_BYTES)
+        fetch(DATASET, SOURCES[DATASET], num_shards, folder)
     else:
         print(f"{folder}: {'built' if build_stdlib(folder) else 'already built, every shard matches the manifest'}")
-
-
-def shards_for(depth: int) -> int:
-    """Number of hosted shards with enough text for a model of this depth: ten tokens per weight."""
-    width, _ = recipe.model_width(depth, 0, 128)
-    return math.ceil(10 * recipe.num_weights(depth, width) * BYTES_PER_TOKEN / SHARD_TEXT_BYTES)
 
 
 def verify_command() -> None:

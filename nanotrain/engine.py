@@ -32,7 +32,6 @@ def context_length(length: int, max_seq_len: int) -> int:
 
 class KVCache:
     """Keys and values (float32) of every layer for `num_sequences` sequences of up to `capacity` tokens.
-
     Row r holds `lengths[r]` tokens, ending with `last_tokens[r]`. Memory after them is never attended to.
     """
 
@@ -86,7 +85,6 @@ class NewTokens:
     # Decode only:
     seen: int = 0  # length of the longest sequence; 0 in prefill
     mask: Tensor | None = None  # (B, 1, 1, seen) float32, -inf after the end of a shorter sequence
-
     layer: int = 0  # current layer
 
     def keys_before(self, k: Tensor) -> Tensor | None:

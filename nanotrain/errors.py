@@ -57,9 +57,7 @@ class Terminated(KeyboardInterrupt):
 
 
 class Output(io.FileIO):
-    """Standard output or error that drops what cannot be written: the terminal or reader is gone, the disk is full, or
-    nobody has read for OUTPUT_SECONDS.
-    """
+    """Standard output or error that drops what cannot be written: reader gone, disk full, unread for OUTPUT_SECONDS."""
 
     def __init__(self, descriptor: int):
         self._descriptor, self._dropping = descriptor, False

@@ -42,9 +42,7 @@ class StopRequest:
 
 
 class Watchdog:
-    """Context manager that prints all threads' stacks and exits with code 8 if `beat` is not called in time. Time in
-    which the process is suspended (Ctrl-Z, a closed laptop) does not count.
-    """
+    """Context manager that prints all stacks and exits with code 8 if `beat` is late. Suspended time does not count."""
 
     TICK_SECONDS = 0.25
 

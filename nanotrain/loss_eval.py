@@ -82,9 +82,8 @@ def bits_per_byte(
 
 
 class TokenLossStats:
-    """Finds the texts with the most and the fewest bits per byte.
-
-    A text is the part of one document in one sequence. Short ones are skipped, because a single token would dominate.
+    """Finds the texts with the most and the fewest bits per byte. A text is the part of one document in one sequence;
+    short ones are skipped, because a single token would dominate.
     """
 
     NUM_TEXTS, MAX_TOKENS = 5, 300  # texts of each kind; tokens per text

@@ -110,8 +110,6 @@ class Store:
         self.folder = self.run_dir / "checkpoints"
         self._verified = set()  # steps that `clean` has verified
 
-    # ---- reading ----
-
     def steps(self) -> list[int]:
         """Steps of all sets, newest first, without verification."""
         return sorted(self._places(), reverse=True)
@@ -133,8 +131,6 @@ class Store:
         if complaints:
             raise CheckpointError(f"no checkpoint of {self.run_dir} can be used: " + "; ".join(complaints))
         return None, None, []
-
-    # ---- writing ----
 
     def commit(self, step: int, files: dict[str, Callable[[], bytes]], owner: str | None = None) -> Path:
         """Write {file name: function that returns its bytes} as the set of `step` and return its folder.
@@ -195,12 +191,8 @@ class Store:
             if step < oldest and step not in kept and not (keep_every and step % keep_every == 0):
                 self._discard(self._places()[step])
 
-    # ---- who may write ----
-
     def claim(self) -> str:
-        """Take over the run and return a new owner id; earlier owners can no longer write. Raises RunError if another
-        process is training in it (on file systems with locks).
-        """
+        """Take over the run from earlier owners; return a new owner id. Raises RunError if a process trains in it."""
         owner = uuid.uuid4().hex
         self.disk.make_folder(self.run_dir)
         self.disk.lock(self.run_dir / LOCK)
@@ -219,8 +211,6 @@ class Store:
         if owner is not None and self.disk.read(self.run_dir / OWNER, SMALL_FILE) != json.dumps(owner).encode():
             raise RunError(f"another process has taken over {self.run_dir}: this one stops without saving")
 
-    # ---- helpers ----
-
     def _places(self) -> dict[int, str]:
         """{step: folder name}: step_N, or .old-step_N if the writer was killed between the two renames."""
         found = {}
@@ -234,15 +224,13 @@ class Store:
         folder = self.folder / self._places().get(step, f"step_{step:08d}")
         try:
             for name, entry in self._manifest(folder, step)["files"].items():
-                yield name, self._verified_file(folder / name, entry)  # no variable, to hold one file at a time
+                data = self.disk.read(folder / name, entry["bytes"])
+                if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+                    raise CheckpointError(f"{folder}: {name} does not match its hash")
+                yield name, data
+                del data  # hold one file at a time
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{folder}: {type(error).__name__}: {error}") from None
-
-    def _verified_file(self, path: Path, entry: dict) -> bytes:
-        data = self.disk.read(path, entry["bytes"])
-        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-            raise CheckpointError(f"{path.parent}: {path.name} does not match its hash")
-        return data
 
     def _manifest(self, folder: Path, step: int) -> dict:
         manifest = json.loads(self.disk.read(folder / MANIFEST, SMALL_FILE))
@@ -265,7 +253,6 @@ class Store:
         return step in self._verified
 
     def _write(self, path: Path, content: Callable[[], bytes]) -> dict:
-        """Write a new file and return its manifest entry."""
         data = content()
         self.disk.write(path, data)
         return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

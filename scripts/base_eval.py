@@ -66,9 +66,7 @@ def main() -> None:
     dist.close()
 
 
-def text_bits_per_byte(
-    dist: DistContext, model: GPT, tokenizer: BPETokenizer, shards: dataset.Shards
-) -> dict[str, float]:
+def text_bits_per_byte(dist: DistContext, model: GPT, tokenizer: BPETokenizer, shards: dataset.Shards) -> dict:
     """{train_bpb, val_bpb, doc_bpb}: bits per byte of packed train and validation text and of whole documents."""
     seq_len, token_bytes, found = model.config.max_seq_len, tokenizer.token_bytes(), {}
 

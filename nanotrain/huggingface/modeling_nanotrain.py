@@ -160,7 +160,6 @@ class NanotrainModel(NanotrainPreTrainedModel):
         self, input_ids=None, attention_mask=None, position_ids=None, cache=None, past_key_values=None, **options
     ):
         """input_ids (B, T) int64, attention_mask (B, S) of ones and zeros or None -> last_hidden_state (B, T, C).
-
         hidden_states on request: normed embeddings, outputs of all blocks but the last, and last_hidden_state.
         """
         given = {name: value for name, value in options.items() if value is not None}
@@ -234,9 +233,8 @@ class NanotrainForCausalLM(NanotrainPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, labels=None, logits_to_keep=0, **options):
         """input_ids (B, T) int64 -> logits (B, T, V) float32, or of the last `logits_to_keep` positions.
-
-        labels (B, T) int64: the same tokens, -100 to ignore one; adds the mean next-token loss in nats.
-        options: of `NanotrainModel.forward` and the loss.
+        labels (B, T) int64: the same tokens, -100 to ignore one; adds the mean next-token loss in nats. options: of
+        `NanotrainModel.forward` and the loss.
         """
         found = self.model(input_ids, attention_mask, position_ids, return_dict=True, **options)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
