@@ -37,14 +37,14 @@ from nanotrain.trainer import TrainState, TrainStep
 
 FAILED_SAVES_LIMIT = 3  # consecutive failed saves that end a run
 T = TypeVar("T")
-Tensors = dict[str, Tensor]  # by name
+Tensors = dict[str, Tensor]  # tensors by name
 
 
 def pack(weights: Tensors, moments: Tensors, state: dict) -> dict[str, Callable[[], bytes]]:
     """{file name: function that returns its bytes} of a checkpoint."""
     return {
-        MODEL: lambda: tensor_bytes(_plain(weights)),
-        OPTIMIZER: lambda: tensor_bytes(_plain(moments)),
+        MODEL: lambda: tensor_bytes(_contiguous(weights)),
+        OPTIMIZER: lambda: tensor_bytes(_contiguous(moments)),
         STATE: lambda: json.dumps(state, indent=1, allow_nan=False).encode(),
     }
 
@@ -83,7 +83,7 @@ def load_model(
     """
     run_dir, store = Path(run_dir), Store(run_dir)
     if best and step:
-        raise UserError(f"--best and --step={step} exclude each other: give one of them")
+        raise UserError(f"--best and --step={step} are mutually exclusive: give one of them")
     if step and step not in store.steps():
         available = ", ".join(map(str, store.steps())) or "none"
         raise CheckpointError(f"--step={step}: no such checkpoint in {store.folder}; available: {available}")
@@ -110,7 +110,7 @@ def build_model(model_config: GPTConfig, device: str | torch.device) -> GPT:
 
 
 def load_weights(model: GPT, tensors: Tensors) -> None:
-    """Copy tensors into a model. Raises CheckpointError that lists missing, unexpected and misshapen ones."""
+    """Load weights into a model. Raises CheckpointError that lists missing, unexpected and misshapen tensors."""
     model.init_buffers()
     try:
         model.load_state_dict(tensors)
@@ -329,5 +329,5 @@ def _newest(run_dir):
     return unpack(files)
 
 
-def _plain(tensors):
+def _contiguous(tensors):
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -29,7 +29,7 @@ LINE = re.compile(r"^(?:# --- (.*)|([A-Z][A-Z0-9_]*) = ([^#\n]*?) *(?:# *(.*))?)
 def settings(script: str | dict) -> dict:
     """{NAME: value} of a script's settings, in source order."""
     namespace = _namespace(script)
-    return {name: namespace[name] for _, name, _, _ in _documented(namespace["__file__"]) if name}
+    return {name: namespace[name] for _, name, _, _ in _parse_source(namespace["__file__"]) if name}
 
 
 def snapshot(script: str | dict) -> SimpleNamespace:
@@ -40,7 +40,7 @@ def snapshot(script: str | dict) -> SimpleNamespace:
 def defaults(path: str | Path) -> dict:
     """{NAME: value} of the settings in a script's source, without a command line; literals only."""
     found = {}
-    for _, name, value, _ in _documented(path):
+    for _, name, value, _ in _parse_source(path):
         with contextlib.suppress(ValueError, SyntaxError):  # a heading has no value
             found[name] = ast.literal_eval(value)
     return found
@@ -77,11 +77,11 @@ def override(
             raise UserError(f"{flag}: no such setting{''.join(close)} (--help lists them)")
         if not equals and not isinstance(known[name], bool):
             raise UserError(f"{flag} needs a value, as in {flag}={known[name]}")
-        namespace[name] = _parsed(text if equals else "true", known[name], flag)
+        namespace[name] = _parse(text if equals else "true", known[name], flag)
     return others
 
 
-def _parsed(text, default, flag):
+def _parse(text, default, flag):
     kind = type(default)
     with contextlib.suppress(ValueError, KeyError):
         value = BOOLEANS[text.lower()] if kind is bool else kind(text)
@@ -116,7 +116,7 @@ def flag_of(name: str) -> str:
 
 def _help(namespace):
     lines = [(namespace.get("__doc__") or "").strip()]
-    for heading, name, _, comment in _documented(namespace["__file__"]):
+    for heading, name, _, comment in _parse_source(namespace["__file__"]):
         if heading:
             lines += ["", f"{heading}:"]
         else:
@@ -129,7 +129,7 @@ def _namespace(script):
     return vars(sys.modules[script]) if isinstance(script, str) else script
 
 
-def _documented(path):
+def _parse_source(path):
     """[(heading, NAME, value, comment)] of the settings in a script's source; a heading has only the first field."""
     blocks = BLOCK.findall(Path(path).read_text(encoding="utf-8"))
     return LINE.findall(blocks[0]) if blocks else []  # a script may have no settings

@@ -31,7 +31,7 @@ from nanotrain.errors import DataError, first_line
 OWN = "own"  # in place of a path: the tasks made from a data set's validation shard
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 ZIP_NAME = "eval_bundle.zip"
-ITEM_SEED = 1337  # item shuffle of the published metric
+ITEM_SEED = 1337  # seed of the published metric's item shuffle
 
 MULTIPLE_CHOICE, SCHEMA, LANGUAGE_MODELING = KINDS = ("multiple_choice", "schema", "language_modeling")
 CORE_LABELS = frozenset(
@@ -42,10 +42,10 @@ CORE_LABELS = frozenset(
 
 MARK = "# Made by nanotrain"  # prefix of a core.yaml that may be overwritten
 OWN_SEED = 20
-CONTEXT_WORDS, CONTINUATION_WORDS = 30, 10  # maximum; exact
-CONTEXT_CHARS, CONTINUATION_CHARS = 400, 120  # maximum
+CONTEXT_WORDS, CONTINUATION_WORDS = 30, 10  # number of words: maximum; exact
+CONTEXT_CHARS, CONTINUATION_CHARS = 400, 120  # maximum number of characters
 MAX_DOCUMENTS = 4000  # documents read from the shard
-MAX_DOCUMENT_CHARS = 1_000_000  # characters of each to draw from
+MAX_DOCUMENT_CHARS = 1_000_000  # leading characters of each document to draw from
 TRIES = 40  # draws per item
 
 Piece = namedtuple("Piece", "document context continuation")  # context and continuation are one space apart in the text
@@ -196,16 +196,16 @@ def _check_replaceable(folder):
 def _own_tasks(texts, num_items):
     """[(label, kind, number of shots, baseline in percent, items)]. The order of the draws determines the result."""
     draw = random.Random(OWN_SEED)
-    pieces = _distinct(lambda: _piece(texts, draw, CONTINUATION_WORDS), num_items)
-    repeated = _distinct(lambda: _repeated_word(texts, draw), num_items)
+    pieces = _distinct(lambda: _draw_piece(texts, draw, CONTINUATION_WORDS), num_items)
+    repeated = _distinct(lambda: _draw_repeated_word(texts, draw), num_items)
     last_word = [{"context": piece.context, "continuation": piece.continuation} for piece in repeated]
     next_piece = [
         {"query": piece.context, "choices": options, "gold": gold}
-        for piece, options, gold in _among_others(pieces, draw, 3, "continuation")
+        for piece, options, gold in _with_distractors(pieces, draw, 3, "continuation")
     ]
     which_context = [
         {"context_options": options, "continuation": piece.continuation, "gold": gold}
-        for piece, options, gold in _among_others(pieces, draw, 1, "context")
+        for piece, options, gold in _with_distractors(pieces, draw, 1, "context")
     ]
     words = sorted({word for text in texts[:200] for word in re.findall(r"[^\W\d_]{3,8}", text)})
     copies = _distinct(lambda: " ".join(draw.sample(words, draw.randint(2, 4))), num_items if len(words) >= 4 else 0)
@@ -231,7 +231,7 @@ def _distinct(drawn, num_items):
     return list(found)
 
 
-def _piece(texts, draw, num_words):
+def _draw_piece(texts, draw, num_words):
     """A Piece from a random place in a random document, its continuation `num_words` long; None if none fits there."""
     if not texts:
         return None
@@ -247,14 +247,14 @@ def _piece(texts, draw, num_words):
     return Piece(document, text[before[0].start() : before[-1].end()], text[after[0].start() : after[-1].end()])
 
 
-def _repeated_word(texts, draw):
+def _draw_repeated_word(texts, draw):
     """A Piece with a one-word continuation that also occurs in its context and so can be guessed; or None."""
-    piece = _piece(texts, draw, 1)
+    piece = _draw_piece(texts, draw, 1)
     fits = piece and len(piece.continuation) > 3 and piece.continuation.isalpha()
     return piece if fits and piece.continuation in re.findall(r"\w+", piece.context) else None
 
 
-def _among_others(pieces, draw, num_others, part):
+def _with_distractors(pieces, draw, num_others, part):
     """Yield (piece, options, gold): the `part` of each piece shuffled among those of `num_others` pieces from other
     documents with different continuations. Pieces without enough of these are skipped.
     """

@@ -32,7 +32,7 @@ DATA_DIR = ""  # folder of shards with the validation shard to use; empty: the o
 ITEMS_PER_TASK = 200  # maximum number of items per task
 # ----------------------------------------
 
-SHOT_SEED = 1234  # plus the item's index: seed of its few-shot examples, as in the published metric
+SHOT_SEED = 1234  # seed of an item's few-shot examples (plus its index), as in the published metric
 TIE_NATS = 1e-5  # losses this close are ties, won by the first choice: rounding must not decide
 BLOCK_ITEMS = 256  # items tokenized at a time, to bound memory
 
@@ -100,8 +100,8 @@ def evaluate(
                 found.append(sequences(task.kind, encoded, max_len))
             scores = iter(_scores(model, [*chain(*found)], greedy, dist, batch_size))
             for index, some in zip(block, found, strict=True):
-                of_item, (_, gold) = [next(scores) for _ in some], task.items[index]
-                num_right[-1] += of_item == [1.0] if greedy else _first_least(of_item) == gold
+                item_scores, (_, gold) = [next(scores) for _ in some], task.items[index]
+                num_right[-1] += item_scores == [1.0] if greedy else _first_least(item_scores) == gold
             progress(len(block))
     return summary(bundle, dist.all_reduce_sum(num_right))
 
@@ -117,7 +117,7 @@ def _scores(model, sequences, greedy, dist, batch_size):
     """
     scores, order = {}, sorted(range(len(sequences)), key=lambda place: len(sequences[place][0]))
     while order:
-        longest = len(sequences[order[-1]][0])  # of the remaining sequences
+        longest = len(sequences[order[-1]][0])  # longest remaining sequence
         size = max(batch_size * model.config.max_seq_len // longest, 1)
         batch, order = order[-size:], order[:-size]
         inputs = torch.zeros(len(batch), longest - 1, dtype=torch.int64)

@@ -44,9 +44,9 @@ PLAIN_SUFFIXES = set(
 LONE_SURROGATES = re.compile("[\ud800-\udfff]")  # not encodable in UTF-8
 MAX_LINE_BYTES = 128 << 20  # longest .jsonl line; a longer one (a whole data set in one array) is not imported
 NUM_BUCKETS = 128  # only one is held in memory at a time
-SHARD_BYTES = 200 << 20  # text per shard, about 100 MB as parquet
-GROUP_BYTES = 4 << 20  # maximum text per row group
-MIN_TRAIN_SHARDS, MIN_GROUPS = 4, 100  # spread a small corpus so that many streams have data
+SHARD_BYTES = 200 << 20  # bytes of text per shard, about 100 MB as parquet
+GROUP_BYTES = 4 << 20  # maximum bytes of text per row group
+MIN_TRAIN_SHARDS, MIN_GROUPS = 4, 100  # lower limits that give every stream data from a small corpus
 
 
 def cut(text: str, max_chars: int = MAX_CHARS) -> Iterator[str]:
@@ -80,7 +80,7 @@ def stdlib_documents() -> tuple[list[str], list[str]]:
     """
     sources = stdlib_sources()
     validation, chars, goal = set(), 0, VALIDATION_SHARE * sum(map(len, sources.values()))
-    for name in sorted(sources, key=lambda name: _order("file", name)):
+    for name in sorted(sources, key=lambda name: _shuffle_key("file", name)):
         if chars < goal:
             validation.add(name)
             chars += len(sources[name])
@@ -88,14 +88,14 @@ def stdlib_documents() -> tuple[list[str], list[str]]:
     for name in sorted(sources, key=lambda name: name in validation):
         for document in cut(sources[name]):
             sides.setdefault(document, name in validation)
-    documents = sorted(sides, key=lambda text: _order("text", text))
+    documents = sorted(sides, key=lambda text: _shuffle_key("text", text))
     return [text for text in documents if not sides[text]], [text for text in documents if sides[text]]
 
 
 def stdlib_sources() -> dict[str, str]:
     """{name: text} of the standard library's source files, except its tests, and of pydoc's help topics."""
     root, skipped, texts = Path(sysconfig.get_path("stdlib")), Counter(), {}
-    for path in _paths_in(root, skipped):
+    for path in _walk(root, skipped):
         name = path.relative_to(root)
         machine_specific = path.name.startswith("_sysconfigdata")
         if path.suffix == ".py" and not STDLIB_EXCLUDED & {*name.parts} and not machine_specific:
@@ -108,7 +108,7 @@ def stdlib_sources() -> dict[str, str]:
     return texts | {f"topics/{name}": text for name, text in topics.topics.items()}
 
 
-def _order(kind, text):
+def _shuffle_key(kind, text):
     """Shuffle key, the same on every machine and Python version."""
     return hashlib.sha256(f"{STDLIB_SEED} {kind} {text}".encode("utf-8", "replace")).digest()
 
@@ -125,7 +125,7 @@ def import_text(source: str | Path, folder: Path, text_column: str = "text") -> 
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as temporary:
         texts = itertools.chain.from_iterable(_documents(path, text_column, skipped) for path in files)
         texts = tqdm(texts, "reading", unit=" documents", leave=False, disable=None)
-        found = _spread(texts, Path(temporary))
+        found = _write_buckets(texts, Path(temporary))
         buckets, documents, text_bytes = sorted(Path(temporary).iterdir()), 0, 0
         for bucket in buckets:
             unique = set(_read_bucket(bucket))
@@ -135,7 +135,7 @@ def import_text(source: str | Path, folder: Path, text_column: str = "text") -> 
             reasons = "; ".join(f"{count:,} {reason}" for reason, count in skipped.most_common())
             summary = f"{documents} in {len(files)} text files (skipped: {reasons or 'nothing'})"
             raise DataError(f"--from={source}: at least 2 documents are needed, found {summary}")
-        shuffled = (text for bucket in buckets for text in sorted(set(_read_bucket(bucket)), key=_key))
+        shuffled = (text for bucket in buckets for text in sorted(set(_read_bucket(bucket)), key=_sort_key))
         return _write_shards(folder, shuffled, documents, text_bytes), documents, skipped
 
 
@@ -143,7 +143,7 @@ def _files(source, skipped):
     if not source.exists():
         raise DataError(f"--from={source}: no such file or folder")
     files = []
-    for path in [source] if source.is_file() else _paths_in(source, skipped):
+    for path in [source] if source.is_file() else _walk(source, skipped):
         if path.suffix.lower() == ".json":
             skipped[NOT_ROWS] += 1
         elif _reader(path) is None or any(part.startswith(".") for part in path.relative_to(source).parts):
@@ -153,8 +153,8 @@ def _files(source, skipped):
     return sorted(files)
 
 
-def _paths_in(source, skipped):
-    """Yield the files in a folder and its subfolders; count everything else in `skipped`."""
+def _walk(source, skipped):
+    """Yield the files in a folder and its subfolders; count everything else in `skipped` by reason."""
 
     def count(error):
         skipped[UNREADABLE] += 1
@@ -229,18 +229,18 @@ def _parquet_documents(path, text_column, skipped):
             yield from batch.column(0).to_pylist()
 
 
-def _key(data):
+def _sort_key(data):
     return hashlib.sha256(SEED + data).digest()
 
 
-def _spread(texts, folder):
+def _write_buckets(texts, folder):
     """Write each text as (length, UTF-8 bytes) to a bucket file; return their number. Bucket names sort like keys."""
     count = 0
     with contextlib.ExitStack() as stack:
         buckets = [stack.enter_context(open(folder / f"{number:03d}", "wb")) for number in range(NUM_BUCKETS)]
         for data in texts:
             count += 1
-            buckets[_key(data)[0] * NUM_BUCKETS >> 8].write(len(data).to_bytes(8, "big") + data)
+            buckets[_sort_key(data)[0] * NUM_BUCKETS >> 8].write(len(data).to_bytes(8, "big") + data)
     return count
 
 

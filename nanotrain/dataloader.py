@@ -136,9 +136,9 @@ class SliceOrder:
 class Part:
     """Unused tokens of a stream, an array (n,) int32, and the location of the first one."""
 
-    position: int  # of the slice in the SliceOrder
-    piece: int  # index in the slice
-    offset: int  # index in the piece
+    position: int  # position of the slice in the SliceOrder
+    piece: int  # index of the piece in the slice
+    offset: int  # index of the token in the piece
     tokens: np.ndarray
 
 

@@ -30,23 +30,23 @@ from nanotrain.errors import DataError, UserError, first_line
 from nanotrain.files import file_sha256, new_folder, write_json
 
 # --- source
-DATASET = ""  # stdlib, fineweb-edu or climbmix
+DATASET = ""  # data set to prepare: stdlib, fineweb-edu or climbmix
 FROM = ""  # file or folder of your own text to build shards from
-BASE_URL = ""  # another host of shards, as in https://host/path
+BASE_URL = ""  # URL of another host of shards, as in https://host/path
 NAME = ""  # data set name, its folder under NANOTRAIN_DIR/data (for --from, --base-url and --verify)
 # --- amount and format
 TRAIN_SHARDS = 0  # number of train shards to download; 0: all (with --base-url)
-FOR_DEPTH = 0  # instead of TRAIN_SHARDS: model depth, for as many shards as it trains on by default
+FOR_DEPTH = 0  # model depth, to download as many shards as it trains on by default (instead of TRAIN_SHARDS)
 NUM_SHARDS = 0  # number of shards on the host, the last of them for validation (with --base-url)
 TEXT_COLUMN = "text"  # text field of .jsonl rows or column of .parquet files (with --from)
-VERIFY = False  # check of the shards' hashes against the manifest
+VERIFY = False  # verification of the shards' hashes against the manifest
 # -----------
 
 MANIFEST = "manifest.json"
 STDLIB = "stdlib of Python"  # data set name in the embedded corpus's manifest, followed by the Python version
 SHARD_NAME = re.compile(r"shard_[0-9]{1,12}\.parquet")
-SHARD_TEXT_BYTES, BYTES_PER_TOKEN = 250e6, 4.8  # approximate values for a hosted shard
-READ_BYTES = 1 << 20  # amount of a row group decoded at a time
+SHARD_TEXT_BYTES, BYTES_PER_TOKEN = 250e6, 4.8  # approximate bytes of text per hosted shard and per token
+READ_BYTES = 1 << 20  # bytes of a row group decoded at a time
 
 
 @dataclass(frozen=True)
@@ -96,15 +96,15 @@ def open_shards(folder: str | Path) -> Shards:
     validation, entries = manifest["validation"], manifest["shards"]
     missing = sorted({validation, *entries} - set(names))
     if missing:
-        raise DataError(f"{folder}: {', '.join(missing[:5])} missing (see {MANIFEST}): prepare this data set again")
+        raise DataError(f"{folder} lacks {', '.join(missing[:5])} of its manifest: prepare this data set again")
     shards = {name: open_shard(folder / name) for name in names}
     for name, entry in entries.items():
         size = shards[name].num_bytes
         if size != entry["bytes"]:
-            raise DataError(f"{folder / name} has {size} bytes, the manifest says {entry['bytes']}: get it again")
+            raise DataError(f"{folder / name} has {size} bytes, the manifest says {entry['bytes']}: replace it")
     last = shards.pop(validation)
     if not any(sum(shard.group_rows) for shard in shards.values()):
-        raise DataError(f"{folder} has no train shard with rows beside the validation shard {validation}: add one")
+        raise DataError(f"{folder} has no train shard with rows besides the validation shard {validation}: add one")
     return Shards(folder, tuple(shards.values()), last)
 
 
@@ -118,7 +118,7 @@ def open_shard(path: Path) -> Shard:
             kinds = [(column.path, column.logical_type.type) for column in columns]
         status = path.stat()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not a readable parquet file ({first_line(error)}): get it again") from None
+        raise DataError(f"{path} is not a readable parquet file ({first_line(error)}): replace it") from None
     if kinds.count(("text", "STRING")) != 1:
         found = ", ".join(f"{name} ({kind.lower()})" for name, kind in kinds)
         raise DataError(f"{path} must have exactly one string column 'text'; its columns: {found or 'none'}")
@@ -147,7 +147,7 @@ def read_texts(
                 yield from batch.column("text")[max(start - at, 0) : None if stop is None else stop - at].to_pylist()
                 at += len(batch)
     except (pa.ArrowException, OSError, LookupError, UnicodeDecodeError) as error:  # LookupError: file replaced
-        raise DataError(f"{where}, cannot be read ({first_line(error)}): delete the file and get it again") from None
+        raise DataError(f"{where}, cannot be read ({first_line(error)}): replace the file") from None
 
 
 def read_shards(paths: Iterable[Path], most_chars: int | None = None) -> Iterator[str]:

@@ -51,7 +51,7 @@ class DistContext:
         """Sum a list of numbers or () tensors over all ranks in float64, with a single device-to-host copy."""
         device = self.device if self.device.type == "cuda" else "cpu"  # MPS has no float64
         numbers = [0.0 if isinstance(value, torch.Tensor) else value for value in values]
-        total = torch.tensor(numbers, dtype=torch.float64).to(device, non_blocking=True)  # one copy: each would wait
+        total = torch.tensor(numbers, dtype=torch.float64).to(device, non_blocking=True)  # one copy instead of many
         for place, value in zip(total, values, strict=True):
             if isinstance(value, torch.Tensor):
                 place.copy_(value)
@@ -75,7 +75,7 @@ class DistContext:
         return boxes
 
     def all_gather_rows(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Concatenate the tensors of all ranks, in rank order, along the first dimension, whose size may differ."""
+        """Concatenate the tensors of all ranks, in rank order, along the first dimension, which may differ in size."""
         if self.world_size == 1:
             return tensor
         sizes = torch.empty(self.world_size, dtype=torch.int64, device=tensor.device)
@@ -126,14 +126,14 @@ class DistContext:
 
     def on_rank0(self, function: Callable[[], Any]) -> Any:
         """Call `function` on rank 0 only; every rank returns its result or raises its UserError or OSError."""
-        result, error = self.broadcast_object(_attempt(function) if self.is_rank0 else None)
+        result, error = self.broadcast_object(_try(function) if self.is_rank0 else None)
         if error:
             raise error
         return result
 
     def on_all_ranks(self, function: Callable[[], Any]) -> Any:
         """Call `function` on every rank and return the local result; a UserError or OSError on any is raised on all."""
-        result, error = _attempt(function)
+        result, error = _try(function)
         for found in self.all_gather_objects(error):
             if found:
                 raise found
@@ -153,7 +153,7 @@ def init_distributed(
     """
     config.choice("DEVICE", device, ("auto", "cuda", "mps", "cpu"))
     config.choice("DTYPE", dtype, ("auto", *hardware.DTYPES))
-    rank, local_rank, world_size = _place()
+    rank, local_rank, world_size = _rank_from_environment()
     found = hardware.find_device(device, local_rank)
     if found.type == "cuda":
         torch.cuda.set_device(found)  # before NCCL starts, which uses the current device
@@ -180,7 +180,7 @@ def faults_as_sentences(when_lost: str | None = "", when_full: str = "") -> Iter
         raise MemoryLimitError(f"out of memory{when_full}") from None
 
 
-def _attempt(function):
+def _try(function):
     """(result, None), or (None, error) for a UserError or OSError, in a form that any rank can raise."""
     try:
         return function(), None
@@ -190,7 +190,7 @@ def _attempt(function):
         return None, error
 
 
-def _place():
+def _rank_from_environment():
     """[rank, local rank, world size] from torchrun's environment variables. Raises UserError if they are invalid."""
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
@@ -224,7 +224,7 @@ def _join(device, world_size):
 
     try:
         limit = JOIN_SECONDS if torchrun_listens == "False" else ANSWER_SECONDS  # rank 0 may start late
-        _within(limit, "no answer", partial(_find, host, port, listens, limit))
+        _within(limit, "no answer", partial(_wait_for_host, host, port, listens, limit))
         options = {"is_master": listens, "multi_tenant": listens, "timeout": timedelta(seconds=JOIN_SECONDS)}
         fault = "no answer from torch, perhaps another program uses the port"
         connect = partial(torch_dist.TCPStore, host, int(port), wait_for_workers=False, **options)
@@ -259,7 +259,7 @@ def _within(seconds, fault, function):
     return result
 
 
-def _find(host, port, listens, seconds):
+def _wait_for_host(host, port, listens, seconds):
     """Resolve the host and, unless this rank listens there, wait for a listener, for less than `seconds`."""
     begin = time.monotonic()
     while True:

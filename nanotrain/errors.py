@@ -122,12 +122,12 @@ def run(*functions: Callable[[], object], for_its_output: bool = False) -> None:
 
 def _open_standard_streams(for_its_output):
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass  # open closed streams (`>&-`), whose descriptors the next files would get
+        pass  # open closed streams (`>&-`), or the next files would get their descriptors
     os.close(descriptor)
     sys.stdin = sys.stdin or open(0, closefd=False)
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name) or open(descriptor, "w", closefd=False)
-        with contextlib.suppress(OSError, AttributeError):  # replaced by a test
+        with contextlib.suppress(OSError, AttributeError):  # a stream replaced by a test
             if stream.fileno() == descriptor and not (name == "stdout" and for_its_output):
                 buffer = io.BufferedWriter(Output(descriptor))
                 stream = io.TextIOWrapper(buffer, stream.encoding, line_buffering=stream.line_buffering)

@@ -18,9 +18,9 @@ from nanotrain.errors import HANG_EXIT_CODE, Output, RunError, stop_signals
 NON_FINITE_IN_A_ROW = 3  # consecutive skipped steps that end a run
 NON_FINITE_NEARBY, NEARBY_STEPS = 10, 1000  # or this many skipped steps among this many
 LOSS_WINDOW = 128  # accepted losses to compare a new one with
-SPIKE_DEVIATIONS = 6.0  # standard deviations above their mean
+SPIKE_DEVIATIONS = 6.0  # standard deviations above their mean that make a spike
 SLOW_SECONDS = 1800.0  # watchdog limit outside of training steps
-CHECK_REPLICAS_EVERY = 500  # steps
+CHECK_REPLICAS_EVERY = 500  # steps between checks that all ranks have equal weights
 
 
 class StopRequest:
@@ -60,10 +60,10 @@ class Watchdog:
             self._waited += self.TICK_SECONDS
             if self._waited >= self._limit:
                 with contextlib.suppress(Exception):
-                    self._say_where_threads_are()
+                    self._print_stacks()
                 return os._exit(HANG_EXIT_CODE)
 
-    def _say_where_threads_are(self):
+    def _print_stacks(self):
         where = f"[rank {self._rank}] " if self._rank else ""
         message = f"no progress for {self._limit:.0f} s: exiting. Stacks of all threads:"
         lines = [f"{where}error: {message}"]

@@ -116,9 +116,9 @@ class TokenLossStats:
         texts = self._extremes(itertools.chain.from_iterable(dist.all_gather_objects(self._texts)))
         half = len(texts) // 2
         documents = {"worst": texts[half:][::-1], "best": texts[:half]}
-        return {"documents": {kind: [self._described(*text) for text in found] for kind, found in documents.items()}}
+        return {"documents": {kind: [self._as_dict(*text) for text in found] for kind, found in documents.items()}}
 
-    def _described(self, bpb, ids, bits):
+    def _as_dict(self, bpb, ids, bits):
         """One text as a dict; tokens that share a UTF-8 character are joined."""
         decoder, tokens, pending = codecs.getincrementaldecoder("utf-8")("replace"), [], 0.0
         for place, (token, cost) in enumerate(zip(ids, bits, strict=True)):

@@ -51,7 +51,7 @@ def run_dir(name: str) -> Path:
 
 
 def checked_name(name: str, what: str) -> str:
-    """Return `name` if it is a safe file name on every system. Raises UserError otherwise. what: for the message."""
+    """Return `name` if it is a safe file name on every system. Raises UserError otherwise. what: its description."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise UserError(f"{what} {name!r}: use 1 to 100 letters, digits, dots, dashes and underscores")
     return name

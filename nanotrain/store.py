@@ -112,7 +112,7 @@ class Store:
 
     def steps(self) -> list[int]:
         """Steps of all sets, newest first, without verification."""
-        return sorted(self._places(), reverse=True)
+        return sorted(self._folders(), reverse=True)
 
     def read(self, step: int) -> dict[str, bytes]:
         """{file name: bytes} of the set of `step`. Raises CheckpointError if a hash does not match."""
@@ -179,7 +179,7 @@ class Store:
         self._sweep()
         known, whole = self.steps(), []
         for step in known:  # verify no more than necessary: sets can be large
-            if len(whole) < max(keep_last, 2) and self._is_whole(step):
+            if len(whole) < max(keep_last, 2) and self._is_valid(step):
                 whole.append(step)
         if not whole:
             return
@@ -189,7 +189,7 @@ class Store:
             kept.add(resumed_step)
         for step in known:
             if step < oldest and step not in kept and not (keep_every and step % keep_every == 0):
-                self._discard(self._places()[step])
+                self._discard(self._folders()[step])
 
     def claim(self) -> str:
         """Take over the run from earlier owners; return a new owner id. Raises RunError if a process trains in it."""
@@ -211,7 +211,7 @@ class Store:
         if owner is not None and self.disk.read(self.run_dir / OWNER, SMALL_FILE) != json.dumps(owner).encode():
             raise RunError(f"another process has taken over {self.run_dir}: this one stops without saving")
 
-    def _places(self) -> dict[int, str]:
+    def _folders(self) -> dict[int, str]:
         """{step: folder name}: step_N, or .old-step_N if the writer was killed between the two renames."""
         found = {}
         for name in sorted(self.disk.names(self.folder)):  # .old-step_N sorts before step_N, which overrides it
@@ -221,7 +221,7 @@ class Store:
 
     def _verified_files(self, step: int) -> Iterator[tuple[str, bytes]]:
         """Yield (file name, verified bytes) of a set. Raises CheckpointError."""
-        folder = self.folder / self._places().get(step, f"step_{step:08d}")
+        folder = self.folder / self._folders().get(step, f"step_{step:08d}")
         try:
             for name, entry in self._manifest(folder, step)["files"].items():
                 data = self.disk.read(folder / name, entry["bytes"])
@@ -244,7 +244,7 @@ class Store:
             raise CheckpointError(f"{folder}: {MANIFEST} does not describe the checkpoint of step {step}")
         return manifest
 
-    def _is_whole(self, step: int) -> bool:
+    def _is_valid(self, step: int) -> bool:
         """Whether a set is valid; cached."""
         with contextlib.suppress(CheckpointError):
             if step not in self._verified:

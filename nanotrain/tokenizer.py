@@ -49,7 +49,7 @@ class BPETokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str] | Iterable[list[str]], vocab_size: int) -> "BPETokenizer":
-        """Train on texts or lists of texts. Too little text gives fewer than `vocab_size` tokens. Raises UserError."""
+        """Train on texts or lists of texts; too little text gives fewer tokens. Raises UserError for a bad size."""
         if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
             raise UserError(f"--vocab-size={vocab_size}: must be from {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE}")
         inner = Tokenizer(models.BPE())

@@ -108,7 +108,7 @@ def no_rows(folder):
         (with_table(text=[b"a", b"b"]), f"{NAMES[1]} must have exactly one string column 'text'"),
         (with_bytes(lambda data: data[:-400] + bytes(392) + data[-8:]), f"{NAMES[1]} is not a readable parquet"),
         (lambda folder: dataset.write_shard(listed_shards(folder) / NAMES[1], ["b"]), "bytes, the manifest says"),
-        (lambda folder: (listed_shards(folder) / NAMES[1]).unlink(), f"{NAMES[1]} missing"),
+        (lambda folder: (listed_shards(folder) / NAMES[1]).unlink(), f"lacks {NAMES[1]} of its manifest"),
         (with_manifest('{"validation": "shard_0'), "manifest.json is not a valid manifest"),
         (with_manifest("[" * 100_000), "manifest.json is not a valid manifest"),
         (with_manifest('{"docs": 3}'), "manifest.json is not a valid manifest: rename"),
@@ -143,7 +143,7 @@ def test_a_row_group_that_cannot_be_read_is_named(tmp_path, harm):
     """Also where the shard was replaced or has vanished since it was opened."""
     path = make_shards(tmp_path) / NAMES[0]
     harm(path)
-    with pytest.raises(DataError, match=rf"{NAMES[0]}, row group 1, cannot be read .*get it again"):
+    with pytest.raises(DataError, match=rf"{NAMES[0]}, row group 1, cannot be read .*replace the file"):
         list(dataset.read_texts(path, 1))
 
 

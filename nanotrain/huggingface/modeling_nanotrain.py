@@ -119,7 +119,7 @@ class NanotrainBlock(GradientCheckpointingLayer):
 
 
 class NanotrainPreTrainedModel(PreTrainedModel):
-    """Weights, loading and saving."""
+    """Base class: loading, saving, resizing embeddings."""
 
     config_class = NanotrainConfig
     base_model_prefix = "model"
