@@ -168,7 +168,7 @@ class Restored:
         names = ("packages", "cuda", "device_name", "threads", "world_size", "dtype", "deterministic", "code_sha256")
         different = [f"{n} was {was.get(n)}, is {environment[n]}" for n in names if was.get(n) != environment[n]]
         if different:
-            dist.print0(f"warning    same sequences, but results not bit-identical: {'; '.join(different)}")
+            dist.print0(f"warning    same sequences, but results will not be bit-identical: {'; '.join(different)}")
 
     def load_tensors(self, model: GPT, optimizers: Iterable[optim.ShardedOptimizer]) -> None:
         """Load weights and optimizer state and free the tensors, so that a run does not hold two copies."""

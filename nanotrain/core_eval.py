@@ -27,7 +27,7 @@ from nanotrain.errors import UserError
 from nanotrain.tokenizer import BPETokenizer
 
 # --- task bundle from your own text
-MAKE_BUNDLE = ""  # output folder; own: the one that --core-bundle=own reads
+MAKE_BUNDLE = ""  # output folder; own: for --core-bundle=own
 DATA_DIR = ""  # folder of shards with the validation shard to use; empty: the only data set in NANOTRAIN_DIR/data
 ITEMS_PER_TASK = 200  # maximum number of items per task
 # ----------------------------------------

@@ -17,11 +17,11 @@ from nanotrain.tokenizer import FILE_NAME, BPETokenizer
 DATA_DIR = ""  # folder of shards; empty: the only data set in NANOTRAIN_DIR/data
 TOKENIZER_DIR = ""  # output folder of tokenizer.json; empty: NANOTRAIN_DIR/tokenizer
 VOCAB_SIZE = 4096  # number of tokens: 4096 for minutes on a CPU, 32768 for days on GPUs; 0: from depth or minutes
-DEPTH = 0  # model depth, to choose the vocabulary by
-TARGET_MINUTES = 0.0  # training time of the model in minutes, to choose depth and vocabulary by
+DEPTH = 0  # model depth from which --vocab-size=0 derives the size
+TARGET_MINUTES = 0.0  # training minutes from which --vocab-size=0 derives depth and size
 MAX_CHARS = 200_000_000  # characters of training text; time and memory grow with it
 DOC_CHARS = 10_000  # maximum characters per document
-HEAD_DIM = 128  # head dimension of the model, which determines its width
+HEAD_DIM = 128  # head dimension of the model, a divisor of its width
 # ------------
 
 
@@ -44,7 +44,7 @@ def main() -> None:
 def planned_vocab_size() -> int:
     """Vocabulary size for a model of DEPTH, or for the one this machine can train in TARGET_MINUTES."""
     if not DEPTH and TARGET_MINUTES <= 0:
-        raise UserError("--vocab-size=0 chooses the size by --depth or --target-minutes: give one of them")
+        raise UserError("--vocab-size=0 derives the size from --depth or --target-minutes: give one of them")
     depth = DEPTH
     if not depth:
         from nanotrain import hardware  # imports torch, not needed for a given size
