@@ -376,8 +376,9 @@ class Prefetcher:
 
 
 def packed_sequences(paths: Sequence[Path], tokenizer: BPETokenizer, seq_len: int, num_tokens: int) -> np.ndarray:
-    """The first num_tokens // T sequences of shards read in order, (N, T + 1) int32, or all if there are fewer. Raises
-    UserError if `num_tokens` is less than one sequence, DataError if the shards hold less.
+    """The first num_tokens // T sequences of shards read in order, (N, T + 1) int32, or all if there are fewer. Long
+    documents are tokenized in pieces, as in training. Raises UserError if `num_tokens` is less than one sequence,
+    DataError if the shards hold less.
     """
     if num_tokens < seq_len:
         raise UserError(f"--eval-tokens={num_tokens}: must be at least one sequence of {seq_len} tokens")

@@ -267,7 +267,7 @@ def fetch(name: str, source: Source, train_shards: int, folder: Path) -> None:
     shards = [f"shard_{number:05d}.parquet" for number in (most, *range(train_shards))]
     validation, held = shards[0], read_manifest(folder)
     if held["validation"] and (held["dataset"], held["validation"]) != (name, validation):
-        what = f"{held['dataset'] or 'unknown'}, with validation shard {held['validation']}"
+        what = f"{held['dataset'] or 'unknown'}; training would use its validation shard {held['validation']}"
         raise UserError(f"{folder} holds another data set ({what}): choose another --name or move the folder away")
     earlier = [shard for shard in held["shards"] if (folder / shard).is_file()]
     good, bad = {}, []

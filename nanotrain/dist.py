@@ -148,8 +148,8 @@ class DistContext:
 def init_distributed(
     device: str = "auto", dtype: str = "auto", seed: int = 1337, deterministic: bool = True
 ) -> DistContext:
-    """Set up the device and, under torchrun, the process group. `deterministic` selects deterministic GPU kernels.
-    Raises UserError if device or dtype are not available, RunError if the ranks cannot connect.
+    """Set up the device and, under torchrun, the process group. `deterministic` selects deterministic GPU kernels
+    (CPU kernels always are). Raises UserError if device or dtype is unavailable, RunError if ranks cannot connect.
     """
     config.choice("DEVICE", device, ("auto", "cuda", "mps", "cpu"))
     config.choice("DTYPE", dtype, ("auto", *hardware.DTYPES))
