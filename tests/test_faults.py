@@ -33,7 +33,7 @@ NODE = (  # the arguments of torchrun on every node, beside the place where they
     "--rdzv-conf=join_timeout=60,keep_alive_interval=1,keep_alive_max_attempt=4",
     "--local-addr=127.0.0.1",  # whatever this machine's name resolves to
 )
-# torch 2.13 otherwise tells a node that comes anew nothing of where the others meet (README, Several machines)
+# torch 2.13 otherwise tells a node that comes anew nothing of where the others meet (docs/gpus.md)
 OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
