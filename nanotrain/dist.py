@@ -195,7 +195,7 @@ def _rank_from_environment():
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
         if not os.environ.get("RANK") and os.environ.get(name, "1") not in ("", "0", "1"):
-            fix = "start one torchrun per machine (dev/several_machines.md), or set RANK=0 for independent runs"
+            fix = "start one torchrun per machine (docs/gpus.md), or set RANK=0 for independent runs"
             raise UserError(f"{name}={os.environ[name]} without RANK: {fix}")
     given = {name: os.environ.get(name) or default for name, default in defaults.items()}
     place = [int(value) if value.isdecimal() else -1 for value in given.values()]
@@ -233,7 +233,7 @@ def _join(device, world_size):
     except (OSError, ValueError, RuntimeError) as error:
         places = ("MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
         given = ", ".join(f"{name}={os.environ[name]}" for name in places if os.environ.get(name))
-        fix = "on one machine: torchrun --standalone --local-addr=127.0.0.1; on several: dev/several_machines.md"
+        fix = "on one machine: torchrun --standalone --local-addr=127.0.0.1; on several: docs/gpus.md"
         raise RunError(f"the ranks cannot connect ({given}): {first_line(error)}; {fix}") from None
 
 
