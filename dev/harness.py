@@ -23,7 +23,7 @@ from nanotrain.errors import UserError
 # --- settings
 RUN_NAME = ""  # folder under NANOTRAIN_DIR/runs; empty: the run that was saved last
 DATA_DIR = ""  # folder of shards; empty: the one the run was trained on
-BUNDLE = ""  # folder or zip of tasks in the format of CORE; empty: the one that is kept for the run's data set
+BUNDLE = ""  # folder or zip of tasks in the format of CORE; empty: those made from the run's validation shard
 TASKS = ""  # of them, as in copa,arc_easy; empty: all of multiple choice
 ITEMS = 150  # of each task, at most
 DOCUMENTS = 200  # of the validation shard
@@ -83,16 +83,14 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     model, tokenizer, meta = checkpoint.load_model(checkpoint.find_run(RUN_NAME))
     dist = init_distributed("cpu", "float32")
-    folder = paths.data_dir(DATA_DIR or meta["data_dir"])
-    bundle = core_bundle.read(
-        Path(BUNDLE).expanduser() if BUNDLE else paths.base_dir() / "core" / f"tasks-of-{folder.name}", ITEMS
-    )
+    shard = dataset.open_shards(paths.data_dir(DATA_DIR or meta["data_dir"])).validation.path
+    bundle = core_bundle.read(BUNDLE or core_bundle.own_folder(shard), ITEMS)
     named = {task.label: task for task in bundle.tasks if task.kind == core_bundle.MULTIPLE_CHOICE}
     labels = TASKS.split(",") if TASKS else list(named)
     missing = [label for label in labels if label not in named]
     if missing:
         raise UserError(f"--tasks={TASKS}: no multiple choice called {missing[0]}; there: {', '.join(named)}")
-    expected = {"documents": documents(out, dataset.open_shards(folder).validation.path, model, tokenizer, dist)}
+    expected = {"documents": documents(out, shard, model, tokenizer, dist)}
     print(f"{'documents':<28}{expected['documents']:.6f} bits per byte")
     (out / "nanotrain_pick.py").write_text(PICK, encoding="utf-8")
     for label in labels:
