@@ -24,11 +24,12 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
-from nanotrain import dataset, download, files, paths
+from nanotrain import dataset, files, paths
 from nanotrain.dist import DistContext
 from nanotrain.errors import DataError, first_line
 
 OWN = "own"  # in place of a path: the tasks made from a data set's validation shard
+OWN_ITEMS = 200  # of each of these tasks, at most
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 ZIP_NAME = "eval_bundle.zip"
 ITEM_SEED = 1337  # seed of the published metric's item shuffle
@@ -137,6 +138,8 @@ def fetch() -> Path:
     """Path of the public bundle, downloaded if necessary. Raises DataError."""
     path = paths.base_dir() / "core" / ZIP_NAME
     if not path.is_file():
+        from nanotrain import download  # here, because it imports requests, which takes a while
+
         with tqdm(None, "CORE bundle", unit="B", unit_scale=True, leave=False, disable=None) as bar:
             _, failed = download.fetch_all({ZIP_NAME: URL}, path.parent, read, bar.update)
         if failed:
@@ -144,9 +147,12 @@ def fetch() -> Path:
     return path
 
 
-def own_folder(shard: Path) -> Path:
-    """Folder of the tasks made from a validation shard, named by the shard's SHA-256."""
-    return paths.base_dir() / "core" / f"tasks-{files.file_sha256(shard)[:16]}"
+def own(shard: Path) -> Path:
+    """Folder of the tasks made from a validation shard, named by the shard's SHA-256; made if it is missing."""
+    folder = paths.base_dir() / "core" / f"tasks-{files.file_sha256(shard)[:16]}"
+    if not folder.is_dir():
+        make(folder, shard, OWN_ITEMS)
+    return folder
 
 
 def obtain(path: str, shard: Path, dist: DistContext, max_per_task: int) -> Bundle | None:
@@ -154,7 +160,7 @@ def obtain(path: str, shard: Path, dist: DistContext, max_per_task: int) -> Bund
     If the public bundle is not available, prints the reason and returns None.
     """
     if path == OWN:
-        path = dist.on_rank0(lambda: str(own_folder(shard)))
+        path = dist.on_rank0(lambda: str(own(shard)))
     try:
         path = path or dist.on_rank0(lambda: str(fetch()))
     except DataError as error:

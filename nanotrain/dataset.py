@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from nanotrain import config, corpus, download, errors, paths, recipe
+from nanotrain import config, corpus, errors, paths, recipe
 from nanotrain.errors import DataError, UserError, first_line
 from nanotrain.files import file_sha256, new_folder, write_json
 
@@ -256,6 +256,8 @@ def fetch(name: str, source: Source, train_shards: int, folder: Path) -> None:
     """Download the first `train_shards` train shards and the validation shard of a hosted data set into `folder`.
     Intact files are kept and damaged ones downloaded again. Raises DataError that lists the missing shards.
     """
+    from nanotrain import download  # here, because no stage but this one waits for requests
+
     most = source.num_shards - 1
     if not 1 <= train_shards <= most:
         raise UserError(f"-n {train_shards}: choose 1 to {most} train shards of {name}, as in -n {min(most, 8)}")

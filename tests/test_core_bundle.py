@@ -12,7 +12,7 @@ import urllib3
 from conftest import ALONE, make_shards, make_texts
 from test_download import Host, contents, reply
 
-from nanotrain import core_bundle, core_eval, dataset
+from nanotrain import core_bundle, dataset, download
 from nanotrain.core_bundle import LANGUAGE_MODELING, MULTIPLE_CHOICE, SCHEMA
 from nanotrain.errors import DataError, UserError
 
@@ -113,7 +113,7 @@ def host(tmp_path, monkeypatch):
     """The host of the public bundle."""
     body = zipped(write_bundle(tmp_path / "b"), tmp_path / "b.zip", "eval_bundle/").read_bytes()
     with contextlib.closing(Host()) as host:
-        monkeypatch.setattr(core_bundle.download, "RETRY", urllib3.Retry(4))  # without pauses
+        monkeypatch.setattr(download, "RETRY", urllib3.Retry(4))  # without pauses
         monkeypatch.setattr(core_bundle, "URL", f"{host.url}/eval_bundle.zip")
         host.script["eval_bundle.zip"] = [reply(body)]
         yield host
@@ -213,10 +213,7 @@ def test_tasks_for_which_the_text_has_nothing_are_left_out(tmp_path, texts, labe
 def test_own_tasks_are_those_of_the_validation_shard_whatever_the_data_set_is_called(tmp_path, monkeypatch):
     for number in range(2):
         folder = make_shards(tmp_path / str(number) / "mine", train=1 + number)
-        monkeypatch.setattr(core_eval, "DATA_DIR", str(folder))
-        monkeypatch.setattr(core_eval, "MAKE_BUNDLE", "own")
-        core_eval.main()
         shard = dataset.open_shards(folder).validation.path
-        core_bundle.make(tmp_path / "expected", shard, core_eval.ITEMS_PER_TASK)
+        core_bundle.make(tmp_path / "expected", shard, core_bundle.OWN_ITEMS)
         found = core_bundle.obtain("own", shard, ALONE, 0)
         assert found == core_bundle.read(tmp_path / "expected")
