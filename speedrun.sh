@@ -132,12 +132,12 @@ fi
 heading environment
 make_environment report || [ -n "$stopped" ] || exit 1
 if [ -n "$stopped" ]; then say_how_to_go_on; fi
-exec 3>&1
-gpus=$("$PYTHON" -m nanotrain.hardware | while IFS= read -r line; do # the number of GPUs is one of its lines
-    say '%s\n' "$line" >&3
-    if [[ $line == GPUs* ]]; then echo "${line##* }"; fi
-done)
-exec 3>&-
+before=$SECONDS
+machine=$("$PYTHON" -m nanotrain.hardware)
+start=$((SECONDS - before)) # seconds: about what starting Python with torch takes here
+say '%s\n' "$machine"
+gpus=$(sed -n 's/^GPUs *//p' <<< "$machine")
+gflops=$(sed -n 's/^training *\([0-9.]*\).*/\1/p' <<< "$machine")
 finished environment 0
 
 nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
@@ -145,7 +145,7 @@ dataset=${DATASET:-$([ "$gpus" -gt 0 ] && echo fineweb-edu || echo stdlib)}
 data_dir=${DATA_DIR:-$NANOTRAIN_DIR/data/$dataset}
 if [ -d "$data_dir" ]; then data_dir=$(cd "$data_dir" > /dev/null && pwd); fi # which has a name, as `.` has not
 if [ "$gpus" -gt 0 ]; then
-    depth=${DEPTH:-20} minutes=${MINUTES:-} tasks=""
+    depth=${DEPTH:-20} minutes=${MINUTES:-}
     tokenizer_preset=("--depth=$depth")
     preset=(--eval-tokens=10485760 --core-metric-every=2000)
     evaluation=(--eval-tokens=10485760 --core-max-per-task=0)
@@ -157,10 +157,9 @@ else
     else
         max_chars=5000000 eval_tokens=32768 evaluations=8 # these would take most of the time
     fi
-    tokenizer_preset=("--max-chars=$max_chars" "--target-minutes=$minutes" "--depth=$depth")
+    tokenizer_preset=("--max-chars=$max_chars" "--target-minutes=$minutes" "--depth=$depth" "--training-gflops=${gflops:-0}")
     preset=(--eval-tokens=32768 "--evaluations-after=$evaluations") # for what base_eval does
-    tasks=own # of the validation text: no network needed
-    evaluation=("--eval-tokens=$eval_tokens" --eval-document-bytes=250000 "--core-bundle=$tasks" --core-max-per-task=40
+    evaluation=("--eval-tokens=$eval_tokens" --eval-document-bytes=250000 --core-bundle=own --core-max-per-task=40
         --sample-tokens=48)
 fi
 data_name=$(basename "$data_dir" | tr -c 'A-Za-z0-9._\n-' -)
@@ -204,15 +203,11 @@ if [ -n "${shards:-}" ]; then
     clock=$((clock + ${seconds[${#seconds[@]} - 1]}))
 fi
 
-after=0 # seconds of base_eval besides its evaluations: to start and to draw take about twice what starting takes here
-if [ -n "$tasks" ]; then
-    stage tasks "$PYTHON" -m nanotrain.core_eval "--make-bundle=$tasks" "--data-dir=$data_dir"
-    after=$((2 * seconds[${#seconds[@]} - 1]))
-fi
-
 horizon=()
 if [ -n "$minutes" ]; then
     # What is left of MINUTES after the tokenizer and before the evaluation; a run that goes on keeps the time it was given.
+    after=0 # seconds of base_eval besides its evaluations: to start and to draw take about twice what starting takes
+    if [ "$gpus" -eq 0 ]; then after=$((2 * start + 1)); fi
     left=$("$PYTHON" - "$run_dir/config.json" "$minutes" $((SECONDS - clock + after)) << 'LEFT'
 import json, pathlib, sys
 

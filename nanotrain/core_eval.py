@@ -26,17 +26,10 @@ from nanotrain.dist import DistContext
 from nanotrain.errors import UserError
 from nanotrain.tokenizer import BPETokenizer
 
-<<<<<<< HEAD
 # --- task bundle from your own text
-MAKE_BUNDLE = ""  # output folder; own: for --core-bundle=own
+MAKE_BUNDLE = ""  # output folder
 DATA_DIR = ""  # folder of shards with the validation shard to use; empty: the only data set in NANOTRAIN_DIR/data
 ITEMS_PER_TASK = 200  # maximum number of items per task
-=======
-# --- a bundle of tasks from your own text
-MAKE_BUNDLE = ""  # folder to write it to
-DATA_DIR = ""  # folder of shards, whose validation shard is used; empty: the only data set in NANOTRAIN_DIR/data
-ITEMS_PER_TASK = 200  # at most
->>>>>>> 00d74c0 (Own tasks are made where they are missing; requests only to download)
 # ----------------------------------------
 
 SHOT_SEED = 1234  # seed of an item's few-shot examples (plus its index), as in the published metric
@@ -191,14 +184,8 @@ def main() -> None:
         raise UserError("nothing to do: make a task bundle with --make-bundle=DIR (scripts.base_eval evaluates on one)")
     config.check_numbers(config.snapshot(__name__), at_least_one=("ITEMS_PER_TASK",))
     shard = dataset.open_shards(paths.data_dir(DATA_DIR)).validation.path
-<<<<<<< HEAD
-    folder = core_bundle.own_folder(shard) if MAKE_BUNDLE == core_bundle.OWN else MAKE_BUNDLE
-    counts = core_bundle.make(folder, shard, ITEMS_PER_TASK)
-    print(f"{folder}, made from {shard.name}:\n{', '.join(f'{count} {label}' for label, count in counts.items())}")
-=======
     counts = core_bundle.make(MAKE_BUNDLE, shard, ITEMS_PER_TASK)
-    print(f"{MAKE_BUNDLE}, of {shard.name}:\n{', '.join(f'{count} {label}' for label, count in counts.items())}")
->>>>>>> 00d74c0 (Own tasks are made where they are missing; requests only to download)
+    print(f"{MAKE_BUNDLE}, made from {shard.name}:\n{', '.join(f'{count} {label}' for label, count in counts.items())}")
 
 
 if __name__ == "__main__":

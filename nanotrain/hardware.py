@@ -308,6 +308,7 @@ def main() -> None:
     print(f"compiler   {'found' if can_compile() else 'none: training stays eager'}")
     for name in ("float32", "bfloat16"):
         print(f"matmul     {matmul_flops(device, DTYPES[name]) / 1e9:,.0f} GFLOP/s in {name}")
+    print(f"training   {training_flops_per_second(device, dtype) / 1e9:.1f} GFLOP/s for one small layer")
     print(f"memory     {memory_bytes(device) / 2**30:.1f} GiB")
 
 

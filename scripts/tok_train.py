@@ -19,6 +19,7 @@ TOKENIZER_DIR = ""  # output folder of tokenizer.json; empty: NANOTRAIN_DIR/toke
 VOCAB_SIZE = 4096  # number of tokens: 4096 for minutes on a CPU, 32768 for days on GPUs; 0: from depth or minutes
 DEPTH = 0  # model depth from which --vocab-size=0 derives the size
 TARGET_MINUTES = 0.0  # training minutes from which --vocab-size=0 derives depth and size
+TRAINING_GFLOPS = 0.0  # training speed that python -m nanotrain.hardware has printed; 0: measured here
 MAX_CHARS = 200_000_000  # characters of training text; time and memory grow with it
 DOC_CHARS = 10_000  # maximum characters per document
 HEAD_DIM = 128  # head dimension of the model, a divisor of its width
@@ -47,15 +48,20 @@ def planned_vocab_size() -> int:
         raise UserError("--vocab-size=0 derives the size from --depth or --target-minutes: give one of them")
     depth = DEPTH
     if not depth:
-        from nanotrain import hardware  # imports torch, not needed for a given size
-        from nanotrain.dist import init_distributed
-
-        dist = init_distributed()
-        speed = hardware.training_flops_per_second(dist.device, dist.dtype) * recipe.EFFICIENCY
-        depth = recipe.choose_depth(recipe.training_flops(TARGET_MINUTES, speed), HEAD_DIM)
+        speed = TRAINING_GFLOPS * 1e9 or measured_speed()
+        depth = recipe.choose_depth(recipe.training_flops(TARGET_MINUTES, speed * recipe.EFFICIENCY), HEAD_DIM)
     width, _ = recipe.model_width(depth, 0, HEAD_DIM)
     print(f"for a model of depth {depth} and width {width}")
     return recipe.sizes(width).vocab_size
+
+
+def measured_speed() -> float:
+    """Training FLOP/s of this machine."""
+    from nanotrain import hardware  # here, because importing torch takes longer than a small tokenizer
+    from nanotrain.dist import init_distributed
+
+    dist = init_distributed()
+    return hardware.training_flops_per_second(dist.device, dist.dtype)
 
 
 def texts(shards: dataset.Shards) -> Iterator[str]:

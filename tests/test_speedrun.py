@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-STAGES = ["nanotrain.dataset", "scripts.tok_train", "nanotrain.core_eval", "scripts.base_train", "scripts.base_eval"]
+STAGES = ["nanotrain.dataset", "scripts.tok_train", "scripts.base_train", "scripts.base_eval"]
 EVALUATION = """{"val_bpb": 1.2345, "train_bpb": 1.1, "doc_bpb": 1.3, "step": 900, "tokens": 3686400, "core": {
 "is_core": false, "core_metric": 0.0813, "standard_error": 0.0165, "accuracy": 0.361, "baseline": 0.317}}"""
 PYTHON = f"""#!/bin/bash
@@ -89,7 +89,7 @@ def interrupt_in(tree, stage, command="MINUTES=2 bash speedrun.sh", number=signa
     return process, out, err
 
 
-@pytest.mark.parametrize("stage", STAGES[1::2])
+@pytest.mark.parametrize("stage", STAGES[1:3])
 def test_stopped_in_a_stage_and_called_as_it_says_it_goes_on(tree, stage):
     process, out, err = interrupt_in(tree, stage)
     assert (process.returncode, err) == (0, "")
@@ -107,7 +107,7 @@ def test_stopped_in_a_stage_and_called_as_it_says_it_goes_on(tree, stage):
         assert [module for module, _ in called(tree)] == [name for name in STAGES if name != "scripts.tok_train"]
         assert "--target-minutes=1.5" in training
     summary = out[out.index("== summary") :]
-    assert re.search(r"^time +\d+ s: environment \d+ s, data \d+ s, ", summary, re.MULTILINE)
+    assert re.search(r"^time +\d+ s: environment \d+ s, data \d+ s,\s", summary, re.MULTILINE)
     assert f"\nreport          {run}/report/report.html\n" in summary
 
 
