@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nanotrain import loss
+from nanotrain import attention, loss
 
 CachedTokens = Any  # new tokens (B, T) that follow those in a cache: engine.NewTokens, which builds on this module
 CONSTANTS = ("softcap", "rope_base", "attention_gain", "norm_eps", "gate_channels")  # the rest of a GPTConfig is shape
@@ -139,8 +139,12 @@ class Attention(nn.Module):
         q, k = norm(rotate(q, cos, sin), config.norm_eps), norm(rotate(k, cos, sin), config.norm_eps)
         k, v, mask = (k, v, None) if cached is None else cached.extend(k, v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2).to(q.dtype)
-        options = {"scale": config.attention_gain / math.sqrt(D), "enable_gqa": K != H}
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T > 1, **options)  # one token alone sees all others
+        scale = config.attention_gain / math.sqrt(D)
+        if cached is None and attention.is_faster(q, k, scale):
+            y = attention.attend(q, k, v, scale)
+        else:
+            is_causal = T > 1  # one token alone sees all others
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=K != H)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanotrain import gpt, recipe
+from nanotrain import attention, gpt, recipe
 from nanotrain.checkpoint import build_model
 from nanotrain.gpt import GPTConfig
 from nanotrain.hardware import can_compile
@@ -197,14 +197,20 @@ def test_logits_do_not_depend_on_later_tokens(config, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not can_compile(), reason="no compiler")
-def test_compiled_logits_are_those_of_eager_code(monkeypatch, tmp_path):
+@pytest.mark.parametrize("num_kv_heads", [2, 4])
+def test_compiled_code_gives_the_logits_and_gradients_of_eager_code(monkeypatch, tmp_path, num_kv_heads):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(attention, "SEGMENT", 4)
     torch.compiler.reset()
-    config = GPTConfig(33, 9, 5, 4, 2, 6, bigram_rows=17)  # every option, blocks with and without value embeddings
-    model, tokens = random_model(config), random_tokens(config)
-    eager = model.logits(tokens)
-    model.compile_parts()
-    torch.testing.assert_close(model.logits(tokens), eager, rtol=0, atol=1e-4)
+    # Every option, blocks with and without value embeddings.
+    config = GPTConfig(33, 9, 5, 4, num_kv_heads, 6, bigram_rows=17)
+    model, tokens, found = random_model(config), random_tokens(config), []
+    for prepare in (lambda: None, model.compile_parts):
+        prepare()
+        gradients = torch.autograd.grad(model(tokens, tokens), list(model.parameters()))
+        found.append([model.logits(tokens), *(gradient.to_dense() for gradient in gradients)])
+    for compiled, eager in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-4)
     assert not leaks(model)
     torch.compiler.reset()
 
