@@ -3,15 +3,18 @@
 import gc
 import re
 import sysconfig
+import threading
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 
 import torch
 
-from nanotrain import errors, hardware
+from nanotrain import checkpoint, errors, hardware
 from nanotrain.dist import DistContext, faults_as_sentences
 from nanotrain.errors import MemoryLimitError, UserError
-from nanotrain.gpt import GPT
+from nanotrain.gpt import GPT, GPTConfig
 
 # Minutes of a timed run below which eager code makes more steps: compiling takes 8 to 33 s on a CPU, and in float32,
 # where the products take most of the time, it saves little of a step (dev/LOG.md).
@@ -62,6 +65,34 @@ def one_pass(dist: DistContext, model: GPT, batch_size: int) -> float:
     return time.monotonic() - begin
 
 
+@contextmanager
+def compiling_ahead(
+    dist: DistContext, config: GPTConfig, batch_size: int, mode: str, target_minutes: float
+) -> Iterator[None]:
+    """Meanwhile compile, in a thread on a CPU, what a model of this shape needs for such batches, by way of one with a
+    single layer. If that fails, `compile_and_warm_up` finds out again.
+    """
+    if dist.device.type != "cpu" or not compile_pays(mode, dist.dtype, target_minutes):
+        yield
+        return
+    import torch._inductor.compile_fx  # here, because two threads must not import the compiler at once
+
+    num_threads = torch.get_num_threads()
+
+    def work():
+        torch.set_num_threads(num_threads)  # every thread has its own number, and the code depends on it
+        model = checkpoint.build_model(replace(config, num_layers=1, bigram_rows=0), dist.device)
+        model.init_weights(0)
+        _compile(dist, model, batch_size)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
 def compile_and_warm_up(dist: DistContext, model: GPT, batch_size: int, mode: str, target_minutes: float) -> float:
     """Compile the model if that pays (see `compile_pays`), and return the seconds of a pass afterwards. Where compiling
     fails on one rank, all stay eager; with mode "on" that is a UserError.
@@ -69,6 +100,7 @@ def compile_and_warm_up(dist: DistContext, model: GPT, batch_size: int, mode: st
     pays = compile_pays(mode, dist.dtype, target_minutes)
     if mode == "auto" and not pays:
         dist.print0(f"compile    off: it pays from {COMPILE_MINUTES[dist.dtype]:g} minutes (--compile=on all the same)")
+    begin = time.monotonic()
     with memory_limit(batch_size, model):
         failures = dist.all_gather_objects(_compile(dist, model, batch_size) if pays else "")
         failure = next(filter(None, failures), "")
@@ -77,6 +109,8 @@ def compile_and_warm_up(dist: DistContext, model: GPT, batch_size: int, mode: st
         if failure:
             torch.compiler.set_stance("force_eager")
             dist.print0(f"compile    off, because it does not work here ({failure})")
+        elif pays:
+            dist.print0(f"compile    ready in {time.monotonic() - begin:.0f} s")
         seconds = [one_pass(dist, model, batch_size) for _ in range(3)]
         model.zero_grad()
         return min(seconds[1:])
@@ -97,9 +131,11 @@ def _compile(dist, model, batch_size):
     for attempt in range(2):  # torch's parallel compilers sometimes read a header that is only half written
         # At first trust the CPU's flags for vector instructions: torch's own test of them takes as long as a model.
         torch._inductor.config.cpp.vec_isa_ok = True if attempt == 0 else None
+        # A graph's kernels in one file: the compiler reads torch's headers once, which takes most of its time.
+        torch._inductor.config.cpp_wrapper = dist.device.type == "cpu" and attempt == 0
         model.compile_parts()
         try:
-            dist.print0(f"compile    ready in {one_pass(dist, model, batch_size):.0f} s")
+            one_pass(dist, model, batch_size)
             return ""
         except Exception as error:
             if hardware.is_out_of_memory(error):
