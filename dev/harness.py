@@ -84,7 +84,7 @@ def main():
     model, tokenizer, meta = checkpoint.load_model(checkpoint.find_run(RUN_NAME))
     dist = init_distributed("cpu", "float32")
     shard = dataset.open_shards(paths.data_dir(DATA_DIR or meta["data_dir"])).validation.path
-    bundle = core_bundle.read(BUNDLE or core_bundle.own_folder(shard), ITEMS)
+    bundle = core_bundle.read(BUNDLE or core_bundle.own(shard), ITEMS)
     named = {task.label: task for task in bundle.tasks if task.kind == core_bundle.MULTIPLE_CHOICE}
     labels = TASKS.split(",") if TASKS else list(named)
     missing = [label for label in labels if label not in named]
