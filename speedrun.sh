@@ -103,9 +103,11 @@ stage() { # stage NAME COMMAND...
     finished "$name" "$begin"
 }
 
-chosen="" # the choices, to say how to go on
+chosen="" others="" # the choices, to say how to go on; those that a longer run would have too
 for name in DATASET DATA_DIR TRAIN_SHARDS MINUTES DEPTH VOCAB_SIZE SEED RUN_NAME NPROC WANDB NANOTRAIN_DIR; do
-    if [ -n "${!name:-}" ]; then chosen+=$(printf '%s=%q ' "$name" "${!name}"); fi
+    if [ -z "${!name:-}" ]; then continue; fi
+    chosen+=$(printf '%s=%q ' "$name" "${!name}")
+    if ! [[ $name =~ ^(MINUTES|DEPTH|RUN_NAME)$ ]]; then others+=$(printf '%s=%q ' "$name" "${!name}"); fi
 done
 if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then chosen+=$(printf 'CUDA_VISIBLE_DEVICES=%q ' "$CUDA_VISIBLE_DEVICES"); fi # may be empty
 for name in TRAIN_SHARDS DEPTH VOCAB_SIZE NPROC; do
@@ -144,15 +146,17 @@ nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
 dataset=${DATASET:-$([ "$gpus" -gt 0 ] && echo fineweb-edu || echo stdlib)}
 data_dir=${DATA_DIR:-$NANOTRAIN_DIR/data/$dataset}
 if [ -d "$data_dir" ]; then data_dir=$(cd "$data_dir" > /dev/null && pwd); fi # which has a name, as `.` has not
+minutes=${MINUTES:-$([ "$gpus" -gt 0 ] || echo 3)}
+whole=${minutes%%.*}
+whole=$((10#${whole:-0}))
 if [ "$gpus" -gt 0 ]; then
-    depth=${DEPTH:-20} minutes=${MINUTES:-}
+    depth=${DEPTH:-20}
     tokenizer_preset=("--depth=$depth")
     preset=(--eval-tokens=10485760 --core-metric-every=2000)
     evaluation=(--eval-tokens=10485760 --core-max-per-task=0)
 else
-    depth=${DEPTH:-0} minutes=${MINUTES:-3}
-    whole=${minutes%%.*}
-    if [ "${whole:-0}" -ge 2 ]; then
+    depth=${DEPTH:-0}
+    if [ "$whole" -ge 2 ]; then
         max_chars=20000000 eval_tokens=65536 evaluations=10 # more text makes the tokenizer no better
     else
         max_chars=5000000 eval_tokens=32768 evaluations=8 # these would take most of the time
@@ -239,11 +243,15 @@ from nanotrain import errors
 
 def summarize():
     result = json.load(open(sys.argv[1]))
-    print(f"bits per byte   {result['doc_bpb']:.4f} on whole validation documents")
-    print(f"                {result['val_bpb']:.4f} on rows of validation text, {result['train_bpb']:.4f} on rows of train text")
+    print(f"bits per byte   {result['doc_bpb']:.4f}  this model on whole validation documents")
+    for name, bpb in result["compared_bpb"].items():
+        print(f"                {bpb:.4f}  {name} on the same text")
+    print(f"                {result['val_bpb']:.4f}  this model on packed validation sequences")
+    print(f"                {result['train_bpb']:.4f}  this model on packed training sequences")
     if core := result.get("core"):
-        print(f"{'CORE' if core['is_core'] else 'tasks':<15} {core['core_metric']:.4f} +- {core['standard_error']:.4f} (guessing: 0),", end=" ")
-        print(f"accuracy {core['accuracy']:.3f} (guessing: {core['baseline']:.3f})")
+        name = "CORE" if core["is_core"] else "tasks"
+        print(f"{name:<15} {core['core_metric']:.4f} +- {core['standard_error']:.4f} (guessing 0),", end=" ")
+        print(f"accuracy {core['accuracy']:.3f} (guessing {core['baseline']:.3f})")
     print(f"trained on      {result['tokens']:,} tokens in {result['step']:,} steps")
 
 
@@ -254,6 +262,11 @@ for i in "${!names[@]}"; do taken+="${names[$i]} ${seconds[$i]} s, "; done
 taken=${taken%, }
 say 'time            %d s: %s\n' "$SECONDS" "${taken/, training/,$'\n'                training}"
 say 'files           %s\nreport          %s/report/report.html\n' "$run_dir" "$run_dir"
-say 'talk to it      cd %s &&\n                .venv/bin/python -m scripts.generate --run-name=%s\n' "$PWD" "$run_dir"
+longer=DEPTH=$((depth + 4)) run=$run_dir
+if [ -n "$minutes" ]; then longer=MINUTES=$((whole < 10 ? 10 : 3 * whole)); fi
+if [ "$NANOTRAIN_DIR" = ~/.cache/nanotrain ]; then run=$run_name; fi
+say '\nIn %s, write with the model, train for longer, or prepare your own text:\n\n' "$PWD"
+say '    %s\n' ".venv/bin/python -m scripts.generate --run-name=$run" "$others$longer bash speedrun.sh" \
+    ".venv/bin/python -m nanotrain.dataset --from=PATH --name=mine"
 exit
 }

@@ -31,11 +31,11 @@ make_environment() {
     local pip=$!
     while kill -0 "$pip" 2> /dev/null; do
         sleep 2
-        if [ -t 1 ]; then
+        if [ -t 1 ] && [ "${TERM:-dumb}" != dumb ]; then
             printf '\r\033[K  %s' "$(grep -E '^(Collecting|Downloading|Installing)' "$log" | tail -n 1 | cut -c 1-70)"
         fi
     done
-    if [ -t 1 ]; then printf '\r\033[K'; fi
+    if [ -t 1 ] && [ "${TERM:-dumb}" != dumb ]; then printf '\r\033[K'; fi
     status=0
     wait "$pip" || status=$?
     if [ "$status" -ne 0 ]; then

@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
+from nanotrain import terminal
 from nanotrain.errors import UserError
 
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -115,7 +116,7 @@ def flag_of(name: str) -> str:
 
 
 def _help(namespace):
-    lines = [(namespace.get("__doc__") or "").strip()]
+    lines = [terminal.fit(namespace.get("__doc__") or "")]
     for heading, name, _, comment in _parse_source(namespace["__file__"]):
         if heading:
             lines += ["", f"{heading}:"]

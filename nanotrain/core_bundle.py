@@ -22,11 +22,11 @@ from itertools import chain, islice
 from pathlib import Path
 
 import yaml
-from tqdm import tqdm
 
 from nanotrain import dataset, files, paths
 from nanotrain.dist import DistContext
 from nanotrain.errors import DataError, first_line
+from nanotrain.terminal import progress_bar
 
 OWN = "own"  # in place of a path: the tasks made from a data set's validation shard
 OWN_ITEMS = 200  # of each of these tasks, at most
@@ -140,7 +140,7 @@ def fetch() -> Path:
     if not path.is_file():
         from nanotrain import download  # here, because it imports requests, which takes a while
 
-        with tqdm(None, "CORE bundle", unit="B", unit_scale=True, leave=False, disable=None) as bar:
+        with progress_bar(None, "CORE bundle", unit="B", unit_scale=True) as bar:
             _, failed = download.fetch_all({ZIP_NAME: URL}, path.parent, read, bar.update)
         if failed:
             raise DataError(failed[ZIP_NAME])

@@ -22,10 +22,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from nanotrain import paths
 from nanotrain.errors import DataError, first_line
+from nanotrain.terminal import progress_bar
 
 MAX_CHARS = 4000  # maximum length of a document cut from a longer text
 BLOCK_CHARS = 16 << 20  # characters of a plain text file read and cut at a time
@@ -124,7 +124,7 @@ def import_text(source: str | Path, folder: Path, text_column: str = "text") -> 
     files = _files(source, skipped)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as temporary:
         texts = itertools.chain.from_iterable(_documents(path, text_column, skipped) for path in files)
-        texts = tqdm(texts, "reading", unit=" documents", leave=False, disable=None)
+        texts = progress_bar(texts, "reading", unit=" documents")
         found = _write_buckets(texts, Path(temporary))
         buckets, documents, text_bytes = sorted(Path(temporary).iterdir()), 0, 0
         for bucket in buckets:

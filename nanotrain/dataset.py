@@ -23,11 +23,11 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from nanotrain import config, corpus, errors, paths, recipe
 from nanotrain.errors import DataError, UserError, first_line
 from nanotrain.files import file_sha256, new_folder, write_json
+from nanotrain.terminal import progress_bar
 
 # --- source
 DATASET = ""  # data set to prepare: stdlib, fineweb-edu or climbmix
@@ -162,7 +162,7 @@ def fingerprint(shards: Shards) -> dict:
     Files without a manifest entry are hashed. Raises DataError if a train shard equals the validation shard.
     """
     entries, files = read_manifest(shards.folder)["shards"], {}
-    for shard in tqdm((*shards.train, shards.validation), "hashing shards", leave=False, disable=None):
+    for shard in progress_bar((*shards.train, shards.validation), "hashing shards"):
         digest = entries[shard.name]["sha256"] if shard.name in entries else file_sha256(shard.path)
         files[shard.name] = {"bytes": shard.num_bytes, "sha256": digest}
     for shard in shards.train:
@@ -207,7 +207,7 @@ def verify(folder: Path) -> list[str]:
     shards = manifest["shards"]
     if not shards:
         raise DataError(f"{folder} has no {MANIFEST} to compare with")
-    for name in tqdm(sorted({manifest["validation"], *shards, *present}), "verifying", leave=False, disable=None):
+    for name in progress_bar(sorted({manifest["validation"], *shards, *present}), "verifying"):
         if name not in present:
             bad.append(f"{name} is missing")
         elif name not in shards:
@@ -273,7 +273,7 @@ def fetch(name: str, source: Source, train_shards: int, folder: Path) -> None:
         raise UserError(f"{folder} holds another data set ({what}): choose another --name or move the folder away")
     earlier = [shard for shard in held["shards"] if (folder / shard).is_file()]
     good, bad = {}, []
-    for shard in tqdm(dict.fromkeys([*shards, *earlier]), "checking", leave=False, disable=None):
+    for shard in progress_bar(dict.fromkeys([*shards, *earlier]), "checking"):
         path = folder / shard
         with contextlib.suppress(DataError):
             open_shard(path)
@@ -291,7 +291,7 @@ def fetch(name: str, source: Source, train_shards: int, folder: Path) -> None:
     if size > free:
         raise DataError(f"not enough disk space: {size / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free in {folder}")
     write_manifest(folder, name, validation, good)  # identifies the folder after a kill
-    with tqdm(None, "download", size or None, unit="B", unit_scale=True, disable=not bad, mininterval=2) as bar:
+    with progress_bar(None, "download", size or None, shown=bool(bad), unit="B", unit_scale=True) as bar:
         for some in (bad[:1], bad[1:]):  # one first, to see whether the host is reachable
             urls = {shard: f"{base}/{shard}" for shard in some}
             fetched, failed = download.fetch_all(urls, folder, open_shard, bar.update, token)

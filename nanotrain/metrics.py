@@ -20,8 +20,10 @@ from tqdm import tqdm
 from nanotrain import dataset, guard, hardware
 from nanotrain.errors import UserError, first_line
 from nanotrain.files import atomic_file
+from nanotrain.terminal import progress_bar
 from nanotrain.trainer import StepResult, TrainState
 
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
 PLAIN_SECONDS = 10.0  # between lines where there is no terminal
 START_SECONDS = 20.0  # for the wandb server to answer, before wandb goes offline
 FINISH_SECONDS = 120.0  # for wandb to send the rest; `wandb sync` sends what is then left
@@ -37,8 +39,7 @@ class MetricLogger(contextlib.AbstractContextManager):
         self.enabled, self._run_dir, self._peak_speed, self._loss = enabled, Path(run_dir), peak_speed, math.nan
         self._wandb, self._wandb_every, self._evaluation, self._write_failed = None, 1, {}, False
         self._last_line = -math.inf
-        hidden = None if enabled else True  # None: without a terminal
-        self.bar = tqdm(total=num_steps, initial=first_step, disable=hidden, dynamic_ncols=True, unit="step")
+        self.bar = progress_bar(None, "", num_steps, enabled, initial=first_step, bar_format=BAR)
         if enabled:
             self._run_dir.mkdir(parents=True, exist_ok=True)
             _cut_back(self._run_dir, first_step)
@@ -79,14 +80,15 @@ class MetricLogger(contextlib.AbstractContextManager):
         metrics = {name: value for name, value in metrics.items() if value is not None}
         self.record(step, metrics, to_wandb=step % self._wandb_every == 0 or step == last)
 
-        line = f"loss {result.loss:.4f}, lr {lr:.4g}, {speed:,.0f} tok/s" + (f", mfu {mfu:.1%}" if mfu else "")
+        line = f"loss {result.loss:.4f}, lr {lr:.3g}, {speed:,.0f} tok/s, {tqdm.format_interval(seconds_left)} left"
+        line += f", mfu {mfu:.1%}" if mfu else ""
         self.bar.total = last
         self.bar.set_postfix_str(line, refresh=False)
         self.bar.update(1)
         now = time.monotonic()
         if self.enabled and self.bar.disable and (now >= self._last_line + PLAIN_SECONDS or step == last):
             self._last_line = now
-            print(f"step {step}/{last}: {line}, {seconds_left:.0f} s left", flush=True)
+            print(f"step {step}/{last}: {line}", flush=True)
         if result.skipped:
             self.event(f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: the update was skipped")
         if deviations > guard.SPIKE_DEVIATIONS:
@@ -141,8 +143,8 @@ class MetricLogger(contextlib.AbstractContextManager):
             sys.stdout.flush()
 
     def progress(self, description: str, total: int) -> tqdm:
-        """A second bar, which vanishes at the end of `with`; without a terminal it shows nothing."""
-        return tqdm(total=total, desc=description, leave=False, dynamic_ncols=True, disable=self.bar.disable)
+        """A second bar, below the first."""
+        return progress_bar(None, description, total, self.enabled)
 
     def __exit__(self, kind, *error):
         self.bar.close()

@@ -9,6 +9,7 @@ from nanotrain.dataloader import TrainData, choose_num_streams
 from nanotrain.dist import DistContext
 from nanotrain.gpt import GPTConfig
 from nanotrain.loss import chunk_rows
+from nanotrain.terminal import row
 from nanotrain.trainer import TrainState
 
 HORIZON = ("NUM_ITERATIONS", "TARGET_FLOPS", "TARGET_MINUTES", "TARGET_PARAM_DATA_RATIO")  # as recipe.Horizon has them
@@ -125,17 +126,22 @@ class RunPlan:
     # ---- for people ----
 
     def describe(self) -> list[str]:
-        """The lines that a person reads before the first step."""
-        dist, shape, counts = self.dist, self.model_config, self.plan.parameters
+        """The table that a person reads before the first step; in a dry run it has every number, with its reason."""
+        dist, shape, counts, found = self.dist, self.model_config, self.plan.parameters, self.recipe
         tables = sum(count for role, count in counts.items() if "embedding" in role and role != "unembedding")
+        weights = f"{counts['matrix']:,} in matrices, {counts['unembedding']:,} in the head, {tables:,} in tables"
+        warmup_steps = round(found.warmup_ratio * self.state.num_steps)
+        rates = f"{found.matrix_lr:.3g} matrices (Muon), {found.embedding_lr:.3g} embedding"
+        rates += f", {found.unembedding_lr:.3g} head, {found.scalar_lr:.3g} scalars"
+        schedule = f"{found.schedule}, {warmup_steps:,} steps of warmup, weight decay {found.weight_decay:.3g}"
         return [
-            f"device     {dist.world_size} x {hardware.device_name(dist.device)}",
-            f"precision  {str(dist.dtype).removeprefix('torch.')} ({dist.dtype_reason})",
-            f"model      depth {shape.num_layers} ({self.depth_reason}), width {shape.model_dim}",
-            f"weights    {counts['matrix']:,} in matrices, {counts['unembedding']:,} in the head, {tables:,} in tables",
+            row("device", f"{dist.world_size} x {hardware.device_name(dist.device)}"),
+            row("precision", f"{str(dist.dtype).removeprefix('torch.')} ({dist.dtype_reason})"),
+            row("model", f"depth {shape.num_layers} ({self.depth_reason}), width {shape.model_dim}"),
+            row("weights", weights),
             *self.describe_batch(),
             *self._describe_horizon(),
-            *self._describe_recipe(),
+            *(self._reasons() if self.cfg.DRY_RUN else [row("rates", rates), row("schedule", schedule)]),
         ]
 
     def _describe_horizon(self):
@@ -146,13 +152,14 @@ class RunPlan:
         tokens = self.trained_tokens + steps_left * plan.total_batch_size * share
         text_tokens, folder = self.data.estimated_tokens(), self.data.shards.folder
         minutes = self.horizon.target_minutes or plan.seconds / 60
+        steps = f"{'about ' if self.horizon.is_timed else ''}{state.num_steps:,} steps"
         lines = [
-            f"horizon    {'about ' if self.horizon.is_timed else ''}{state.num_steps:,} steps, {tokens / 1e6:,.1f} M"
-            f" tokens, {tokens * plan.flops_per_token:.1e} FLOPs, about {minutes:.1f} minutes",
-            f"data       about {text_tokens / 1e6:,.1f} M tokens in {folder}: {tokens / text_tokens:.1f} epochs",
+            row("data", f"about {text_tokens / 1e6:,.1f} M tokens in {folder}"),
+            row("horizon", f"{steps}, {tokens / 1e6:,.1f} M tokens ({tokens / text_tokens:.1f} epochs)"),
+            row("cost", f"{tokens * plan.flops_per_token:.1e} FLOPs, about {minutes:.1f} minutes"),
         ]
         if tokens > 2 * text_tokens:  # a small model with tables begins to memorize then (dev/LOG.md)
-            lines.append("warning    more than 2 epochs: more text would help more than more steps")
+            lines.append(row("warning", "more than 2 epochs: more text would help more than more steps"))
         return lines
 
     def describe_batch(self) -> list[str]:
@@ -160,25 +167,23 @@ class RunPlan:
         plan, shape, memory, gib = self.plan, self.model_config, self.plan.memory, 2**30
         size, most = plan.device_batch_size, self.cfg.DEVICE_BATCH_SIZE
         lowered = f" (lowered from {most})" if size < most else ""
-        names = ("weights", "gradients", "optimizer", "activations", "logits", "update")
-        parts = [f"{name} {getattr(memory, name) / gib:.2f}" for name in names]
-        lines = [
-            f"batch      {plan.total_batch_size:,} tokens = {size} sequences{lowered} of {shape.max_seq_len}"
-            f" x {plan.grad_accum_steps} micro-steps x {self.dist.world_size} ranks",
-            f"memory     about {memory.peak / gib:.2f} GiB a rank: {', '.join(parts[:3])},",
-            f"           and {' with '.join(parts[3:5])} or, later, {parts[5]}",
-        ]
+        factors = f"{size} sequences{lowered} of {shape.max_seq_len} x {plan.grad_accum_steps} micro-steps"
+        lines = [row("batch", f"{plan.total_batch_size:,} tokens = {factors} x {self.dist.world_size} ranks")]
         if self.cfg.BATCH_RAMP and not self.batch_ramp:
-            lines.append("           no ramp: it would need a batch of four equal parts")
+            lines.append(row("", "no ramp: it would need a batch of four equal parts"))
         needed, free = memory.peak, hardware.free_memory_bytes(self.dist.device)
+        text = f"about {memory.peak / gib:.2f} GiB a rank"
+        if self.cfg.DRY_RUN:
+            names = ("weights", "gradients", "optimizer", "activations", "logits", "update")
+            parts = [f"{name} {getattr(memory, name) / gib:.2f}" for name in names]
+            text += f": {', '.join(parts[:3])}, and {' with '.join(parts[3:5])} or, later, {parts[5]}"
         if self.dist.device.type == "cpu":
             needed, taken = recipe.process_growth(memory), hardware.peak_memory_bytes(self.dist.device)
-            total = (taken + needed) / gib
-            lines.append(f"process    about {total:.1f} GiB at most, {taken / gib:.1f} of them taken already")
+            text += f"; the process {(taken + needed) / gib:.1f} GiB at most ({taken / gib:.1f} already)"
+        lines.append(row("memory", text))
         if needed > free:
-            lines.append(
-                f"warning    more than the {free / gib:.1f} GiB that are free for a rank: {self._less_memory()}"
-            )
+            less = self._less_memory()
+            lines.append(row("warning", f"more than the {free / gib:.1f} GiB that are free for a rank: {less}"))
         return lines
 
     def _less_memory(self):
@@ -191,16 +196,8 @@ class RunPlan:
         checkpointing_helps = peak_in_passes and not self.cfg.GRAD_CHECKPOINT
         return f"{'give --grad-checkpoint, or lower' if checkpointing_helps else 'lower'} {smaller}"
 
-    def _describe_recipe(self):
-        """The numbers of the optimization: the most important ones, or in a dry run all of them with their reasons."""
-        found, shape = self.recipe, self.model_config
-        warmup_steps = round(found.warmup_ratio * self.state.num_steps)
-        if not self.cfg.DRY_RUN:
-            return [
-                f"rates      {found.matrix_lr:.3g} matrices (Muon), {found.embedding_lr:.3g} embedding,"
-                f" {found.unembedding_lr:.3g} head, {found.scalar_lr:.3g} scalars",
-                f"schedule   {found.schedule}, {warmup_steps:,} steps of warmup, weight decay {found.weight_decay:.3g}",
-            ]
+    def _reasons(self):
+        shape = self.model_config
         numbers = {
             "width": shape.model_dim,
             "heads": shape.num_heads,
@@ -210,7 +207,7 @@ class RunPlan:
             "bigram_rows": shape.bigram_rows,
             "spectral_tokens": self.spectral_tokens,
             "total_batch_size": self.plan.total_batch_size,
-            **asdict(found),
+            **asdict(self.recipe),
         }
         lines = []
         for name, value in numbers.items():

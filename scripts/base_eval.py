@@ -6,9 +6,11 @@ Results are also written to `evaluation.json` in the run folder and to the run's
     torchrun --standalone --nproc_per_node=8 -m scripts.base_eval --run-name=d20
 """
 
+import contextlib
 import tempfile
 from functools import partial
 
+import numpy as np
 from tqdm import tqdm
 
 from nanotrain import checkpoint, config, core_bundle, core_eval, dataloader, dataset, errors, loss_eval, paths, report
@@ -16,6 +18,7 @@ from nanotrain.dist import DistContext, faults_as_sentences, init_distributed
 from nanotrain.engine import samples
 from nanotrain.files import write_json
 from nanotrain.gpt import GPT
+from nanotrain.terminal import progress_bar
 from nanotrain.tokenizer import BPETokenizer
 
 # --- settings
@@ -67,7 +70,9 @@ def main() -> None:
 
 
 def text_bits_per_byte(dist: DistContext, model: GPT, tokenizer: BPETokenizer, shards: dataset.Shards) -> dict:
-    """{train_bpb, val_bpb, doc_bpb}: bits per byte of packed train and validation text and of whole documents."""
+    """{train_bpb, val_bpb, doc_bpb}: bits per byte of packed train and validation text and of whole documents; and
+    compared_bpb of these documents.
+    """
     seq_len, token_bytes, found = model.config.max_seq_len, tokenizer.token_bytes(), {}
 
     def measure(split, windows, what):
@@ -86,13 +91,27 @@ def text_bits_per_byte(dist: DistContext, model: GPT, tokenizer: BPETokenizer, s
         windows = loss_eval.document_windows(documents, tokenizer.bos, seq_len)
         truncated = f", {num_cut} of them truncated" if num_cut else ""
         measure("doc", windows, f"{len(documents):,} whole validation documents{truncated}")
+        text = "".join(tokenizer.decode(ids.tolist()) for ids in documents)
+        found["compared_bpb"] = compared_bits_per_byte(text.encode())
+        for name, bpb in found["compared_bpb"].items():
+            dist.print0(f"      bpb {bpb:.4f} with {name} on the same text")
+    return found
+
+
+def compared_bits_per_byte(text: bytes) -> dict[str, float]:
+    """{method without a model: its bits per byte of a text}."""
+    shares = np.unique(np.frombuffer(text, np.uint8), return_counts=True)[1] / len(text)
+    found = {"byte frequencies": -float(shares @ np.log2(shares))}
+    with contextlib.suppress(ImportError):  # some builds of Python have no lzma
+        import lzma
+
+        found["xz -9"] = 8 * len(lzma.compress(text, preset=9)) / len(text)
     return found
 
 
 def progress(dist: DistContext, description: str, count: int) -> tqdm:
     """A temporary progress bar over this rank's part of `count` items."""
-    hidden = None if dist.is_rank0 else True  # None: shown on a terminal
-    return tqdm(total=-(-count // dist.world_size), desc=description, leave=False, disable=hidden)
+    return progress_bar(None, description, -(-count // dist.world_size), shown=dist.is_rank0)
 
 
 if __name__ == "__main__":

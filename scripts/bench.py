@@ -39,6 +39,7 @@ from nanotrain import checkpoint, config, dataloader, dataset, engine, errors, g
 from nanotrain.dist import DistContext, init_distributed
 from nanotrain.errors import UserError
 from nanotrain.files import write_json
+from nanotrain.terminal import progress_bar
 from nanotrain.tokenizer import BPETokenizer
 
 # --- machine
@@ -178,7 +179,7 @@ def measure(prepare: Callable, cases: Sequence[dict]) -> list[list]:
     quiet = (signal.signal, (signal.SIGINT, signal.SIG_DFL))  # Ctrl-C reaches all processes: no traceback from these
     with tempfile.TemporaryDirectory(prefix="nanotrain-bench-") as folder, ExitStack() as stack:
         workers = [stack.enter_context(ProcessPoolExecutor(1, spawn, *quiet)) for _ in cases]
-        for number in tqdm([*range(len(cases))] * (1 + REPETITIONS), desc="measuring", leave=False, dynamic_ncols=True):
+        for number in progress_bar([*range(len(cases))] * (1 + REPETITIONS), "measuring"):
             answers, case = found[number], cases[number]
             if answers and isinstance(answers[-1], Exception):
                 continue

@@ -6,11 +6,10 @@ python -m scripts.tok_train --data-dir=D --vocab-size=4096
 import time
 from collections.abc import Iterator
 
-from tqdm import tqdm
-
 from nanotrain import config, dataset, errors, paths, recipe
 from nanotrain.errors import UserError
 from nanotrain.store import LOCK, Disk
+from nanotrain.terminal import progress_bar
 from nanotrain.tokenizer import FILE_NAME, BPETokenizer
 
 # --- settings
@@ -67,7 +66,7 @@ def measured_speed() -> float:
 def texts(shards: dataset.Shards) -> Iterator[str]:
     """Yield the training texts within MAX_CHARS and DOC_CHARS."""
     chars, total = 0, min(sum(shard.text_bytes for shard in shards.train), MAX_CHARS)
-    with tqdm(desc="tokenizer", total=total, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+    with progress_bar(None, "tokenizer", total, unit="B", unit_scale=True) as bar:
         for text in dataset.read_shards([shard.path for shard in shards.train], DOC_CHARS):
             yield text
             chars += len(text)

@@ -134,30 +134,34 @@ def test_other_ranks_write_and_print_nothing(tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_a_terminal_there_are_plain_lines_some_seconds_apart_and_at_the_end(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_without_a_terminal_that_can_show_a_bar_there_are_plain_lines(tmp_path, capsys, monkeypatch, stream):
     clock = [1000.0]
+    monkeypatch.setenv("TERM", "dumb" if stream is Terminal else "xterm")
+    monkeypatch.setattr(sys, "stderr", stream())
     monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
     with MetricLogger(tmp_path, 9, peak_speed=12344.0) as logger:
         for step in range(1, 10):
             log_steps(logger, [step])
             clock[0] += 4
     captured = capsys.readouterr()
-    assert (captured.err, "\r" in captured.out) == ("", False)
+    assert (sys.stderr.getvalue(), "\r" in captured.out) == ("", False)
     lines = captured.out.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["step 1/9", "step 4/9", "step 7/9", "step 9/9"]
-    assert lines[0] == "step 1/9: loss 2.5000, lr 0.01, 1,234 tok/s, mfu 10.0%, 42 s left"
+    assert lines[0] == "step 1/9: loss 2.5000, lr 0.01, 1,234 tok/s, 00:42 left, mfu 10.0%"
 
 
 def test_on_a_terminal_there_is_a_bar_and_no_line_for_a_step(tmp_path, capsys, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
     with MetricLogger(tmp_path, 9, first_step=3) as logger:
         logger.event("something happened")
         log_steps(logger, [4], num_steps=7)  # the number of steps was corrected
-        assert (logger.bar.n, logger.bar.total) == (4, 7)
+        assert "57%|#####7    | 4/7, loss 2.5000, lr 0.01, 1,234 tok/s, 00:42 left" in str(logger.bar)
         with logger.progress("evaluation", 3) as bar:
             bar.update(2)
-    assert "loss 2.5000" in terminal.getvalue()
+    assert "evaluation:   0%" in terminal.getvalue()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" ", 1)[1] for line in lines if line.strip()] == ["something happened"]
 

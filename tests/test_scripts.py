@@ -94,6 +94,8 @@ def test_from_text_to_samples_as_a_user_would(run_script, base_dir, data_dir):
     assert core_eval.headline(scores) in printed
     assert len(result["samples"]) == len(engine.PROMPTS)
     assert f"{result['doc_bpb']:.4f}" in report.read_text(encoding="utf-8")
+    assert re.search(rf"^ +bpb {result['compared_bpb']['byte frequencies']:.4f} with byte frequencies ", printed, re.M)
+    assert base_eval.compared_bits_per_byte(b"aabc") == {"byte frequencies": 1.5, "xz -9": pytest.approx(128, 0.2)}
 
     printed = succeeds("scripts.generate", "--run-name=tiny", PROMPT, "--max-new-tokens=12", "--seed=5")
     ids = [tokenizer.bos, *tokenizer.encode(PROMPT)]

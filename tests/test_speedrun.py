@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STAGES = ["nanotrain.dataset", "scripts.tok_train", "scripts.base_train", "scripts.base_eval"]
 EVALUATION = """{"val_bpb": 1.2345, "train_bpb": 1.1, "doc_bpb": 1.3, "step": 900, "tokens": 3686400, "core": {
-"is_core": false, "core_metric": 0.0813, "standard_error": 0.0165, "accuracy": 0.361, "baseline": 0.317}}"""
+"is_core": false, "core_metric": 0.0813, "standard_error": 0.0165, "accuracy": 0.361, "baseline": 0.317},
+"compared_bpb": {"xz -9": 1.9}}"""
 PYTHON = f"""#!/bin/bash
 case $1 in
     -) exec {sys.executable} "$@" ;;

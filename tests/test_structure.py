@@ -101,6 +101,11 @@ def test_every_setting_is_used(name):
     assert sorted(settings(name).keys() - set(used)) == []
 
 
+@pytest.mark.parametrize("name", WITH_SETTINGS)
+def test_the_help_fits_a_terminal(name):
+    assert max(map(len, config._help(vars(importlib.import_module(name))).splitlines())) <= 80
+
+
 def test_no_flag_looks_like_an_option_of_torchrun():
     """torchrun takes a prefix of one of its options for that option."""
     flags = {config.flag_of(setting) for name in WITH_SETTINGS for setting in settings(name)}
