@@ -11,7 +11,6 @@ import tempfile
 from functools import partial
 
 import numpy as np
-from tqdm import tqdm
 
 from nanotrain import checkpoint, config, core_bundle, core_eval, dataloader, dataset, errors, loss_eval, paths, report
 from nanotrain.dist import DistContext, faults_as_sentences, init_distributed
@@ -53,7 +52,8 @@ def main() -> None:
     result = {"step": meta["step"], "tokens": meta["loader"]["next_sequence"] * model.config.max_seq_len}
     result |= text_bits_per_byte(dist, model, tokenizer, shards)
     if bundle:
-        with progress(dist, "tasks", sum(len(task.items) for task in bundle.tasks)) as bar:
+        num_items = sum(len(task.items) for task in bundle.tasks)
+        with progress_bar(None, "tasks", -(-num_items // dist.world_size), dist.is_rank0) as bar:
             found = core_eval.evaluate(model, tokenizer, bundle, dist, DEVICE_BATCH_SIZE, bar.update)
         dist.print0(core_eval.table(found))
         dist.print0(core_eval.headline(found))
@@ -76,7 +76,7 @@ def text_bits_per_byte(dist: DistContext, model: GPT, tokenizer: BPETokenizer, s
     seq_len, token_bytes, found = model.config.max_seq_len, tokenizer.token_bytes(), {}
 
     def measure(split, windows, what):
-        with progress(dist, split, len(windows)) as bar:
+        with progress_bar(None, split, -(-len(windows) // dist.world_size), dist.is_rank0) as bar:
             bpb = loss_eval.bits_per_byte(model, windows, token_bytes, dist, DEVICE_BATCH_SIZE, bar.update)
         found[f"{split}_bpb"] = bpb
         dist.print0(f"{split:<5} bpb {bpb:.4f} on {what}")
@@ -107,11 +107,6 @@ def compared_bits_per_byte(text: bytes) -> dict[str, float]:
 
         found["xz -9"] = 8 * len(lzma.compress(text, preset=9)) / len(text)
     return found
-
-
-def progress(dist: DistContext, description: str, count: int) -> tqdm:
-    """A temporary progress bar over this rank's part of `count` items."""
-    return progress_bar(None, description, -(-count // dist.world_size), shown=dist.is_rank0)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ OUT = ""  # folder for the report; empty: report/ in the folder of the first run
 def main(names: Sequence[str]) -> None:
     if not names:
         raise UserError("which run? Give its name or its folder, as in python -m nanotrain.report d4")
-    path, complaint = report.write([paths.run_dir(name) for name in names], OUT)
-    print(f"{path}\n{complaint}".rstrip())
+    print(report.write([paths.run_dir(name) for name in names], OUT))
 
 
 if __name__ == "__main__":

@@ -1,72 +1,100 @@
-"""Curves as PNG images, drawn on white by matplotlib, which is optional and imported only to draw."""
+"""Curves as SVG, in the colours of the page around them."""
 
-import io
-import os
+import math
 from collections.abc import Sequence
+from html import escape
 
 import numpy as np
 
 from nanotrain.report.data import Run
 
-LOSS, BPB = "train loss, nats per token", "validation, bits per byte"
 TOKENS, MINUTES = "million tokens", "minutes of training"
-CURVES = {  # {picture: (title, metric, what it is drawn against) of the two axes below one another}
-    "loss": ((LOSS, "train/loss", TOKENS), (LOSS, "train/loss", MINUTES)),
-    "bits_per_byte": ((BPB, "val/bpb", TOKENS), (BPB, "val/bpb", MINUTES)),
-    "schedule": (("learning rate of matrices", "train/lr", TOKENS), ("gradient norm", "train/grad_norm", TOKENS)),
-    "speed": (("tokens per second", "train/tok_per_sec", TOKENS), ("seconds of a step", "train/seconds", TOKENS)),
+CURVES = {  # {picture: (title, metric, what it is drawn against)}
+    "bits_per_byte": ("validation, bits per byte", "val/bpb", TOKENS),
+    "loss": ("training loss, nats per token", "train/loss", TOKENS),
+    "bits_per_byte_by_time": ("validation, bits per byte", "val/bpb", MINUTES),
+    "loss_by_time": ("training loss, nats per token", "train/loss", MINUTES),
+    "learning_rate": ("learning rate of the matrices", "train/lr", TOKENS),
+    "gradient_norm": ("gradient norm", "train/grad_norm", TOKENS),
+    "speed": ("tokens per second", "train/tok_per_sec", TOKENS),
+    "step_time": ("seconds per step", "train/seconds", TOKENS),
 }
-COLOURS = ["#1f5fb4", "#c2410c", "#0f766e", "#8a3ab9", "#946200", "#4a5560", "#be185d", "#3f6212"]
-STYLE = {
-    "axes.prop_cycle": f"cycler(color={COLOURS}, linestyle={['-', '--', ':', '-.'] * 2})",  # not by colour alone
-    "axes.grid": True,
-    "grid.alpha": 0.4,
-    "axes.formatter.useoffset": False,
-    "text.parse_math": False,  # a dollar sign in a name is one
-}
+COLOURS = ["#2f7fd6", "#d9622b", "#1a9c84", "#9c62cf", "#a8831f", "#7a8894", "#d6458a", "#6b9a2e"]  # on white and black
+DASHES = ["none", "7 3", "2 2", "7 2 2 2"]  # not by colour alone
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, LINE = 520, 200, 56, 14, 26, 38, 15  # HEIGHT: between TOP and BOTTOM
+MOST_POINTS, DOTS = 400, 30  # of a curve; a dot for each value of a shorter one
+SHOWN = 0.999  # of the values; what is above them is cut off
 
 
-def draw(runs: Sequence[Run]) -> dict[str, bytes]:
-    """{name: PNG} of the pictures of some runs. Raises ImportError without matplotlib."""
-    os.environ.pop("MPLBACKEND", None)  # matplotlib refuses one that is not installed, such as a notebook's
-    from matplotlib import style
-    from matplotlib.figure import Figure
-
+def draw(runs: Sequence[Run]) -> dict[str, str]:
+    """{name: SVG} of the pictures of some runs."""
     drawn = {}
-    with style.context(["default", STYLE]):  # whatever this user's style is
-        for name, panels in CURVES.items():
-            if any(run.metrics[panels[0][1]] for run in runs):
-                figure = Figure(figsize=(5, 5.4), dpi=200, layout="constrained")
-                for axes, panel in zip(figure.subplots(2), panels, strict=True):
-                    _draw_curves(axes, runs, *panel)
-                drawn[name] = _png(figure)
+    for name, (title, metric, unit) in CURVES.items():
+        curves = [curve(run, metric, unit) for run in runs]
+        if any(len(y) for _, y, _ in curves):
+            drawn[name] = _picture(title, unit, [run.name for run in runs], curves)
     return drawn
 
 
-def _png(figure):
-    for axes in figure.axes:
-        if len(axes.get_legend_handles_labels()[1]) > 1:
-            axes.legend(fontsize="small")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+def curve(run: Run, metric: str, unit: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(x, y) of the finite values of a metric, and x of the others."""
+    steps, y = list(run.metrics[metric]), np.array(list(run.metrics[metric].values()))
+    x = run.tokens(steps) / 1e6 if unit == TOKENS else run.minutes(steps)
+    finite = np.isfinite(y)
+    return x[finite], y[finite], x[~finite]
 
 
-def _draw_curves(axes, runs, title, metric, unit):
-    """Draw each run's values, where they are many also their running mean, and a cross where one is not finite."""
-    for run in runs:
-        steps, y = list(run.metrics[metric]), np.array(list(run.metrics[metric].values()))
-        x = run.tokens(steps) / 1e6 if unit == TOKENS else run.minutes(steps)
-        finite = np.isfinite(y)
-        if not finite.any():
-            continue
-        lost, x, y = x[~finite], x[finite], y[finite]
-        width = len(y) // 100 + 1
-        mean = np.convolve(y, np.ones(width) / width, "valid")
-        (line,) = axes.plot(x[width - 1 :], mean, label=run.name, marker="." if len(y) <= 30 else None)
-        if width > 1:
-            axes.plot(x, y, color=line.get_color(), linestyle="-", linewidth=0.6, alpha=0.3)
-        axes.plot(lost, np.full(len(lost), 0.03), "x", color=line.get_color(), transform=axes.get_xaxis_transform())
-        if metric == "train/grad_norm" and y.max() > 20 * y.min() > 0:
-            axes.set_yscale("log")
-    axes.set(title=title, xlabel=unit)
+def running_mean(values: np.ndarray) -> np.ndarray:
+    """The mean of each hundredth of `values`, at its last one."""
+    width = len(values) // 100 + 1
+    return np.convolve(values, np.ones(width) / width, "valid")
+
+
+def ticks(low: float, high: float) -> list[tuple[float, str]]:
+    """About five round numbers from `low` to `high`, and how they are written."""
+    exponent = math.floor(math.log10((high - low) / 5))
+    step = next(factor * 10**exponent for factor in (1, 2, 5, 10) if high - low <= 6 * factor * 10**exponent)
+    values = np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
+    return [(value, f"{value:,.{max(-math.floor(math.log10(step)), 0)}f}") for value in values]
+
+
+def _picture(title, unit, names, curves):
+    values, top = np.concatenate([y for _, y, _ in curves]), TOP + LINE * len(names) * (len(names) > 1)
+    bottom, last = top + HEIGHT, max(x.max() for x, y, _ in curves if len(y)) or 1
+    low, high = values.min(), np.quantile(values, SHOWN)
+    margin = (high - low) / 20 or abs(high) / 2 or 1
+    low, high = low - margin, high + margin
+
+    def across(x):
+        return LEFT + (WIDTH - LEFT - RIGHT) * x / last
+
+    def down(y):
+        return bottom - HEIGHT * (np.clip(y, low, high) - low) / (high - low)
+
+    def text(x, y, anchor, content, colour="currentColor"):
+        return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{escape(content)}</text>'
+
+    def line(x, y, style):
+        every = -(len(x) // MOST_POINTS + 1)  # from the last, which is always there
+        points = (f"{a:.1f} {b:.1f}" for a, b in zip(across(x[::every]), down(y[::every]), strict=True))
+        return f'<path d="M{"L".join(points)}" fill="none" {style}/>' if len(x) else ""
+
+    parts = [text(LEFT, 16, "start", title), text(WIDTH - RIGHT, bottom + 32, "end", unit)]
+    parts += [text(across(x), bottom + 16, "middle", label) for x, label in ticks(0, last)]
+    for y, label in ticks(low, high):
+        parts.append(text(LEFT - 6, down(y) + 4, "end", label))
+        parts.append(f'<path d="M{LEFT} {down(y):.1f}H{WIDTH - RIGHT}" stroke="currentColor" opacity="0.2"/>')
+    for number, (name, (x, y, lost)) in enumerate(zip(names, curves, strict=True)):
+        colour, mean = COLOURS[number % len(COLOURS)], running_mean(y)
+        style = f'stroke="{colour}" stroke-width="2" stroke-dasharray="{DASHES[number % len(DASHES)]}"'
+        if len(names) > 1:
+            parts.append(text(LEFT + 34, TOP + LINE * number + 8, "start", name))
+            parts.append(f'<path d="M{LEFT} {TOP + LINE * number + 4}h28" {style}/>')
+        if len(mean) < len(y):
+            parts.append(line(x, y, f'stroke="{colour}" opacity="0.3"'))
+        parts.append(line(x[len(y) - len(mean) :], mean, style))
+        dots = zip(across(x), down(y), strict=True) if len(y) <= DOTS else ()
+        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in dots]
+        parts += [text(at, bottom, "middle", "×", colour) for at in across(lost)]
+    box = f'viewBox="0 0 {WIDTH} {bottom + BOTTOM}" font-family="system-ui, sans-serif" font-size="12"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{title}" {box}>{"".join(parts)}</svg>'

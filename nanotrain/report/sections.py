@@ -1,4 +1,4 @@
-"""What a report says of each run, as plain data for the template. A part that was not recorded is empty."""
+"""What a report says about each run, as plain data for the template. A part that was not recorded is empty."""
 
 import itertools
 import math
@@ -14,12 +14,14 @@ from nanotrain.report.data import Run
 
 NOT_REPEATED = ("RUN_NAME", "RESUME", "ALLOW_CHANGE", "DRY_RUN", "REPORT", "TOKENIZER_DIR")
 MOST_BITS = 12  # of a token, at which its colour is the darkest
-SHOWN = 10  # samples after a prompt, at most
+SHOWN = 10  # samples of a prompt, at most
+QUESTIONS = GOOD, LONG, FALLING = "How good is it?", "How long did it train?", "Is it still improving?"
 
 
 def build(runs: Sequence[Run]) -> dict[str, Any]:
     """What the template shows beside the pictures: sentences (notes), and
 
+    summary: {question: [(run, number, rest of the answer)]}
     tables: {title: (heads, [(what, its value in each run, whether to mark the row)])}
     texts: {title: [(run, {heading: [(label, [(piece, its CSS class, its tooltip)])]})]}
     """
@@ -27,46 +29,74 @@ def build(runs: Sequence[Run]) -> dict[str, Any]:
     for title, part in TABLES.items():
         columns = {run.name: part(run) for run in runs}
         if part is settings:
-            columns["default value"] = settings(runs[0], "defaults")
+            columns["default"] = settings(runs[0], "defaults")
         rows = []
         for what in dict.fromkeys(itertools.chain(*columns.values())):
             cells = [facts.get(what, "") for facts in columns.values()]
             rows.append((what, cells, part in (settings, recipe, environment) and len(set(cells)) > 1))
         tables[title] = (list(columns), sorted(rows, key=lambda row: not row[2]))
     notes = [f"{run.name}: {complaint}." for run in runs for complaint in run.complaints]
-    return {"tables": tables, "texts": texts, "notes": notes, "most_bits": MOST_BITS}
+    answers = {run.name: summary(run) for run in runs}
+    questions = {what: [(name, *found[what]) for name, found in answers.items()] for what in QUESTIONS}
+    return {"summary": questions, "tables": tables, "texts": texts, "notes": notes, "most_bits": MOST_BITS}
 
 
-def headline(run: Run) -> dict[str, str]:
+def summary(run: Run) -> dict[str, tuple[str, str]]:
+    """{question: (its answer in a word, the rest of it)}."""
+    evaluation, steps, found = run.evaluation, run.metrics["train/loss"], dict.fromkeys(QUESTIONS, ("", "not recorded"))
+    measured = bits_per_byte(run)
+    if measured or "doc_bpb" in evaluation:
+        bpb = evaluation.get("doc_bpb") or measured[max(measured)]
+        text = "whole validation documents" if "doc_bpb" in evaluation else "validation sequences"
+        others = ", ".join(f"{name} {other:.2f}" for name, other in evaluation.get("compared_bpb", {}).items())
+        found[GOOD] = f"{bpb:.4f}", f"bits per byte on {text}{others and f' ({others})'}"
+    if steps:
+        minutes, tokens, speed = run.minutes([max(steps)])[0], run.tokens([max(steps)])[0], run.column("tok_per_sec")
+        told = f"for {max(steps):,} steps, {tokens / 1e6:,.1f} M tokens at {np.median(speed):,.0f} tokens per second"
+        found[LONG] = f"{minutes:,.1f} minutes", told
+    if len(measured) > 1:
+        before, last = list(measured)[-2:]
+        best, change = min(measured, key=measured.get), measured[last] - measured[before]
+        told = f"{'up' if change > 0 else 'down'} {abs(change):.4f} bits per byte from step {before:,} to {last:,}"
+        found[FALLING] = "yes," if best == last else "no,", told
+    return found
+
+
+def bits_per_byte(run: Run) -> dict[int, float]:
+    """{step: bits per byte on validation sequences} of the evaluations during training."""
+    return {step: bpb for step, bpb in run.metrics["val/bpb"].items() if math.isfinite(bpb)}
+
+
+def results(run: Run) -> dict[str, str]:
     """{what: value} of the numbers that say most about a run."""
     found, evaluation, core, loss = {}, run.evaluation, run.core(), run.column("loss")
-    if measured := {step: bpb for step, bpb in run.metrics["val/bpb"].items() if math.isfinite(bpb)}:
+    if measured := bits_per_byte(run):
         best = min(measured, key=measured.get)
-        found["validation, bits per byte, last"] = f"{measured[max(measured)]:.4f} (step {max(measured):,})"
-        found["validation, bits per byte, best"] = f"{measured[best]:.4f} (step {best:,})"
-    for what, name in (("whole validation documents", "doc_bpb"), ("train text", "train_bpb")):
+        found["bits per byte, validation sequences, last"] = f"{measured[max(measured)]:.4f} (step {max(measured):,})"
+        found["bits per byte, validation sequences, best"] = f"{measured[best]:.4f} (step {best:,})"
+    for what, name in (("whole validation documents", "doc_bpb"), ("training text", "train_bpb")):
         if name in evaluation:
-            found[f"{what}, bits per byte"] = f"{evaluation[name]:.4f} (step {evaluation['step']:,})"
+            found[f"bits per byte, {what}"] = f"{evaluation[name]:.4f} (step {evaluation['step']:,})"
     if core:
         name = "CORE" if core["is_core"] else "tasks"
         found[name] = f"{core['core_metric']:.4f} ± {core['standard_error']:.4f} (step {core['step']:,})"
     if len(last := loss[np.isfinite(loss)][-20:]):
-        found["train loss of the last 20 steps, nats per token"] = f"{last.mean():.4f}"
+        found["training loss, last 20 steps, nats per token"] = f"{last.mean():.4f}"
     if len(loss):
         last_step, mfu = max(run.metrics["train/loss"]), np.median(run.column("mfu"))
         found["steps"] = f"{last_step:,}"
         found["tokens"] = f"{run.tokens([last_step])[0]:,.0f}"
-        found["epoch of the text"] = f"{run.column('epoch')[-1] + 1:.0f}"
+        found["epoch reached"] = f"{run.column('epoch')[-1] + 1:.0f}"
         time = timedelta(seconds=round(np.nansum(run.column("seconds"))))
-        found["time of the steps, without evaluations and saves"] = str(time)
+        found["time of all steps, without evaluations and checkpoints"] = str(time)
         found["tokens per second, median"] = f"{np.median(run.column('tok_per_sec')):,.0f}"
         if not math.isnan(mfu):
             found["MFU, median"] = f"{mfu:.1%}"
         if lost := np.isnan(loss + run.column("grad_norm")).sum():
-            found["steps without an update, because loss or gradient were not finite"] = f"{lost:,}"
+            found["updates skipped because loss or gradient was not finite"] = f"{lost:,}"
     if plan := run.config.get("plan"):
-        found["tokens of a batch"] = f"{plan['total_batch_size']:,}"
-        found["weights"] = f"{sum(plan['parameters'].values()):,}"
+        found["tokens per batch"] = f"{plan['total_batch_size']:,}"
+        found["parameters"] = f"{sum(plan['parameters'].values()):,}"
     return found
 
 
@@ -133,12 +163,12 @@ def samples(run: Run) -> dict[str, list]:
     for record in run.records:
         for sample in record.get("samples", ()):
             pieces = [(sample["prompt"], "prompt", ""), (sample["text"], "", "")]
-            found.setdefault(f"After {sample['prompt']!r}", []).append((f"step {record['step']:,}", pieces))
+            found.setdefault(f"Prompt {sample['prompt']!r}", []).append((f"step {record['step']:,}", pieces))
     for heading, shown in found.items():
         places = np.linspace(0, len(shown) - 1, min(SHOWN, len(shown)))
         found[heading] = [shown[round(place)] for place in places]  # evenly, the first and the last among them
     if texts := run.evaluation.get("samples"):
-        found["Written by base_eval"] = [(f"step {run.evaluation['step']:,}", [(text, "", "")]) for text in texts]
+        found["From base_eval"] = [(f"step {run.evaluation['step']:,}", [(text, "", "")]) for text in texts]
     return found
 
 
@@ -146,7 +176,7 @@ def documents(run: Run) -> dict[str, list]:
     """The newest validation documents of most and of fewest bits per byte, token by token."""
     found, record = {}, next((record for record in reversed(run.records) if "documents" in record), {})
     for kind, few in record.get("documents", {}).items():
-        found[f"The {kind}"] = shown = []
+        found[f"The {kind} documents"] = shown = []
         for document in few:
             tokens = document["tokens"]
             pieces = [(text, f"b{min(int(bits), MOST_BITS)}", f"{bits:.1f} bits") for text, bits in tokens]
@@ -162,13 +192,13 @@ def commands(run: Run) -> dict[str, list]:
     changed = {name: value for name, value in run.config["settings"].items() if value != known.get(name)}
     edited = "  # with changes" if run.config["environment"].get("changed") else ""
     checkout = f"git checkout {shlex.quote(commit)}{edited}\n" if commit else ""
-    why = "The same rows anywhere, and the same bits on the same machine with as many processes and these versions"
+    why = "The same sequences on any machine; the same bits on this one, with these versions and as many processes"
     found = {why: [("", [(checkout + command(run, changed), "", "")])]}
     if run.config["settings"]["TARGET_MINUTES"] and run.metrics["train/loss"]:
         model, batch = run.config["model_config"], run.config["plan"]["total_batch_size"]
         changed |= {"TARGET_MINUTES": 0.0, "EVALUATIONS_AFTER": 0.0, "NUM_ITERATIONS": max(run.metrics["train/loss"])}
         changed |= {"DEPTH": model["num_layers"], "MAX_SEQ_LEN": model["max_seq_len"], "TOTAL_BATCH_SIZE": batch}
-        why = "By minutes, size and steps follow the machine. The same shape, batch and steps on any"
+        why = "With a time limit, depth and steps depend on the machine. With these settings they do not"
         found[why] = [("", [(command(run, changed), "", "")])]
     return found
 
@@ -183,8 +213,8 @@ def command(run: Run, changed: dict[str, Any]) -> str:
 
 
 TABLES = {
-    "Numbers": headline,
-    "Time of a step": step_times,
+    "Results": results,
+    "Time per step": step_times,
     "Evaluations during training": evaluations,
     "Tasks": tasks,
     "Settings": settings,
