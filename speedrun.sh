@@ -132,7 +132,7 @@ fi
 
 . dev/environment.sh
 heading environment
-make_environment report || [ -n "$stopped" ] || exit 1
+make_environment || [ -n "$stopped" ] || exit 1
 if [ -n "$stopped" ]; then say_how_to_go_on; fi
 before=$SECONDS
 machine=$("$PYTHON" -m nanotrain.hardware)

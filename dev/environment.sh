@@ -1,5 +1,5 @@
 # Sourced by speedrun.sh and tests/run.sh: makes .venv with the package in editable form, and sets PYTHON to its interpreter.
-# Usage: make_environment EXTRA...    A second call with the same pyproject.toml and extras does nothing.
+# Usage: make_environment [EXTRA...]    A second call with the same pyproject.toml and extras does nothing.
 
 make_environment() {
     local extras stamp log base status
@@ -8,7 +8,7 @@ make_environment() {
     extras=$(IFS=,; echo "$*")
     base=${BASE_PYTHON:-python3}
     PYTHON=$PWD/.venv/bin/python
-    stamp=.venv/.installed-$extras
+    stamp=.venv/.installed${extras:+-$extras}
     if [ -x "$PYTHON" ] && cmp -s pyproject.toml "$stamp"; then
         return 0
     fi
@@ -24,10 +24,10 @@ make_environment() {
         echo "error: this Python has no venv module: install it (Debian and Ubuntu: sudo apt install python3-venv) and run again" >&2
         return 1
     fi
-    echo "installing nanotrain[$extras] into .venv (a few minutes the first time)"
+    echo "installing nanotrain${extras:+[$extras]} into .venv (a few minutes the first time)"
     "$PYTHON" -m pip --version > /dev/null 2>&1 || "$base" -m venv .venv || return 1 # also one that was left half made
     log=.venv/install.log
-    "$PYTHON" -m pip install --no-user --disable-pip-version-check --editable ".[$extras]" > "$log" 2>&1 &
+    "$PYTHON" -m pip install --no-user --disable-pip-version-check --editable ".${extras:+[$extras]}" > "$log" 2>&1 &
     local pip=$!
     while kill -0 "$pip" 2> /dev/null; do
         sleep 2

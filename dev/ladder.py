@@ -3,7 +3,7 @@
 python dev/ladder.py NAME                    the series that `bash dev/ladder.sh NAME` trained
 python dev/ladder.py NAME OTHER              and how much compute OTHER saves at the loss that NAME reached
 python dev/ladder.py RUN_FOLDER ...          any runs that scripts/base_eval has evaluated, as one series
-python dev/ladder.py ... --plot=FILE.png     draws them too (needs matplotlib, the extra "report")
+python dev/ladder.py ... --plot=FILE.png     draws them too (needs matplotlib, the extra "dev")
 """
 
 import json

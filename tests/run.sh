@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . dev/environment.sh
-make_environment dev export report
+make_environment dev export
 "$PYTHON" -m ruff check --quiet .
 "$PYTHON" -m ruff format --check --quiet .
 # The tests of a file share runs, so one process does them all; more threads in each would wait for one another.

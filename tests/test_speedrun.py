@@ -44,7 +44,7 @@ def tree(tmp_path):
     (folder / "dev").mkdir()
     for name in ("speedrun.sh", "dev/environment.sh", "pyproject.toml"):
         shutil.copy(ROOT / name, folder / name)
-    shutil.copy(ROOT / "pyproject.toml", folder / ".venv" / ".installed-report")
+    shutil.copy(ROOT / "pyproject.toml", folder / ".venv" / ".installed")
     (folder / ".venv" / "bin" / "python").write_text(PYTHON)
     (folder / ".venv" / "bin" / "python").chmod(0o755)
     (folder / "evaluation.json").write_text(EVALUATION)
@@ -143,7 +143,7 @@ def test_what_the_caller_set_for_another_python_does_not_reach_the_stages(tree):
 
 
 def test_an_environment_that_does_not_hold_what_pip_was_to_install_is_not_used(tree):
-    python, stamp = tree / ".venv" / "bin" / "python", tree / ".venv" / ".installed-report"
+    python, stamp = tree / ".venv" / "bin" / "python", tree / ".venv" / ".installed"
     stamp.unlink()
     python.write_text('#!/bin/bash\nenv > environment\nif [ "$1" = -c ]; then echo "no module torch"; exit 1; fi\n')
     _, err = speedrun(tree, f"PIP_TARGET=/x PIP_USER=1 BASE_PYTHON={sys.executable} bash speedrun.sh", code=1)
