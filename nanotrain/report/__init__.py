@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import jinja2
-from markupsafe import Markup
 
 from nanotrain import paths
 from nanotrain.files import atomic_file
@@ -30,7 +29,7 @@ def write(run_dirs: Iterable[str | Path], out: str | Path = "") -> Path:
     page = sections.build(runs)
     page["title"] = " and ".join(run.name for run in runs)
     page["date"] = time.strftime("%Y-%m-%d %H:%M")
-    page["pictures"] = {name: Markup(svg) for name, svg in pictures.draw(runs).items()}
+    page["pictures"] = pictures.draw(runs)
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     text = environment.get_template("report.html.jinja").render(page)

@@ -21,7 +21,7 @@ CURVES = {  # {picture: (title, metric, what it is drawn against)}
 }
 COLOURS = ["#2f7fd6", "#d9622b", "#1a9c84", "#9c62cf", "#a8831f", "#7a8894", "#d6458a", "#6b9a2e"]  # on white and black
 DASHES = ["none", "7 3", "2 2", "7 2 2 2"]  # not by colour alone
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, LINE = 520, 200, 56, 14, 26, 38, 15  # HEIGHT: between TOP and BOTTOM
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, LINE = 480, 200, 62, 14, 28, 42, 17  # HEIGHT: between TOP and BOTTOM
 MOST_POINTS, DOTS = 400, 30  # of a curve; a dot for each value of a shorter one
 SHOWN = 0.999  # of the values; what is above them is cut off
 
@@ -79,8 +79,8 @@ def _picture(title, unit, names, curves):
         points = (f"{a:.1f} {b:.1f}" for a, b in zip(across(x[::every]), down(y[::every]), strict=True))
         return f'<path d="M{"L".join(points)}" fill="none" {style}/>' if len(x) else ""
 
-    parts = [text(LEFT, 16, "start", title), text(WIDTH - RIGHT, bottom + 32, "end", unit)]
-    parts += [text(across(x), bottom + 16, "middle", label) for x, label in ticks(0, last)]
+    parts = [text(LEFT, 18, "start", title), text(WIDTH - RIGHT, bottom + 36, "end", unit)]
+    parts += [text(across(x), bottom + 18, "middle", label) for x, label in ticks(0, last)]
     for y, label in ticks(low, high):
         parts.append(text(LEFT - 6, down(y) + 4, "end", label))
         parts.append(f'<path d="M{LEFT} {down(y):.1f}H{WIDTH - RIGHT}" stroke="currentColor" opacity="0.2"/>')
@@ -88,13 +88,13 @@ def _picture(title, unit, names, curves):
         colour, mean = COLOURS[number % len(COLOURS)], running_mean(y)
         style = f'stroke="{colour}" stroke-width="2" stroke-dasharray="{DASHES[number % len(DASHES)]}"'
         if len(names) > 1:
-            parts.append(text(LEFT + 34, TOP + LINE * number + 8, "start", name))
-            parts.append(f'<path d="M{LEFT} {TOP + LINE * number + 4}h28" {style}/>')
+            parts.append(text(LEFT + 34, TOP + LINE * number + 10, "start", name))
+            parts.append(f'<path d="M{LEFT} {TOP + LINE * number + 5}h28" {style}/>')
         if len(mean) < len(y):
             parts.append(line(x, y, f'stroke="{colour}" opacity="0.3"'))
         parts.append(line(x[len(y) - len(mean) :], mean, style))
         dots = zip(across(x), down(y), strict=True) if len(y) <= DOTS else ()
         parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in dots]
         parts += [text(at, bottom, "middle", "×", colour) for at in across(lost)]
-    box = f'viewBox="0 0 {WIDTH} {bottom + BOTTOM}" font-family="system-ui, sans-serif" font-size="12"'
+    box = f'viewBox="0 0 {WIDTH} {bottom + BOTTOM}" font-family="system-ui, sans-serif" font-size="14"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{title}" {box}>{"".join(parts)}</svg>'
