@@ -1,7 +1,7 @@
 """The CORE metric of DCLM (arXiv:2406.11794): in-context tasks, each scored relative to random guessing.
 
     multiple_choice     which choice is most likely? (lowest mean loss of its tokens)
-    schema              which context makes the continuation most likely? (lowest mean loss of its tokens)
+    schema              which context makes the continuation most likely? (lowest mean loss)
     language_modeling   does greedy decoding give the continuation? (all tokens must match)
 
 A task's centered score is (accuracy - b) / (1 - b), where b is the accuracy of random guessing; CORE is the mean over

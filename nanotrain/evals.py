@@ -16,6 +16,7 @@ from nanotrain.dist import DistContext
 from nanotrain.engine import samples
 from nanotrain.gpt import GPT
 from nanotrain.metrics import MetricLogger
+from nanotrain.terminal import progress_bar
 from nanotrain.tokenizer import BPETokenizer
 from nanotrain.trainer import TrainState
 
@@ -112,7 +113,7 @@ class Evals:
     @contextlib.contextmanager
     def _progress(self, what, count) -> Iterator[Callable[[int], None]]:
         """Yields the function to call with the number of things done here, of `count` on all ranks."""
-        with self.metrics.progress(what, -(-count // self.dist.world_size)) as bar:
+        with progress_bar(None, what, -(-count // self.dist.world_size), self.dist.is_rank0) as bar:
 
             def done(number):
                 self.beat(guard.SLOW_SECONDS)

@@ -142,10 +142,6 @@ class MetricLogger(contextlib.AbstractContextManager):
             tqdm.write(f"{time.strftime('%H:%M:%S')} {text}")
             sys.stdout.flush()
 
-    def progress(self, description: str, total: int) -> tqdm:
-        """A second bar, below the first."""
-        return progress_bar(None, description, total, self.enabled)
-
     def __exit__(self, kind, *error):
         self.bar.close()
         if self.enabled:

@@ -16,21 +16,14 @@ def row(name: str, text: str) -> str:
 
 
 def fit(text: str) -> str:
-    """A docstring: its paragraphs filled anew. In indented or aligned lines that are too long, the last column goes
-    below the others.
-    """
-    parts = []
-    for part in text.strip().split("\n\n"):
-        if re.search(r"^ |\S {3,}\S", part, re.MULTILINE):
-            part = re.sub(rf"^(?=.{{{WIDTH + 1}}})(.*?\S) {{2,}}(\S.*)$", _below, part, flags=re.MULTILINE)
+    """A docstring: its paragraphs filled anew; of a table row that is too long, the last column goes below it."""
+    parts = text.strip().split("\n\n")
+    for number, part in enumerate(parts):
+        if re.search(r"^ |\S {3}", part, re.MULTILINE):
+            parts[number] = re.sub(r"^(?=.{81})(.*?\S) {2,}", r"\1\n        ", part, flags=re.MULTILINE)
         else:
-            part = textwrap.fill(part, WIDTH, **UNBROKEN)
-        parts.append(part)
+            parts[number] = textwrap.fill(part, WIDTH, **UNBROKEN)
     return "\n\n".join(parts)
-
-
-def _below(line):
-    return f"{line[1]}\n" + textwrap.fill(line[2], WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8, **UNBROKEN)
 
 
 def progress_bar(

@@ -70,9 +70,7 @@ def main() -> None:
 
 
 def text_bits_per_byte(dist: DistContext, model: GPT, tokenizer: BPETokenizer, shards: dataset.Shards) -> dict:
-    """{train_bpb, val_bpb, doc_bpb}: bits per byte of packed train and validation text and of whole documents; and
-    compared_bpb of these documents.
-    """
+    """{train_bpb, val_bpb, doc_bpb} of packed text and whole validation documents, and compared_bpb of the latter."""
     seq_len, token_bytes, found = model.config.max_seq_len, tokenizer.token_bytes(), {}
 
     def measure(split, windows, what):

@@ -39,6 +39,10 @@ class Run:
         """Minutes of training after each of `steps`, float64, without evaluations and saves."""
         return np.interp(steps, [0, *self.metrics["train/loss"]], [0.0, *np.cumsum(self.column("seconds") / 60)])
 
+    def bits_per_byte(self) -> dict[int, float]:
+        """{step: bits per byte on validation sequences} of the evaluations during training."""
+        return {step: bpb for step, bpb in self.metrics["val/bpb"].items() if math.isfinite(bpb)}
+
     def core(self) -> dict[str, Any]:
         """The newest scores on tasks, as `core_eval.summary` has them, with their step; empty without any."""
         scored = [record for record in (self.evaluation, *self.records) if record.get("core")]

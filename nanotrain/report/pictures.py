@@ -85,6 +85,8 @@ def _picture(title, unit, names, curves):
         parts.append(text(LEFT - 6, down(y) + 4, "end", label))
         parts.append(f'<path d="M{LEFT} {down(y):.1f}H{WIDTH - RIGHT}" stroke="currentColor" opacity="0.2"/>')
     for number, (name, (x, y, lost)) in enumerate(zip(names, curves, strict=True)):
+        if not len(y):
+            continue
         colour, mean = COLOURS[number % len(COLOURS)], running_mean(y)
         style = f'stroke="{colour}" stroke-width="2" stroke-dasharray="{DASHES[number % len(DASHES)]}"'
         if len(names) > 1:

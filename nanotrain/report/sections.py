@@ -15,13 +15,11 @@ from nanotrain.report.data import Run
 NOT_REPEATED = ("RUN_NAME", "RESUME", "ALLOW_CHANGE", "DRY_RUN", "REPORT", "TOKENIZER_DIR")
 MOST_BITS = 12  # of a token, at which its colour is the darkest
 SHOWN = 10  # samples of a prompt, at most
-QUESTIONS = GOOD, LONG, FALLING = "How good is it?", "How long did it train?", "Is it still improving?"
 
 
 def build(runs: Sequence[Run]) -> dict[str, Any]:
     """What the template shows beside the pictures: sentences (notes), and
 
-    summary: {question: [(run, number, rest of the answer)]}
     tables: {title: (heads, [(what, its value in each run, whether to mark the row)])}
     texts: {title: [(run, {heading: [(label, [(piece, its CSS class, its tooltip)])]})]}
     """
@@ -36,41 +34,31 @@ def build(runs: Sequence[Run]) -> dict[str, Any]:
             rows.append((what, cells, part in (settings, recipe, environment) and len(set(cells)) > 1))
         tables[title] = (list(columns), sorted(rows, key=lambda row: not row[2]))
     notes = [f"{run.name}: {complaint}." for run in runs for complaint in run.complaints]
-    answers = {run.name: summary(run) for run in runs}
-    questions = {what: [(name, *found[what]) for name, found in answers.items()] for what in QUESTIONS}
-    return {"summary": questions, "tables": tables, "texts": texts, "notes": notes, "most_bits": MOST_BITS}
+    return {"tables": tables, "texts": texts, "notes": notes, "most_bits": MOST_BITS}
 
 
-def summary(run: Run) -> dict[str, tuple[str, str]]:
-    """{question: (its answer in a word, the rest of it)}."""
-    evaluation, steps, found = run.evaluation, run.metrics["train/loss"], dict.fromkeys(QUESTIONS, ("", "not recorded"))
-    measured = bits_per_byte(run)
-    if measured or "doc_bpb" in evaluation:
-        bpb = evaluation.get("doc_bpb") or measured[max(measured)]
-        text = "whole validation documents" if "doc_bpb" in evaluation else "validation sequences"
-        others = ", ".join(f"{name} {other:.2f}" for name, other in evaluation.get("compared_bpb", {}).items())
-        found[GOOD] = f"{bpb:.4f}", f"bits per byte on {text}{others and f' ({others})'}"
+def summary(run: Run) -> dict[str, str]:
+    """{question: answer} for the first screen."""
+    found, evaluation, steps, measured = {}, run.evaluation, run.metrics["train/loss"], run.bits_per_byte()
+    if "doc_bpb" in evaluation:
+        others = "".join(f"; {name}: {bpb:.2f}" for name, bpb in evaluation.get("compared_bpb", {}).items())
+        found["How good is it?"] = f"{evaluation['doc_bpb']:.4f} bits per byte of whole validation documents{others}"
+    elif measured:
+        found["How good is it?"] = f"{measured[max(measured)]:.4f} bits per byte of validation sequences"
     if steps:
-        minutes, tokens, speed = run.minutes([max(steps)])[0], run.tokens([max(steps)])[0], run.column("tok_per_sec")
-        told = f"for {max(steps):,} steps, {tokens / 1e6:,.1f} M tokens at {np.median(speed):,.0f} tokens per second"
-        found[LONG] = f"{minutes:,.1f} minutes", told
+        minutes, tokens = run.minutes([max(steps)])[0], run.tokens([max(steps)])[0]
+        found["How long did it train?"] = f"{minutes:,.1f} minutes, {max(steps):,} steps, {tokens / 1e6:,.1f} M tokens"
     if len(measured) > 1:
-        before, last = list(measured)[-2:]
-        best, change = min(measured, key=measured.get), measured[last] - measured[before]
-        told = f"{'up' if change > 0 else 'down'} {abs(change):.4f} bits per byte from step {before:,} to {last:,}"
-        found[FALLING] = "yes," if best == last else "no,", told
+        (before, earlier), (last, latest) = list(measured.items())[-2:]
+        answer = f"{'yes' if latest < earlier else 'no'}, {latest - earlier:+.4f} bits per byte"
+        found["Is it still improving?"] = f"{answer} from step {before:,} to {last:,}"
     return found
-
-
-def bits_per_byte(run: Run) -> dict[int, float]:
-    """{step: bits per byte on validation sequences} of the evaluations during training."""
-    return {step: bpb for step, bpb in run.metrics["val/bpb"].items() if math.isfinite(bpb)}
 
 
 def results(run: Run) -> dict[str, str]:
     """{what: value} of the numbers that say most about a run."""
     found, evaluation, core, loss = {}, run.evaluation, run.core(), run.column("loss")
-    if measured := bits_per_byte(run):
+    if measured := run.bits_per_byte():
         best = min(measured, key=measured.get)
         found["bits per byte, validation sequences, last"] = f"{measured[max(measured)]:.4f} (step {max(measured):,})"
         found["bits per byte, validation sequences, best"] = f"{measured[best]:.4f} (step {best:,})"
@@ -213,6 +201,7 @@ def command(run: Run, changed: dict[str, Any]) -> str:
 
 
 TABLES = {
+    "Summary": summary,
     "Results": results,
     "Time per step": step_times,
     "Evaluations during training": evaluations,
