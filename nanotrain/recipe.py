@@ -343,8 +343,8 @@ class Recipe:
 
 
 REASONS = {  # of what `sizes`, `batch_tokens` and `Recipe.of` choose
-    "width": "64 a layer, at least 256, in whole heads",
-    "heads": "width / --head-dim",
+    "model_dim": "64 a layer, at least 256, in whole heads",
+    "num_heads": "model_dim / --head-dim",
     "max_seq_len": "256 (measured) at width 256, 2,048 from 768",
     "vocab_size": "that of the tokenizer",
     "rope_base": "10,000; 100,000 (nanochat) from width 768",

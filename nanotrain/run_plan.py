@@ -197,21 +197,10 @@ class RunPlan:
         return f"{'give --grad-checkpoint, or lower' if checkpointing_helps else 'lower'} {smaller}"
 
     def _reasons(self):
-        shape = self.model_config
-        numbers = {
-            "width": shape.model_dim,
-            "heads": shape.num_heads,
-            "max_seq_len": shape.max_seq_len,
-            "vocab_size": shape.vocab_size,
-            "rope_base": shape.rope_base,
-            "bigram_rows": shape.bigram_rows,
-            "spectral_tokens": self.spectral_tokens,
-            "total_batch_size": self.plan.total_batch_size,
-            **asdict(self.recipe),
-        }
-        lines = []
-        for name, value in numbers.items():
+        lines, places = [], (self.recipe, self.model_config, self.plan, self)
+        for name, reason in recipe.REASONS.items():
+            value = next(getattr(place, name) for place in places if hasattr(place, name))
             given = getattr(self.cfg, name.upper(), -1) != UNSET.get(name, -1)
-            reason = "from the checkpoint" if self.saved else "as given" if given else recipe.REASONS[name]
+            reason = "from the checkpoint" if self.saved else "as given" if given else reason
             lines.append(f"  {name:<16} {f'{value:.4g}' if type(value) is float else value!s:<9} {reason}")
         return lines

@@ -42,7 +42,8 @@ def make_run(folder, steps=4, texts=("a plain text",), **changes):
     (folder / "config.json").write_text(json.dumps(recorded))
     task = {"accuracy": 0.8, "baseline": 0.6, "standard_error": 0.1, "centered": 0.5, "num_items": 16}
     core = {"core_metric": 0.5, "standard_error": 0.25, "is_core": False, "tasks": {texts[-1]: task}}
-    evaluation = {"step": steps, "doc_bpb": 1.5, "train_bpb": 1.0, "core": core, "samples": list(texts)}
+    evaluation = {"step": steps, "doc_bpb": 1.5, "compared_bpb": {"xz -9": 1.9}, "train_bpb": 1.0, "core": core}
+    evaluation["samples"] = list(texts)
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     (folder / "evaluation").mkdir()
     for step in (steps // 2, steps):
@@ -82,7 +83,7 @@ def written(*folders):
 def test_the_numbers_of_the_page_are_those_of_the_files(tmp_path):
     page = written(make_run(tmp_path / "r"))
     expected = {
-        "How good is it?": "1.5000 bits per byte of whole validation documents",
+        "How good is it?": "1.5000 bits per byte on whole validation documents; xz -9 1.90",
         "How long did it train?": "0.1 minutes, 4 steps, 0.0 M tokens",
         "Is it still improving?": "yes, -1.7500 bits per byte from step 0 to 4",
         "bits per byte, validation sequences, last": "1.2500 (step 4)",

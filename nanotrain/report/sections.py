@@ -41,10 +41,10 @@ def summary(run: Run) -> dict[str, str]:
     """{question: answer} for the first screen."""
     found, evaluation, steps, measured = {}, run.evaluation, run.metrics["train/loss"], run.bits_per_byte()
     if "doc_bpb" in evaluation:
-        others = "".join(f"; {name}: {bpb:.2f}" for name, bpb in evaluation.get("compared_bpb", {}).items())
-        found["How good is it?"] = f"{evaluation['doc_bpb']:.4f} bits per byte of whole validation documents{others}"
+        others = "".join(f"; {name} {bpb:.2f}" for name, bpb in evaluation.get("compared_bpb", {}).items())
+        found["How good is it?"] = f"{evaluation['doc_bpb']:.4f} bits per byte on whole validation documents{others}"
     elif measured:
-        found["How good is it?"] = f"{measured[max(measured)]:.4f} bits per byte of validation sequences"
+        found["How good is it?"] = f"{measured[max(measured)]:.4f} bits per byte on validation sequences"
     if steps:
         minutes, tokens = run.minutes([max(steps)])[0], run.tokens([max(steps)])[0]
         found["How long did it train?"] = f"{minutes:,.1f} minutes, {max(steps):,} steps, {tokens / 1e6:,.1f} M tokens"
