@@ -29,15 +29,15 @@ Choices, as environment variables (MINUTES=3 bash speedrun.sh):
 
   DATASET        stdlib (embedded, no network), fineweb-edu or climbmix
   DATA_DIR       a folder of your own parquet shards instead of DATASET
-  TRAIN_SHARDS   shards to download of a hosted data set (what DEPTH trains on: 84
-                 of about 100 MB at depth 20)
+  TRAIN_SHARDS   shards to download of a hosted data set (as many as DEPTH needs:
+                 84 of about 100 MB at depth 20)
   MINUTES        all-in after data are there: tokenizer, compilation, training,
                  and evaluation (3; below 2 these read less text; with CUDA the
                  model's size decides, and the evaluation comes on top)
   DEPTH          layers (20 with CUDA; else as suit MINUTES on this machine)
   VOCAB_SIZE     tokens of the vocabulary (as suit the depth: 4096 to 32768)
   SEED           of the first weights and the order of the data (1337)
-  RUN_NAME       folder of the run (<data set>-<minutes>min and what else is chosen)
+  RUN_NAME       folder of the run (<data set>-<minutes>min, then other choices)
   NPROC          processes on this machine (all GPUs, or 1)
   WANDB          off, offline or online (off)
   NANOTRAIN_DIR  where data, tokenizer and runs go (~/.cache/nanotrain)
