@@ -29,7 +29,7 @@ Choices, as environment variables (MINUTES=3 bash speedrun.sh):
 
   DATASET        stdlib (embedded, no network), fineweb-edu or climbmix
   DATA_DIR       a folder of your own parquet shards instead of DATASET
-  TRAIN_SHARDS   shards to download of a hosted data set (as many as DEPTH needs:
+  TRAIN_SHARDS   shards of a hosted data set to download (as DEPTH needs:
                  84 of about 100 MB at depth 20)
   MINUTES        all-in after data are there: tokenizer, compilation, training,
                  and evaluation (3; below 2 these read less text; with CUDA the
