@@ -16,9 +16,9 @@ from nanotrain.dist import DistContext, faults_as_sentences
 from nanotrain.errors import MemoryLimitError, UserError
 from nanotrain.gpt import GPT, GPTConfig
 
-# Minutes of a timed run below which eager code makes more steps: compiling takes 8 to 33 s on a CPU, and in float32,
-# where the products take most of the time, it saves little of a step (dev/LOG.md).
-COMPILE_MINUTES = {torch.float32: 5.0, torch.bfloat16: 0.6, torch.float16: 0.6}
+# Minutes of a timed run below which eager code makes more steps: compiling takes 8 to 33 s on a CPU, and saves a fifth
+# of a step in float32, where matrix products dominate (dev/LOG.md).
+COMPILE_MINUTES = {torch.float32: 2.5, torch.bfloat16: 0.6, torch.float16: 0.6}
 
 
 def compile_pays(mode: str, dtype: torch.dtype, target_minutes: float) -> bool:
@@ -131,8 +131,6 @@ def _compile(dist, model, batch_size):
     for attempt in range(2):  # torch's parallel compilers sometimes read a header that is only half written
         # At first trust the CPU's flags for vector instructions: torch's own test of them takes as long as a model.
         torch._inductor.config.cpp.vec_isa_ok = True if attempt == 0 else None
-        # A graph's kernels in one file: the compiler reads torch's headers once, which takes most of its time.
-        torch._inductor.config.cpp_wrapper = dist.device.type == "cpu" and attempt == 0
         model.compile_parts()
         try:
             one_pass(dist, model, batch_size)

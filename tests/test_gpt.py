@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanotrain import attention, gpt, recipe
+from nanotrain import gpt, recipe
 from nanotrain.checkpoint import build_model
 from nanotrain.gpt import GPTConfig
 from nanotrain.hardware import can_compile
@@ -200,7 +200,6 @@ def test_logits_do_not_depend_on_later_tokens(config, monkeypatch):
 @pytest.mark.parametrize("num_kv_heads", [2, 4])
 def test_compiled_code_gives_the_logits_and_gradients_of_eager_code(monkeypatch, tmp_path, num_kv_heads):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(attention, "SEGMENT", 4)
     torch.compiler.reset()
     # Every option, blocks with and without value embeddings.
     config = GPTConfig(33, 9, 5, 4, num_kv_heads, 6, bigram_rows=17)
