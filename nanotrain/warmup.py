@@ -1,4 +1,4 @@
-"""Between building a model and its first step: the largest batch that fits, compilation, and the time of a pass."""
+"""Between building a model and its first step: the largest batch that fits, compilation, and timing a pass."""
 
 import gc
 import re
@@ -27,22 +27,22 @@ def compile_pays(mode: str, dtype: torch.dtype, target_minutes: float) -> bool:
 
 
 def largest_batch_that_fits(dist: DistContext, model: GPT, most: int) -> int:
-    """The first of `most` sequences, half of it, and so on, that fits on every rank beside weights and optimizer state.
-    Raises MemoryLimitError if not even one does.
+    """Largest of `most`, most / 2, ... sequences that fits on every rank beside weights and optimizer state. Raises
+    MemoryLimitError if not even one sequence fits.
     """
     batch_size = most
     while batch_size:
         try:
-            # Eager, which takes no less memory than compiled code, and no minute of compilation for each size.
+            # Eager code takes at least as much memory as compiled code, and no minute of compilation for each size.
             with torch.compiler.set_stance("force_eager"):
-                for _ in range(2):  # the second with the gradients there, as micro-steps have them
+                for _ in range(2):  # the second pass with gradients allocated, as in later micro-steps
                     one_pass(dist, model, batch_size)
             failed = False
         except (RuntimeError, MemoryError) as error:
             if not hardware.is_out_of_memory(error):
                 raise
             failed = True
-        # Only here, where the error and the frames of its traceback have gone, can their tensors go too.
+        # Outside the handler: the traceback has let go of its tensors.
         model.zero_grad()
         gc.collect()
         if dist.device.type == "cuda":
@@ -55,7 +55,7 @@ def largest_batch_that_fits(dist: DistContext, model: GPT, most: int) -> int:
 
 
 def one_pass(dist: DistContext, model: GPT, batch_size: int) -> float:
-    """Seconds of a forward and backward pass over so many sequences, which leaves its gradients."""
+    """Run a forward and backward pass over `batch_size` sequences, leaving gradients; return its seconds."""
     tokens = torch.zeros(batch_size, model.config.max_seq_len, dtype=torch.int64, device=dist.device)
     begin = time.monotonic()
     with dist.autocast():
@@ -69,18 +69,18 @@ def one_pass(dist: DistContext, model: GPT, batch_size: int) -> float:
 def compiling_ahead(
     dist: DistContext, config: GPTConfig, batch_size: int, mode: str, target_minutes: float
 ) -> Iterator[None]:
-    """Meanwhile compile, in a thread on a CPU, what a model of this shape needs for such batches, by way of one with a
-    single layer. If that fails, `compile_and_warm_up` finds out again.
+    """On a CPU, compile in a thread what a model of this shape needs while the body runs, through a model with one layer.
+    `compile_and_warm_up` then finds the code, or fails in the same way and says so.
     """
     if dist.device.type != "cpu" or not compile_pays(mode, dist.dtype, target_minutes):
         yield
         return
-    import torch._inductor.compile_fx  # here, because two threads must not import the compiler at once
+    import torch._inductor.compile_fx  # here: two threads must not import it at once, and eager runs do without
 
     num_threads = torch.get_num_threads()
 
     def work():
-        torch.set_num_threads(num_threads)  # every thread has its own number, and the code depends on it
+        torch.set_num_threads(num_threads)  # per thread, and compiled into the code
         model = checkpoint.build_model(replace(config, num_layers=1, bigram_rows=0), dist.device)
         model.init_weights(0)
         _compile(dist, model, batch_size)
@@ -94,21 +94,21 @@ def compiling_ahead(
 
 
 def compile_and_warm_up(dist: DistContext, model: GPT, batch_size: int, mode: str, target_minutes: float) -> float:
-    """Compile the model if that pays (see `compile_pays`), and return the seconds of a pass afterwards. Where compiling
-    fails on one rank, all stay eager; with mode "on" that is a UserError.
+    """Compile the model if that pays (see `compile_pays`), and return the seconds of a pass. If that fails on any rank,
+    all stay eager; with mode "on" that is a UserError.
     """
     pays = compile_pays(mode, dist.dtype, target_minutes)
     if mode == "auto" and not pays:
-        dist.print0(f"compile    off: it pays from {COMPILE_MINUTES[dist.dtype]:g} minutes (--compile=on all the same)")
+        dist.print0(f"compile    off below {COMPILE_MINUTES[dist.dtype]:g} minutes (--compile=on forces it)")
     begin = time.monotonic()
     with memory_limit(batch_size, model):
         failures = dist.all_gather_objects(_compile(dist, model, batch_size) if pays else "")
         failure = next(filter(None, failures), "")
         if failure and mode == "on":
-            raise UserError(f"--compile=on: it does not work here ({failure}): give --compile=auto or --compile=off")
+            raise UserError(f"--compile=on: compilation fails here ({failure}): use --compile=auto or --compile=off")
         if failure:
             torch.compiler.set_stance("force_eager")
-            dist.print0(f"compile    off, because it does not work here ({failure})")
+            dist.print0(f"compile    off, it fails here ({failure})")
         elif pays:
             dist.print0(f"compile    ready in {time.monotonic() - begin:.0f} s")
         seconds = [one_pass(dist, model, batch_size) for _ in range(3)]
@@ -117,8 +117,8 @@ def compile_and_warm_up(dist: DistContext, model: GPT, batch_size: int, mode: st
 
 
 def _compile(dist, model, batch_size):
-    """Compile in a first pass. Returns why that failed, or ""."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir  # here: it takes a while, and eager runs do without
+    """Compile in a first pass. Returns the reason if that fails, else ""."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # here: eager runs do without this slow import
 
     try:
         cache = cache_dir()
@@ -127,9 +127,9 @@ def _compile(dist, model, batch_size):
     python = sysconfig.get_path("include"), sysconfig.get_config_var("LIBDIR")
     for path in (torch.__path__[0], *python, cache) if dist.device.type == "cpu" else ():
         if re.search(r"[\s'\"\\]", path or ""):
-            return f"torch gives the C++ compiler paths without quotes, so none may have a space, unlike {path}"
-    for attempt in range(2):  # torch's parallel compilers sometimes read a header that is only half written
-        # At first trust the CPU's flags for vector instructions: torch's own test of them takes as long as a model.
+            return f"torch does not quote paths for the C++ compiler, and this one has a space or a quote: {path}"
+    for attempt in range(2):  # torch's parallel compilers sometimes read a half-written header
+        # First trust the CPU's vector flags: torch's own test of them takes as long as compiling a model.
         torch._inductor.config.cpp.vec_isa_ok = True if attempt == 0 else None
         model.compile_parts()
         try:
@@ -139,13 +139,13 @@ def _compile(dist, model, batch_size):
             if hardware.is_out_of_memory(error):
                 raise
             torch.compiler.reset()
-            said = re.search(".* error: .*", str(error))  # of a C++ compiler, below torch's own line
+            said = re.search(".* error: .*", str(error))  # the C++ compiler's line, below torch's
             failure = f"{type(error).__name__}: {(said[0] if said else errors.first_line(error))[:100]}"
     return failure
 
 
 def memory_limit(batch_size: int, model: GPT) -> AbstractContextManager:
-    """Where memory runs out in passes over so many sequences: MemoryLimitError, with what to lower."""
+    """Context in which out of memory becomes a MemoryLimitError that names what to lower."""
     return faults_as_sentences(when_lost=None, when_full=f": {_less_memory(batch_size, model)}")
 
 

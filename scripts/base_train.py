@@ -4,7 +4,7 @@
     torchrun --standalone --nproc_per_node=8 -m scripts.base_train   eight GPUs
 
 Without a horizon it trains --target-param-data-ratio tokens per weight. Ctrl-C
-saves and stops; the same command with --resume goes on.
+saves and stops; the same command with --resume continues.
 """
 
 import os
@@ -29,74 +29,74 @@ from nanotrain.store import FORMAT
 from nanotrain.trainer import TimeBudget, TrainState, TrainStep
 
 # --- run
-RUN_NAME = ""  # folder of the run under NANOTRAIN_DIR/runs; empty: d<depth>, or base where the plan chooses it
-RESUME = False  # go on from the newest checkpoint that verifies; without one, start
-ALLOW_CHANGE = ""  # settings that --resume may change although they change the training, as in matrix_lr,warmdown_ratio
-INIT_FROM = ""  # begin a new run with the weights of this run
+RUN_NAME = ""  # folder under NANOTRAIN_DIR/runs; empty: d<depth>, or base if the plan chooses the depth
+RESUME = False  # continue from the newest valid checkpoint; without one, start
+ALLOW_CHANGE = ""  # training settings that --resume may change, as in matrix_lr,warmdown_ratio
+INIT_FROM = ""  # run whose weights a new run starts from
 DRY_RUN = False  # print the plan and stop
-REPORT = True  # write report/ into the run's folder when it is done
+REPORT = True  # write report/ in the run's folder at the end
 # --- machine
 DEVICE = "auto"  # auto, cuda, mps or cpu
-DTYPE = "auto"  # of the matrix products: auto, bfloat16, float16 or float32
-COMPILE = "auto"  # auto (eager where no compiler works, or where TARGET_MINUTES are too few to repay it), on or off
-DETERMINISTIC = False  # repeatable kernels on CUDA too, where they cost time
-SEED = 1337  # of the initial weights and the data order
+DTYPE = "auto"  # precision of matrix products: auto, bfloat16, float16 or float32
+COMPILE = "auto"  # on, off, or auto: off without a working compiler, or if TARGET_MINUTES are too few to repay it
+DETERMINISTIC = False  # deterministic kernels on CUDA, which are slower; those of CPUs always are
+SEED = 1337  # seed of the initial weights and the data order
 # --- data
 DATA_DIR = ""  # folder of shards; empty: the only data set in NANOTRAIN_DIR/data
 TOKENIZER_DIR = ""  # folder of tokenizer.json; empty: NANOTRAIN_DIR/tokenizer
-MAX_SEQ_LEN = 0  # tokens of a sequence; 0: chosen by the width
-NUM_STREAMS = 0  # token streams from which sequences are taken in turn; 0: 192, fewer for huge row groups
+MAX_SEQ_LEN = 0  # tokens per sequence; 0: from the width
+NUM_STREAMS = 0  # token streams that sequences are drawn from in turn; 0: 192, fewer for huge row groups
 # --- model
-DEPTH = 0  # layers; 0: chosen by the horizon in minutes or operations, else 4
-ASPECT_RATIO = 0  # width per layer; 0: 64, and a width of at least 256
-HEAD_DIM = 128  # the width is rounded up to whole heads
-BIGRAM_ROWS = -1  # of the hashed bigram embedding; 0: none, -1: by the recipe (65,536 up to depth 8, then none)
-PLAIN = False  # only what transformers' own NanoChat class has, so no bigram embedding either: for scripts.export_hf
-SPECTRAL_TOKENS = -1  # counted for bigram init of embedding and head; 0: random init, -1: by the recipe
+DEPTH = 0  # number of layers; 0: from TARGET_MINUTES or TARGET_FLOPS, else 4
+ASPECT_RATIO = 0  # width divided by depth; 0: 64, with a width of at least 256
+HEAD_DIM = 128  # attention head dimension; the width is rounded up to a multiple
+BIGRAM_ROWS = -1  # rows of the hashed bigram embedding; 0: none, -1: by the recipe (65,536 up to depth 8, then none)
+PLAIN = False  # the architecture of transformers' own NanoChat class, for an export without remote code
+SPECTRAL_TOKENS = -1  # tokens counted for the bigram init of embedding and head; 0: random init, -1: by the recipe
 # --- horizon: at most one of the first three
-NUM_ITERATIONS = 0  # optimizer steps
-TARGET_FLOPS = 0.0  # floating-point operations
-TARGET_MINUTES = 0.0  # from process start to the last save
-EVALUATIONS_AFTER = 0.0  # of EVAL_TOKENS each, for which TARGET_MINUTES leaves time after the run
-TARGET_PARAM_DATA_RATIO = 10.0  # training tokens per matrix and head weight, where none of the others is set
+NUM_ITERATIONS = 0  # number of optimizer steps
+TARGET_FLOPS = 0.0  # total floating-point operations
+TARGET_MINUTES = 0.0  # minutes from process start to the last save
+EVALUATIONS_AFTER = 0.0  # evaluations of EVAL_TOKENS that must still fit into TARGET_MINUTES after the run
+TARGET_PARAM_DATA_RATIO = 10.0  # training tokens per matrix and head weight, if none of the three is set
 # --- batch
-TOTAL_BATCH_SIZE = 0  # tokens of one optimizer step; 0: by the recipe
-BATCH_RAMP = False  # begin with a quarter of the micro-steps, then half of them, where the batch divides
-DEVICE_BATCH_SIZE = 0  # sequences of a forward pass, lowered to a divisor; 0: what fits on CUDA, else 4,096 tokens
-GRAD_CHECKPOINT = False  # run each block again in the backward pass: less memory, more time, the same bits
+TOTAL_BATCH_SIZE = 0  # tokens per optimizer step; 0: by the recipe
+BATCH_RAMP = False  # start with a quarter, then half of the micro-steps, if the batch can be divided
+DEVICE_BATCH_SIZE = 0  # sequences per forward pass, lowered to a divisor; 0: what fits on CUDA, else 4,096 tokens
+GRAD_CHECKPOINT = False  # recompute each block in the backward pass: less memory, more time, same bits
 # --- optimization; -1: by the recipe (--dry-run prints every number)
-MATRIX_LR = -1.0  # Muon, for the matrices of the blocks
-EMBEDDING_LR = -1.0  # AdamW, for the token embedding (half of it for value embeddings), at width 768
-UNEMBEDDING_LR = -1.0  # AdamW, for the head, at width 768
-SCALAR_LR = -1.0  # AdamW, for residual scalars and gates
-WEIGHT_DECAY = -1.0  # of the matrices, at the start; it falls to zero
-GRAD_CLIP = -1.0  # largest norm of the gradient; 0: not clipped
-SCHEDULE = "wsd"  # of the learning rate: wsd (warmup-stable-decay), cosine or linear
-WARMUP_RATIO = -1.0  # fraction of the run in which the learning rate rises
-WARMDOWN_RATIO = -1.0  # fraction of the run in which it falls (wsd), and Muon's momentum a little
-FINAL_LR_FRAC = -1.0  # where it ends, as a fraction of its peak
-# --- evaluation and saving: every so many steps and at the last; 0: never
-EVAL_EVERY = 250  # bits per byte on validation sequences
-EVAL_TOKENS = 131072  # of the validation shard
-CORE_METRIC_EVERY = 0  # the tasks of CORE
-CORE_BUNDLE = ""  # folder or zip of tasks, or own: those of the validation shard; empty: CORE's public one, fetched
-CORE_MAX_PER_TASK = 500  # items of each task; 0: all
-SAMPLE_EVERY = 0  # print a few continuations
-SAVE_EVERY = 250  # checkpoint (the last step always saves one)
-KEEP_LAST = 2  # newest checkpoints that stay
-KEEP_EVERY = 0  # steps between checkpoints that stay for good
-EARLY_STOP_PATIENCE = 0  # evaluations in a row without a better one after which the run ends; 0: off
-EARLY_STOP_MIN_DELTA = 0.0  # by how many bits per byte an evaluation must be better to count
+MATRIX_LR = -1.0  # learning rate of the hidden matrices (Muon)
+EMBEDDING_LR = -1.0  # learning rate of the token embedding (AdamW) at width 768; half of it for value embeddings
+UNEMBEDDING_LR = -1.0  # learning rate of the head (AdamW) at width 768
+SCALAR_LR = -1.0  # learning rate of residual scalars and gates (AdamW)
+WEIGHT_DECAY = -1.0  # initial weight decay of the matrices; it falls to zero
+GRAD_CLIP = -1.0  # maximum gradient norm; 0: no clipping
+SCHEDULE = "wsd"  # learning rate schedule: wsd (warmup-stable-decay), cosine or linear
+WARMUP_RATIO = -1.0  # warmup as a fraction of the run
+WARMDOWN_RATIO = -1.0  # warmdown as a fraction of the run (wsd); Muon's momentum falls a little in it too
+FINAL_LR_FRAC = -1.0  # final learning rate as a fraction of the peak
+# --- evaluation and saving: intervals in steps, and at the last step; 0: never
+EVAL_EVERY = 250  # steps between evaluations in bits per byte
+EVAL_TOKENS = 131072  # validation tokens of an evaluation
+CORE_METRIC_EVERY = 0  # steps between evaluations on the CORE tasks
+CORE_BUNDLE = ""  # folder or zip of tasks; own: made from the validation shard; empty: CORE's, downloaded
+CORE_MAX_PER_TASK = 500  # items per task; 0: all
+SAMPLE_EVERY = 0  # steps between samples
+SAVE_EVERY = 250  # steps between checkpoints; the last step always saves one
+KEEP_LAST = 2  # number of newest checkpoints to keep
+KEEP_EVERY = 0  # steps between checkpoints that are kept for good
+EARLY_STOP_PATIENCE = 0  # evaluations in a row without improvement that end the run; 0: off
+EARLY_STOP_MIN_DELTA = 0.0  # smallest improvement in bits per byte that counts
 # --- wandb
 WANDB = "off"  # off, offline or online
-WANDB_PROJECT = "nanotrain"  # that the run belongs to
-WANDB_TAGS = ""  # of the run, as in baseline,cpu
-WANDB_NOTES = ""  # about the run
-WANDB_LOG_EVERY = 10  # steps between those whose numbers are logged; metrics.jsonl has all
+WANDB_PROJECT = "nanotrain"  # project of the run
+WANDB_TAGS = ""  # tags of the run, as in baseline,cpu
+WANDB_NOTES = ""  # notes about the run
+WANDB_LOG_EVERY = 10  # steps between logged steps; metrics.jsonl has all of them
 # -----------
 
-# A setting that differs from the checkpoint's at a resume is refused, must be allowed by name, or is in neither list.
-# One of the optimization is also a field of recipe.Recipe.
+# A resume refuses changes of IDENTITY, and of TRAJECTORY unless ALLOW_CHANGE names them; other settings may change.
+# Every setting of the optimization is also a field of recipe.Recipe.
 IDENTITY = (
     "SEED", "MAX_SEQ_LEN", "NUM_STREAMS", "DEPTH", "ASPECT_RATIO", "HEAD_DIM", "BIGRAM_ROWS", "PLAIN",
     "SPECTRAL_TOKENS", "INIT_FROM",
@@ -106,25 +106,25 @@ TRAJECTORY = (
     "WEIGHT_DECAY", "GRAD_CLIP", "SCHEDULE", "WARMUP_RATIO", "WARMDOWN_RATIO", "FINAL_LR_FRAC", "DTYPE", "COMPILE",
     "DETERMINISTIC",
 )  # fmt: skip
-SPECTRAL_RUNS = 5  # bigram init counts at most so many times the tokens of the run
+SPECTRAL_RUNS = 5  # bigram init counts at most this multiple of the run's training tokens
 
 
 @faults_as_sentences(
-    when_lost=": --resume goes on from the last checkpoint",
+    when_lost=": --resume continues from the last checkpoint",
     when_full=" before the first pass: try a smaller --depth or --spectral-tokens=0",
 )
 def main() -> None:
     cfg = config.snapshot(__name__)
     check_settings(cfg)
     dist = init_distributed(cfg.DEVICE, cfg.DTYPE, cfg.SEED, cfg.DETERMINISTIC)
-    stop = guard.StopRequest(prints=dist.is_rank0)  # while ranks join, a signal ends them: there is nothing to save
+    stop = guard.StopRequest(prints=dist.is_rank0)  # only now: a signal while ranks join has nothing to save
     with guard.Watchdog(guard.SLOW_SECONDS, dist.rank) as watchdog:
         train(cfg, dist, stop, watchdog)
     dist.close()
 
 
 def train(cfg: SimpleNamespace, dist: DistContext, stop: guard.StopRequest, watchdog: guard.Watchdog) -> None:
-    """One run, from its data to its last checkpoint. `stop.requested` ends it early; `watchdog` is told of progress."""
+    """Train one run, from its data to its last checkpoint. `stop.requested` ends it early; `watchdog` sees progress."""
     run_dir = paths.run_dir(cfg.RUN_NAME or (f"d{cfg.DEPTH}" if cfg.DEPTH else "base"))
     data = TrainData.open(cfg.DATA_DIR, cfg.TOKENIZER_DIR, dist)
     checkpoints = CheckpointManager(run_dir, dist, cfg.SAVE_EVERY, cfg.KEEP_LAST, cfg.KEEP_EVERY)
@@ -173,11 +173,11 @@ def train(cfg: SimpleNamespace, dist: DistContext, stop: guard.StopRequest, watc
                 checkpoints.save(state, train_step, batches, is_final)
             if is_final:
                 break
-            budget.correct(state)  # before the first step, or where a resume begins another horizon
+            budget.correct(state)  # before the first step of a horizon
             watchdog.beat(budget.step_limit_seconds)
             schedule = run.recipe.at(state.progress(state.step + 1), grad_accum_steps)
             result = train_step(batches, schedule, stop)
-            if result.data_failed:  # the finished steps are saved; this one does not count
+            if result.data_failed:  # this step does not count; the finished ones are saved
                 checkpoints.save_then_raise(state, train_step, batches)
             deviations = state.advance(result)
             budget.add(result, run.plan.total_batch_size)
@@ -196,13 +196,13 @@ def train(cfg: SimpleNamespace, dist: DistContext, stop: guard.StopRequest, watc
 def build(
     cfg: SimpleNamespace, data: TrainData, run: RunPlan, dist: DistContext, restored: Restored | None
 ) -> tuple[GPT, list[optim.ShardedOptimizer], SequenceReader]:
-    """(model with its weights, optimizers, reader of the sequences to come). Where the batch size is found by trying,
-    run.plan changes.
+    """Model with its weights, optimizers, and reader of the next sequences. On CUDA, finds the batch size that fits and
+    changes run.plan.
     """
     slices = slices_of(data.shards.train, run.num_streams)
     stream = (slices, data.tokenizer, run.model_config.max_seq_len, run.num_streams, cfg.SEED)
     threads = hardware.cores_of_a_rank()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the readers have threads of their own
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the readers have their own threads
     model = checkpoint.build_model(run.model_config, dist.device)
     if cfg.GRAD_CHECKPOINT:
         model.recompute_blocks = True
@@ -230,7 +230,7 @@ def build(
 
 
 def draw_weights(model: GPT, run: RunPlan, reader: SequenceReader) -> None:
-    """Set all weights; embedding and head from the bigrams of the next sequences, if the plan wants that."""
+    """Initialize all weights; embedding and head from the bigrams of the next sequences if the plan says so."""
     model.init_weights(run.cfg.SEED)
     if run.spectral_tokens:
         num_tokens = min(run.spectral_tokens, SPECTRAL_RUNS * run.plan.tokens)
@@ -258,11 +258,11 @@ def check_settings(cfg: SimpleNamespace) -> None:
     )
     horizons = [f"{config.flag_of(name)}={getattr(cfg, name)}" for name in HORIZON[:3] if getattr(cfg, name)]
     if len(horizons) > 1:
-        raise UserError(f"{' '.join(horizons)}: two horizons at once; give one of them")
+        raise UserError(f"{' '.join(horizons)}: more than one horizon: give only one")
     if not horizons and not cfg.TARGET_PARAM_DATA_RATIO:
-        raise UserError("--target-param-data-ratio=0 and no other horizon: give one, as in --num-iterations=1000")
+        raise UserError("--target-param-data-ratio=0 and no other horizon: set one, as in --num-iterations=1000")
     if cfg.EARLY_STOP_PATIENCE and not cfg.EVAL_EVERY:
-        raise UserError("--early-stop-patience needs evaluations: give --eval-every, as in --eval-every=250")
+        raise UserError("--early-stop-patience needs evaluations: set --eval-every, as in --eval-every=250")
     if max(cfg.WARMUP_RATIO, 0) + max(cfg.WARMDOWN_RATIO, 0) > 1:
         ratios = f"--warmup-ratio={cfg.WARMUP_RATIO} and --warmdown-ratio={cfg.WARMDOWN_RATIO}"
         raise UserError(f"{ratios} overlap: together at most 1")
