@@ -120,7 +120,7 @@ def test_split_batch_meets_the_total_exactly_or_names_one_that_works(parts):
         if total % (unit * parts):
             with pytest.raises(UserError, match=f"--total-batch-size={total} ") as refusal:
                 recipe.split_batch(total, seq_len, most, world_size, parts)
-            works = int(str(refusal.value).removesuffix(" is one").rpartition(" ")[2])
+            works = int(str(refusal.value).rpartition(" ")[2])
             assert abs(works - total) < unit * parts
         else:
             met, works = met + 1, total
@@ -134,7 +134,7 @@ def test_split_batch_meets_the_total_exactly_or_names_one_that_works(parts):
 
 @pytest.mark.parametrize("total", [0, -512])
 def test_a_batch_without_tokens_is_refused(total):
-    with pytest.raises(UserError, match="512 is one"):
+    with pytest.raises(UserError, match="try 512"):
         recipe.split_batch(total, 256, 16, 2)
 
 
@@ -227,14 +227,7 @@ def test_neighbouring_depths_differ_by_less_than_a_factor_of_two(tokens, on_gpu)
 
 
 def test_what_is_given_comes_first_and_the_rest_is_left_to_the_recipe():
-    given = {
-        "MATRIX_LR": 0.1,
-        "EMBEDDING_LR": 0.2,
-        "WARMUP_RATIO": 0.5,
-        "GRAD_CLIP": -1.0,
-        "SCHEDULE": "cosine",
-        "SEED": 5,
-    }
+    given = dict(MATRIX_LR=0.1, EMBEDDING_LR=0.2, WARMUP_RATIO=0.5, GRAD_CLIP=-1.0, SCHEDULE="cosine", SEED=5)
     found, plain = recipe.Recipe.of(192, 1e9, 2**19, given), recipe.Recipe.of(192, 1e9, 2**19)
     assert (found.matrix_lr, found.embedding_lr, found.warmup_ratio, found.schedule) == (0.1, 0.4, 0.5, "cosine")
     assert found.warmdown_ratio == 0.5, "what the warmup leaves of it"
