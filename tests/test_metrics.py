@@ -162,9 +162,6 @@ def test_on_a_terminal_there_is_a_bar_and_no_line_for_a_step(tmp_path, capsys, m
     assert [line.split(" ", 1)[1] for line in lines if line.strip()] == ["something happened"]
 
 
-# ---- what wandb is told ----
-
-
 @pytest.fixture
 def fake(monkeypatch):
     """fake(...) puts a FakeWandb in the place of wandb."""
@@ -199,7 +196,7 @@ def test_wandb_is_told_of_settings_some_steps_every_evaluation_and_what_the_run_
     assert (config["depth"], config["environment"], config["tokenizer_sha256"]) == (4, {"torch": "2"}, "ab" * 32)
     # or the start and the end would wait for the server for minutes, or for ever
     assert (options["settings"]["init_timeout"], options["settings"]["finish_timeout"]) == (20, 120)
-    assert "wandb: offline; wandb sync /somewhere/offline-run sends it" in capsys.readouterr().out
+    assert "wandb: offline; wandb sync /somewhere/offline-run uploads it" in capsys.readouterr().out
     assert wandb.of("login") == []  # which would look for the server
     assert wandb.of("setup") == [["offline"]]  # or wandb's own telemetry would
 
@@ -210,9 +207,6 @@ def test_wandb_is_told_of_settings_some_steps_every_evaluation_and_what_the_run_
 
     wandb.init = lambda **options: setattr(wandb, "id", "chosen") or wandb  # as a sweep does
     assert talk(tmp_path, run_id=None)[1].wandb_id == "chosen"
-
-
-# ---- it is never in the way ----
 
 
 @pytest.mark.parametrize("fails", [{"key": False}, {"failing": ["online"]}])
