@@ -30,7 +30,7 @@ def test_one_process_needs_no_environment(monkeypatch):
         monkeypatch.setenv(name, "")  # counts as unset
     dist = init_distributed(device="cpu", dtype="float32", seed=3)
     assert (dist.rank, dist.world_size, dist.is_rank0) == (0, 1, True)
-    assert (dist.device, dist.dtype, dist.dtype_reason) == (torch.device("cpu"), torch.float32, "as asked")
+    assert (dist.device, dist.dtype, dist.dtype_reason) == (torch.device("cpu"), torch.float32, "--dtype=float32")
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.utils.deterministic.fill_uninitialized_memory
     assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(3)))

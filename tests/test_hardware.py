@@ -53,16 +53,11 @@ def test_published_peaks_by_device_name(monkeypatch):
     assert hardware.peak_flops(torch.device("cpu")) is None
 
 
-# ---- memory ----
-
-
 def test_what_counts_as_memory_that_has_run_out():
     texts = ("can't allocate memory: you tried", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when")
     assert all(map(hardware.is_out_of_memory, [torch.OutOfMemoryError("x"), MemoryError(), *map(RuntimeError, texts)]))
     assert not hardware.is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
-
-# ---- control groups ----
 
 GROUPS = {  # {/proc/self/cgroup: {file: what it says}}, each of which limits to 2 GiB and to 1.5 CPUs
     "0::/user/job": {  # the limits are those of a parent
@@ -172,11 +167,11 @@ def test_the_machine_describes_itself():
 
 
 @pytest.mark.slow
-def test_the_command_says_what_this_machine_is(run_script):
+def test_the_command_describes_this_machine(run_script):
     done = run_script("nanotrain.hardware")
     assert (done.returncode, done.stderr) == (0, "")
     lines = dict(line.split(None, 1) for line in done.stdout.splitlines())
-    assert set(lines) == {"python", "device", "GPUs", "precision", "compiler", "matmul", "memory"}
+    assert set(lines) == {"python", "device", "GPUs", "precision", "compiler", "matmul", "training", "memory"}
     assert torch.__version__ in lines["python"]
     assert int(lines["GPUs"]) == torch.cuda.device_count()
     assert re.fullmatch(r"(bfloat16|float16|float32) \(.+\)", lines["precision"])
