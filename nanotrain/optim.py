@@ -1,8 +1,8 @@
 """Muon for the matrices, RowwiseAdam for the bigram table, AdamW for everything else.
 
-The state is float32 and sharded over the ranks: Muon assigns whole matrices, AdamW ranges of elements of equal total
-size. Each rank updates its shard from the averaged gradients and sends it to the others, so parameters stay
-bit-identical everywhere. Any number of ranks works.
+Optimizer state is float32 and sharded over ranks: Muon assigns whole matrices, AdamW element ranges of equal total
+size. Each rank updates its shard from the averaged gradients and sends it to the others, so parameters are
+bit-identical on all ranks. Any number of ranks works.
 """
 
 import itertools
@@ -25,31 +25,30 @@ POLAR_EXPRESS = (
     (3.286, -2.368, 0.464),
     (2.347, -1.710, 0.423),
 )
-ROW_BETA = 0.9
-POLAR_SAFETY = 1.01  # rounding may push a singular value above 1, where the iteration diverges
-
-Named = dict[str, nn.Parameter]  # {name: parameter}
-Range = tuple[int, int]  # [start, end) of the elements of a flattened tensor
+ROW_BETA = 0.9  # decay of NorMuon's running mean square per row
+POLAR_SAFETY = 1.01  # margin, because rounding may push a singular value above 1, where the iteration diverges
+Named = dict[str, nn.Parameter]  # parameters by name
+Range = tuple[int, int]  # element range [start, end) of a flattened tensor
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
-    """An optimizer with the state of this rank's elements only. A kind of it has STATE and two methods:
+    """Base class of optimizers with state for this rank's elements only. Subclasses define STATE and two methods:
 
-    partition(parameters): for each parameter the element range of each rank. A rank with an empty one has no state.
-    update(parameters, group): updates this rank's elements of `parameters` with the settings of their group.
+    partition(parameters): the element range of each rank, for each parameter. Ranks with an empty range have no state.
+    update(parameters, group): update this rank's elements of `parameters` with the settings of their group.
     """
 
-    STATE: ClassVar[dict[str, int | None]]  # {name: how many leading dimensions of its parameter it has; None: all}
+    STATE: ClassVar[dict[str, int | None]]  # {state name: number of leading dimensions of the parameter, None for all}
 
     def __init__(self, groups: list[dict], dist: DistContext, **defaults: float):
-        """groups: {"params": (name, parameter) pairs, "lr", ...}. defaults: what a group may leave out."""
+        """groups: dicts of "params", as (name, parameter) pairs, "lr" and options. defaults: for missing options."""
         super().__init__(groups, defaults)
         self.dist, self.updates = dist, 0
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         self.shard_ranges = dict(zip(parameters, self.partition(parameters), strict=True))
         self.own_ranges = {parameter: ranges[dist.rank] for parameter, ranges in self.shard_ranges.items()}
         for group in self.param_groups:
-            group["base_lr"] = group["lr"]  # the peak; `set_schedule` sets lr
+            group["base_lr"] = group["lr"]  # peak learning rate; `set_schedule` sets lr
         for parameter in parameters:
             start, end = self.own_ranges[parameter]
             for key, dimensions in self.STATE.items() if end > start else ():
@@ -58,7 +57,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def start_step(self) -> list[Callable[[], None]]:
-        """Update this rank's shards and start sending them; return functions that wait for those of the others."""
+        """Update this rank's shards and start sending them. Returns functions that wait for the other ranks' shards."""
         waits = []
         for group in self.param_groups:
             own = [parameter for parameter in group["params"] if parameter in self.state]
@@ -69,18 +68,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 for shard, (start, end) in zip(shards, self.shard_ranges[parameter], strict=True):
                     if end > start:
                         shard.append(parameter.detach().view(-1)[start:end])
-            waits.append(self.dist.broadcast_owned(shards))  # while the next group is being updated
+            waits.append(self.dist.broadcast_owned(shards))  # overlaps with the update of the next group
         self.updates += 1
         return waits
 
 
 def _state_range(element_range, parameter, shape):
-    """The elements of a state tensor of `shape` (one per element or per row) for a range of its parameter."""
+    """Element range of a state tensor of `shape` (a value per element or per row) for a range of its parameter."""
     return [place * shape.numel() // parameter.numel() for place in element_range]
 
 
 def partition_by_cost(costs: Sequence[float], world_size: int) -> list[int]:
-    """The rank that gets each item: in order of decreasing cost, each to the rank with the lowest total so far."""
+    """Owner rank of each item: in order of decreasing cost, items go to the rank with the lowest total so far."""
     totals, owners = [0] * world_size, [0] * len(costs)
     for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
         owners[index] = totals.index(min(totals))
@@ -89,28 +88,27 @@ def partition_by_cost(costs: Sequence[float], world_size: int) -> list[int]:
 
 
 class Muon(ShardedOptimizer):
-    """Muon (Keller Jordan) with Nesterov momentum for 2-D parameters, orthogonalised in stacks of equal shape.
+    """Muon (Keller Jordan) with Nesterov momentum for 2-D parameters, orthogonalized in stacks of equal shape.
 
-    The orthogonalised update has singular values near 1; `normuon_normalize` equalises the norms of its rows, and it is
-    scaled by sqrt(max(1, rows / columns)). Weight decay is cautious (arXiv:2411.16085): it applies only to elements
-    where it does not oppose the update.
+    Orthogonalized updates have singular values near 1, row norms equalized by `normuon_normalize`, and the scale
+    sqrt(max(1, rows / columns)). Weight decay is cautious (arXiv:2411.16085): it skips elements where it opposes the
+    update.
     """
 
     STATE: ClassVar = {"momentum": None, "row_sq": 1}
 
     def __init__(self, named: Named, lr: float, weight_decay: float, dtype: torch.dtype, dist: DistContext):
-        """dtype: the precision of the matrix products in the orthogonalisation."""
+        """dtype: precision of the matrix products in `orthogonalize`."""
         stacks = {}
         for name, parameter in named.items():
             stacks.setdefault(tuple(sorted(parameter.shape)), []).append((name, parameter))
-        # Largest first: nothing is left to overlap with sending the last stack.
+        # Largest first: sending the last stack overlaps with nothing.
         stacks = sorted(stacks.values(), key=lambda stack: -sum(parameter.numel() for _, parameter in stack))
-        groups = [{"params": stack} for stack in stacks]
-        super().__init__(groups, dist, lr=lr, momentum=0.95, weight_decay=weight_decay)
+        super().__init__([{"params": stack} for stack in stacks], dist, lr=lr, momentum=0.95, weight_decay=weight_decay)
         self.dtype = dtype
 
     def partition(self, parameters: list[nn.Parameter]) -> list[list[Range]]:
-        """Whole matrices, by the multiply-adds of one iteration of `orthogonalize`."""
+        """Whole matrices, balanced by the multiply-adds of one iteration of `orthogonalize`."""
         shapes = [sorted(parameter.shape) for parameter in parameters]
         costs = [short * short * (2 * long + short) for short, long in shapes]
         ranks, owners = range(self.dist.world_size), partition_by_cost(costs, self.dist.world_size)
@@ -138,8 +136,8 @@ class Muon(ShardedOptimizer):
 
 
 def normuon_normalize(update: Tensor, row_sq: Tensor) -> Tensor:
-    """(R, C) -> (R, C): divide each row by the root of its running mean square, keeping the norm of the whole matrix
-    (NorMuon, arXiv:2510.05491). `row_sq` (R,), the running mean, is updated in place.
+    """(R, C) -> (R, C): divide each row by its running RMS, but keep the norm of the matrix (NorMuon,
+    arXiv:2510.05491). `row_sq` (R,), the running mean square, is updated in place.
     """
     row_sq.lerp_(update.square().mean(1), 1 - ROW_BETA)
     normalized = update / (row_sq.sqrt()[:, None] + 1e-10)
@@ -147,8 +145,10 @@ def normuon_normalize(update: Tensor, row_sq: Tensor) -> Tensor:
 
 
 def orthogonalize(stack: Tensor, dtype: torch.dtype) -> Tensor:
-    """(N, R <= C, C) -> the same in float32: the nearest semi-orthogonal matrices, singular values within 15 % of 1."""
-    norms = stack.flatten(1).norm(dim=1)[:, None, None]  # in float32: a bfloat16 sum of squares is too coarse
+    """(N, R <= C, C) -> the same shape in float32: nearest semi-orthogonal matrices, singular values within 15 % of 1.
+    Matrix products run in `dtype`.
+    """
+    norms = stack.flatten(1).norm(dim=1)[:, None, None]  # in float32: bfloat16 sums of squares are too coarse
     x = (stack / (norms * POLAR_SAFETY + 1e-7)).to(dtype)
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
@@ -157,7 +157,7 @@ def orthogonalize(stack: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class AdamW(ShardedOptimizer):
-    """AdamW (arXiv:1711.05101) with torch's fused kernel; groups also have "betas", "weight_decay" and "eps"."""
+    """AdamW (arXiv:1711.05101) with torch's fused kernel. Group options: "betas", "weight_decay" and "eps"."""
 
     STATE: ClassVar = {"exp_avg": None, "exp_avg_sq": None}
 
@@ -165,13 +165,12 @@ class AdamW(ShardedOptimizer):
         """Equal parts of the concatenation of all parameters."""
         ends = list(itertools.accumulate(parameter.numel() for parameter in parameters))
         bounds = [ends[-1] * rank // self.dist.world_size for rank in range(self.dist.world_size + 1)]
-        edges = itertools.pairwise([0, *ends])  # of each parameter in the concatenation
-        places = [[min(max(bound, begin), end) - begin for bound in bounds] for begin, end in edges]
+        spans = itertools.pairwise([0, *ends])  # the range of each parameter in the concatenation
+        places = [[min(max(bound, begin), end) - begin for bound in bounds] for begin, end in spans]
         return [list(itertools.pairwise(of_parameter)) for of_parameter in places]
 
     def update(self, parameters: list[nn.Parameter], group: dict) -> None:
-        """Update this rank's elements of `parameters`."""
-        # The kernel adds 1 itself. The counts are created on the device: copying them there would synchronise.
+        # The kernel adds 1. The counts are created on the device because copying them would synchronize.
         steps = torch.full((len(parameters),), float(self.updates), device=parameters[0].device)
         adamw(
             [parameter.view(-1)[slice(*self.own_ranges[parameter])] for parameter in parameters],
@@ -192,22 +191,22 @@ class AdamW(ShardedOptimizer):
 
 
 class RowwiseAdam(ShardedOptimizer):
-    """Adam without momentum for sparse gradients; groups also have "beta2" and "eps". Every rank does everything.
+    """Adam without momentum for sparse gradients, replicated on every rank. Group options: "beta2" and "eps".
 
-    A row's second moment is the mean of its squared gradient elements over its own updates, about the last
-    1 / (1 - beta2) of them. Steps without a gradient of the row do not count: dense Adam would decay the moment in each
-    of them, and the next update of a rare row would be up to ten times the learning rate.
+    A row's second moment averages its squared gradients over about the last 1 / (1 - beta2) updates of that row. Steps
+    without a gradient for the row do not count: dense Adam would decay the moment in each of them, and the next update
+    of a rare row would be up to ten times the learning rate.
     """
 
     STATE: ClassVar = {"exp_avg_sq": 1, "updates": 1}
 
     def partition(self, parameters: list[nn.Parameter]) -> list[list[Range]]:
-        """Everything for every rank."""
+        """All elements on every rank."""
         return [[(0, parameter.numel())] * self.dist.world_size for parameter in parameters]
 
     @torch.no_grad()
     def start_step(self) -> list[Callable[[], None]]:
-        """Update the rows that have a gradient; nothing is sent."""
+        """Update the rows that have a gradient. Nothing is sent."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 gradient = parameter.grad.coalesce()
@@ -224,19 +223,19 @@ class RowwiseAdam(ShardedOptimizer):
 def build_optimizers(
     roles: dict[str, Named], rates: dict[str, float], weight_decay: float, dtype: torch.dtype, dist: DistContext
 ) -> list[ShardedOptimizer]:
-    """[Muon, AdamW] over the parameters of a model, plus RowwiseAdam if it has a bigram embedding.
+    """[Muon, AdamW] for the parameters of a model, plus RowwiseAdam if it has a bigram embedding.
 
     roles: from `GPT.parameters_by_role`. rates: learning rates of "matrix", "embedding", "unembedding" and "scalar".
-    dtype: the precision of Muon's matrix products. `recipe.estimate_memory` knows what they need in memory.
+    dtype: precision of Muon's matrix products. Their memory is estimated by `recipe.estimate_memory`.
     """
-    # At step 1 the gradients of the scalars are rounding errors of about 1e-6; later ones are about 1e-2. A small eps
-    # would turn these errors into full updates, which would depend on the number of ranks.
+    # At step 1 the scalars' gradients are rounding errors of about 1e-6, later they are about 1e-2. A small eps would
+    # turn these errors into full updates that depend on the number of ranks.
     scalar = {"betas": (0.9, 0.95), "eps": 1e-4}
     options = {
         "embedding": {"lr": rates["embedding"], "betas": (0.8, 0.99)},
         "value_embedding": {"lr": rates["embedding"] / 2, "betas": (0.8, 0.99)},
         "unembedding": {"lr": rates["unembedding"], "betas": (0.8, 0.98)},
-        "residual": {"lr": rates["scalar"] / 10, **scalar},  # small changes affect the whole residual stream
+        "residual": {"lr": rates["scalar"] / 10, **scalar},  # lower, because they scale the whole residual stream
         "x0": {"lr": rates["scalar"], **scalar},
         "gate": {"lr": rates["scalar"], **scalar},
     }
@@ -250,7 +249,7 @@ def build_optimizers(
 
 
 def step(optimizers: Sequence[ShardedOptimizer]) -> None:
-    """Update all parameters. In reverse order: AdamW's large tables are quickly done, and sent while Muon computes."""
+    """Update all parameters, AdamW before Muon: its large tables are fast to update and sent while Muon computes."""
     waits = [wait for optimizer in reversed(optimizers) for wait in optimizer.start_step()]
     for wait in waits:
         wait()
@@ -258,13 +257,13 @@ def step(optimizers: Sequence[ShardedOptimizer]) -> None:
 
 @torch.no_grad()
 def collect_gradients(parameters: Iterable[nn.Parameter], dist: DistContext) -> list[Tensor]:
-    """The dense gradients of `parameters`, sharing their memory; a sparse one's are the values of its rows."""
+    """Gradients of `parameters`, sharing memory with them; of a sparse gradient, the values of its rows."""
     found = []
     for parameter in parameters:
         gradient = parameter.grad
         if gradient.is_sparse:
             gradient = gradient.coalesce()  # sums duplicate rows, so each row is sent once
-            if dist.world_size > 1:  # DistributedDataParallel does not average sparse ones
+            if dist.world_size > 1:  # DistributedDataParallel does not average sparse gradients
                 rows = dist.all_gather_rows(gradient.indices()[0])
                 values = dist.all_gather_rows(gradient.values() / dist.world_size)
                 gradient = torch.sparse_coo_tensor(rows[None], values, parameter.shape).coalesce()
@@ -283,7 +282,7 @@ def set_schedule(optimizers: Iterable[ShardedOptimizer], rate: float, momentum: 
 
 
 def _state_tensors_of(optimizers):
-    """(name, optimizer, parameter, state name, unsharded shape) of every state tensor, in one order on all ranks."""
+    """Yield (name, optimizer, parameter, state name, unsharded shape) per state tensor, in one order on all ranks."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
@@ -292,13 +291,13 @@ def _state_tensors_of(optimizers):
 
 
 def state_tensors(optimizers: Iterable[ShardedOptimizer], dist: DistContext) -> dict[str, Tensor]:
-    """{"parameter name/state name": unsharded tensor} on rank 0, empty on the others. All ranks must call it."""
+    """{"parameter name/state name": unsharded tensor} on rank 0, {} on other ranks. A collective operation."""
     found = {}
     for name, optimizer, parameter, key, shape in _state_tensors_of(optimizers):
         sizes, filled = [], 0
         for element_range in optimizer.shard_ranges[parameter]:
             start, end = _state_range(element_range, parameter, shape)
-            sizes.append(end - start if start >= filled else 0)  # a replicated tensor comes from the first rank
+            sizes.append(end - start if start >= filled else 0)  # replicated tensors come from rank 0 only
             filled = max(filled, end)
         part = optimizer.state[parameter][key] if sizes[dist.rank] else torch.empty(0)
         whole = dist.gather_to_rank0(part, sizes)
@@ -309,11 +308,11 @@ def state_tensors(optimizers: Iterable[ShardedOptimizer], dist: DistContext) -> 
 
 @torch.no_grad()
 def load_state_tensors(optimizers: Iterable[ShardedOptimizer], tensors: dict[str, Tensor]) -> None:
-    """Load the tensors of `state_tensors`. Raises ValueError for a missing, unexpected or misshapen one."""
+    """Load the tensors of `state_tensors`. Raises ValueError if tensors are missing, unexpected or misshapen."""
     places = list(_state_tensors_of(optimizers))
     expected = {(name, shape) for name, *_, shape in places}
     if different := expected ^ {(name, tensor.shape) for name, tensor in tensors.items()}:
-        raise ValueError(f"optimizer state differs in {sorted(different)[:4]}")
+        raise ValueError(f"missing, unexpected or misshapen tensors, such as {sorted(different)[:4]}")
     for name, optimizer, parameter, key, shape in places:
         start, end = _state_range(optimizer.own_ranges[parameter], parameter, shape)
         if end > start:

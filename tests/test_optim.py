@@ -66,7 +66,7 @@ def test_adamw_equals_the_one_of_torch(betas, weight_decay, eps):
     assert (ours["matrix 0"] - draw(7, 5, seed=0)).abs().amax() > 0.1
 
 
-# ---- orthogonalisation ----
+# ---- orthogonalization ----
 
 
 def polar_express(matrix):
@@ -149,8 +149,7 @@ def sparse_gradient(seed):
     return sparse, sparse.to_dense()
 
 
-def test_row_adam_equals_its_definition_on_dense_gradients():
-    """And leaves rows without a gradient alone to the bit."""
+def test_row_adam_equals_its_definition_and_leaves_rows_without_a_gradient_alone_to_the_bit():
     table = torch.nn.Parameter(draw(ROWS, COLUMNS, seed=5))
     optimizer = RowwiseAdam([{"params": [("table", table)], "lr": 0.3, "beta2": 0.9}], ALONE, eps=1e-10)
     expected, second, updates = table.detach().double().clone(), [0.0] * ROWS, [0] * ROWS
@@ -179,7 +178,7 @@ def test_collected_gradients_are_dense_and_share_memory():
     torch.testing.assert_close(table.grad.to_dense(), 2 * dense)
 
 
-# ---- shares of ranks ----
+# ---- sharding ----
 
 
 class Place(DistContext):
@@ -215,9 +214,6 @@ def test_every_rank_updates_what_it_owns_as_one_process_would_and_nothing_else(w
                     assert (parameter in optimizer.state) == (end > begin)
     for name, times in moved.items():
         assert (times == (world_size if name.startswith("bigram") else 1)).all(), name
-
-
-# ---- groups, schedule, state ----
 
 
 def test_build_puts_every_parameter_in_one_group_with_the_rate_of_its_role():
