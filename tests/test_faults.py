@@ -202,7 +202,7 @@ def test_p8_one_ranks_nan_leaves_the_weights_of_both_ranks_and_the_checkpoints_a
 
 def test_p7_three_bad_steps_in_a_row_end_all_ranks_with_a_sentence_and_exit_code_7(poisoned):
     assert poisoned.code != 0
-    said = rf"step {BAD['third']}: loss \d\.\d+, nan on the ranks, first parameter with a bad gradient: \w+"
+    said = rf"step {BAD['third']}: loss \d\.\d+, nan by rank, first parameter with a non-finite gradient: \w+"
     for end in poisoned.ends:
         code, _, message = end.partition(" ")
         assert code == "7"

@@ -20,9 +20,6 @@ CONFIG = GPTConfig(50, 16, 1, 2, 2, 8)
 RATES = {"matrix": 0.02, "embedding": 0.2, "unembedding": 0.004, "scalar": 0.04}
 
 
-# ---- the state ----
-
-
 def test_three_steps_in_a_row_without_an_update_end_the_run_and_float16_may_look_for_its_scale():
     state, skipped = TrainState(num_steps=9), replace(RESULT, skipped="loss nan")
     for result in (*[replace(skipped, scale_overflow=True)] * 3, skipped, skipped):
