@@ -1,4 +1,4 @@
-"""The plan of a run: what follows from settings, data, machine and checkpoint before any memory is allocated."""
+"""The plan of a run, derived from settings, data, machine and checkpoint before any memory is allocated."""
 
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -12,22 +12,22 @@ from nanotrain.loss import chunk_rows
 from nanotrain.terminal import row
 from nanotrain.trainer import TrainState
 
-HORIZON = ("NUM_ITERATIONS", "TARGET_FLOPS", "TARGET_MINUTES", "TARGET_PARAM_DATA_RATIO")  # as recipe.Horizon has them
-UNSET = {"max_seq_len": 0, "total_batch_size": 0, "batch_ramp": False, "schedule": "wsd"}  # left to the recipe; else -1
-DEFAULT_BATCH_TOKENS = 4096  # of a forward pass, where the largest that fits is not found by trying
+HORIZON = ("NUM_ITERATIONS", "TARGET_FLOPS", "TARGET_MINUTES", "TARGET_PARAM_DATA_RATIO")  # fields of recipe.Horizon
+UNSET = {"max_seq_len": 0, "total_batch_size": 0, "batch_ramp": False, "schedule": "wsd"}  # defaults other than -1
+DEFAULT_BATCH_TOKENS = 4096  # tokens of a forward pass where the largest batch that fits is not searched for
 
 
 class RunPlan:
-    """Model shape, recipe, batch and horizon of one run, and the state that it begins with.
-
-    A run that goes on takes its shape, its recipe and its batch from the checkpoint, except for settings that were
-    changed on purpose.
+    """Model shape, recipe, batch, horizon and initial state of a run. A resumed run takes shape, recipe and batch from
+    its checkpoint, except for settings that were changed on purpose.
     """
 
     def __init__(self, cfg: SimpleNamespace, data: TrainData, dist: DistContext, restored: Restored | None):
-        """cfg: the settings of scripts.base_train. Raises UserError if they contradict each other or the checkpoint."""
+        """cfg: settings of scripts.base_train. Raises UserError if they contradict each other, CheckpointError if the
+        checkpoint's state is not valid.
+        """
         self.cfg, self.data, self.dist = cfg, data, dist
-        self.saved = restored.state if restored else None  # state.json of the checkpoint
+        self.saved = restored.state if restored else None  # contents of state.json
         was, changed = self.saved or {}, restored.changed if restored else set()
         self.environment = hardware.environment(dist.device, dist.dtype, dist.world_size)
         if restored:
@@ -35,7 +35,7 @@ class RunPlan:
         measured = dist.broadcast_object(hardware.training_flops_per_second(dist.device, dist.dtype))
         self.flops_per_second = measured * recipe.EFFICIENCY * dist.world_size
         self.horizon = recipe.Horizon(*[getattr(cfg, name) for name in HORIZON])
-        self.depth_reason = "as before"
+        self.depth_reason = "from the checkpoint"
         self.model_config = parsed(GPTConfig, was["model_config"]) if restored else self._choose_model()
         width, seq_len = self.model_config.model_dim, self.model_config.max_seq_len
         self.total_batch_size = cfg.TOTAL_BATCH_SIZE or was.get("total_batch_size", 0)
@@ -43,7 +43,7 @@ class RunPlan:
         if restored and "BATCH_RAMP" not in changed:
             self.batch_ramp = was["recipe"]["batch_ramp"]
         elif self.total_batch_size % (recipe.BATCH_PARTS * seq_len * dist.world_size):
-            self.batch_ramp = False  # a batch that was given is not refused for its sake
+            self.batch_ramp = False  # not an error: a given batch takes precedence over the ramp
         self.set_batch(cfg.DEVICE_BATCH_SIZE or max(DEFAULT_BATCH_TOKENS // seq_len, 1))
         settings = {**vars(cfg), "BATCH_RAMP": self.batch_ramp}
         self.recipe = recipe.Recipe.of(width, self.plan.tokens, self.plan.total_batch_size, settings)
@@ -55,9 +55,8 @@ class RunPlan:
             self.state.set_horizon(self.horizon, self.plan, self.trained_tokens, self.batch_ramp)
         streams = was["loader"]["streams"] if restored else ()
         self.num_streams = len(streams) or cfg.NUM_STREAMS or choose_num_streams(data.shards.train)
-        self.spectral_tokens = cfg.SPECTRAL_TOKENS  # to count for bigram init; 0: random init
-        if cfg.SPECTRAL_TOKENS == -1:
-            self.spectral_tokens = recipe.sizes(width).spectral_tokens
+        unset = cfg.SPECTRAL_TOKENS == -1
+        self.spectral_tokens = recipe.sizes(width).spectral_tokens if unset else cfg.SPECTRAL_TOKENS
         self.first_weights = None
         if cfg.INIT_FROM and not restored:
             self.first_weights, self.model_config = checkpoint.load_first_weights(
@@ -65,9 +64,9 @@ class RunPlan:
             )
 
     def _choose_model(self):
-        """The shape of a new run, its depth as given or the best one for the horizon."""
+        """The GPTConfig of a new run: depth as set, or optimal for the FLOPs of the horizon, or the default."""
         cfg, minutes = self.cfg, self.horizon.target_minutes
-        depth, self.depth_reason = cfg.DEPTH or recipe.DEFAULT_DEPTH, "as asked" if cfg.DEPTH else "the default"
+        depth, self.depth_reason = cfg.DEPTH or recipe.DEFAULT_DEPTH, "--depth" if cfg.DEPTH else "default"
         if not cfg.DEPTH and (minutes or self.horizon.target_flops):
             flops = self.horizon.target_flops or recipe.training_flops(minutes, self.flops_per_second)
             speed = f": {minutes:.3g} minutes at {self.flops_per_second / 1e9:,.0f} GFLOP/s" if minutes else ""
@@ -89,7 +88,7 @@ class RunPlan:
         )
 
     def set_batch(self, max_device_batch_size: int) -> None:
-        """Set `plan`, with at most so many sequences per forward pass."""
+        """Set `plan`, with at most `max_device_batch_size` sequences per forward pass."""
         cfg, dist = self.cfg, self.dist
         compiled = warmup.compile_pays(cfg.COMPILE, dist.dtype, cfg.TARGET_MINUTES) and hardware.can_compile()
         self.plan = recipe.make_plan(
@@ -107,11 +106,11 @@ class RunPlan:
 
     @property
     def tries_batch_sizes(self) -> bool:
-        """Whether the largest batch that fits is found by trying: elsewhere memory that runs out ends the process."""
+        """Whether to find the largest batch that fits by trial. Not on a CPU, where running out of memory is fatal."""
         return self.cfg.DEVICE_BATCH_SIZE == 0 and self.dist.device.type == "cuda"
 
     def record(self) -> dict:
-        """What every checkpoint and config.json hold of this run."""
+        """Description of this run for its checkpoints and config.json."""
         return {
             "model_config": asdict(self.model_config),
             "recipe": asdict(self.recipe),
@@ -123,17 +122,15 @@ class RunPlan:
             "settings": vars(self.cfg),
         }
 
-    # ---- for people ----
-
     def describe(self) -> list[str]:
-        """The table that a person reads before the first step; in a dry run it has every number, with its reason."""
+        """Table to print before the first step; in a dry run with every number of the recipe and its reason."""
         dist, shape, counts, found = self.dist, self.model_config, self.plan.parameters, self.recipe
         tables = sum(count for role, count in counts.items() if "embedding" in role and role != "unembedding")
-        weights = f"{counts['matrix']:,} in matrices, {counts['unembedding']:,} in the head, {tables:,} in tables"
+        weights = f"{counts['matrix']:,} in matrices, {counts['unembedding']:,} in the head, {tables:,} in embeddings"
         warmup_steps = round(found.warmup_ratio * self.state.num_steps)
         rates = f"{found.matrix_lr:.3g} matrices (Muon), {found.embedding_lr:.3g} embedding"
         rates += f", {found.unembedding_lr:.3g} head, {found.scalar_lr:.3g} scalars"
-        schedule = f"{found.schedule}, {warmup_steps:,} steps of warmup, weight decay {found.weight_decay:.3g}"
+        schedule = f"{found.schedule}, {warmup_steps:,} warmup steps, weight decay {found.weight_decay:.3g}"
         return [
             row("device", f"{dist.world_size} x {hardware.device_name(dist.device)}"),
             row("precision", f"{str(dist.dtype).removeprefix('torch.')} ({dist.dtype_reason})"),
@@ -158,32 +155,32 @@ class RunPlan:
             row("horizon", f"{steps}, {tokens / 1e6:,.1f} M tokens ({tokens / text_tokens:.1f} epochs)"),
             row("cost", f"{tokens * plan.flops_per_token:.1e} FLOPs, about {minutes:.1f} minutes"),
         ]
-        if tokens > 2 * text_tokens:  # a small model with tables begins to memorize then (dev/LOG.md)
+        if tokens > 2 * text_tokens:  # from here on a small model with tables memorizes (dev/LOG.md)
             lines.append(row("warning", "more than 2 epochs: more text would help more than more steps"))
         return lines
 
     def describe_batch(self) -> list[str]:
-        """The lines about batch and memory, with a warning if a rank has too little of it."""
+        """Lines about batch and memory, with a warning if there is too little memory."""
         plan, shape, memory, gib = self.plan, self.model_config, self.plan.memory, 2**30
         size, most = plan.device_batch_size, self.cfg.DEVICE_BATCH_SIZE
         lowered = f" (lowered from {most})" if size < most else ""
         factors = f"{size} sequences{lowered} of {shape.max_seq_len} x {plan.grad_accum_steps} micro-steps"
         lines = [row("batch", f"{plan.total_batch_size:,} tokens = {factors} x {self.dist.world_size} ranks")]
         if self.cfg.BATCH_RAMP and not self.batch_ramp:
-            lines.append(row("", "no ramp: it would need a batch of four equal parts"))
+            lines.append(row("", "no ramp: the batch cannot be divided into four equal parts"))
         needed, free = memory.peak, hardware.free_memory_bytes(self.dist.device)
-        text = f"about {memory.peak / gib:.2f} GiB a rank"
+        text = f"about {memory.peak / gib:.2f} GiB per rank"
         if self.cfg.DRY_RUN:
             names = ("weights", "gradients", "optimizer", "activations", "logits", "update")
             parts = [f"{name} {getattr(memory, name) / gib:.2f}" for name in names]
-            text += f": {', '.join(parts[:3])}, and {' with '.join(parts[3:5])} or, later, {parts[5]}"
+            text += f": {', '.join(parts[:3])}, and the larger of {' + '.join(parts[3:5])} and {parts[5]}"
         if self.dist.device.type == "cpu":
             needed, taken = recipe.process_growth(memory), hardware.peak_memory_bytes(self.dist.device)
-            text += f"; the process {(taken + needed) / gib:.1f} GiB at most ({taken / gib:.1f} already)"
+            text += f"; process up to {(taken + needed) / gib:.1f} GiB ({taken / gib:.1f} already used)"
         lines.append(row("memory", text))
         if needed > free:
             less = self._less_memory()
-            lines.append(row("warning", f"more than the {free / gib:.1f} GiB that are free for a rank: {less}"))
+            lines.append(row("warning", f"only {free / gib:.1f} GiB of memory are free per rank: {less}"))
         return lines
 
     def _less_memory(self):
@@ -194,13 +191,13 @@ class RunPlan:
         else:
             smaller = f"--device-batch-size={size // 2} (now {size})"
         checkpointing_helps = peak_in_passes and not self.cfg.GRAD_CHECKPOINT
-        return f"{'give --grad-checkpoint, or lower' if checkpointing_helps else 'lower'} {smaller}"
+        return f"{'add --grad-checkpoint or use' if checkpointing_helps else 'use'} {smaller}"
 
     def _reasons(self):
         lines, places = [], (self.recipe, self.model_config, self.plan, self)
         for name, reason in recipe.REASONS.items():
             value = next(getattr(place, name) for place in places if hasattr(place, name))
             given = getattr(self.cfg, name.upper(), -1) != UNSET.get(name, -1)
-            reason = "from the checkpoint" if self.saved else "as given" if given else reason
+            reason = "from the checkpoint" if self.saved else "as set" if given else reason
             lines.append(f"  {name:<16} {f'{value:.4g}' if type(value) is float else value!s:<9} {reason}")
         return lines
