@@ -1,4 +1,4 @@
-"""The evaluations during a run: bits per byte, tasks and samples, when they are due, and early stopping."""
+"""Evaluations during training: bits per byte, tasks, samples, and early stopping."""
 
 import contextlib
 import math
@@ -20,29 +20,29 @@ from nanotrain.terminal import progress_bar
 from nanotrain.tokenizer import BPETokenizer
 from nanotrain.trainer import TrainState
 
-SAMPLE_TOKENS = 48  # of a continuation
-BATCH_SIZE = 16  # sequences of a forward pass without gradients, where none is given for training
+SAMPLE_TOKENS = 48  # tokens generated per sample
+BATCH_SIZE = 16  # sequences per forward pass, unless --device-batch-size is set
 
 
 @dataclass(frozen=True)
 class Evals:
-    """The evaluations of one run. Their results go into its TrainState and its metrics."""
+    """The evaluations of one run. Results go to its TrainState and its metrics."""
 
-    cfg: SimpleNamespace  # the settings of scripts.base_train
+    cfg: SimpleNamespace  # settings of scripts.base_train
     model: GPT
     tokenizer: BPETokenizer
-    sequences: np.ndarray | None  # (N, T + 1), for validation
+    sequences: np.ndarray | None  # (N, T + 1) validation sequences
     bundle: Bundle | None
     dist: DistContext
     metrics: MetricLogger
-    beat: Callable[[float], None]  # the watchdog's
+    beat: Callable[[float], None]  # `Watchdog.beat`
 
     def run(self, state: TrainState) -> None:
-        """Run what is due after this step, once. A run whose patience ends is finished at this step."""
+        """Run the evaluations due after this step, once. Early stopping makes this step the last one."""
         if state.evals_step == state.step:
             return
         self.beat(guard.SLOW_SECONDS)
-        # Eager: it would be compiled anew for every new number of sequences or tokens.
+        # Eager, because every new number of sequences or tokens would be compiled separately.
         with warmup.memory_limit(self.batch_size, self.model), torch.compiler.set_stance("force_eager"):
             if self._due(self.cfg.EVAL_EVERY, state):
                 self.bits_per_byte(state)
@@ -60,20 +60,19 @@ class Evals:
         return self.cfg.DEVICE_BATCH_SIZE or BATCH_SIZE
 
     def bits_per_byte(self, state: TrainState) -> None:
-        """Measure bits per byte on the validation sequences, and end the run early if that is due."""
+        """Measure bits per byte on the validation sequences, and end the run if its patience is exhausted."""
         begin, stats = time.monotonic(), loss_eval.TokenLossStats(self.tokenizer)
         windows, token_bytes = loss_eval.packed_windows(self.sequences), self.tokenizer.token_bytes()
         with self._progress("evaluation", len(windows)) as done:
-            val_bpb = loss_eval.bits_per_byte(
-                self.model, windows, token_bytes, self.dist, self.batch_size, done, stats.add
-            )
+            arguments = (self.model, windows, token_bytes, self.dist, self.batch_size, done, stats.add)
+            val_bpb = loss_eval.bits_per_byte(*arguments)
         is_finite = math.isfinite(val_bpb)
-        state.val_bpb = val_bpb if is_finite else None  # a checkpoint holds no NaN
+        state.val_bpb = val_bpb if is_finite else None  # checkpoints hold no NaN
         state.evaluated_step = state.step
         self.metrics.record(state.step, {"val/bpb": val_bpb})
         self.metrics.evaluation(state.step, val_bpb=state.val_bpb, **stats.result(self.dist))
         best = ""
-        if state.step and is_finite and (state.best_bpb is None or val_bpb < state.best_bpb):  # step 0 is never saved
+        if state.step and is_finite and (state.best_bpb is None or val_bpb < state.best_bpb):  # step 0 is not saved
             state.best_bpb, state.best_step, best = val_bpb, state.step, ", the best so far"
         if is_finite and (state.goal_bpb is None or val_bpb < state.goal_bpb):
             state.goal_bpb, state.stale_evaluations = val_bpb - self.cfg.EARLY_STOP_MIN_DELTA, 0
@@ -82,11 +81,11 @@ class Evals:
         self.metrics.event(f"step {state.step}: val bpb {val_bpb:.4f}{best}")
         state.evaluation_seconds, stale = time.monotonic() - begin, state.stale_evaluations
         if not state.is_finished and 0 < self.cfg.EARLY_STOP_PATIENCE <= stale and state.step:
-            self.metrics.event(f"step {state.step}: {stale} evaluations without a better one: the end")
+            self.metrics.event(f"step {state.step}: no improvement in {stale} evaluations, stopping early")
             state.num_steps, state.horizon_fixed = state.step, True
 
     def core(self, state: TrainState) -> None:
-        """Score the tasks of the bundle; before the first step only one item, to find out whether it works."""
+        """Score the tasks of the bundle; at step 0 only one item, to check that it works and to estimate the time."""
         begin, bundle, batch_size = time.monotonic(), self.bundle, self.batch_size
         num_items = sum(len(task.items) for task in bundle.tasks)
         if not state.step:
@@ -104,7 +103,7 @@ class Evals:
         state.core_seconds = time.monotonic() - begin
 
     def sample(self, state: TrainState) -> None:
-        """Continue a few prompts."""
+        """Print continuations of a few prompts."""
         found = list(samples(self.model, self.tokenizer, SAMPLE_TOKENS))
         for prompt, text in found:
             self.metrics.event(f"sample: {prompt}{text}")
@@ -112,7 +111,7 @@ class Evals:
 
     @contextlib.contextmanager
     def _progress(self, what, count) -> Iterator[Callable[[int], None]]:
-        """Yields the function to call with the number of things done here, of `count` on all ranks."""
+        """Show a bar for this rank's share of `count` items; yields a function to call with each number done."""
         with progress_bar(None, what, -(-count // self.dist.world_size), self.dist.is_rank0) as bar:
 
             def done(number):
