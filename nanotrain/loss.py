@@ -1,10 +1,10 @@
-"""Softcapped cross-entropy from hidden states to loss, without ever holding all logits.
+"""Softcapped cross-entropy from hidden states to loss, without holding all logits at once.
 
-Rows are visited in chunks small enough for a cache. The forward pass also computes the gradient, while the logits of a
-chunk are in the cache; the backward pass only scales it (Cut Your Losses, arXiv:2411.09009). The softcap (Gemma 2,
-arXiv:2408.00118) bounds every logit by `cap`; below 70, exp needs no subtraction of a maximum.
+Rows are processed in chunks. The forward pass also computes the gradient, while the logits of a chunk are in the cache;
+the backward pass only scales it (Cut Your Losses, arXiv:2411.09009). The softcap (Gemma 2, arXiv:2408.00118) bounds
+logits by `cap`; since it is below 70, exp cannot overflow and no maximum is subtracted.
 
-    N rows, one a token   C width   V vocabulary
+    N rows, one per token   C width   V vocabulary
 """
 
 from collections.abc import Callable
@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 
 Kernel = Callable[[Tensor, float], tuple[Tensor, Tensor]]  # `softmax_gradient`, compiled or not
-CHUNK_ROWS = {"cpu": 512}  # by device type: so many rows' logits fit a CPU's cache
-LARGE_CHUNK_ROWS = 4096  # elsewhere only memory counts
+CHUNK_ROWS = {"cpu": 512}  # rows per chunk by device type: on a CPU their logits must fit into the cache
 
 
 def softcap(logits: Tensor, cap: float) -> Tensor:
-    """Any shape -> the same: logits bounded smoothly to (-cap, cap)."""
+    """Bound logits of any shape smoothly to (-cap, cap)."""
     return cap * torch.tanh(logits / cap)
 
 
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
-    """hidden (N, C), weight (V, C), targets (N,) int64 -> (N,) float32 nats of each target. No gradient."""
+    """hidden (N, C), weight (V, C), targets (N,) int64 -> loss in nats of each target, (N,) float32. No gradient."""
     weight, size, losses = weight.to(hidden.dtype), chunk_rows(hidden.device), []
     with torch.autocast(hidden.device.type, enabled=False):
         for rows, row_targets in zip(hidden.split(size), targets.split(size), strict=True):
@@ -33,34 +32,33 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float) ->
 
 
 def greedy_tokens(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden (N, C), weight (V, C) -> (N,) int64, the likeliest token of each, capped or not. No gradient."""
+    """hidden (N, C), weight (V, C) -> most likely token of each row, (N,) int64; the softcap does not change it."""
     weight = weight.to(hidden.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         return torch.cat([(rows @ weight.t()).argmax(-1) for rows in hidden.split(chunk_rows(hidden.device))])
 
 
 def mean_loss(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, kernel: Kernel) -> Tensor:
-    """hidden (N, C), weight (V, C), targets (N,) int64 -> () float32, the mean nats per target, differentiable.
-
-    Products run in hidden's dtype, sums in float32.
+    """hidden (N, C), weight (V, C), targets (N,) int64 -> mean loss in nats () float32, differentiable. Products run in
+    the dtype of `hidden`, sums in float32.
     """
     return _MeanLoss.apply(hidden, weight, targets, cap, kernel)
 
 
 def softmax_gradient(logits: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """logits (N, V) before the cap -> (log of each row's sum of exp (N,) float32, gradient of the sum of those logs
-    with respect to the logits (N, V), in their dtype).
+    """logits (N, V) before the softcap -> (logsumexp of capped rows (N,) float32, gradient of their sum with respect to
+    the logits (N, V), in their dtype).
     """
     capped, slope = _softcap_and_slope(logits.float(), cap)
     exps = capped.exp()
     totals = exps.sum(-1, keepdim=True)
-    return totals.squeeze(1).log(), (exps * (1 / totals) * slope).to(logits.dtype)  # few divisions
+    return totals.squeeze(1).log(), (exps * (1 / totals) * slope).to(logits.dtype)  # one division per row
 
 
 def _loss_and_gradient(logits, targets, cap, kernel):
-    """(sum of nats () float32, gradient of that sum with respect to the logits (N, V), in their dtype)"""
+    """(sum of losses () float32, its gradient with respect to the logits (N, V), in their dtype)"""
     log_totals, gradient = kernel(logits, cap)
-    # The target's column by itself: to compare every column with the target would double the time of the kernel.
+    # Target columns separately: comparing every column with the target would double the time of the kernel.
     targets = targets[:, None]
     capped, slope = _softcap_and_slope(logits.gather(1, targets).float(), cap)
     nats = log_totals[:, None] - capped
@@ -69,14 +67,14 @@ def _loss_and_gradient(logits, targets, cap, kernel):
 
 
 def _softcap_and_slope(logits, cap):
-    """`softcap` and its derivative, with tanh by way of exp, which compiles to a third of the time."""
+    """`softcap` and its derivative. With tanh written as exp, compiled code takes a third of the time."""
     tanh = 1 - 2 / ((logits * (2 / cap)).exp() + 1)
     return cap * tanh, 1 - tanh * tanh
 
 
 def chunk_rows(device: torch.device) -> int:
-    """How many rows' logits are held at once on a device."""
-    return CHUNK_ROWS.get(device.type, LARGE_CHUNK_ROWS)
+    """Number of rows with logits in memory at once on this device."""
+    return CHUNK_ROWS.get(device.type, 4096)  # elsewhere only memory limits them
 
 
 class _MeanLoss(torch.autograd.Function):
@@ -101,6 +99,6 @@ class _MeanLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         grad_hidden, grad_weight = ctx.saved_tensors
-        # The sums are scaled only here: with float16 and a loss scale, 1/N alone would underflow.
+        # Scale sums, not summands: in float16 with a loss scale, gradients multiplied by 1/N alone would underflow.
         scale = grad_output / ctx.count
         return grad_hidden * scale.to(grad_hidden.dtype), grad_weight * scale, None, None, None
