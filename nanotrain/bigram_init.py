@@ -1,10 +1,10 @@
 """Bigram initialization: set embedding and head from bigram counts, so that training starts from a bigram model.
 
-With identity layers the model predicts the next token from the current one alone. The logits of the best such model
-are the pointwise mutual information of token pairs; a low-rank factorization of that matrix gives the embedding and
-the head (Levy and Goldberg 2014 interpret word vectors in this way).
+With identity layers the model predicts the next token from the current one alone. The best logits for that are the
+pointwise mutual information (PMI) of token pairs; a low-rank factorization of the PMI matrix gives embedding and head
+(an interpretation of word vectors by Levy and Goldberg, 2014).
 
-    V vocabulary   C width   c(i, j) count of bigram (i, j)   p(j) frequency of token j
+    V vocabulary   C width   p(j) frequency of token j   p(j | i) frequency of token j after token i
 """
 
 from contextlib import contextmanager
@@ -15,15 +15,15 @@ from torch import Tensor
 from nanotrain.dataloader import SequenceReader
 from nanotrain.gpt import GPT
 
-SMOOTHING = 200.0  # pseudo-counts per token, distributed as p: limits the effect of small counts
-RIDGE = 1e-3  # ridge penalty for the head, relative to the mean diagonal
+SMOOTHING = 200.0  # pseudo-counts per token, distributed as p, to limit the effect of small counts
+RIDGE = 1e-3  # ridge penalty for the head, relative to the mean of the Gram matrix's diagonal
 LARGEST_VOCABULARY = 16384  # the V x V matrices take 12 bytes per bigram
 OVERSAMPLING, POWER_STEPS = 32, 2  # parameters of the randomized SVD (Halko et al., arXiv:0909.4061)
 
 
 @torch.no_grad()
 def init_from_bigrams(model: GPT, reader: SequenceReader, num_tokens: int, seed: int) -> None:
-    """Set embedding and head of `model`, if its vocabulary is not too large, from the next tokens of `reader`."""
+    """Set embedding and head of `model` from about `num_tokens` of `reader`, unless its vocabulary is too large."""
     if model.config.vocab_size > LARGEST_VOCABULARY:
         return
     sequences = torch.empty(max(num_tokens // reader.seq_len, 1), reader.seq_len + 1, dtype=torch.int64)
@@ -46,10 +46,10 @@ def _one_thread():
 
 @_one_thread()
 def bigram_init(sequences: Tensor, vocab_size: int, width: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Embedding (V, C) and head (V, C), float32 on the CPU, of a bigram model of `sequences` (N, T) int64.
+    """(embedding (V, C), head (V, C)), float32 on the CPU, of a bigram model of `sequences` (N, T) int64.
 
     Embedding vectors have RMS 1 and are rotated randomly, so that no channel is special. Tokens that do not occur get
-    random vectors. In one thread: with nearly equal singular values, another order of sums would give other vectors.
+    random vectors. Runs in one thread: with nearly equal singular values, another summation order would change vectors.
     """
     embedding = torch.randn(vocab_size, width, generator=generator)
     embedding /= embedding.square().mean(1, keepdim=True).sqrt()
@@ -72,7 +72,7 @@ def bigram_init(sequences: Tensor, vocab_size: int, width: int, generator: torch
     left, sizes, _ = torch.linalg.svd(block.T, full_matrices=False)
     features = (basis @ left)[:, :rank] * sizes[:rank].sqrt() / row_weight.clamp(min=1.0)
 
-    # Vectors of equal length with one component in common, through which the head encodes token frequencies.
+    # Vectors of equal length with one common component, through which the head encodes token frequencies.
     vectors = torch.zeros(vocab_size, width)
     vectors[:, 0] = 1.0
     vectors[:, 1 : rank + 1] = features / features.norm(dim=1, keepdim=True).clamp(min=1e-9)
@@ -81,7 +81,7 @@ def bigram_init(sequences: Tensor, vocab_size: int, width: int, generator: torch
     seen = first_counts > 0
     embedding[seen] = vectors[seen]
 
-    # Head: ridge regression of the centred log p(j | i) on the embedding, rows weighted by count.
+    # Head: ridge regression of the centered log p(j | i) on the embedding, rows weighted by count.
     weighted = first_counts[:, None] * vectors
     gram = (vectors.T @ weighted).double()
     gram += RIDGE * gram.diagonal().mean() * torch.eye(width, dtype=torch.float64)
