@@ -198,7 +198,7 @@ def training_flops_per_second(device: torch.device, dtype: torch.dtype, seconds:
 
 
 def _median_seconds(function, device, seconds):
-    """Of the calls within about `seconds`, except for the first."""
+    """Median time of the calls made within about `seconds`, without the first."""
     times, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end or len(times) < 4:
         begin = time.perf_counter()
@@ -251,11 +251,8 @@ def device_name(device: torch.device) -> str:
 def _proc_value(path, field):
     """The value in the first line "field: value" of a file in /proc; None if there is none, as on macOS."""
     with contextlib.suppress(OSError):
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == field:
-                return value.strip()
-    return None
+        found = re.search(rf"^{field}\s*:(.*)$", Path(path).read_text(encoding="utf-8"), re.MULTILINE)
+        return found and found[1].strip()
 
 
 def environment(device: torch.device, dtype: torch.dtype, world_size: int) -> dict:

@@ -56,10 +56,8 @@ class MetricLogger(contextlib.AbstractContextManager):
         """Id of the run in wandb (a sweep may have chosen it), or None without wandb."""
         return self._wandb.id if self._wandb else None
 
-    def log_step(
-        self, state: TrainState, result: StepResult, deviations: float, lr: float, seconds_left: float
-    ) -> None:
-        """Log the step that `state` counted last. deviations: from `TrainState.advance`. lr: the matrices'."""
+    def log_step(self, state: TrainState, result: StepResult, deviations: float, lr: float, eta: float) -> None:
+        """Log the last step of `state`. deviations: from `TrainState.advance`. lr: the matrices'. eta: seconds left."""
         step, last, speed = state.step, state.num_steps, result.tokens / result.seconds
         mfu, self._loss = speed / self._peak_speed if self._peak_speed else None, result.loss
         metrics = {
@@ -80,7 +78,7 @@ class MetricLogger(contextlib.AbstractContextManager):
         metrics = {name: value for name, value in metrics.items() if value is not None}
         self.record(step, metrics, to_wandb=step % self._wandb_every == 0 or step == last)
 
-        line = f"loss {result.loss:.4f}, lr {lr:.3g}, {speed:,.0f} tok/s, {tqdm.format_interval(seconds_left)} left"
+        line = f"loss {result.loss:.4f}, lr {lr:.3g}, {speed:,.0f} tok/s, {tqdm.format_interval(eta)} left"
         line += f", mfu {mfu:.1%}" if mfu else ""
         self.bar.total = last
         self.bar.set_postfix_str(line, refresh=False)

@@ -145,9 +145,7 @@ def normuon_normalize(update: Tensor, row_sq: Tensor) -> Tensor:
 
 
 def orthogonalize(stack: Tensor, dtype: torch.dtype) -> Tensor:
-    """(N, R <= C, C) -> the same shape in float32: nearest semi-orthogonal matrices, singular values within 15 % of 1.
-    Matrix products run in `dtype`.
-    """
+    """(N, R <= C, C) -> nearest semi-orthogonal float32 matrices, singular values 0.85 to 1.15. Products in `dtype`."""
     norms = stack.flatten(1).norm(dim=1)[:, None, None]  # in float32: bfloat16 sums of squares are too coarse
     x = (stack / (norms * POLAR_SAFETY + 1e-7)).to(dtype)
     for a, b, c in POLAR_EXPRESS:
@@ -224,7 +222,6 @@ def build_optimizers(
     roles: dict[str, Named], rates: dict[str, float], weight_decay: float, dtype: torch.dtype, dist: DistContext
 ) -> list[ShardedOptimizer]:
     """[Muon, AdamW] for the parameters of a model, plus RowwiseAdam if it has a bigram embedding.
-
     roles: from `GPT.parameters_by_role`. rates: learning rates of "matrix", "embedding", "unembedding" and "scalar".
     dtype: precision of Muon's matrix products. Their memory is estimated by `recipe.estimate_memory`.
     """

@@ -103,9 +103,7 @@ def num_weights(depth: int, width: int) -> int:
 
 
 def model_width(depth: int, aspect_ratio: int, head_dim: int) -> tuple[int, int]:
-    """(width, heads): depth * aspect_ratio, or the default width if that is 0, rounded up to whole heads. Raises
-    UserError for impossible values.
-    """
+    """(width, heads): depth * aspect_ratio, or the default width if that is 0, in whole heads. Raises UserError."""
     if depth < 1 or aspect_ratio < 0 or head_dim < 2 or head_dim % 2:
         given = f"--depth={depth} --aspect-ratio={aspect_ratio} --head-dim={head_dim}"
         raise UserError(f"{given}: --depth must be positive, --head-dim positive and even, --aspect-ratio not negative")
@@ -191,8 +189,7 @@ def estimate_memory(
     # hidden units. Compiled norms keep 3 more; eager norms keep their 4 inputs in float32.
     layer = tokens * width * (18 * e if policy.compiled else 15 * e + 16)
     activations = layer + depth * tokens * width * e if policy.grad_checkpoint else depth * layer
-    if e < 4:
-        activations += e * matrices  # autocast's copies of the weights
+    activations += e * matrices if e < 4 else 0  # autocast's copies of the weights
     chunk = min(policy.loss_chunk_rows, tokens) * vocab_size
     logits = chunk * (12 + e if policy.compiled else 20 + 2 * e) + 4 * vocab_size * width  # last: the head's gradient
     update = (8 + e) * matrices // world_size
@@ -237,9 +234,7 @@ class StepSchedule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The hyperparameters of a run. They are saved in its checkpoints, and a resumed run takes them from there, even if
-    newer code would choose others.
-    """
+    """The hyperparameters of a run. Checkpoints hold them, so a resumed run keeps them even under newer defaults."""
 
     # Settings of scripts.base_train, in lower case:
     matrix_lr: float  # peak learning rates; those of embedding and head are already scaled by the width
@@ -455,9 +450,7 @@ SCHEDULES: dict[str, Callable[[float, float, float, float], float]] = {"wsd": ws
 
 
 def momentum(progress: float, warmdown: float, values: tuple[float, float, float], warmup: float) -> float:
-    """Muon's momentum: linear from start to peak (`values`), constant, and linear to the end value over the learning
-    rate's warmdown.
-    """
+    """Muon's momentum, with `values` at start, peak and end: linear warmup, constant, linear warmdown with the rate."""
     start, peak, end = values
     if progress < warmup:
         return start + (peak - start) * progress / warmup

@@ -23,9 +23,7 @@ class RunPlan:
     """
 
     def __init__(self, cfg: SimpleNamespace, data: TrainData, dist: DistContext, restored: Restored | None):
-        """cfg: settings of scripts.base_train. Raises UserError if they contradict each other, CheckpointError if the
-        checkpoint's state is not valid.
-        """
+        """cfg: settings of scripts.base_train. Raises UserError for bad ones, CheckpointError for a bad saved state."""
         self.cfg, self.data, self.dist = cfg, data, dist
         self.saved = restored.state if restored else None  # contents of state.json
         was, changed = self.saved or {}, restored.changed if restored else set()
@@ -59,9 +57,8 @@ class RunPlan:
         self.spectral_tokens = recipe.sizes(width).spectral_tokens if unset else cfg.SPECTRAL_TOKENS
         self.first_weights = None
         if cfg.INIT_FROM and not restored:
-            self.first_weights, self.model_config = checkpoint.load_first_weights(
-                dist, cfg.INIT_FROM, self.model_config, data.tokenizer
-            )
+            source = (dist, cfg.INIT_FROM, self.model_config, data.tokenizer)
+            self.first_weights, self.model_config = checkpoint.load_first_weights(*source)
 
     def _choose_model(self):
         """The GPTConfig of a new run: depth as set, or optimal for the FLOPs of the horizon, or the default."""
@@ -74,18 +71,10 @@ class RunPlan:
             self.depth_reason = f"{flops:.1e} FLOPs{speed}"
         width, heads = recipe.model_width(depth, cfg.ASPECT_RATIO, cfg.HEAD_DIM)
         sizes = recipe.sizes(width)
-        rows = sizes.bigram_rows if cfg.BIGRAM_ROWS == -1 else cfg.BIGRAM_ROWS
-        return GPTConfig(
-            vocab_size=self.data.tokenizer.vocab_size,
-            max_seq_len=cfg.MAX_SEQ_LEN or sizes.seq_len,
-            num_layers=depth,
-            num_heads=heads,
-            num_kv_heads=heads,
-            head_dim=cfg.HEAD_DIM,
-            bigram_rows=0 if cfg.PLAIN else rows,
-            plain=cfg.PLAIN,
-            rope_base=sizes.rope_base,
-        )
+        rows = 0 if cfg.PLAIN else sizes.bigram_rows if cfg.BIGRAM_ROWS == -1 else cfg.BIGRAM_ROWS
+        lengths = self.data.tokenizer.vocab_size, cfg.MAX_SEQ_LEN or sizes.seq_len
+        layers = {"num_layers": depth, "num_heads": heads, "num_kv_heads": heads, "head_dim": cfg.HEAD_DIM}
+        return GPTConfig(*lengths, **layers, bigram_rows=rows, plain=cfg.PLAIN, rope_base=sizes.rope_base)
 
     def set_batch(self, max_device_batch_size: int) -> None:
         """Set `plan`, with at most `max_device_batch_size` sequences per forward pass."""
@@ -180,18 +169,16 @@ class RunPlan:
         lines.append(row("memory", text))
         if needed > free:
             less = self._less_memory()
-            lines.append(row("warning", f"only {free / gib:.1f} GiB of memory are free per rank: {less}"))
+            lines.append(row("warning", f"only {free / gib:.1f} GiB of memory is free per rank: {less}"))
         return lines
 
     def _less_memory(self):
         memory, size, depth = self.plan.memory, self.plan.device_batch_size, self.model_config.num_layers
         peak_in_passes = memory.update <= memory.activations + memory.logits
+        smaller = f"--device-batch-size={size // 2} (now {size})"
         if not peak_in_passes or size == 1:
             smaller = f"--depth={depth // 2 or 1} (now {depth})"
-        else:
-            smaller = f"--device-batch-size={size // 2} (now {size})"
-        checkpointing_helps = peak_in_passes and not self.cfg.GRAD_CHECKPOINT
-        return f"{'add --grad-checkpoint or use' if checkpointing_helps else 'use'} {smaller}"
+        return f"{'' if self.cfg.GRAD_CHECKPOINT or not peak_in_passes else 'add --grad-checkpoint or '}use {smaller}"
 
     def _reasons(self):
         lines, places = [], (self.recipe, self.model_config, self.plan, self)
