@@ -85,9 +85,8 @@ def sizes(width: int) -> Sizes:
 
 
 def training_flops(minutes: float, flops_per_second: float) -> float:
-    """FLOPs left for training in a run that takes `minutes` from process start to the last save."""
-    seconds = 60 * minutes
-    return max(seconds - START_SECONDS, seconds / 2) * flops_per_second
+    """FLOPs left for training in a run that takes `minutes` from process start to the last save: at least half."""
+    return max(60 * minutes - START_SECONDS, 30 * minutes) * flops_per_second
 
 
 def choose_depth(flops: float, head_dim: int, aspect_ratio: int = 0) -> int:
@@ -185,7 +184,7 @@ def estimate_memory(
     # Muon keeps a momentum and AdamW two moments, sharded over ranks; the bigram table a moment and a count per row.
     optimizer = (4 * matrices + 8 * (dense - matrices)) // world_size + 8 * pairs // width
 
-    # A layer keeps 15 elements per token and channel: input, normed inputs, q, k, v, attention output, and twice the 4
+    # A layer keeps 15 elements per token and channel: input, normed inputs, q, k, v, attention output, and two times 4
     # hidden units. Compiled norms keep 3 more; eager norms keep their 4 inputs in float32.
     layer = tokens * width * (18 * e if policy.compiled else 15 * e + 16)
     activations = layer + depth * tokens * width * e if policy.grad_checkpoint else depth * layer

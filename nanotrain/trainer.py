@@ -21,7 +21,7 @@ from nanotrain.recipe import Horizon, Plan, StepSchedule, progress_at_step
 
 CORRECTIONS = 20  # intervals of progress after which a timed run corrects its number of steps; the last has none
 STEP_PER_PASSES = 1.25  # estimate before any step is timed: step time over that of its forward and backward passes
-SLOWER_LATER, LAST_SAVE_SECONDS = 1.1, 1.0  # reserve of a timed run: factor of its last evaluations, and its last save
+SLOWER_LATER, LAST_SAVE_SECONDS = 1.1, 1.0  # kept free in a timed run: last evaluations (factor), last save
 STEP_SECONDS, SLOW_STEP_FACTOR = 120.0, 20.0  # time limit of a step: the longer of this and this many typical steps
 
 
@@ -178,7 +178,7 @@ class TrainStep:
             if self.dist.world_size == 1 or parameter.grad.is_sparse:
                 parameter.grad = None
             else:
-                parameter.grad.zero_()  # a view of DDP's bucket
+                parameter.grad.zero_()  # a view of DDP's bucket, which must stay
         # A GPU may still be updating, which counts as time of the next step: waiting here would leave it idle.
         return StepResult(
             **found,
