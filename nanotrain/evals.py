@@ -113,9 +113,4 @@ class Evals:
     def _progress(self, what, count) -> Iterator[Callable[[int], None]]:
         """Show a bar for this rank's share of `count` items; yields a function to call with each number done."""
         with progress_bar(None, what, -(-count // self.dist.world_size), self.dist.is_rank0) as bar:
-
-            def done(number):
-                self.beat(guard.SLOW_SECONDS)
-                bar.update(number)
-
-            yield done
+            yield lambda number: (self.beat(guard.SLOW_SECONDS), bar.update(number))
