@@ -150,6 +150,7 @@ class ActivationPolicy:
     compiled: bool
     grad_checkpoint: bool  # keep only the input of each block
     loss_chunk_rows: int  # tokens per chunk of logits in the loss
+    keeps_scores: bool = False  # attention keeps its scores for the backward pass
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,8 @@ def estimate_memory(
     # A layer keeps 15 elements per token and channel: input, normed inputs, q, k, v, attention output, and two times 4
     # hidden units. Compiled norms keep 3 more; eager norms keep their 4 inputs in float32.
     layer = tokens * width * (18 * e if policy.compiled else 15 * e + 16)
+    if policy.keeps_scores:  # two matrices of them, without a quarter
+        layer += 2 * e * tokens * model_config.num_heads * model_config.max_seq_len * 3 // 4
     activations = layer + depth * tokens * width * e if policy.grad_checkpoint else depth * layer
     activations += e * matrices if e < 4 else 0  # autocast's copies of the weights
     chunk = min(policy.loss_chunk_rows, tokens) * vocab_size

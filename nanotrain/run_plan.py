@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from types import SimpleNamespace
 
-from nanotrain import checkpoint, hardware, recipe, warmup
+from nanotrain import attention, checkpoint, hardware, recipe, warmup
 from nanotrain.checkpoint import Restored, parsed
 from nanotrain.dataloader import TrainData, choose_num_streams
 from nanotrain.dist import DistContext
@@ -80,6 +80,7 @@ class RunPlan:
         """Set `plan`, with at most `max_device_batch_size` sequences per forward pass."""
         cfg, dist = self.cfg, self.dist
         compiled = warmup.compile_pays(cfg.COMPILE, dist.dtype, cfg.TARGET_MINUTES) and hardware.can_compile()
+        keeps_scores = compiled and dist.device.type == "cpu" and self.model_config.max_seq_len <= attention.LONGEST
         self.plan = recipe.make_plan(
             checkpoint.build_model(self.model_config, "meta").parameter_counts(),
             self.model_config,
@@ -89,7 +90,9 @@ class RunPlan:
             world_size=dist.world_size,
             on_gpu=dist.device.type == "cuda",
             flops_per_second=self.flops_per_second,
-            policy=recipe.ActivationPolicy(dist.dtype.itemsize, compiled, cfg.GRAD_CHECKPOINT, chunk_rows(dist.device)),
+            policy=recipe.ActivationPolicy(
+                dist.dtype.itemsize, compiled, cfg.GRAD_CHECKPOINT, chunk_rows(dist.device), keeps_scores
+            ),
             batch_ramp=self.batch_ramp,
         )
 

@@ -69,8 +69,8 @@ def one_pass(dist: DistContext, model: GPT, batch_size: int) -> float:
 def compiling_ahead(
     dist: DistContext, config: GPTConfig, batch_size: int, mode: str, target_minutes: float
 ) -> Iterator[None]:
-    """On a CPU, compile in a thread what a model of this shape needs while the body runs, through a model with one layer.
-    `compile_and_warm_up` then finds the code, or fails in the same way and says so.
+    """On a CPU, compile in a thread what a model of this shape needs, through one with a single layer, as the body
+    runs. `compile_and_warm_up` then finds the code, or fails in the same way and says so.
     """
     if dist.device.type != "cpu" or not compile_pays(mode, dist.dtype, target_minutes):
         yield
