@@ -6,7 +6,7 @@ import sysconfig
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 
 import torch
@@ -81,9 +81,10 @@ def compiling_ahead(
 
     def work():
         torch.set_num_threads(num_threads)  # per thread, and compiled into the code
-        model = checkpoint.build_model(replace(config, num_layers=1, bigram_rows=0), dist.device)
-        model.init_weights(0)
-        _compile(dist, model, batch_size)
+        with suppress(Exception):
+            model = checkpoint.build_model(replace(config, num_layers=1, bigram_rows=0), dist.device)
+            model.init_weights(0)
+            _compile(dist, model, batch_size)
 
     thread = threading.Thread(target=work)
     thread.start()
