@@ -284,7 +284,7 @@ def speed(depth: int) -> None:
             torch.cuda.reset_accumulated_memory_stats()
             torch.cuda.reset_peak_memory_stats()
         before = hardware.peak_memory_bytes(dist.device)
-        work = bench.training(dist, built, batch_size=batch_size, compile="block" if compiled else "off")
+        work = bench.training(dist, built=built, batch_size=batch_size, compile="block" if compiled else "off")
         first, *_ = [bench.seconds_of(dist, work.function)[0] for _ in range(3)]
         seconds = statistics.median(bench.seconds_of(dist, work.function)[0] for _ in range(5))
         policy = recipe.ActivationPolicy(dist.dtype.itemsize, compiled, False, loss.chunk_rows(dist.device))

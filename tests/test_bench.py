@@ -1,6 +1,7 @@
 """The benchmarks at tiny sizes: that they measure what they say and print what they found. Nothing here is timed."""
 
 import json
+import re
 from concurrent.futures import Future
 
 import numpy as np
@@ -147,11 +148,11 @@ def test_cases_run_in_processes_of_their_own_with_the_settings_of_this_one(monke
 def test_generation_without_a_cache_gives_the_same_texts(monkeypatch):
     init = gpt.GPT.init_weights
 
-    def init_sure_weights(model, seed):  # of a fresh head all tokens are equally likely
+    def init_varied(model, seed):  # a fresh head gives the same next token everywhere
         init(model, seed)
-        model.lm_head.weight.mul_(1000)
+        model.lm_head.weight.normal_()
 
-    monkeypatch.setattr(gpt.GPT, "init_weights", torch.no_grad()(init_sure_weights))
+    monkeypatch.setattr(gpt.GPT, "init_weights", torch.no_grad()(init_varied))
     cached, plain = (bench.generation(init_distributed("cpu"), 3, cache, 3).function() for cache in ("on", "off"))
     assert cached == plain
     assert (len(cached), len({tuple(text) for text in zip(*cached, strict=True)})) == (16, 3)
@@ -160,19 +161,19 @@ def test_generation_without_a_cache_gives_the_same_texts(monkeypatch):
 @pytest.mark.parametrize(
     ("names", "part"),
     [
-        (["aten::mm", "aten::linear", "step"], "matmul"),
-        (["aten::mm", "_MeanLoss", "step"], "loss"),
-        (["aten::baddbmm", "Optimizer.step#Muon.step", "optimizer", "step"], "optimizer"),
-        (["loader", "step"], "loader"),
-        (["aten::_scaled_dot_product_flash_attention_for_cpu_backward", "step"], "attention"),
-        (["graph_0_cpp_fused_exp_mul_where_2", "CompiledFunction", "step"], "attention"),
-        (["graph_0_cpp_fused_add_expand_mul_1", "CompiledFunction", "step"], "norms and residuals"),
-        (["aten::_fused_rms_norm", "aten::rms_norm", "step"], "norms and residuals"),
-        (["autograd::engine::evaluate_function: MmBackward0", "step"], "rest"),
+        ("aten::mm < aten::linear < step", "matmul"),
+        ("aten::mm < _MeanLoss < step", "loss"),
+        ("aten::baddbmm < Optimizer.step#Muon.step < optimizer < step", "optimizer"),
+        ("loader < step", "loader"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward < step", "attention"),
+        ("graph_0_cpp_fused_exp_mul_where_2 < CompiledFunction < step", "attention"),
+        ("graph_0_cpp_fused_add_expand_mul_1 < CompiledFunction < step", "norms and residuals"),
+        ("aten::_fused_rms_norm < aten::rms_norm < step", "norms and residuals"),
+        ("autograd::engine::evaluate_function: MmBackward0 < step", "rest"),
     ],
 )
 def test_the_part_of_an_operation(names, part):
-    assert bench.part_of(names) == part
+    assert next(part for part, pattern in bench.PARTS.items() if re.search(pattern, names)) == part
 
 
 @pytest.mark.parametrize(
@@ -180,7 +181,7 @@ def test_the_part_of_an_operation(names, part):
     [
         ("REPETITIONS", 0, ["loss"], "--repetitions=0"),
         ("COMPILE", "maybe", ["loss"], "--compile=maybe"),
-        ("DEPTH", 4, ["loss", "los"], "'los': there are precision, "),
+        ("DEPTH", 4, ["loss", "los"], "'los'; tables: precision, "),
         ("TOKENIZER_DIR", "/nowhere", [], "tok_train"),
     ],
 )
