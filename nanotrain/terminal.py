@@ -1,4 +1,4 @@
-"""Text that fits a terminal of 80 columns, and progress bars."""
+"""Text for a terminal of 80 columns, and progress bars."""
 
 import os
 import re
@@ -11,24 +11,22 @@ WIDTH, UNBROKEN = 80, {"break_long_words": False, "break_on_hyphens": False}
 
 
 def row(name: str, text: str) -> str:
-    """A row of the table that describes a run; a long text goes on below itself. Paths are never broken."""
+    """A name and its text in two columns; long texts wrap within theirs. Paths are never broken."""
     return textwrap.fill(f"{name:<11}{text}", WIDTH, subsequent_indent=" " * 11, **UNBROKEN)
 
 
 def fit(text: str) -> str:
-    """A docstring: its paragraphs filled anew; of a table row that is too long, the last column goes below it."""
-    parts = text.strip().split("\n\n")
-    for number, part in enumerate(parts):
+    """A docstring with its paragraphs filled; in a table, the last column of a row that is too long moves below it."""
+
+    def fitted(part):
         if re.search(r"^ |\S {3}", part, re.MULTILINE):
-            parts[number] = re.sub(r"^(?=.{81})(.*?\S) {2,}", r"\1\n        ", part, flags=re.MULTILINE)
-        else:
-            parts[number] = textwrap.fill(part, WIDTH, **UNBROKEN)
-    return "\n\n".join(parts)
+            return re.sub(r"^(?=.{81})(.*?\S) {2,}", r"\1\n        ", part, flags=re.MULTILINE)
+        return textwrap.fill(part, WIDTH, **UNBROKEN)
+
+    return "\n\n".join(map(fitted, text.strip().split("\n\n")))
 
 
-def progress_bar(
-    iterable: Iterable | None = None, description: str = "", total: float | None = None, shown: bool = True, **options
-) -> tqdm:
-    """A bar that vanishes at its end. There is none in a file, nor on a terminal that cannot move its cursor."""
+def progress_bar(iterable: Iterable | None, description: str, total=None, shown=True, **options) -> tqdm:
+    """A progress bar that vanishes at its end; none in a file or on a terminal that cannot move its cursor."""
     hidden = not shown or os.environ.get("TERM") == "dumb"
     return tqdm(iterable, description, total, leave=False, dynamic_ncols=True, disable=hidden or None, **options)

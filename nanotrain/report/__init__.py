@@ -1,8 +1,7 @@
-"""The report of one run, or of several side by side: an HTML file with pictures, which also lie beside it as files.
+"""Reports: one HTML file for one run or for several side by side, with the curves also saved as SVG files.
 
-It can be written at any time, even while the run is still training. What a run did not record is left out, and the page
-says so. Any text may come from a model or a data set, so none is trusted: all of it is escaped, and a policy in the
-page's head forbids scripts and the network.
+A report can be written at any time, even during training; what a run did not record is left out. Models and data sets
+can contain any text, so all of it is escaped and a policy in the page's head forbids scripts and the network.
 """
 
 import time
@@ -18,18 +17,15 @@ from nanotrain.report.data import read_run
 
 
 def write(run_dirs: Iterable[str | Path], out: str | Path = "") -> Path:
-    """Write the report of the runs in some folders into the folder `out`, or into report/ of the first run.
-
+    """Write the report of the runs in `run_dirs` to the folder `out` (default: report/ in the first run's folder).
     Returns the path of report.html. Raises UserError if a folder holds no run.
     """
     runs = [read_run(run_dir) for run_dir in dict.fromkeys(Path(run_dir).absolute() for run_dir in run_dirs)]
     if len({run.name for run in runs}) < len(runs):
         for run in runs:
             run.name = str(run.folder)
-    page = sections.build(runs)
-    page["title"] = " and ".join(run.name for run in runs)
-    page["date"] = time.strftime("%Y-%m-%d %H:%M")
-    page["pictures"] = pictures.draw(runs)
+    page = {"title": " and ".join(run.name for run in runs), "date": time.strftime("%Y-%m-%d %H:%M")}
+    page |= {"pictures": pictures.draw(runs), **sections.build(runs)}
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     text = environment.get_template("report.html.jinja").render(page)
@@ -42,7 +38,7 @@ def write(run_dirs: Iterable[str | Path], out: str | Path = "") -> Path:
 
 
 def attempt(run_dir: str | Path) -> str:
-    """`write` at the end of a run, and what to say of it. An error is said, not raised: it must not fail the run."""
+    """Write a run's report and return a line about it. Errors go into the line: a report must not fail the run."""
     try:
         return f"report     {write([run_dir])}"
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Curves as SVG, in the colours of the page around them."""
+"""Curves as SVG that take text and grid colours from the page, so that they work in light and dark."""
 
 import math
 from collections.abc import Sequence
@@ -9,25 +9,25 @@ import numpy as np
 from nanotrain.report.data import Run
 
 TOKENS, MINUTES = "million tokens", "minutes of training"
-CURVES = {  # {picture: (title, metric, what it is drawn against)}
+CURVES = {  # {picture: (title, metric, x axis)}
     "bits_per_byte": ("validation, bits per byte", "val/bpb", TOKENS),
     "loss": ("training loss, nats per token", "train/loss", TOKENS),
     "bits_per_byte_by_time": ("validation, bits per byte", "val/bpb", MINUTES),
     "loss_by_time": ("training loss, nats per token", "train/loss", MINUTES),
-    "learning_rate": ("learning rate of the matrices", "train/lr", TOKENS),
+    "tasks": ("CORE or tasks, centered accuracy", "core/core_metric", TOKENS),
+    "learning_rate": ("learning rate of the hidden matrices", "train/lr", TOKENS),
     "gradient_norm": ("gradient norm", "train/grad_norm", TOKENS),
     "speed": ("tokens per second", "train/tok_per_sec", TOKENS),
-    "step_time": ("seconds per step", "train/seconds", TOKENS),
 }
 COLOURS = ["#2f7fd6", "#d9622b", "#1a9c84", "#9c62cf", "#a8831f", "#7a8894", "#d6458a", "#6b9a2e"]  # on white and black
-DASHES = ["none", "7 3", "2 2", "7 2 2 2"]  # not by colour alone
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, LINE = 480, 200, 62, 14, 28, 42, 17  # HEIGHT: between TOP and BOTTOM
-MOST_POINTS, DOTS = 400, 30  # of a curve; a dot for each value of a shorter one
-SHOWN = 0.999  # of the values; what is above them is cut off
+DASHES = ["none", "7 3", "2 2", "7 2 2 2"]  # colour alone must not tell runs apart
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, LINE = 480, 200, 62, 14, 28, 42, 17  # HEIGHT without TOP and BOTTOM
+MAX_POINTS, MAX_DOTS = 400, 30  # points per curve; a curve with at most MAX_DOTS values has a dot for each
+QUANTILE = 0.999  # larger values are cut off
 
 
 def draw(runs: Sequence[Run]) -> dict[str, str]:
-    """{name: SVG} of the pictures of some runs."""
+    """{name: SVG} of all curves that some run has."""
     drawn = {}
     for name, (title, metric, unit) in CURVES.items():
         curves = [curve(run, metric, unit) for run in runs]
@@ -45,13 +45,13 @@ def curve(run: Run, metric: str, unit: str) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """The mean of each hundredth of `values`, at its last one."""
+    """Means over windows of a hundredth of `values`; the first one is at the end of the first window."""
     width = len(values) // 100 + 1
     return np.convolve(values, np.ones(width) / width, "valid")
 
 
 def ticks(low: float, high: float) -> list[tuple[float, str]]:
-    """About five round numbers from `low` to `high`, and how they are written."""
+    """About five round numbers from `low` to `high`, with their labels."""
     exponent = math.floor(math.log10((high - low) / 5))
     step = next(factor * 10**exponent for factor in (1, 2, 5, 10) if high - low <= 6 * factor * 10**exponent)
     values = np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
@@ -61,7 +61,7 @@ def ticks(low: float, high: float) -> list[tuple[float, str]]:
 def _picture(title, unit, names, curves):
     values, top = np.concatenate([y for _, y, _ in curves]), TOP + LINE * len(names) * (len(names) > 1)
     bottom, last = top + HEIGHT, max(x.max() for x, y, _ in curves if len(y)) or 1
-    low, high = values.min(), np.quantile(values, SHOWN)
+    low, high = values.min(), np.quantile(values, QUANTILE)
     margin = (high - low) / 20 or abs(high) / 2 or 1
     low, high = low - margin, high + margin
 
@@ -75,9 +75,9 @@ def _picture(title, unit, names, curves):
         return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{escape(content)}</text>'
 
     def line(x, y, style):
-        every = -(len(x) // MOST_POINTS + 1)  # from the last, which is always there
+        every = -(len(x) // MAX_POINTS + 1)  # backwards, to include the last point
         points = (f"{a:.1f} {b:.1f}" for a, b in zip(across(x[::every]), down(y[::every]), strict=True))
-        return f'<path d="M{"L".join(points)}" fill="none" {style}/>' if len(x) else ""
+        return f'<path d="M{"L".join(points)}" fill="none" {style}/>'
 
     parts = [text(LEFT, 18, "start", title), text(WIDTH - RIGHT, bottom + 36, "end", unit)]
     parts += [text(across(x), bottom + 18, "middle", label) for x, label in ticks(0, last)]
@@ -95,7 +95,7 @@ def _picture(title, unit, names, curves):
         if len(mean) < len(y):
             parts.append(line(x, y, f'stroke="{colour}" opacity="0.3"'))
         parts.append(line(x[len(y) - len(mean) :], mean, style))
-        dots = zip(across(x), down(y), strict=True) if len(y) <= DOTS else ()
+        dots = zip(across(x), down(y), strict=True) if len(y) <= MAX_DOTS else ()
         parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in dots]
         parts += [text(at, bottom, "middle", "×", colour) for at in across(lost)]
     box = f'viewBox="0 0 {WIDTH} {bottom + BOTTOM}" font-family="system-ui, sans-serif" font-size="14"'

@@ -1,10 +1,9 @@
-"""What a report says about each run, as plain data for the template. A part that was not recorded is empty."""
+"""Tables and texts of a report, as plain data for the template. Parts that were not recorded are empty."""
 
 import itertools
 import math
 import shlex
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -13,75 +12,70 @@ from nanotrain import config, dataset
 from nanotrain.report.data import Run
 
 NOT_REPEATED = ("RUN_NAME", "RESUME", "ALLOW_CHANGE", "DRY_RUN", "REPORT", "TOKENIZER_DIR")
-MOST_BITS = 12  # of a token, at which its colour is the darkest
-SHOWN = 10  # samples of a prompt, at most
+MAX_BITS = 12  # bits of a token at which its colour is darkest
+MAX_SAMPLES = 10  # samples shown per prompt
 
 
 def build(runs: Sequence[Run]) -> dict[str, Any]:
-    """What the template shows beside the pictures: sentences (notes), and
+    """Everything in the template but the pictures: sentences (notes), and
 
-    tables: {title: (heads, [(what, its value in each run, whether to mark the row)])}
-    texts: {title: [(run, {heading: [(label, [(piece, its CSS class, its tooltip)])]})]}
+    tables: {title: (heads, [(label, its value in each run, whether to mark the row)])}
+    texts: {title: [(run, {heading: [(label, [(text, CSS class, tooltip)])]})]}
     """
     tables, texts = {}, {title: [(run.name, part(run)) for run in runs] for title, part in TEXTS.items()}
     for title, part in TABLES.items():
         columns = {run.name: part(run) for run in runs}
         if part is settings:
             columns["default"] = settings(runs[0], "defaults")
-        rows = []
-        for what in dict.fromkeys(itertools.chain(*columns.values())):
-            cells = [facts.get(what, "") for facts in columns.values()]
-            rows.append((what, cells, part in (settings, recipe, environment) and len(set(cells)) > 1))
+        marks, labels = part in (settings, recipe, environment), dict.fromkeys(itertools.chain(*columns.values()))
+        rows = [(label, [facts.get(label, "") for facts in columns.values()]) for label in labels]
+        rows = [(label, cells, marks and len(set(cells)) > 1) for label, cells in rows]
         tables[title] = (list(columns), sorted(rows, key=lambda row: not row[2]))
-    notes = [f"{run.name}: {complaint}." for run in runs for complaint in run.complaints]
-    return {"tables": tables, "texts": texts, "notes": notes, "most_bits": MOST_BITS}
+    notes = [f"{run.name}: {problem}." for run in runs for problem in run.problems]
+    return {"tables": tables, "texts": texts, "notes": notes, "max_bits": MAX_BITS}
 
 
 def summary(run: Run) -> dict[str, str]:
     """{question: answer} for the first screen."""
-    found, evaluation, steps, measured = {}, run.evaluation, run.metrics["train/loss"], run.bits_per_byte()
+    found, evaluation, measured = {}, run.evaluation, run.bits_per_byte()
     if "doc_bpb" in evaluation:
         others = "".join(f"; {name} {bpb:.2f}" for name, bpb in evaluation.get("compared_bpb", {}).items())
         found["How good is it?"] = f"{evaluation['doc_bpb']:.4f} bits per byte on whole validation documents{others}"
     elif measured:
         found["How good is it?"] = f"{measured[max(measured)]:.4f} bits per byte on validation sequences"
-    if steps:
-        minutes, tokens = run.minutes([max(steps)])[0], run.tokens([max(steps)])[0]
-        found["How long did it train?"] = f"{minutes:,.1f} minutes, {max(steps):,} steps, {tokens / 1e6:,.1f} M tokens"
+    if last := max(run.metrics["train/loss"], default=0):
+        minutes, tokens = run.minutes([last])[0], run.tokens([last])[0]
+        found["How long did it train?"] = f"{minutes:,.1f} minutes, {last:,} steps, {tokens / 1e6:,.1f} M tokens"
     if len(measured) > 1:
-        (before, earlier), (last, latest) = list(measured.items())[-2:]
+        (before, earlier), (after, latest) = list(measured.items())[-2:]
         answer = f"{'yes' if latest < earlier else 'no'}, {latest - earlier:+.4f} bits per byte"
-        found["Is it still improving?"] = f"{answer} from step {before:,} to {last:,}"
+        found["Is it still improving?"] = f"{answer} from step {before:,} to {after:,}"
     return found
 
 
 def results(run: Run) -> dict[str, str]:
-    """{what: value} of the numbers that say most about a run."""
+    """{label: value} of a run's main numbers."""
     found, evaluation, core, loss = {}, run.evaluation, run.core(), run.column("loss")
     if measured := run.bits_per_byte():
-        best = min(measured, key=measured.get)
-        found["bits per byte, validation sequences, last"] = f"{measured[max(measured)]:.4f} (step {max(measured):,})"
-        found["bits per byte, validation sequences, best"] = f"{measured[best]:.4f} (step {best:,})"
-    for what, name in (("whole validation documents", "doc_bpb"), ("training text", "train_bpb")):
+        for label, step in (("last", max(measured)), ("best", min(measured, key=measured.get))):
+            found[f"bits per byte, validation sequences, {label}"] = f"{measured[step]:.4f} (step {step:,})"
+    for label, name in (("whole validation documents", "doc_bpb"), ("training text", "train_bpb")):
         if name in evaluation:
-            found[f"bits per byte, {what}"] = f"{evaluation[name]:.4f} (step {evaluation['step']:,})"
+            found[f"bits per byte, {label}"] = f"{evaluation[name]:.4f} (step {evaluation['step']:,})"
     if core:
-        name = "CORE" if core["is_core"] else "tasks"
-        found[name] = f"{core['core_metric']:.4f} ± {core['standard_error']:.4f} (step {core['step']:,})"
+        score = f"{core['core_metric']:.4f} ± {core['standard_error']:.4f} (step {core['step']:,})"
+        found["CORE" if core["is_core"] else "tasks"] = score
     if len(last := loss[np.isfinite(loss)][-20:]):
-        found["training loss, last 20 steps, nats per token"] = f"{last.mean():.4f}"
+        found["training loss, mean of the last 20 steps, nats per token"] = f"{last.mean():.4f}"
     if len(loss):
-        last_step, mfu = max(run.metrics["train/loss"]), np.median(run.column("mfu"))
-        found["steps"] = f"{last_step:,}"
-        found["tokens"] = f"{run.tokens([last_step])[0]:,.0f}"
+        mfu = np.median(run.column("mfu"))
+        found["tokens"] = f"{run.tokens([max(run.metrics['train/loss'])])[0]:,.0f}"
         found["epoch reached"] = f"{run.column('epoch')[-1] + 1:.0f}"
-        time = timedelta(seconds=round(np.nansum(run.column("seconds"))))
-        found["time of all steps, without evaluations and checkpoints"] = str(time)
         found["tokens per second, median"] = f"{np.median(run.column('tok_per_sec')):,.0f}"
         if not math.isnan(mfu):
             found["MFU, median"] = f"{mfu:.1%}"
-        if lost := np.isnan(loss + run.column("grad_norm")).sum():
-            found["updates skipped because loss or gradient was not finite"] = f"{lost:,}"
+        if skipped := np.isnan(loss + run.column("grad_norm")).sum():
+            found["updates skipped because loss or gradient was not finite"] = f"{skipped:,}"
     if plan := run.config.get("plan"):
         found["tokens per batch"] = f"{plan['total_batch_size']:,}"
         found["parameters"] = f"{sum(plan['parameters'].values()):,}"
@@ -89,26 +83,16 @@ def results(run: Run) -> dict[str, str]:
 
 
 def step_times(run: Run) -> dict[str, str]:
-    """{part of a step: its median time, and how much of the whole that is}."""
-    whole, waiting, update = map(run.column, ("seconds", "loader_seconds", "optimizer_seconds"))
-    rest = whole - waiting - np.nan_to_num(update)  # on a GPU the update is not measured
-    parts = {"forward and backward": rest, "waiting for data": waiting, "optimizer": update}
+    """{part of a step: its median time and share of the step}."""
+    step, loader, update = map(run.column, ("seconds", "loader_seconds", "optimizer_seconds"))
+    rest = step - loader - np.nan_to_num(update)  # GPU runs do not measure the update
+    parts = {"forward and backward": rest, "waiting for data": loader, "optimizer": update}
     medians = {part: np.nanmedian(seconds) for part, seconds in parts.items() if np.isfinite(seconds).any()}
-    return {part: f"{1000 * time:,.1f} ms, {time / np.median(whole):.1%}" for part, time in medians.items()}
-
-
-def evaluations(run: Run) -> dict[str, str]:
-    """{step: what was measured during training}."""
-    bpb, core, found = run.metrics["val/bpb"], run.metrics["core/core_metric"], {}
-    for step in sorted(bpb.keys() | core.keys()):
-        values = [f"{bpb[step]:.4f} bits per byte"] if step in bpb else []
-        values += [f"CORE or tasks {core[step]:.4f}"] if step in core else []
-        found[f"step {step:,}"] = f"{', '.join(values)} after {run.tokens([step])[0]:,.0f} tokens"
-    return found
+    return {part: f"{1000 * time:,.1f} ms, {time / np.median(step):.1%}" for part, time in medians.items()}
 
 
 def tasks(run: Run) -> dict[str, str]:
-    """{task: its score} of CORE, or of another bundle."""
+    """{task: score}."""
     return {
         label: f"{task['accuracy']:.3f} ± {task['standard_error']:.3f} of {task['num_items']:,} items "
         f"(guessing {task['baseline']:.3f}): {task['centered']:.3f}"
@@ -117,7 +101,7 @@ def tasks(run: Run) -> dict[str, str]:
 
 
 def settings(run: Run, part: str = "settings") -> dict[str, str]:
-    """{NAME: value} of the settings as on the command line, or of the defaults in the script that made the run."""
+    """{NAME: value} of the run's settings, or of the "defaults" in its script, as on the command line."""
     return {name: _value(value) for name, value in run.config.get(part, {}).items()}
 
 
@@ -128,13 +112,13 @@ def _value(value):
 
 
 def recipe(run: Run) -> dict[str, str]:
-    """{what: value} of the numbers of the optimization, as given or chosen."""
+    """{name: value} of the recipe, as given or chosen."""
     chosen = run.config.get("recipe", {}).items()
     return {name: f"{value:.4g}" if isinstance(value, float) else _value(value) for name, value in chosen}
 
 
 def environment(run: Run) -> dict[str, str]:
-    """{what: value} of versions, hardware and model, and the fingerprints of data and tokenizer."""
+    """{label: value} of versions, hardware, model, and hashes of data and tokenizer."""
     if not run.config:
         return {}
     data, known = run.config["data"], run.config["environment"] | run.config["model_config"]
@@ -146,41 +130,39 @@ def environment(run: Run) -> dict[str, str]:
 
 
 def samples(run: Run) -> dict[str, list]:
-    """What the model wrote, by step under each prompt, and for base_eval."""
+    """Generated texts: for each prompt by step, and those of base_eval."""
     found = {}
     for record in run.records:
         for sample in record.get("samples", ()):
             pieces = [(sample["prompt"], "prompt", ""), (sample["text"], "", "")]
             found.setdefault(f"Prompt {sample['prompt']!r}", []).append((f"step {record['step']:,}", pieces))
-    for heading, shown in found.items():
-        places = np.linspace(0, len(shown) - 1, min(SHOWN, len(shown)))
-        found[heading] = [shown[round(place)] for place in places]  # evenly, the first and the last among them
+    for heading, shown in found.items():  # evenly spaced, including the first and the last
+        found[heading] = [shown[round(n)] for n in np.linspace(0, len(shown) - 1, min(MAX_SAMPLES, len(shown)))]
     if texts := run.evaluation.get("samples"):
         found["From base_eval"] = [(f"step {run.evaluation['step']:,}", [(text, "", "")]) for text in texts]
     return found
 
 
 def documents(run: Run) -> dict[str, list]:
-    """The newest validation documents of most and of fewest bits per byte, token by token."""
+    """The newest validation documents with the most and the fewest bits per byte, with the bits of each token."""
     found, record = {}, next((record for record in reversed(run.records) if "documents" in record), {})
-    for kind, few in record.get("documents", {}).items():
+    for kind, chosen in record.get("documents", {}).items():
         found[f"The {kind} documents"] = shown = []
-        for document in few:
-            tokens = document["tokens"]
-            pieces = [(text, f"b{min(int(bits), MOST_BITS)}", f"{bits:.1f} bits") for text, bits in tokens]
+        for document in chosen:
+            pieces = [(text, f"b{min(int(bits), MAX_BITS)}", f"{bits:.1f} bits") for text, bits in document["tokens"]]
             shown.append((f"step {record['step']:,}: {document['bpb']:.3f} bits per byte", pieces))
     return found
 
 
 def commands(run: Run) -> dict[str, list]:
-    """How to make the run again."""
+    """Commands that repeat the run."""
     if not run.config:
         return {}
-    commit, known = run.config["environment"].get("commit"), run.config["defaults"]
+    code, known = run.config["environment"], run.config["defaults"]
     changed = {name: value for name, value in run.config["settings"].items() if value != known.get(name)}
-    edited = "  # with changes" if run.config["environment"].get("changed") else ""
-    checkout = f"git checkout {shlex.quote(commit)}{edited}\n" if commit else ""
-    why = "The same sequences on any machine; the same bits on this one, with these versions and as many processes"
+    edited = "  # with changes" if code.get("changed") else ""
+    checkout = f"git checkout {shlex.quote(code['commit'])}{edited}\n" if code.get("commit") else ""
+    why = "Same sequences on any machine; bit-identical on this one, with these versions and as many processes"
     found = {why: [("", [(checkout + command(run, changed), "", "")])]}
     if run.config["settings"]["TARGET_MINUTES"] and run.metrics["train/loss"]:
         model, batch = run.config["model_config"], run.config["plan"]["total_batch_size"]
@@ -192,7 +174,7 @@ def commands(run: Run) -> dict[str, list]:
 
 
 def command(run: Run, changed: dict[str, Any]) -> str:
-    """The command line that trains with the changed settings on the tokenizer in the run's folder, under a new name."""
+    """The command that trains a new run with the `changed` settings and the tokenizer in the run's folder."""
     ranks = run.config["environment"].get("world_size", 1)
     launch = f"torchrun --standalone --nproc_per_node={ranks}" if ranks > 1 else "python"
     flags = [f"{config.flag_of(name)}={_value(value)}" for name, value in changed.items() if name not in NOT_REPEATED]
@@ -201,13 +183,7 @@ def command(run: Run, changed: dict[str, Any]) -> str:
 
 
 TABLES = {
-    "Summary": summary,
-    "Results": results,
-    "Time per step": step_times,
-    "Evaluations during training": evaluations,
-    "Tasks": tasks,
-    "Settings": settings,
-    "Recipe": recipe,
-    "Environment and data": environment,
-}
+    "Summary": summary, "Results": results, "Time per step": step_times, "Tasks": tasks, "Settings": settings,
+    "Recipe": recipe, "Environment and data": environment,
+}  # fmt: skip
 TEXTS = {"Samples": samples, "Validation text": documents, "Reproduce": commands}
