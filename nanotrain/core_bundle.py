@@ -28,8 +28,8 @@ from nanotrain.dist import DistContext
 from nanotrain.errors import DataError, first_line
 from nanotrain.terminal import progress_bar
 
-OWN = "own"  # in place of a path: the tasks made from a data set's validation shard
-OWN_ITEMS = 200  # of each of these tasks, at most
+OWN = "own"  # instead of a path: tasks made from the validation shard
+OWN_ITEMS = 200  # maximum number of items per own task
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 ZIP_NAME = "eval_bundle.zip"
 ITEM_SEED = 1337  # seed of the published metric's item shuffle
@@ -148,7 +148,7 @@ def fetch() -> Path:
 
 
 def own(shard: Path) -> Path:
-    """Folder of the tasks made from a validation shard, named by the shard's SHA-256; made if it is missing."""
+    """Folder of the tasks made from a validation shard, named after its SHA-256; made if necessary."""
     folder = paths.base_dir() / "core" / f"tasks-{files.file_sha256(shard)[:16]}"
     if not folder.is_dir():
         make(folder, shard, OWN_ITEMS)
@@ -156,8 +156,8 @@ def own(shard: Path) -> Path:
 
 
 def obtain(path: str, shard: Path, dist: DistContext, max_per_task: int) -> Bundle | None:
-    """Read the bundle at `path` on every rank: OWN is the one made from the validation `shard`, "" the public one.
-    If the public bundle is not available, prints the reason and returns None.
+    """Read the bundle at `path` on every rank; OWN: tasks made from the validation `shard`; "": the public bundle.
+    Returns None, after printing the reason, if the public bundle is not available.
     """
     if path == OWN:
         path = dist.on_rank0(lambda: str(own(shard)))
@@ -187,8 +187,7 @@ def make(folder: str | Path, shard: Path, num_items: int) -> dict[str, int]:
             baselines += f"{label},{baseline}\n"
         (temporary / "eval_meta_data.csv").write_text(baselines, encoding="utf-8")
         mark = f"{MARK}: {num_items} items a task from a shard with SHA-256 {files.file_sha256(shard)}\n"
-        described = mark + yaml.safe_dump({"icl_tasks": entries}, sort_keys=False)
-        (temporary / "core.yaml").write_text(described, encoding="utf-8")
+        (temporary / "core.yaml").write_text(mark + yaml.safe_dump({"icl_tasks": entries}, sort_keys=False), "utf-8")
     return {label: len(items) for label, *_, items in tasks}
 
 
@@ -205,14 +204,10 @@ def _own_tasks(texts, num_items):
     pieces = _distinct(lambda: _draw_piece(texts, draw, CONTINUATION_WORDS), num_items)
     repeated = _distinct(lambda: _draw_repeated_word(texts, draw), num_items)
     last_word = [{"context": piece.context, "continuation": piece.continuation} for piece in repeated]
-    next_piece = [
-        {"query": piece.context, "choices": options, "gold": gold}
-        for piece, options, gold in _with_distractors(pieces, draw, 3, "continuation")
-    ]
-    which_context = [
-        {"context_options": options, "continuation": piece.continuation, "gold": gold}
-        for piece, options, gold in _with_distractors(pieces, draw, 1, "context")
-    ]
+    found = _with_distractors(pieces, draw, 3, "continuation")
+    next_piece = [{"query": piece.context, "choices": options, "gold": gold} for piece, options, gold in found]
+    found = _with_distractors(pieces, draw, 1, "context")
+    which_context = [{"context_options": o, "continuation": p.continuation, "gold": gold} for p, o, gold in found]
     words = sorted({word for text in texts[:200] for word in re.findall(r"[^\W\d_]{3,8}", text)})
     copies = _distinct(lambda: " ".join(draw.sample(words, draw.randint(2, 4))), num_items if len(words) >= 4 else 0)
     copy = [{"context": f"Copy: {text}\nCopy:", "continuation": text} for text in copies]

@@ -65,11 +65,9 @@ def sequences(kind: str, encoded: Sequence[list[int]], max_len: int) -> list[tup
     else:
         common_suffix = _common_prefix([ids[::-1] for ids in encoded])
         starts = [len(ids) - common_suffix for ids in encoded]
-    found = []
-    for ids, start in zip(encoded, starts, strict=True):
-        cut = max(len(ids) - max(max_len, 2), 0)
-        found.append((ids[cut:], max(min(start, len(ids) - 1) - cut, 1)))
-    return found
+    cuts = [max(len(ids) - max(max_len, 2), 0) for ids in encoded]
+    scored = zip(encoded, starts, cuts, strict=True)
+    return [(ids[cut:], max(min(start, len(ids) - 1) - cut, 1)) for ids, start, cut in scored]
 
 
 def _common_prefix(sequences):
@@ -77,17 +75,12 @@ def _common_prefix(sequences):
 
 
 def evaluate(
-    model: nn.Module,
-    tokenizer: BPETokenizer,
-    bundle: Bundle,
-    dist: DistContext,
-    batch_size: int,
-    progress: Callable[[int], object] = lambda count: None,
+    model: nn.Module, tokenizer: BPETokenizer, bundle: Bundle, dist: DistContext, batch_size: int, done: Callable = abs
 ) -> dict[str, Any]:
     """Evaluate on a bundle and return its `summary`, the same on every rank.
 
     Items are assigned to ranks by index and batched by length, with at most `batch_size` * max_seq_len tokens per
-    forward pass. `progress` is called with the number of items done since its last call.
+    forward pass. `done` is called with the number of items done since its last call (default: a no-op).
     """
     num_right, max_len = [], model.config.max_seq_len
     for task in bundle.tasks:
@@ -102,7 +95,7 @@ def evaluate(
             for index, some in zip(block, found, strict=True):
                 item_scores, (_, gold) = [next(scores) for _ in some], task.items[index]
                 num_right[-1] += item_scores == [1.0] if greedy else _first_least(item_scores) == gold
-            progress(len(block))
+            done(len(block))
     return summary(bundle, dist.all_reduce_sum(num_right))
 
 
@@ -143,19 +136,13 @@ def summary(bundle: Bundle, num_right: Sequence[float]) -> dict[str, Any]:
     """A JSON-like dict of scores per task and their means; `core_metric` is the mean of the centered scores."""
     tasks = {}
     for task, right in zip(bundle.tasks, num_right, strict=True):
-        accuracy, num_items = right / len(task.items), len(task.items)
-        tasks[task.label] = {
-            "label": task.label,
-            "num_items": num_items,
-            "accuracy": accuracy,
-            "baseline": task.baseline,
-            "centered": (accuracy - task.baseline) / (1 - task.baseline),  # 0 for random guessing
-            "standard_error": math.sqrt(accuracy * (1 - accuracy) / num_items),
-        }
-    errors_of_centered = [task["standard_error"] / (1 - task["baseline"]) for task in tasks.values()]
+        count, accuracy = len(task.items), right / len(task.items)
+        scores = {"label": task.label, "num_items": count, "accuracy": accuracy, "baseline": task.baseline}
+        scores["centered"] = (accuracy - task.baseline) / (1 - task.baseline)  # 0 for random guessing
+        tasks[task.label] = scores | {"standard_error": math.sqrt(accuracy * (1 - accuracy) / count)}
     return {
         "core_metric": sum(task["centered"] for task in tasks.values()) / len(tasks),
-        "standard_error": math.hypot(*errors_of_centered) / len(tasks),
+        "standard_error": math.hypot(*(t["standard_error"] / (1 - t["baseline"]) for t in tasks.values())) / len(tasks),
         "accuracy": sum(task["accuracy"] for task in tasks.values()) / len(tasks),
         "baseline": sum(task["baseline"] for task in tasks.values()) / len(tasks),
         "is_core": tasks.keys() == core_bundle.CORE_LABELS,  # otherwise the mean is not CORE

@@ -93,12 +93,11 @@ def stdlib_documents() -> tuple[list[str], list[str]]:
 
 
 def stdlib_sources() -> dict[str, str]:
-    """{name: text} of the standard library's source files, except its tests, and of pydoc's help topics."""
+    """{name: text} of the standard library's sources, except tests and files of one machine, and of pydoc's topics."""
     root, skipped, texts = Path(sysconfig.get_path("stdlib")), Counter(), {}
     for path in _walk(root, skipped):
         name = path.relative_to(root)
-        machine_specific = path.name.startswith("_sysconfigdata")
-        if path.suffix == ".py" and not STDLIB_EXCLUDED & {*name.parts} and not machine_specific:
+        if path.suffix == ".py" and not STDLIB_EXCLUDED & {*name.parts} and not path.name.startswith("_sysconfigdata"):
             texts[name.as_posix()] = path.read_text(encoding="utf-8", errors="replace")
     if not texts or skipped[UNREADABLE]:
         fix = "use another Python installation or your own text (--from=PATH)"
@@ -155,11 +154,7 @@ def _files(source, skipped):
 
 def _walk(source, skipped):
     """Yield the files in a folder and its subfolders; count everything else in `skipped` by reason."""
-
-    def count(error):
-        skipped[UNREADABLE] += 1
-
-    for folder, folders, names in os.walk(source, onerror=count):
+    for folder, folders, names in os.walk(source, onerror=lambda error: skipped.update([UNREADABLE])):
         skipped["symbolic link to a folder"] += sum(Path(folder, name).is_symlink() for name in folders)
         for path in (Path(folder, name) for name in names):
             if path.is_file():
@@ -253,8 +248,7 @@ def _read_bucket(path):
 def _write_shards(folder, texts, documents, text_bytes):
     """Write the texts as shards; return the name of the last one, which is for validation and never empty."""
     schema = pa.schema([("text", pa.string())])
-    row_groups = _row_groups(texts, documents, text_bytes)
-    for shard, groups in itertools.groupby(row_groups, operator.itemgetter(0)):
+    for shard, groups in itertools.groupby(_row_groups(texts, documents, text_bytes), operator.itemgetter(0)):
         name = f"shard_{shard:05d}.parquet"
         with pq.ParquetWriter(folder / name, schema, compression="zstd") as writer:
             for _, group in groups:
@@ -267,8 +261,7 @@ def _row_groups(texts, documents, text_bytes):
     train_bytes = text_bytes - min(text_bytes * VALIDATION_SHARE, MAX_VALIDATION_BYTES)
     num_train = max(math.ceil(train_bytes / SHARD_BYTES), MIN_TRAIN_SHARDS)
     group_bytes = min(max(train_bytes / MIN_GROUPS, 1), GROUP_BYTES)
-    shard = written = held = 0
-    group = []
+    group, shard, written, held = [], 0, 0, 0
     for number, data in enumerate(texts):
         # compare running sums: otherwise the excess of each shard adds up and starves the last one
         full = written * num_train >= train_bytes * (shard + 1) or number == documents - 1

@@ -73,7 +73,7 @@ class KVCache:
 
 @dataclass(frozen=True)
 class NewTokens:
-    """What the model's layers need to know about tokens that are being added to a cache."""
+    """New tokens of a cache, as the model's layers see them."""
 
     cache: KVCache
     positions: Tensor  # (B or 1, T) int64, positions in the sequences
@@ -160,7 +160,7 @@ def generate_batch(
 def pick(logits: Tensor, temperature: float, top_k: int, top_p: float, draws: Sequence[random.Random]) -> list[int]:
     """Sample a token id for each row of logits (B, V) float32, with generator draws[n] for row n.
 
-    temperature: divisor of the logits; 0 is greedy. top_k: number of most likely tokens to sample from; 0 is all.
+    temperature: divisor of the logits; 0: greedy. top_k: number of most likely tokens to sample from; 0: all.
     top_p: nucleus sampling from the smallest set of these with this total probability, in (0, 1] (arXiv:1904.09751).
     """
     if temperature == 0:
