@@ -56,9 +56,6 @@ def zipped(folder, path, prefix=""):
     return path
 
 
-# ---- reading ----
-
-
 def test_tasks_are_what_the_files_say(tmp_path):
     animals, who, following = core_bundle.read(write_bundle(tmp_path)).tasks
     assert (animals.label, animals.kind, animals.num_shots) == ("animals", MULTIPLE_CHOICE, 10)
@@ -105,9 +102,6 @@ def test_what_is_wrong_with_a_bundle_is_said(tmp_path, name, text, message):
         core_bundle.read(folder)
 
 
-# ---- fetching ----
-
-
 @pytest.fixture
 def host(tmp_path, monkeypatch):
     """The host of the public bundle."""
@@ -136,9 +130,6 @@ def test_what_is_no_bundle_does_not_stay_and_one_line_says_why_there_is_no_core(
 def test_a_bundle_that_was_asked_for_must_be_there(tmp_path):
     with pytest.raises(DataError, match=r"no CORE bundle at .*nowhere: .*--make-bundle="):
         core_bundle.obtain(str(tmp_path / "nowhere"), None, ALONE, 5)
-
-
-# ---- one's own ----
 
 
 @pytest.fixture(scope="module")

@@ -32,9 +32,6 @@ def encoded(task, index):
     return [[0, *ids] for ids in LETTERS.encode_batch(core_eval.prompts(task, index))]
 
 
-# ---- prompts, by hand ----
-
-
 def task_of(label, kind, num_shots, delimiter, baseline, *entries):
     return Task(label, kind, num_shots, delimiter, baseline, [parse_item(kind, entry) for entry in entries])
 
@@ -93,9 +90,6 @@ def test_shots_are_drawn_from_the_others_by_the_published_seed(num_items):
         assert text.split("\n\n") == [*expected, f"q{index} a"]
 
 
-# ---- which tokens are scored, by hand ----
-
-
 @pytest.mark.parametrize(
     ("kind", "encoded", "max_len", "expected"),
     [
@@ -119,9 +113,6 @@ def test_scored_tokens_are_those_counted_by_hand(kind, encoded, max_len, expecte
 def test_choices_that_differ_by_rounding_are_equal_and_the_first_counts():
     assert [core_eval._first_least([1.0 + more, 1.0]) for more in (0.0, 2e-6, 1e-4)] == [0, 0, 1]
     assert core_eval._first_least([math.nan, math.nan]) == 0  # a broken model has a score and no error
-
-
-# ---- a real model, against one item at a time ----
 
 
 @pytest.fixture(scope="module")
@@ -184,9 +175,6 @@ def test_neither_ranks_nor_batches_nor_blocks_of_items_change_anything(case, mon
         world_size, lambda rank: core_eval.evaluate(case.model, LETTERS, case.bundle, rank, batch_size)
     )
     assert found == [case.alone] * world_size
-
-
-# ---- the metric, by hand ----
 
 
 def result_of(*scores):

@@ -37,9 +37,6 @@ def hashes(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
-# ---- cut ----
-
-
 @pytest.mark.parametrize("longest_line", [10, 50, 500])
 def test_cut_loses_nothing_but_blank_lines_and_makes_no_document_too_long(longest_line):
     """Paragraphs of lines of many lengths between blank lines of many kinds."""
@@ -71,8 +68,6 @@ def test_cut_loses_nothing_but_blank_lines_and_makes_no_document_too_long(longes
 def test_cut_by_hand(text, documents):
     assert list(corpus.cut(text, 10)) == documents
 
-
-# ---- the embedded corpus ----
 
 ORDER = ["f59adfd3f1b935f4", "46271f5a79d878b5", "b7e22c3a5f9d1d28", "636a5b8dcf5af4d6", "2dc6dc4e59c37c9e"]
 
@@ -137,9 +132,6 @@ def test_real_corpus_is_ten_megabytes_of_short_documents_and_the_same_in_every_p
     assert any(topics.topics["assert"][:200] in text for text in texts), "the help topics are part of it"
     dataset.build_stdlib(tmp_path / "again")
     assert hashes(folder) == hashes(tmp_path / "again")
-
-
-# ---- import ----
 
 
 def json_lines(texts):
@@ -336,9 +328,6 @@ def test_folders_that_cannot_be_read_are_counted_and_the_embedded_corpus_is_whol
     assert skipped == {corpus.UNREADABLE: 1}
     with pytest.raises(DataError, match="missing or unreadable"):
         corpus.stdlib_sources()
-
-
-# ---- import: errors ----
 
 
 def two_columns_text():

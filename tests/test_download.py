@@ -113,9 +113,6 @@ def get_set(folder):
     dataset.fetch("fineweb-edu", SOURCE, 2, folder)
 
 
-# ---- a hostile host ----
-
-
 def flipped(body):
     """`body` with one bit changed in the first page: a parquet file that opens, with another text."""
     return body[:40] + bytes([body[40] ^ 1]) + body[41:]
@@ -183,9 +180,6 @@ def test_an_unreachable_host_is_reported_with_the_way_to_do_without(host, folder
     with pytest.raises(DataError, match=r"3 of 3 .*127.0.0.1:\d+: .*HF_ENDPOINT=http://127.*DATASET=stdlib"):
         get_set(folder)
     assert shards_in(folder) == {}
-
-
-# ---- redirects, secrets and proxies ----
 
 
 @pytest.mark.parametrize(
@@ -259,9 +253,6 @@ def test_no_error_shows_a_signed_url_or_a_token(host, start_host, folder, monkey
     assert sorted(shards_in(folder)) == ALL[1:]
 
 
-# ---- the disk, and the end of a process ----
-
-
 def test_a_full_disk_ends_the_download_also_for_those_that_wait(host, files, folder, monkeypatch):
     def late(connection):
         time.sleep(0.3)
@@ -314,9 +305,6 @@ def test_a_stopped_download_leaves_no_piece_and_the_next_one_goes_on(host, files
     get_set(folder)
     assert sorted(host.asked()) == [ONE, TWO]
     assert (shards_in(folder), dataset.verify(folder)) == ({**files, living.name: b""}, [])
-
-
-# ---- data sets ----
 
 
 def test_the_same_command_again_fetches_only_what_is_missing(host, files, folder, run_script):

@@ -49,9 +49,6 @@ def texts_of(steps):
     return [[token for token in column if token is not None] for column in zip(*steps, strict=True)]
 
 
-# ---- the cache ----
-
-
 @shapes
 def test_the_likeliest_tokens_are_those_of_the_model_without_a_cache(config):
     """After prompts of all sorts of lengths at once, until every row was full more than once."""
@@ -91,9 +88,6 @@ def test_autocast_around_it_changes_nothing(model):
     expected = list(generate(model, [1, 2, 3], 2 * T, temperature=0))
     with torch.autocast("cpu", torch.bfloat16):
         assert list(generate(model, [1, 2, 3], 2 * T, temperature=0)) == expected
-
-
-# ---- texts ----
 
 
 def test_each_token_is_drawn_from_the_logits_after_the_text_so_far(model):
@@ -139,9 +133,6 @@ def test_generation_leaves_the_global_generators_and_gradients_alone(model):
     torch.rand(7)  # nor do the global generators reach into it
     random.seed(3)
     assert list(generate(model, [1], 5, temperature=1.0, seed=1)) == drawn
-
-
-# ---- the draw ----
 
 
 @pytest.mark.parametrize(

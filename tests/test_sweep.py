@@ -20,9 +20,6 @@ def drawn(number):
     return sweep.draw(SPACE["parameters"], random.Random(number))
 
 
-# ---- the space ----
-
-
 def test_every_draw_is_a_valid_run_with_the_flags_that_wandb_makes_of_it():
     defaults = config.settings(vars(base_train))
     for number in range(20):
@@ -33,9 +30,6 @@ def test_every_draw_is_a_valid_run_with_the_flags_that_wandb_makes_of_it():
         assert {name: namespace[name.upper()] for name in settings} == settings
         base_train.check_settings(config.snapshot(namespace))
         assert settings["total_batch_size"] % 256 == 0
-
-
-# ---- runs one after the other ----
 
 
 @pytest.fixture
