@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/how_it_works.md: docs/data_order.svg and docs/training_step.svg.
+"""Draw docs/data_order.svg and docs/training_step.svg for docs/how_it_works.md.
 
 python dev/drawings.py
 """
@@ -9,14 +9,14 @@ from pathlib import Path
 
 DOCS = Path(__file__).parent.parent / "docs"
 WIDTH = 760
-INK, FAINT, PAPER = "#24292f", "#6a737d", "#fcfcfa"  # dark on a light card, which a dark page shows as it is
+INK, FAINT, PAPER = "#24292f", "#6a737d", "#fcfcfa"  # dark on light, on any page
 SHARDS = {"a": "#cfe3fa", "b": "#fde2c8", "c": "#d3efdc"}
 STREAMS = ["#e3dcf8", "#f8d7e3", "#d5efef", "#f1ecc0"]
 GROUPS, EPOCHS, SEED = 4, 2, 1337
 
 
 class Drawing:
-    """An SVG in the making; every method adds to it."""
+    """An SVG under construction."""
 
     def __init__(self, height: int, title: str):
         self.height = height
@@ -33,7 +33,7 @@ class Drawing:
         self.text(24, y + 19, more, 13, style=f'fill="{FAINT}"')
 
     def box(self, x: float, y: float, width: float, height: float, fill: str, words: str = "", size: int = 14) -> None:
-        """A rectangle with some lines of text in its middle."""
+        """A rectangle with centered lines of text."""
         self.parts.append(
             f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="4" fill="{fill}" stroke="{FAINT}"/>'
         )
@@ -43,7 +43,7 @@ class Drawing:
             self.text(x + width / 2, top + 1.3 * size * number, line, size, "middle")
 
     def arrow(self, x: float, y: float, length: float) -> None:
-        """Down from (x, y)."""
+        """A downward arrow from (x, y)."""
         end = y + length
         self.parts.append(f'<path d="M{x} {y}V{end}m-5 -6l5 6l5 -6" fill="none" stroke="{FAINT}" stroke-width="1.5"/>')
 
@@ -54,7 +54,7 @@ class Drawing:
 
 
 def slice_order() -> list[str]:
-    """The slices of three shards in the order of two epochs, as nanotrain.dataloader.SliceOrder sorts them."""
+    """The slices of three shards over two epochs, in the order of nanotrain.dataloader.SliceOrder."""
     names = [f"{shard}{group}" for shard in SHARDS for group in range(GROUPS)]
 
     def key(epoch: int, name: str) -> bytes:
@@ -122,8 +122,8 @@ def data_order() -> None:
     drawing.write("data_order.svg")
 
 
-ALL, ONE = "#fdeeb5", "#e3ecf7"  # together, and each by itself
-STEPS = {  # {heading: what each of the two ranks does, or what they do together}
+ALL, ONE = "#fdeeb5", "#e3ecf7"  # colours of what ranks do together and alone
+STEPS = {  # {heading: one text per rank, or a single text for both}
     "Batch": ("sequences 0, 2, 4, ...", "sequences 1, 3, 5, ..."),
     "Forward": ("matrix products in bfloat16,\nweights in float32",) * 2,
     "Loss": ("logits of some rows at a time,\nwith their gradient",) * 2,
@@ -140,7 +140,7 @@ STEPS = {  # {heading: what each of the two ranks does, or what they do together
     "the bigram table, which all ranks update, needs no sending",
     "Weights": ("the same bits", "the same bits"),
 }
-MICRO_STEP = 5  # so many of them are in every micro-step
+MICRO_STEP = 5  # the first five happen in every micro-step
 
 
 def training_step() -> None:

@@ -1,9 +1,9 @@
-# Sourced by speedrun.sh and tests/run.sh: makes .venv with the package in editable form, and sets PYTHON to its interpreter.
-# Usage: make_environment [EXTRA...]    A second call with the same pyproject.toml and extras does nothing.
+# Sourced by speedrun.sh and tests/run.sh: installs the package in editable mode into .venv and sets PYTHON to its interpreter.
+# Usage: make_environment [EXTRA...]    Does nothing if pyproject.toml and extras have not changed since.
 
 make_environment() {
     local extras stamp log base status
-    # What would put another Python's modules into the environment, take the scripts out of it, or install elsewhere.
+    # These would mix in another Python's modules, hide the scripts, or install elsewhere.
     unset PYTHONHOME PYTHONPATH PYTHONSAFEPATH PIP_PREFIX PIP_ROOT PIP_TARGET PIP_USER
     extras=$(IFS=,; echo "$*")
     base=${BASE_PYTHON:-python3}
@@ -13,7 +13,7 @@ make_environment() {
         return 0
     fi
     if ! command -v "$base" > /dev/null; then
-        echo "error: no $base here: install Python 3.10 or newer" >&2
+        echo "error: $base not found: install Python 3.10 or newer" >&2
         return 1
     fi
     if ! "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
@@ -25,7 +25,7 @@ make_environment() {
         return 1
     fi
     echo "installing nanotrain${extras:+[$extras]} into .venv (a few minutes the first time)"
-    "$PYTHON" -m pip --version > /dev/null 2>&1 || "$base" -m venv .venv || return 1 # also one that was left half made
+    "$PYTHON" -m pip --version > /dev/null 2>&1 || "$base" -m venv .venv || return 1 # also repairs a half-made one
     log=.venv/install.log
     "$PYTHON" -m pip install --no-user --disable-pip-version-check --editable ".${extras:+[$extras]}" > "$log" 2>&1 &
     local pip=$!
@@ -40,12 +40,12 @@ make_environment() {
     wait "$pip" || status=$?
     if [ "$status" -ne 0 ]; then
         tail -n 5 "$log" >&2
-        echo "error: pip failed with exit code $status (all of its output: $log)" >&2
+        echo "error: pip failed with exit code $status (full output: $log)" >&2
         return 1
     fi
     if ! (cd / && "$PYTHON" -c 'import torch, nanotrain') >> "$log" 2>&1; then
         tail -n 1 "$log" >&2
-        echo "error: pip ended without an error, but what it should have installed cannot be imported from .venv ($log)" >&2
+        echo "error: pip reported success, but torch and nanotrain cannot be imported from .venv ($log)" >&2
         return 1
     fi
     cp pyproject.toml "$stamp"

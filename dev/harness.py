@@ -1,12 +1,12 @@
-"""The same texts and questions for lm-evaluation-harness (`pip install -e '.[lm-eval]'`) and for nanotrain, compared.
+"""Compare nanotrain's evaluation with lm-evaluation-harness (`pip install -e '.[lm-eval]'`) on the same tasks.
 
-    python dev/harness.py --run-name=r --out=TASKS             JSONL and YAML, and what nanotrain says of them
-    lm_eval run ...                                            as the first command prints it; needs no network
-    python dev/harness.py --out=TASKS --found=TASKS/found      item by item
+    python dev/harness.py --run-name=r --out=TASKS             write the tasks and nanotrain's results
+    lm_eval run ...                                            printed by the first command; needs no network
+    python dev/harness.py --out=TASKS --found=TASKS/found      compare item by item
 
-Both see the same tokens. A document here is the first whole lines of a document of the validation shard that fit into
-one row. A choice begins where the tokens of the choices part, and counts as in core_eval by the mean loss of its
-tokens; the harness has no such metric, so it comes with the tasks.
+Both see the same tokens. A document is the first whole lines of a validation document that fit into one sequence. As in
+core_eval, a choice starts where the tokens of the choices differ and is scored by the mean loss of its tokens; the
+harness has no such metric, so the tasks bring their own.
 """
 
 import json
@@ -21,14 +21,14 @@ from nanotrain.dist import init_distributed
 from nanotrain.errors import UserError
 
 # --- settings
-RUN_NAME = ""  # folder under NANOTRAIN_DIR/runs; empty: the run that was saved last
-DATA_DIR = ""  # folder of shards; empty: the one the run was trained on
-BUNDLE = ""  # folder or zip of tasks in the format of CORE; empty: those made from the run's validation shard
-TASKS = ""  # of them, as in copa,arc_easy; empty: all of multiple choice
-ITEMS = 150  # of each task, at most
-DOCUMENTS = 200  # of the validation shard
+RUN_NAME = ""  # folder under NANOTRAIN_DIR/runs; empty: the run with the newest checkpoint
+DATA_DIR = ""  # folder of shards; empty: the run's training data
+BUNDLE = ""  # folder or zip of a CORE bundle; empty: tasks made from the run's validation shard
+TASKS = ""  # multiple-choice tasks to use, as in copa,arc_easy; empty: all
+ITEMS = 150  # maximum number of items per task
+DOCUMENTS = 200  # number of validation documents
 OUT = ""  # folder for the tasks
-FOUND = ""  # what lm_eval wrote to its --output_path
+FOUND = ""  # folder that lm_eval wrote to (--output_path)
 # ------------
 
 PICK = '''"""The choice whose tokens have the lowest mean loss."""
@@ -60,7 +60,7 @@ doc_to_text: ""
 doc_to_target: text
 metric_list: [{metric: bits_per_byte}]
 """
-# The harness puts BOS before a document of its own accord, and one token more than core_eval into a cut prompt.
+# The harness adds BOS to documents itself, and keeps one more token of a truncated prompt than core_eval.
 COMMANDS = """
 With the exported folder as $EXPORTED:
 
@@ -75,7 +75,7 @@ lm_eval run --model hf --device cpu --batch_size 16 --include_path {out} --outpu
 
 def main():
     if not OUT:
-        raise UserError("where to? give a folder, as in --out=tasks")
+        raise UserError("no folder for the tasks: give one, as in --out=tasks")
     if FOUND:
         compare(Path(OUT).expanduser(), Path(FOUND).expanduser())
         return
@@ -89,7 +89,7 @@ def main():
     labels = TASKS.split(",") if TASKS else list(named)
     missing = [label for label in labels if label not in named]
     if missing:
-        raise UserError(f"--tasks={TASKS}: no multiple choice called {missing[0]}; there: {', '.join(named)}")
+        raise UserError(f"--tasks={TASKS}: no multiple-choice task {missing[0]}; tasks: {', '.join(named)}")
     expected = {"documents": documents(out, shard, model, tokenizer, dist)}
     print(f"{'documents':<28}{expected['documents']:.6f} bits per byte")
     (out / "nanotrain_pick.py").write_text(PICK, encoding="utf-8")
@@ -102,7 +102,7 @@ def main():
 
 
 def documents(out, shard, model, tokenizer, dist):
-    """Write the documents; returns their bits per byte."""
+    """Write the documents and return their bits per byte."""
     texts = []
     for text in dataset.read_shards([shard]):
         lines = text.splitlines(keepends=True)
@@ -115,12 +115,12 @@ def documents(out, shard, model, tokenizer, dist):
     write(out, "nanotrain_documents", TEXT, [{"text": text} for text in texts])
     ids = [tokenizer.encode(text) for text in texts]
     windows = loss_eval.document_windows(ids, tokenizer.bos, model.config.max_seq_len)
-    assert len(windows) == len(texts), "each fits into one"
+    assert len(windows) == len(texts), "each document fits into one window"
     return loss_eval.bits_per_byte(model, windows, tokenizer.token_bytes(), dist, 16)
 
 
 def choices(out, task, model, tokenizer, dist):
-    """Write the items of a task; returns {number of the item: whether core_eval's rule picks the right one}."""
+    """Write the items of a task and return {item number: whether core_eval picks the right choice}."""
     rows, right = [], {}
     for index, (options, gold) in enumerate(task.items):
         texts = core_eval.prompts(task, index)
@@ -131,21 +131,21 @@ def choices(out, task, model, tokenizer, dist):
         right[index] = pick == gold
         common = encoded[0][1 : len(encoded[0]) - lengths[0]]
         context = tokenizer.decode(common)
-        # The harness encodes the context by itself, without the spaces at its end, to find where a choice begins.
+        # To find where a choice starts, the harness encodes the context alone, without trailing spaces.
         if context != context.rstrip() or tokenizer.encode(context) != common or not texts[0].startswith(context):
             context, lengths = texts[0][: len(texts[0]) - len(options[0][1])], None
         parts = [text[len(context) :] for text in texts]
         rows.append({"number": index, "context": context, "choices": parts, "gold": gold, "lengths": lengths})
     whole = core_eval.evaluate(model, tokenizer, core_bundle.Bundle([task], ""), dist, 16)
-    assert round(whole["accuracy"] * len(task.items)) == sum(right.values()), "as scripts.base_eval counts"
+    assert round(whole["accuracy"] * len(task.items)) == sum(right.values()), "differs from scripts.base_eval"
     kept = [row for row in rows if row["lengths"]]
-    print(f"{task.label:<28}{len(rows) - len(kept)} items left out, whose choices part inside of what the harness cuts")
+    print(f"{task.label:<28}{len(rows) - len(kept)} items left out: their choices differ where the harness cuts")
     write(out, f"nanotrain_{task.label}", CHOICE, kept)
     return {row["number"]: right[row["number"]] for row in kept}
 
 
 def mean_loss(model, ids, start):
-    """The mean nats of the tokens from `start` on."""
+    """Mean loss in nats of the tokens from `start` on."""
     tokens = torch.tensor([ids])
     return model.token_losses(tokens[:, :-1], tokens[:, 1:].contiguous())[0, start - 1 :].double().mean().item()
 
@@ -157,14 +157,14 @@ def write(out, name, kind, rows):
 
 
 def compare(out, found):
-    """Print how far the harness agrees with what nanotrain said."""
+    """Print how far the harness and nanotrain agree."""
     expected, compared = json.loads((out / "expected.json").read_text(encoding="utf-8")), 0
     for path in sorted(found.rglob("results_*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))["results"].get("nanotrain_documents")
         if result:
             ours, theirs = expected["documents"], result["bits_per_byte,none"]
             compared += 1
-            print(f"{'documents':<28}{ours:.6f} and {theirs:.6f} bits per byte: {abs(ours - theirs):.1e} apart")
+            print(f"{'documents':<28}{ours:.6f} and {theirs:.6f} bits per byte, difference {abs(ours - theirs):.1e}")
     for label in sorted(expected.keys() - {"documents"}):
         for path in sorted(found.rglob(f"samples_nanotrain_{label}_*.jsonl")):
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

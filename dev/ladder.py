@@ -1,9 +1,9 @@
-"""A table of evaluated runs, the law of loss against compute that they follow, and what one series gains over another.
+"""Scaling series: a table of evaluated runs, their law of loss against compute, and the compute one series saves.
 
-python dev/ladder.py NAME                    the series that `bash dev/ladder.sh NAME` trained
-python dev/ladder.py NAME OTHER              and how much compute OTHER saves at the loss that NAME reached
-python dev/ladder.py RUN_FOLDER ...          any runs that scripts/base_eval has evaluated, as one series
-python dev/ladder.py ... --plot=FILE.png     draws them too (needs matplotlib, the extra "dev")
+python dev/ladder.py NAME                    the series trained by `bash dev/ladder.sh NAME`
+python dev/ladder.py NAME OTHER              also how much compute OTHER saves at the same loss
+python dev/ladder.py RUN_FOLDER ...          any runs evaluated with scripts/base_eval, as one series
+python dev/ladder.py ... --plot=FILE.png     draw them too (needs matplotlib, extra "report")
 """
 
 import json
@@ -25,15 +25,15 @@ class Point:
     name: str
     depth: int
     width: int
-    weights: int  # in matrices and head
+    weights: int  # of matrices and head
     steps: int
     tokens: int
     flops: float
-    bpb: float  # of whole validation documents
+    bpb: float  # bits per byte of whole validation documents
 
 
 def read(folder):
-    """The Point of a run's folder. Raises UserError if it was not evaluated."""
+    """Read a run's Point from its folder. Raises UserError if the run was not evaluated."""
     try:
         evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -55,12 +55,12 @@ def read(folder):
 
 
 def series_of(names):
-    """{name: points in the order of their operations} for names of series, or for folders of runs."""
+    """{name: points sorted by FLOPs} for names of series, or {"runs": points} for folders of runs."""
     if all(Path(name).is_dir() for name in names):
         found = {"runs": [Path(name) for name in names]}
     else:
         runs = sorted((paths.base_dir() / "runs").glob("ladder-*"))
-        # cut at the last dash, for another series may be called NAME-something
+        # split at the last dash: another series may be called NAME-something
         found = {name: [run for run in runs if run.name.rpartition("-")[0] == f"ladder-{name}"] for name in names}
     for name, folders in found.items():
         if not folders:
@@ -69,29 +69,29 @@ def series_of(names):
 
 
 def best(points):
-    """The points that no other beats with as many operations or fewer."""
+    """The points that no other point beats with as few FLOPs."""
     return [
         point for point in points if not any(other.flops <= point.flops and other.bpb < point.bpb for other in points)
     ]
 
 
 def fit(points):
-    """(a, b) of bpb = a * flops ** -b by least squares in logarithms, through the points that none beats."""
+    """(a, b) of bpb = a * flops ** -b, fitted to the best points by least squares in logarithms."""
     points = best(points)
     if len(points) < 2:
-        raise UserError("a law needs two runs of different size that get better with it")
+        raise UserError("a law needs at least two runs, the larger with lower loss")
     slope, intercept = np.polyfit(np.log([p.flops for p in points]), np.log([p.bpb for p in points]), 1)
     return float(np.exp(intercept)), float(-slope)
 
 
 def saved_compute(law, points):
-    """For each of `points` the factor of operations with which the series of `law` would reach the same loss."""
+    """For each point, how many times its FLOPs the series of `law` needs for the same loss."""
     a, b = law
     return [(a / point.bpb) ** (1 / b) / point.flops for point in points]
 
 
 def table(series):
-    """The Markdown of all points, the laws, and the factors of every other series against the first."""
+    """Markdown of all points, the laws, and the compute saved by each series relative to the first."""
     lines = [
         "| run | depth | width | weights, M | steps | tokens, M | FLOPs | doc bpb |",
         "|---|---|---|---|---|---|---|---|",
@@ -107,7 +107,7 @@ def table(series):
     first, *others = series
     for name in others:
         factors = ", ".join(f"{factor:.2f}" for factor in saved_compute(laws[first], series[name]))
-        lines.append(f"{first} would need {factors} times the operations of {name} for the same loss")
+        lines.append(f"{first} needs {factors} times the FLOPs of {name} for the same loss")
     return "\n".join(lines)
 
 
@@ -126,7 +126,7 @@ def plot(series, path):
         grid = np.geomspace(points[0].flops, points[-1].flops)
         axes.plot(grid, a * grid**-b, "--", color="gray", linewidth=1)
     axes.set(xscale="log", xlabel="training FLOPs", ylabel="bits per byte of whole validation documents")
-    axes.xaxis.set_minor_formatter("")  # they would run into each other
+    axes.xaxis.set_minor_formatter("")  # minor labels would overlap
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)

@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# A series of runs of growing size, so that a change can be judged at three sizes at once.
+# Train a scaling series: runs of three sizes, to judge a change at all of them.
 #
 #   bash dev/ladder.sh NAME                 train the series NAME (about 14 minutes on two cores with bfloat16)
 #   bash dev/ladder.sh NAME --seed=2 ...    with other settings of base_train
-#   python dev/ladder.py NAME OTHER         a table of both, and what the one gains over the other
+#   python dev/ladder.py NAME OTHER         compare two series
 #
-# Each run gets a number of operations and not a time, so that a busy machine changes nothing. Data and tokenizer are
-# those in NANOTRAIN_DIR, or given by --data-dir and --tokenizer-dir. A series that was stopped goes on.
+# Runs have a FLOP budget instead of a time limit, so a busy machine changes nothing. Data and tokenizer come from
+# NANOTRAIN_DIR or from --data-dir and --tokenizer-dir. A stopped series continues where it was.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=${1:?give the series a name: bash dev/ladder.sh NAME}
 shift
 python=${PYTHON:-.venv/bin/python}
-# On Ctrl-C a run saves and ends well: without this, it would be evaluated half-trained and the next one begun.
+# On Ctrl-C a run saves and exits with 0: without this trap, it would be evaluated and the next run started.
 trap 'stopped=yes' INT TERM
 stop_if_asked() {
     if [ -n "${stopped:-}" ]; then
-        echo "stopped; the same command goes on"
+        echo "stopped; the same command continues"
         exit 0
     fi
 }

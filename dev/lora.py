@@ -1,11 +1,11 @@
-"""Fine-tune an exported model on your own text with LoRA (arXiv:2106.09685), by transformers' Trainer and peft.
+"""Fine-tune an exported model on your own text with LoRA (arXiv:2106.09685), using transformers' Trainer and peft.
 
     pip install -e '.[finetune]'
     python dev/lora.py --model=exported --text=notes.txt --out=adapter
     python dev/lora.py --model=exported --text=notes.txt --out=adapter --four-bits     QLoRA (arXiv:2305.14314)
 
-It evaluates on the last sixteenth of the text while it trains, stops early when that no longer gets better, and keeps
-the best adapter.
+The last sixteenth of the text is held out: training stops early when the loss on it stops improving, and the best
+adapter is kept.
 """
 
 import importlib.util
@@ -33,32 +33,32 @@ except ImportError as error:
     sys.exit(f"error: {error}: pip install -e '.[finetune]'")
 
 # --- settings
-MODEL = ""  # folder that scripts.export_hf wrote
+MODEL = ""  # folder written by scripts.export_hf
 TEXT = ""  # file of plain text
 OUT = ""  # folder for the adapter
-RANK = 16  # of the two small matrices beside each of the model's
-LEARNING_RATE = 3e-3  # of them, at its peak
-STEPS = 80  # at most
-BATCH_SIZE = 16  # sequences of a step
-EVAL_EVERY = 10  # steps
-PATIENCE = 3  # evaluations after each other that are not better, after which it ends
-FOUR_BITS = False  # hold the model's own matrices in 4 bits (needs bitsandbytes)
-SEED = 1337  # of the adapter and of the order of the sequences
+RANK = 16  # rank of the adapter's matrices
+LEARNING_RATE = 3e-3  # peak learning rate
+STEPS = 80  # maximum number of steps
+BATCH_SIZE = 16  # sequences per step
+EVAL_EVERY = 10  # steps between evaluations
+PATIENCE = 3  # evaluations without improvement before training stops
+FOUR_BITS = False  # 4-bit base model (needs bitsandbytes)
+SEED = 1337  # seed of the adapter and of the order of sequences
 # ------------
 
 
 def main():
     if not (MODEL and TEXT and OUT):
-        raise UserError("give all three: --model=FOLDER --text=FILE --out=FOLDER")
+        raise UserError("give --model=FOLDER, --text=FILE and --out=FOLDER")
     if not Path(MODEL, "config.json").is_file():
-        raise UserError(f"--model={MODEL}: no exported model: python -m scripts.export_hf --out={MODEL} writes one")
+        raise UserError(f"--model={MODEL}: no exported model; write one: python -m scripts.export_hf --out={MODEL}")
     if FOUR_BITS and not importlib.util.find_spec("bitsandbytes"):
         raise UserError("--four-bits needs bitsandbytes: pip install bitsandbytes")
     tokenizer = AutoTokenizer.from_pretrained(MODEL, trust_remote_code=False)
     try:
         text = Path(TEXT).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        fix = "iconv -f ENCODING -t UTF-8 converts it"
+        fix = "convert it with iconv -f ENCODING -t UTF-8"
         raise UserError(f"--text={TEXT}: byte {error.start} is not UTF-8: {fix}") from None
     sequences = sequences_of(text, tokenizer)
     held_out = max(len(sequences) // 16, 1)
@@ -103,13 +103,13 @@ def main():
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     trained, all_weights = model.get_nb_trainable_parameters()
     trainer.save_model(OUT)
-    best = min(losses[1:])  # whose adapter is kept: Trainer does not count the evaluation before the first step
-    print(f"held-out loss {losses[0]:.4f} -> {best:.4f} nats a token after {trainer.state.global_step} steps")
-    print(f"{seconds:.0f} s, {memory_gib():.2f} GiB at most, {trained:,} of {all_weights:,} weights trained, in {OUT}")
+    best = min(losses[1:])  # Trainer does not count the evaluation before the first step either
+    print(f"held-out loss {losses[0]:.4f} -> {best:.4f} nats per token after {trainer.state.global_step} steps")
+    print(f"{seconds:.0f} s, {memory_gib():.2f} GiB peak, {trained:,} of {all_weights:,} weights trained: {OUT}")
 
 
 def sequences_of(text, tokenizer):
-    """The tokens of a text in sequences of model_max_length, the last one left out: what Trainer calls a dataset."""
+    """A dataset for Trainer: the tokens of a text in whole sequences of model_max_length."""
     length = tokenizer.model_max_length
     ids = tokenizer(text, verbose=False)["input_ids"]  # BOS first
     starts = range(0, len(ids) - length + 1, length)
@@ -117,7 +117,7 @@ def sequences_of(text, tokenizer):
 
 
 def base_model():
-    """The exported model, as it was or with its matrices in 4 bits."""
+    """The exported model in float32, or with its matrices in 4 bits."""
     if not FOUR_BITS:
         return AutoModelForCausalLM.from_pretrained(MODEL, trust_remote_code=True, dtype=torch.float32)
     bits = BitsAndBytesConfig(
@@ -129,13 +129,13 @@ def base_model():
     model = AutoModelForCausalLM.from_pretrained(MODEL, trust_remote_code=True, quantization_config=bits)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # bitsandbytes 0.50 would repack the weights in the first evaluation, and then let no gradient through
+            # bitsandbytes 0.50 would repack the weights in the first evaluation and then pass on no gradients
             module.support_avx512bf16_for_cpu = False
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
 def memory_gib():
-    """The most memory that this process had: of the GPU if there is one."""
+    """Peak memory of this process, on the GPU if there is one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,10 +1,10 @@
-"""Record what training computes, to compare before and after a change that must move no bit.
+"""Record what training computes, to check that a change keeps it bit-identical.
 
     python dev/record.py OUT.json               eight small runs of 30 steps, about five minutes on two cores
-    python dev/record.py OUT.json BEFORE.json   the same, then compare; the exit code is 1 if anything differs
+    python dev/record.py OUT.json BEFORE.json   the same, then compare; exit code 1 if anything differs
 
-Of each run: data_hash, loss and gradient norm of every step, and a SHA-256 of the weights in the order of the model's
-parameters, whatever they are called. Bits depend on the machine and on torch, so record both sides on one machine.
+A record has, for each run, data_hash, loss and gradient norm of every step, and a SHA-256 of the weights in parameter
+order, independent of their names. Bits depend on the machine and on torch: make both records on one machine.
 """
 
 import json
@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = ["--depth=2", "--total-batch-size=3072", "--num-iterations=30", "--eval-every=0", "--compile=off"]
 COMMON += ["--report=false", "--save-every=10"]
-RUNS = {  # name: (ranks, flags, step after which it is killed or 0)
+RUNS = {  # name: (ranks, flags, step after which the run is killed; 0: never)
     "default": (1, ["--compile=on", "--total-batch-size=4096"], 0),
     "accumulation": (1, ["--depth=3", "--device-batch-size=4"], 0),
     "plain": (1, ["--plain=true", "--bigram-rows=0"], 0),
@@ -34,7 +34,7 @@ KEYS = ("data_hash", "train/loss", "train/grad_norm")
 
 
 def main(out: str, before: str = "") -> None:
-    """Make all runs and write the record to `out`; compare with the record `before`, if there is one."""
+    """Make all runs, write the record to `out`, and compare it with the record `before` if given."""
     with tempfile.TemporaryDirectory(prefix="nanotrain-record-") as folder:
         os.environ |= {"NANOTRAIN_DIR": folder, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
         module("nanotrain.dataset", "--dataset=stdlib")
@@ -47,12 +47,12 @@ def main(out: str, before: str = "") -> None:
 
 
 def module(name: str, *arguments: str) -> None:
-    """Run a module of this repository to its end."""
+    """Run a module of this repository."""
     subprocess.run([sys.executable, "-m", name, *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 def run(folder: Path, name: str, ranks: int, flags: list[str], killed_after: int) -> dict:
-    """Train the run `name` and return what it computed."""
+    """Train the run `name` and return its record."""
     launch = [sys.executable]
     if ranks > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
@@ -63,7 +63,7 @@ def run(folder: Path, name: str, ranks: int, flags: list[str], killed_after: int
         if killed_after:
             process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
             while not metrics.exists() or metrics.read_text(encoding="utf-8").count("train/loss") < killed_after:
-                assert process.poll() is None, f"{name} ended by itself"
+                assert process.poll() is None, f"{name} ended before it was killed"
                 time.sleep(0.02)
             process.send_signal(signal.SIGKILL)
             process.wait()
@@ -78,7 +78,7 @@ def run(folder: Path, name: str, ranks: int, flags: list[str], killed_after: int
 
 
 def weights_sha256(run_dir: Path) -> str:
-    """The SHA-256 of the bytes of a run's weights, in the order of the model's parameters."""
+    """SHA-256 of a run's weights, in the order of the model's parameters."""
     code = (
         "import hashlib, sys, torch; from nanotrain.checkpoint import load_model;"
         "digest = hashlib.sha256();"
@@ -91,7 +91,7 @@ def weights_sha256(run_dir: Path) -> str:
 
 
 def compare(before: dict, after: dict) -> None:
-    """Print for each run what is equal; exit with 1 if anything differs."""
+    """Print what is equal in each run; exit with 1 if anything differs."""
     same = True
     for name, old in before.items():
         new = after[name]

@@ -1,10 +1,10 @@
-"""Runs drawn at random from the space of dev/sweep.yaml, one after the other, and a table of them. No account needed.
+"""Random search over dev/sweep.yaml without a wandb account: trains runs one by one and tabulates them.
 
-python dev/sweep.py NAME COUNT                          COUNT runs in all; those that are there already are not repeated
-python dev/sweep.py NAME COUNT --depth=2 --data-dir=D   with other settings of base_train, the same in every run
+python dev/sweep.py NAME COUNT                          COUNT runs in total; finished runs are not repeated
+python dev/sweep.py NAME COUNT --depth=2 --data-dir=D   with other settings of base_train in every run
 
-Stopped and called again it goes on, in the middle of a run too. Run n of a sweep NAME is always the same draw. The
-results are in NANOTRAIN_DIR/sweeps: NAME.jsonl, and NAME.md, the best first.
+After an interruption the same command continues, even in the middle of a run. Run n of a sweep NAME always has the same
+settings. Results go to NANOTRAIN_DIR/sweeps: NAME.jsonl, and NAME.md with the best run first.
 """
 
 import json
@@ -23,11 +23,11 @@ from nanotrain.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 SPACE = ROOT / "dev" / "sweep.yaml"
-RESULTS = {5: "out of memory", 7: "not finite", 8: "hung"}  # exit codes that are a run's result and end no sweep
+RESULTS = {5: "out of memory", 7: "not finite", 8: "hung"}  # exit codes that count as a result; others end the sweep
 
 
 def draw(parameters, draws):
-    """{name: value}: one value of each parameter of a wandb sweep, by the random.Random `draws`."""
+    """{name: value} of each parameter of a wandb sweep, drawn with the random.Random `draws`."""
     return {name: _value(name, spec, draws) for name, spec in parameters.items()}
 
 
@@ -42,12 +42,12 @@ def _value(name, spec, draws):
         return float(f"{draws.uniform(spec['min'], spec['max']):.4g}")
     if spec.get("distribution") == "log_uniform_values":
         return float(f"{math.exp(draws.uniform(math.log(spec['min']), math.log(spec['max']))):.4g}")
-    known = "value, values, and the distributions int_uniform, uniform and log_uniform_values"
-    raise UserError(f"{SPACE}: {name}: {spec}: known are {known}")
+    known = "value, values, or a distribution int_uniform, uniform or log_uniform_values"
+    raise UserError(f"{SPACE}: {name}: {spec}: must have one of {known}")
 
 
 def train(run_name, settings, flags):
-    """Train a run, or go on with it; returns its exit code. Ctrl-C and SIGTERM let it save first."""
+    """Train or resume a run and return its exit code. On Ctrl-C and SIGTERM it saves first."""
     drawn = [f"--{name}={value}" for name, value in settings.items()]
     command = [sys.executable, "-m", "scripts.base_train", "--resume", f"--run-name={run_name}", *drawn, *flags]
     process = subprocess.Popen(command, cwd=ROOT)
@@ -60,8 +60,8 @@ def train(run_name, settings, flags):
 
 
 def result_of(run_name):
-    """(bits per byte, steps) of the last evaluation of a run; (None, steps) if that is not its last step."""
-    path = paths.run_dir(run_name) / "metrics.jsonl"  # missing, if it failed before its first step
+    """(bits per byte, steps) of a run; None instead of bits per byte if its last step was not evaluated."""
+    path = paths.run_dir(run_name) / "metrics.jsonl"  # missing if the run failed before its first step
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     steps = max((row["step"] for row in rows), default=0)
     found = [row["val/bpb"] for row in rows if "val/bpb" in row and row["step"] == steps]
@@ -69,7 +69,7 @@ def result_of(run_name):
 
 
 def table(results):
-    """The results as a Markdown table, the best first; settings that never differ are left out."""
+    """The results as a Markdown table, best first, with the settings that differ."""
     names = [name for name in results[0]["settings"] if len({str(one["settings"][name]) for one in results}) > 1]
     lines = ["| " + " | ".join(["run", "val bpb", "steps", "minutes", *names]) + " |", "|---" * (4 + len(names)) + "|"]
     for one in sorted(results, key=lambda one: (one["bpb"] is None, one["bpb"])):
@@ -80,7 +80,7 @@ def table(results):
 
 
 def sweep(name, count, flags):
-    """Train what is missing of `count` runs; returns all results."""
+    """Train the runs missing from `count` and return all results."""
     parameters = yaml.safe_load(SPACE.read_text(encoding="utf-8"))["parameters"]
     fixed = {flag[2:].partition("=")[0].replace("-", "_") for flag in flags}
     parameters = {name: spec for name, spec in parameters.items() if name not in fixed}
@@ -98,12 +98,12 @@ def sweep(name, count, flags):
         print(f"== {run_name} ({number + 1} of {count})", flush=True)
         code = train(run_name, settings, flags)
         if code and code not in RESULTS:
-            raise UserError(f"{run_name} ended with exit code {code}, as the next ones would; see above")
+            raise UserError(f"{run_name} failed with exit code {code}, as the next runs would; see above")
         bpb, steps = result_of(run_name)
         if code:
-            bpb = None  # what it had reached before it failed is no result
+            bpb = None  # results before a failure do not count
         elif bpb is None:
-            raise UserError(f"{run_name} was stopped at step {steps}: the same command goes on")
+            raise UserError(f"{run_name} was stopped at step {steps}: the same command continues")
         minutes = round((time.monotonic() - begin) / 60, 1)
         one = {"run": run_name, "bpb": bpb, "steps": steps, "minutes": minutes, "exit_code": code}
         results.append({**one, "settings": settings, "flags": flags})
