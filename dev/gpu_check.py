@@ -1,13 +1,13 @@
-"""The first minutes on a GPU, in steps that each have a limit of their own.
+"""Checks and measurements for the first minutes on a GPU, in steps with time limits.
 
     bash dev/gpu_check.sh OUT               both parts, each at most 5 minutes
-    bash dev/gpu_check.sh --part=1 OUT      machine, tests that need a GPU, rates of kernels, speed of training
-    bash dev/gpu_check.sh --part=2 OUT      where a step's time goes, a run, a kill and its resume, memory
-    bash dev/gpu_check.sh --smoke OUT       all of it on a CPU, with tiny sizes
+    bash dev/gpu_check.sh --part=1 OUT      machine, GPU tests, kernel rates, training speed
+    bash dev/gpu_check.sh --part=2 OUT      profile of a step, a run, kill and resume, memory
+    bash dev/gpu_check.sh --smoke OUT       everything on a CPU, with tiny sizes
 
-The folder OUT gets gpu_check.md and gpu_check.json, written anew after each step, and gpu_check.log, all output. What
-the other part has left there stays. A step that fails or runs out of time leaves the others running, and the exit code
-is 1. It takes the python3 on PATH, needs no network, and keeps data and runs in a temporary folder.
+OUT receives gpu_check.md and gpu_check.json, rewritten after each step, and gpu_check.log with all output. Results of
+the other part are kept. If a step fails or times out, the others still run and the exit code is 1. The script uses the
+python3 on PATH, needs no network, and keeps data and runs in a temporary folder.
 """
 
 import contextlib
@@ -34,40 +34,40 @@ from nanotrain.errors import UserError
 from nanotrain.files import atomic_file, file_sha256, write_json
 
 # --- settings
-SMOKE = False  # tiny sizes, on the CPU
-PART = 0  # 1 or 2; 0: both
-STEP = ""  # only this one, in this process and without a limit, with data and runs in OUT
+SMOKE = False  # tiny sizes on the CPU
+PART = 0  # part to run, 1 or 2; 0: both
+STEP = ""  # single step to run in this process, without a limit and with data and runs in OUT; empty: all
 # ------------
 
 ROOT = Path(__file__).resolve().parent.parent
-PROGRAM = __file__  # that is called with --step
-SMOKE_FACTOR = 4  # a CPU that others use too gets so many times the limits
-MARK = "RESULT "  # before the JSON of a row of numbers, in a step's output
-TAIL_LINES = 40  # of a step that failed
+PROGRAM = __file__  # program to start with --step
+SMOKE_FACTOR = 4  # multiplies the limits on a CPU, which may be shared
+MARK = "RESULT "  # prefix of a JSON row in a step's output
+TAIL_LINES = 40  # lines of output shown for a failed step
 SEQ_LEN, VOCAB_SIZE = 2048, 32768
-LARGEST_BATCH = 256  # sequences of a forward pass, from which it halves until they fit
+LARGEST_BATCH = 256  # sequences per forward pass to start from; halved until they fit
 
 
 @dataclass(frozen=True)
 class Step:
-    """A function that prints its numbers by `tell`, and raises an error where something is not as it should be."""
+    """A function that reports numbers with `tell` and raises an error if a check fails."""
 
     part: int
-    seconds: int  # that it may take on a GPU
+    seconds: int  # time limit on a GPU
     work: Callable
 
 
 class StepsFailedError(UserError):
-    """Steps have failed or run out of time."""
+    """Steps failed or timed out."""
 
     exit_code = 1
 
 
 def main(arguments: list[str]) -> None:
-    """Run the steps that the settings ask for; `arguments` has the folder of the report."""
+    """Run the steps chosen by the settings and write the report to the folder in `arguments`."""
     config.choice("PART", str(PART), ("0", "1", "2"))
     if len(arguments) != 1:
-        raise UserError("give one folder for the report, as in bash dev/gpu_check.sh OUT")
+        raise UserError("give one folder for the report: bash dev/gpu_check.sh OUT")
     out = Path(arguments[0]).expanduser().absolute()
     if STEP:
         os.environ["NANOTRAIN_DIR"] = str(out)
@@ -91,38 +91,35 @@ def main(arguments: list[str]) -> None:
     failed = [f"{step['name']} ({step['result']})" for step in steps if step["result"] != "ok"]
     if failed:
         raise StepsFailedError(f"{len(failed)} of {len(steps)} steps: {', '.join(failed)}; see {out / 'gpu_check.md'}")
-    print(f"all {len(steps)} steps are ok: {out / 'gpu_check.md'}")
+    print(f"all {len(steps)} steps passed: {out / 'gpu_check.md'}")
 
 
 def check_machine() -> None:
-    """Raise a UserError where the steps could not run at all."""
+    """Raise UserError if no step can run here."""
     if importlib.util.find_spec("torch") is None:
-        raise UserError(f"{sys.executable} has no torch: put the python3 that has it first on PATH")
+        raise UserError(f"{sys.executable} has no torch: put a python3 with torch first on PATH")
     if not SMOKE:
-        import torch  # only here, since it takes seconds
+        import torch  # takes seconds
 
         if not torch.cuda.is_available():
-            raise UserError("torch finds no CUDA device here: --smoke runs all of it on a CPU, with tiny sizes")
+            raise UserError("torch finds no CUDA device: --smoke runs everything on a CPU, with tiny sizes")
 
 
 def steps_of_the_other_part(out: Path) -> list[dict]:
-    """What an earlier call with the other part has left in a folder."""
+    """Results that an earlier call with the other part left in a folder."""
     if not (out / "gpu_check.json").exists():
         return []
     found = json.loads((out / "gpu_check.json").read_text(encoding="utf-8"))
     return [step for step in found["steps"] if PART and step["part"] != PART and found["smoke"] == SMOKE]
 
 
-# ---- running the steps ----
-
-
 def run_step(name: str, limit: float, work: Path, log: Path) -> dict:
-    """Run one step in a process of its own; {"result", "seconds", "rows", "output"}, however it ends."""
+    """Run one step in its own process and return {"result", "seconds", "rows", "output"}, however it ends."""
     begin, start = time.monotonic(), log.stat().st_size if log.exists() else 0
     command = [sys.executable, PROGRAM, f"--smoke={str(SMOKE).lower()}", f"--step={name}", str(work)]
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(work / "compiled"), "PYTHONUNBUFFERED": "1"}
     if SMOKE:
-        environment["OMP_NUM_THREADS"] = "1"  # with so little work threads wait longer than they work
+        environment["OMP_NUM_THREADS"] = "1"  # more threads only wait for each other at tiny sizes
     with open(log, "ab") as file:
         streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
         process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **streams)
@@ -132,7 +129,7 @@ def run_step(name: str, limit: float, work: Path, log: Path) -> dict:
             result = "timed out"
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
+                os.killpg(process.pid, signal.SIGKILL)  # including its children
             process.wait()
     seconds = round(time.monotonic() - begin, 1)
     lines = log.read_bytes()[start:].decode("utf-8", "replace").splitlines()
@@ -142,21 +139,21 @@ def run_step(name: str, limit: float, work: Path, log: Path) -> dict:
 
 
 def tell(**numbers: object) -> None:
-    """Print a row of a step's numbers, where `run_step` finds them even if the step does not end."""
+    """Print a row of numbers for `run_step`, which finds it even if the step never ends."""
     print(f"{MARK}{json.dumps(numbers)}", flush=True)
 
 
 def write_report(out: Path, steps: list[dict]) -> None:
-    """Write what is known so far as JSON and as Markdown."""
+    """Write the results so far as JSON and Markdown."""
     write_json(out / "gpu_check.json", {"smoke": SMOKE, "steps": steps})
-    title = "# GPU check" + (": tiny sizes on a CPU, which say nothing of a GPU" if SMOKE else "")
+    title = "# GPU check" + (": smoke test on a CPU, no measure of a GPU" if SMOKE else "")
     overview = table([{key: step[key] for key in ("name", "part", "result", "seconds", "limit")} for step in steps])
     with atomic_file(out / "gpu_check.md") as temporary:
         temporary.write_text("\n\n".join([title, overview, *map(section, steps)]) + "\n", encoding="utf-8")
 
 
 def section(step: dict) -> str:
-    """What a step has found, and the end of its output if it is not ok, as Markdown."""
+    """A step's results as Markdown, with the end of its output unless it is ok."""
     parts = [f"## {step['name']}: {step['result']} in {step['seconds']} s"]
     parts += [table(list(rows)) for _, rows in itertools.groupby(step["rows"], key=list)]
     if step["result"] != "ok":
@@ -171,17 +168,14 @@ def table(rows: list[dict]) -> str:
 
 
 def cell(value: object) -> str:
-    """A number as a person reads it."""
+    """A value formatted for a table."""
     if value is None or isinstance(value, (str, bool)):
         return {None: "-", True: "yes", False: "no"}.get(value, value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-# ---- part 1 ----
-
-
 def machine() -> None:
-    """Versions and device."""
+    """Part 1: versions and device."""
     import torch
 
     from nanotrain import hardware
@@ -201,9 +195,9 @@ def machine() -> None:
 
 
 def gpu_tests() -> None:
-    """The tests that need a GPU; in a smoke run those beside them that a CPU can do."""
+    """The GPU tests; in a smoke run, the CPU tests of the same file."""
     if importlib.util.find_spec("pytest") is None:
-        raise UserError("pytest is not installed: the tests were not run")
+        raise UserError("pytest is not installed, so the tests cannot run")
     chosen = ["-m", "gpu", "tests/test_gpu.py", "tests/test_base_train.py"]
     if SMOKE:
         chosen = ["-k", "cpu", "tests/test_gpu.py"]
@@ -215,11 +209,11 @@ def gpu_tests() -> None:
     failed = int(found["failures"]) + int(found["errors"])
     tell(passed=tests - failed - skipped, failed=failed, skipped=skipped)
     if code or tests == skipped:
-        raise UserError(f"pytest ended with {code}, {failed} tests failed and {skipped} were left out")
+        raise UserError(f"pytest exited with {code}: {failed} tests failed, {skipped} were skipped")
 
 
 def kernels() -> None:
-    """Rates of matrix products, of a copy, and of attention by torch's choice and by two kernels of its own."""
+    """Rates of matrix products, a copy, and attention with torch's default kernel and two others."""
     import torch
 
     from nanotrain import hardware
@@ -239,7 +233,7 @@ def kernels() -> None:
     show("copy, read and written", block.nbytes / seconds / 1e9, "GB/s")
     for heads, name in itertools.product((6, 10), ("default", "FLASH_ATTENTION", "CUDNN_ATTENTION")):
         shape = (1, heads, 64, 128) if SMOKE else (16, heads, SEQ_LEN, 128)
-        kernel = f"attention {name} {shape}, both passes, over the whole square"
+        kernel = f"attention {name} {shape}, forward and backward, without the causal saving"
         work = bench.attention(dist, name, shape)
         try:
             rate = work.flops / seconds_of_call(dist, work.function)
@@ -247,22 +241,22 @@ def kernels() -> None:
             if name == "default":
                 raise
             print(f"{kernel}: {error}", flush=True)
-            show(kernel, None, "not here")
+            show(kernel, None, "not available")
         else:
             show(kernel, rate / 1e12, share=rate / peak if peak else None)
 
 
 def seconds_of_call(dist: object, function: Callable) -> float:
-    """The median of five measurements, each of calls that take a tenth of a second together."""
+    """Median seconds per call over five measurements of a tenth of a second each."""
     from scripts import bench
 
-    bench.seconds_of(dist, function)  # makes its memory
+    bench.seconds_of(dist, function)  # warm-up: allocates memory
     calls = max(round(0.1 / bench.seconds_of(dist, function)[0]), 1)
     return statistics.median(bench.seconds_of(dist, function, calls)[0] for _ in range(5))
 
 
 def speed(depth: int) -> None:
-    """Training steps of a model on random tokens, with the largest batch that fits, eager and then compiled."""
+    """Training steps on random tokens with the largest batch that fits, eager and then compiled."""
     import torch
 
     from nanotrain import hardware, loss, recipe, warmup
@@ -298,18 +292,15 @@ def speed(depth: int) -> None:
 
 
 def against_plan(measured: int, plan: object, before: int, on_gpu: bool) -> dict:
-    """A recipe.Memory and the peak that was measured. before: bytes of a process on the CPU before its model."""
+    """Peak memory, measured and planned (a recipe.Memory). before: bytes of a CPU process without its model."""
     from nanotrain import recipe
 
     planned = plan.peak if on_gpu else before + recipe.process_growth(plan)
     return {"peak GiB": measured / 2**30, "planned GiB": planned / 2**30, "measured / planned": measured / planned}
 
 
-# ---- part 2 ----
-
-
 def data() -> None:
-    """The embedded corpus, a tokenizer for the runs, and a larger one for `bench step`."""
+    """Part 2: the embedded corpus, a tokenizer for the runs, and a larger one for `bench step`."""
     wait_for(begin("nanotrain.dataset", "--dataset=stdlib"))
     for folder, vocab_size in (("tokenizer", 300 if SMOKE else 8192), ("large", 320 if SMOKE else VOCAB_SIZE)):
         chosen = [f"--vocab-size={vocab_size}", f"--tokenizer-dir={paths.base_dir() / folder}"]
@@ -327,7 +318,7 @@ def bench_table(name: str) -> None:
 
 
 def train() -> None:
-    """A run by the clock, with some 40 seconds of steps: the loss falls."""
+    """A run by time with about 40 seconds of steps; its loss must fall."""
     code = begin_run("train", "--num-iterations=60" if SMOKE else "--target-minutes=1.1").wait()
     steps, bpb = metrics("train", "train/loss"), [row["val/bpb"] for row in metrics("train", "val/bpb")]
     losses, tenth = [row["train/loss"] for row in steps], max(len(steps) // 10, 1)
@@ -337,13 +328,13 @@ def train() -> None:
     row["of peak"] = statistics.median(row["train/mfu"] for row in steps) if "train/mfu" in steps[0] else None
     tell(**row, **{"first loss": first, "last loss": last, "first bpb": bpb[0], "last bpb": bpb[-1]})
     if code:
-        raise UserError(f"the run ended with {code}")
+        raise UserError(f"the run exited with {code}")
     if not last < 0.95 * first:
         raise UserError(f"the loss did not fall: {first:.4f} in the first tenth of the steps, {last:.4f} in the last")
 
 
 def resume() -> None:
-    """Two runs with the same settings at the same time, one of which is killed after a save and goes on."""
+    """Two runs with the same settings side by side; one is killed after a checkpoint and resumed."""
     steps, save = (200, 20) if SMOKE else (20, 8)
     flags = ["--deterministic=true", "--eval-every=0", f"--num-iterations={steps}"]
     straight = begin_run("straight", *flags, "--save-every=0")
@@ -353,7 +344,7 @@ def resume() -> None:
         time.sleep(0.01)
     killed.kill()
     if killed.wait() != -signal.SIGKILL:
-        raise UserError(f"the run that was to be killed ended with {killed.returncode} before that")
+        raise UserError(f"the run to be killed exited with {killed.returncode} before that")
     newest = max(int(folder.name.removeprefix("step_")) for folder in saved.glob("step_*"))
     again = begin_run("killed", *flags, f"--save-every={save}", "--resume")
     wait_for(straight, again)
@@ -364,11 +355,11 @@ def resume() -> None:
         results.append(one == other)
         tell(what=what, steps=steps, **{"killed after": newest, "same": one == other, "SHA-256": one, "resumed": other})
     if not all(results):
-        raise UserError("the resumed run has other bits than the one that was not disturbed")
+        raise UserError("the resumed run is not bit-identical to the undisturbed one")
 
 
 def bits(name: str) -> list[str]:
-    """Hashes of what two equal runs have in common: the last weights and moments, each step's data and loss."""
+    """Hashes of a run's last weights and optimizer state, and of each step's data and loss."""
     last = max((paths.run_dir(name) / "checkpoints").glob("step_*"))
     found = [last / file for file in ("model.safetensors", "optim-00000-of-00001.safetensors")]
     for key in ("data_hash", "train/loss"):
@@ -378,18 +369,15 @@ def bits(name: str) -> list[str]:
 
 
 def peak_memory() -> None:
-    """The memory of the run of `train` against its plan."""
+    """Peak memory of the `train` step's run against its plan."""
     from nanotrain import hardware, recipe
-    from scripts import base_train  # noqa: F401  on a CPU it is a part of the run's memory
+    from scripts import base_train  # noqa: F401  counts as the run's memory on a CPU
 
     dist = start()
     record = json.loads((paths.run_dir("train") / "config.json").read_text(encoding="utf-8"))
     plan = recipe.Memory(**record["plan"]["memory"])
     measured = max(row["system/peak_memory_bytes"] for row in metrics("train", "system/peak_memory_bytes"))
     tell(**against_plan(measured, plan, hardware.peak_memory_bytes(dist.device), dist.device.type == "cuda"))
-
-
-# ---- what several steps need ----
 
 
 def start() -> object:
@@ -400,7 +388,7 @@ def start() -> object:
 
 
 def model_flags() -> list[str]:
-    """The model and the batch of a pass in part 2, for base_train and for bench."""
+    """Flags for the model and batch of part 2, for base_train and bench."""
     if SMOKE:
         sizes = ["--depth=1", "--aspect-ratio=32", "--head-dim=16", "--max-seq-len=16", "--device-batch-size=4"]
         return [*sizes, "--bigram-rows=0", "--device=cpu", "--dtype=float32", "--compile=off"]
@@ -408,26 +396,26 @@ def model_flags() -> list[str]:
 
 
 def begin_run(name: str, *flags: str) -> subprocess.Popen:
-    """Begin a run of base_train on the embedded corpus."""
+    """Start base_train on the embedded corpus."""
     batch = ["--total-batch-size=128", "--eval-tokens=1024"] if SMOKE else ["--total-batch-size=65536"]
     fixed = [f"--run-name={name}", *model_flags(), *batch, "--spectral-tokens=0", "--report=false"]
     return begin("scripts.base_train", *fixed, *flags)
 
 
 def begin(module: str, *arguments: str) -> subprocess.Popen:
-    """Begin `python -m module` in the folder of the repository."""
+    """Start `python -m module` in the repository's folder."""
     return subprocess.Popen([sys.executable, "-m", module, *arguments], cwd=ROOT, stdin=subprocess.DEVNULL)
 
 
 def wait_for(*processes: subprocess.Popen) -> None:
-    """Wait until all have ended; a UserError if one has not ended well."""
+    """Wait for all processes. Raises UserError if one fails."""
     for process in processes:
         if process.wait():
-            raise UserError(f"{' '.join(process.args[1:])} ended with {process.returncode}")
+            raise UserError(f"{' '.join(process.args[1:])} exited with {process.returncode}")
 
 
 def metrics(name: str, key: str) -> list[dict]:
-    """The rows of a run's record that have `key`."""
+    """The rows of a run's metrics.jsonl that have `key`."""
     lines = (paths.run_dir(name) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [row for row in map(json.loads, lines) if key in row]
 
@@ -448,7 +436,7 @@ STEPS = {
 
 
 def run() -> None:
-    """Do what the command line asks for."""
+    """Parse the command line and run."""
     arguments = []
     errors.run(lambda: arguments.extend(config.override(__name__, positional=True)), lambda: main(arguments))
 
