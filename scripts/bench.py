@@ -288,7 +288,8 @@ def head(dist: DistContext, chunk: int, compile: str) -> Work:
 
 def generation(dist: DistContext, depth: int, cache: str, texts: int) -> Work:
     """Greedy decoding of `texts` texts of MAX_SEQ_LEN tokens together, in float32 like all generation."""
-    model = build(model_config(depth), dist)[0].requires_grad_(False)
+    model = checkpoint.build_model(model_config(depth), dist.device).requires_grad_(False)
+    model.init_weights(0)
     prompts = [[number] for number in range(texts)]
 
     def uncached():  # a forward pass over the whole text for each token
@@ -321,8 +322,7 @@ def step_by_parts(dist: DistContext) -> Work:
     torch._inductor.config.cpp.enable_kernel_profile = True  # otherwise all kernels of a graph are one event
     reader, on_gpu = open_reader(MAX_SEQ_LEN, hardware.cores_of_a_rank()), dist.device.type == "cuda"
     loader = dataloader.DataLoader(reader, DEVICE_BATCH_SIZE, dist.device)
-    batches = ((batch.inputs, batch.targets) for batch in loader)
-    step = training(dist, batches, vocab_size=reader.tokenizer.vocab_size).function
+    step = training(dist, ((b.inputs, b.targets) for b in loader), vocab_size=reader.tokenizer.vocab_size).function
 
     def function():
         (plain, _), parts = seconds_of(dist, step), dict.fromkeys(PARTS, 0.0)
