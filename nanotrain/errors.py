@@ -130,7 +130,8 @@ def _open_standard_streams(for_its_output):
         with contextlib.suppress(OSError, AttributeError):  # a stream replaced by a test
             if stream.fileno() == descriptor and not (name == "stdout" and for_its_output):
                 buffer = io.BufferedWriter(Output(descriptor))
-                stream = io.TextIOWrapper(buffer, stream.encoding, line_buffering=stream.line_buffering)
+                by_line = stream.line_buffering or stream.write_through  # the latter with PYTHONUNBUFFERED
+                stream = io.TextIOWrapper(buffer, stream.encoding, line_buffering=by_line)
         setattr(sys, name, stream)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):

@@ -116,7 +116,7 @@ class MetricLogger(contextlib.AbstractContextManager):
         """Print how the run ended, and log its best checkpoint (without evaluations the last) to wandb."""
         if not state.is_finished:
             place = f"step {state.step} of {state.num_steps}"
-            return self.event(f"stopped and saved at {place}: add --resume to the same command to continue")
+            return self.event(f"stopped and saved at {place} (--resume continues)")
         evaluated = state.evaluated_step == state.step and state.val_bpb is not None
         result = f"val bpb {state.val_bpb:.4f}" if evaluated else f"loss {self._loss:.4f}"
         used = f"{hardware.seconds_since_start():.0f} s, {peak_memory_bytes / 2**30:.1f} GiB"

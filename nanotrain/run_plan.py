@@ -144,7 +144,7 @@ class RunPlan:
         steps = f"{'about ' if self.horizon.is_timed else ''}{state.num_steps:,} steps"
         lines = [
             row("data", f"about {text_tokens / 1e6:,.1f} M tokens in {folder}"),
-            row("horizon", f"{steps}, {tokens / 1e6:,.1f} M tokens ({tokens / text_tokens:.1f} epochs)"),
+            row("horizon", f"{steps}, {tokens / 1e6:,.2f} M tokens ({tokens / text_tokens:.2f} epochs)"),
             row("cost", f"{tokens * plan.flops_per_token:.1e} FLOPs, about {minutes:.1f} minutes"),
         ]
         if tokens > 2 * text_tokens:  # from here on a small model with tables memorizes (dev/LOG.md)

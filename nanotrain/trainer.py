@@ -253,7 +253,7 @@ class TimeBudget:
         left = self.minutes * 60 - state.seconds - hardware.seconds_since_start() - after
         each = step_seconds + (state.evaluation_seconds / self.eval_every if self.eval_every else 0)
         each += state.core_seconds / self.core_every if self.core_every else 0
-        return state.step + max(round(left / each), 1)
+        return state.step + max(round(left / each), 0 if self.step_seconds else 1)  # at least one step in all
 
     def correct(self, state: TrainState) -> None:
         """Correct num_steps of a timed run if due: before its first step and then after each of CORRECTIONS intervals.

@@ -327,7 +327,7 @@ def test_p1_a_timed_run_that_was_killed_repeats_what_it_chose_and_goes_on(train,
     at_step()
     victim = train("victim", RESUME=True, **TIMED)
     chosen = json.loads((victim / HORIZON).read_text())["num_steps"]
-    assert len(chosen) > 10
+    assert len(chosen) > 7
     other = victim.with_name("other")
     other.mkdir()
     shutil.copy(victim / HORIZON, other / HORIZON)
