@@ -265,8 +265,8 @@ say 'files           %s\nreport          %s/report/report.html\n' "$run_dir" "$r
 longer=DEPTH=$((depth + 4)) run=$run_dir
 if [ -n "$minutes" ]; then longer=MINUTES=$((whole < 10 ? 10 : 3 * whole)); fi
 if [ "$NANOTRAIN_DIR" = ~/.cache/nanotrain ]; then run=$run_name; fi
-say '\nIn %s, write with the model, train for longer, or prepare your own text:\n\n' "$PWD"
+say '\nTo write with the model, train for longer, or prepare your own text:\n\n    cd %s\n' "$PWD"
 say '    %s\n' ".venv/bin/python -m scripts.generate --run-name=$run" "$others$longer bash speedrun.sh" \
-    ".venv/bin/python -m nanotrain.dataset --from=PATH --name=mine"
+    ".venv/bin/python -m nanotrain.dataset --from=FOLDER --name=mine"
 exit
 }
