@@ -101,7 +101,6 @@ def compile_and_warm_up(dist: DistContext, model: GPT, batch_size: int, mode: st
     pays = compile_pays(mode, dist.dtype, target_minutes)
     if mode == "auto" and not pays:
         dist.print0(f"compile    off below {COMPILE_MINUTES[dist.dtype]:g} minutes (--compile=on forces it)")
-    begin = time.monotonic()
     with memory_limit(batch_size, model):
         failures = dist.all_gather_objects(_compile(dist, model, batch_size) if pays else "")
         failure = next(filter(None, failures), "")
@@ -111,7 +110,7 @@ def compile_and_warm_up(dist: DistContext, model: GPT, batch_size: int, mode: st
             torch.compiler.set_stance("force_eager")
             dist.print0(f"compile    off, it fails here ({failure})")
         elif pays:
-            dist.print0(f"compile    ready in {time.monotonic() - begin:.0f} s")
+            dist.print0(f"compile    ready, {hardware.seconds_since_start():.0f} s after the start")
         seconds = [one_pass(dist, model, batch_size) for _ in range(3)]
         model.zero_grad()
         return min(seconds[1:])
