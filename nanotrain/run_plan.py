@@ -79,7 +79,7 @@ class RunPlan:
     def set_batch(self, max_device_batch_size: int) -> None:
         """Set `plan`, with at most `max_device_batch_size` sequences per forward pass."""
         cfg, dist = self.cfg, self.dist
-        compiled = warmup.compile_pays(cfg.COMPILE, dist.dtype, cfg.TARGET_MINUTES) and hardware.can_compile()
+        compiled = warmup.compile_pays(cfg.COMPILE, dist, cfg.TARGET_MINUTES) and hardware.can_compile()
         keeps_scores = compiled and dist.device.type == "cpu" and self.model_config.max_seq_len <= attention.LONGEST
         self.plan = recipe.make_plan(
             checkpoint.build_model(self.model_config, "meta").parameter_counts(),

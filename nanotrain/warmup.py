@@ -16,14 +16,18 @@ from nanotrain.dist import DistContext, faults_as_sentences
 from nanotrain.errors import MemoryLimitError, UserError
 from nanotrain.gpt import GPT, GPTConfig
 
-# Minutes of a timed run below which eager code makes more steps: compiling takes 8 to 33 s on a CPU, and saves a fifth
-# of a step in float32, where matrix products dominate (dev/LOG.md).
-COMPILE_MINUTES = {torch.float32: 2.5, torch.bfloat16: 0.6, torch.float16: 0.6}
+
+def least_minutes(dist: DistContext) -> float:
+    """Minutes of a timed run below which eager code makes more steps: compiling takes 15 to 28 s on a CPU, and saves a
+    fifth of a step where matrix products dominate, a third where AMX makes these fast (dev/LOG.md).
+    """
+    products_are_fast = dist.device.type != "cpu" or torch.cpu.get_capabilities().get("amx_bf16")
+    return 0.6 if products_are_fast and dist.dtype != torch.float32 else 2.5
 
 
-def compile_pays(mode: str, dtype: torch.dtype, target_minutes: float) -> bool:
+def compile_pays(mode: str, dist: DistContext, target_minutes: float) -> bool:
     """Whether to compile: the same at every resume, because eager code gives other bits."""
-    return mode == "on" or (mode == "auto" and not 0 < target_minutes < COMPILE_MINUTES[dtype])
+    return mode == "on" or (mode == "auto" and not 0 < target_minutes < least_minutes(dist))
 
 
 def largest_batch_that_fits(dist: DistContext, model: GPT, most: int) -> int:
@@ -72,7 +76,7 @@ def compiling_ahead(
     """On a CPU, compile in a thread what a model of this shape needs, through one with a single layer, as the body
     runs. `compile_and_warm_up` then finds the code, or fails in the same way and says so.
     """
-    if dist.device.type != "cpu" or not compile_pays(mode, dist.dtype, target_minutes):
+    if dist.device.type != "cpu" or not compile_pays(mode, dist, target_minutes):
         yield
         return
     import torch._inductor.compile_fx  # here: two threads must not import it at once, and eager runs do without
@@ -98,9 +102,9 @@ def compile_and_warm_up(dist: DistContext, model: GPT, batch_size: int, mode: st
     """Compile the model if that pays (see `compile_pays`), and return the seconds of a pass. If that fails on any rank,
     all stay eager; with mode "on" that is a UserError.
     """
-    pays = compile_pays(mode, dist.dtype, target_minutes)
+    pays = compile_pays(mode, dist, target_minutes)
     if mode == "auto" and not pays:
-        dist.print0(f"compile    off below {COMPILE_MINUTES[dist.dtype]:g} minutes (--compile=on forces it)")
+        dist.print0(f"compile    off below {least_minutes(dist):g} minutes (--compile=on forces it)")
     with memory_limit(batch_size, model):
         failures = dist.all_gather_objects(_compile(dist, model, batch_size) if pays else "")
         failure = next(filter(None, failures), "")
