@@ -50,9 +50,9 @@ def softmax_gradient(logits: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     the logits (N, V), in their dtype).
     """
     capped, slope = _softcap_and_slope(logits.float(), cap)
-    exps = capped.exp()
+    exps = capped.exp_()  # in place, because eager code spends most of its time on memory
     totals = exps.sum(-1, keepdim=True)
-    return totals.squeeze(1).log(), (exps * (1 / totals) * slope).to(logits.dtype)  # one division per row
+    return totals.squeeze(1).log(), exps.mul_(1 / totals).mul_(slope).to(logits.dtype)  # one division per row
 
 
 def _loss_and_gradient(logits, targets, cap, kernel):
@@ -68,8 +68,8 @@ def _loss_and_gradient(logits, targets, cap, kernel):
 
 def _softcap_and_slope(logits, cap):
     """`softcap` and its derivative. With tanh written as exp, compiled code takes a third of the time."""
-    tanh = 1 - 2 / ((logits * (2 / cap)).exp() + 1)
-    return cap * tanh, 1 - tanh * tanh
+    tanh = (logits * (2 / cap)).exp_().add_(1).reciprocal_().mul_(-2).add_(1)
+    return cap * tanh, tanh.square_().neg_().add_(1)
 
 
 def chunk_rows(device: torch.device) -> int:
