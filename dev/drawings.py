@@ -1,11 +1,15 @@
-"""Draw docs/data_order.svg and docs/training_step.svg for docs/how_it_works.md.
+"""Draw the pictures of README.md and docs/how_it_works.md.
 
-python dev/drawings.py
+python dev/drawings.py           docs/data_order.svg and docs/training_step.svg
+python dev/drawings.py FOLDER    docs/run.svg, the curves of the run in this folder
 """
 
 import hashlib
+import sys
 from html import escape
 from pathlib import Path
+
+from nanotrain.report import data, pictures
 
 DOCS = Path(__file__).parent.parent / "docs"
 WIDTH = 760
@@ -170,7 +174,18 @@ def training_step() -> None:
     drawing.write("training_step.svg")
 
 
+def run_curves(folder: Path) -> None:
+    drawing, drawn = Drawing(216, "Training loss and validation bits per byte"), pictures.draw([data.read_run(folder)])
+    for x, name in ((8, "loss"), (384, "bits_per_byte")):
+        place = f'<svg x="{x}" y="6" width="368" height="204" color="{INK}" '
+        drawing.parts.append(drawn[name].replace("<svg ", place, 1))
+    drawing.write("run.svg")
+
+
 if __name__ == "__main__":
     DOCS.mkdir(exist_ok=True)
-    data_order()
-    training_step()
+    if sys.argv[1:]:
+        run_curves(Path(sys.argv[1]))
+    else:
+        data_order()
+        training_step()
