@@ -19,7 +19,7 @@ from torch import Tensor
 from nanotrain.gpt import GPT, GPTConfig
 from nanotrain.tokenizer import BPETokenizer
 
-PROMPTS = ("import os\n", "def __init__(self", "class", "The", "If the")  # prompts of `samples`
+PROMPTS = ("", "The", "If the", "import os\n", "def __init__(self")  # of `samples`, the first: a new document
 
 
 def context_length(length: int, max_seq_len: int) -> int:

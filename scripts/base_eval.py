@@ -62,7 +62,7 @@ def main() -> None:
         result["samples"] = []
         for prompt, text in samples(model, tokenizer, SAMPLE_TOKENS):
             result["samples"].append(prompt + text)
-            print(f"---- sample\n{prompt}{text}")
+            print(f"---- sample, prompt {prompt!r}\n{prompt}{text}")
         write_json(run_dir / "evaluation.json", result)
         if REPORT:
             print(report.attempt(run_dir))

@@ -168,6 +168,7 @@ def commands(run: Run) -> dict[str, list]:
         model, batch = run.config["model_config"], run.config["plan"]["total_batch_size"]
         changed |= {"TARGET_MINUTES": 0.0, "EVALUATIONS_AFTER": 0.0, "NUM_ITERATIONS": max(run.metrics["train/loss"])}
         changed |= {"DEPTH": model["num_layers"], "MAX_SEQ_LEN": model["max_seq_len"], "TOTAL_BATCH_SIZE": batch}
+        changed = {name: value for name, value in changed.items() if value != known.get(name)}
         why = "With a time limit, depth and steps depend on the machine. With these settings they do not"
         found[why] = [("", [(command(run, changed), "", "")])]
     return found
