@@ -193,7 +193,7 @@ def estimate_memory(
     activations = layer + depth * tokens * width * e if policy.grad_checkpoint else depth * layer
     activations += e * matrices if e < 4 else 0  # autocast's copies of the weights
     chunk = min(policy.loss_chunk_rows, tokens) * vocab_size
-    logits = chunk * (12 + e if policy.compiled else 20 + 2 * e) + 4 * vocab_size * width  # last: the head's gradient
+    logits = chunk * (12 + e) + 4 * vocab_size * width  # last: the head's gradient
     update = (8 + e) * matrices // world_size
     peak = weights + gradients + optimizer + max(activations + logits, update)
     return Memory(weights, gradients, optimizer, activations, logits, update, peak)
