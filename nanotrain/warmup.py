@@ -3,15 +3,18 @@
 import gc
 import re
 import sysconfig
+import threading
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import replace
 
 import torch
 
-from nanotrain import errors, hardware
+from nanotrain import checkpoint, errors, hardware
 from nanotrain.dist import DistContext, faults_as_sentences
 from nanotrain.errors import MemoryLimitError, UserError
-from nanotrain.gpt import GPT
+from nanotrain.gpt import GPT, GPTConfig
 
 
 def least_minutes(dist: DistContext) -> float:
@@ -64,6 +67,35 @@ def one_pass(dist: DistContext, model: GPT, batch_size: int) -> float:
     loss.backward()
     hardware.synchronize(dist.device)
     return time.monotonic() - begin
+
+
+@contextmanager
+def compiling_ahead(
+    dist: DistContext, config: GPTConfig, batch_size: int, mode: str, target_minutes: float
+) -> Iterator[None]:
+    """On a CPU, compile in a thread what a model of this shape needs, through one with a single layer, as the body
+    runs. `compile_and_warm_up` then finds the code, or fails in the same way and says so.
+    """
+    if dist.device.type != "cpu" or not compile_pays(mode, dist, target_minutes):
+        yield
+        return
+    import torch._inductor.compile_fx  # here: two threads must not import it at once, and eager runs do without
+
+    num_threads = torch.get_num_threads()
+
+    def work():
+        torch.set_num_threads(num_threads)  # per thread, and compiled into the code
+        with suppress(Exception):
+            model = checkpoint.build_model(replace(config, num_layers=1, bigram_rows=0), dist.device)
+            model.init_weights(0)
+            _compile(dist, model, batch_size)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 def compile_and_warm_up(dist: DistContext, model: GPT, batch_size: int, mode: str, target_minutes: float) -> float:

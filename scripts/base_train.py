@@ -145,7 +145,9 @@ def train(cfg: SimpleNamespace, dist: DistContext, stop: guard.StopRequest, watc
     tasks = (cfg.CORE_BUNDLE, data.shards.validation.path, dist, cfg.CORE_MAX_PER_TASK)
     bundle = core_bundle.obtain(*tasks) if cfg.CORE_METRIC_EVERY else None
     checkpoints.claim(data.tokenizer)
-    model, optimizers, reader = build(cfg, data, run, dist, restored)
+    shapes = run.model_config, run.plan.device_batch_size
+    with warmup.compiling_ahead(dist, *shapes, cfg.COMPILE, cfg.TARGET_MINUTES):
+        model, optimizers, reader = build(cfg, data, run, dist, restored)
     record = {"format": FORMAT, "plan": asdict(run.plan), **run.record(), "defaults": config.defaults(__file__)}
     dist.on_rank0(lambda: write_json(run_dir / "config.json", record))
     batch_size, grad_accum_steps = run.plan.device_batch_size, run.plan.grad_accum_steps
