@@ -85,9 +85,11 @@ def budget(monkeypatch):
     return TimeBudget(2.0, 0, 0, 0.0, 1.0, ALONE, {}, lambda chosen: True)
 
 
-def run_by_minutes(monkeypatch, minutes, slower=1, begin=0.0, end=0.0, chosen=None, stop_at=math.inf, keeps=True):
-    """(state, seconds, {step: num_steps}) of a timed run with steps of 0.2 s and evaluations of 1.2 s, one before the
-    first step and nine at the end, or `slower` times it from begin to end.
+def run_by_minutes(
+    monkeypatch, minutes, slower=1, begin=0.0, end=0.0, chosen=None, stop_at=math.inf, keeps=True, evaluation=0.0
+):
+    """(state, seconds, {step: num_steps}) of a timed run with steps of 0.2 s and evaluations of `evaluation` seconds,
+    one before the first step and nine at the end, all `slower` times as long from begin to end.
     """
     now = [20.0]
     monkeypatch.setattr(hardware, "seconds_since_start", lambda: now[0])
@@ -97,8 +99,8 @@ def run_by_minutes(monkeypatch, minutes, slower=1, begin=0.0, end=0.0, chosen=No
         now[0] += seconds
         return seconds
 
-    passes = spend(0.16)
-    state = TrainState(num_steps=7, evaluated_step=0, evaluation_seconds=spend(1.2))
+    state = TrainState(num_steps=7, evaluated_step=0, evaluation_seconds=spend(evaluation))
+    passes = 0.16 * (slower if begin <= now[0] < end else 1)
     budget = TimeBudget(minutes, 0, 0, 8.0, passes, ALONE, chosen or {}, lambda found: keeps)
     while not state.is_finished and state.step < stop_at:
         if state.step == state.corrected_step:
@@ -108,7 +110,7 @@ def run_by_minutes(monkeypatch, minutes, slower=1, begin=0.0, end=0.0, chosen=No
         budget.add(replace(RESULT, seconds=seconds), RESULT.tokens)
         budget.correct(state)
     for _ in range(9):
-        spend(1.2)
+        spend(evaluation)
     return state, now[0] + trainer.LAST_SAVE_SECONDS, budget.chosen
 
 
@@ -119,11 +121,20 @@ def test_a_timed_run_ends_in_time_whenever_another_program_slows_it_down(monkeyp
     length = (60 * minutes - 20) / 3
     begin = 20 + third * length
     for seconds in (10, length):
-        early = 0 if third else 1.5  # before the first evaluation
-        _, found, chosen = run_by_minutes(monkeypatch, minutes, slower, begin - early, begin + seconds)
-        # In the last third the evaluations after the run are slow, and nothing can make up for them.
-        assert found == pytest.approx(60 * minutes, rel=0.05 if third < 2 else 0.17)
+        _, found, chosen = run_by_minutes(monkeypatch, minutes, slower, begin, begin + seconds)
+        assert found == pytest.approx(60 * minutes, rel=0.05)
         assert len(chosen) <= trainer.CORRECTIONS
+
+
+@pytest.mark.parametrize("minutes", [1.0, 1.5, 10.0])
+@pytest.mark.parametrize("slower", [1, 2, 3, 4])
+@pytest.mark.parametrize("third", [0, 1])
+def test_a_slow_first_evaluation_or_slow_steps_do_not_end_a_timed_run_early(monkeypatch, minutes, slower, third):
+    length = (60 * minutes - 20) / 3
+    begin = 20 + third * length
+    for seconds in (10, length):
+        _, found, _ = run_by_minutes(monkeypatch, minutes, slower, begin, begin + seconds, evaluation=1.2)
+        assert found == pytest.approx(60 * minutes, rel=0.05)
 
 
 def test_steps_computed_again_have_the_learning_rates_that_they_had(monkeypatch):
