@@ -225,7 +225,8 @@ class TimeBudget:
     chosen: dict[str, int]  # {step: num_steps} of each correction so far, repeated when steps are computed again
     keep: Callable[[dict[str, int]], bool]  # saves `chosen` durably; returns False if that failed
     step_seconds: deque = field(default_factory=lambda: deque(maxlen=1000))
-    evaluation: tuple[int, float] = (-1, 0.0)  # (step of the last evaluation, its time in steps of the time around it)
+    evaluated_step: int = -1  # step of the last evaluation
+    evaluation_steps: float = 0.0  # its time, over the time of a step then
 
     def add(self, result: StepResult, full_batch_tokens: int) -> None:
         """Record the time of a step. Of smaller batches only the first one counts, scaled to a full batch."""
@@ -251,7 +252,7 @@ class TimeBudget:
     def steps_in_time(self, state: TrainState, step_seconds: float, progress: float) -> int:
         """Number of steps that fit into the time, together with evaluations and the last save."""
         # If steps have become faster since the last evaluation, another program slowed that one, too.
-        evaluation_seconds = min(state.evaluation_seconds, self.evaluation[1] * step_seconds)
+        evaluation_seconds = min(state.evaluation_seconds, self.evaluation_steps * step_seconds)
         after = (SLOWER_LATER + self.evaluations_after) * evaluation_seconds
         after += SLOWER_LATER * state.core_seconds + LAST_SAVE_SECONDS
         left = self.minutes * 60 - state.seconds - hardware.seconds_since_start()
@@ -266,15 +267,17 @@ class TimeBudget:
         The choice is saved before it takes effect, so that steps repeated after a crash have the same learning rates.
         """
         step, before = str(state.step), state.corrected_progress
-        if state.evaluated_step != self.evaluation[0]:
-            around = list(self.step_seconds)[-9:] or [STEP_PER_PASSES * self.pass_seconds]
-            self.evaluation = state.evaluated_step, state.evaluation_seconds / statistics.median(around)
+        untimed = STEP_PER_PASSES * self.pass_seconds
+        if state.evaluated_step != self.evaluated_step:
+            latest = list(self.step_seconds)[-9:] or [untimed]
+            self.evaluated_step = state.evaluated_step
+            self.evaluation_steps = state.evaluation_seconds / statistics.median(latest)
         progress = before if state.step == state.corrected_step else state.progress(state.step)
         is_due = state.step == state.corrected_step or int(CORRECTIONS * progress) > int(CORRECTIONS * before)
         if state.horizon_fixed or not is_due:
             return
         if step not in self.chosen:
-            seconds = self.typical_seconds if self.step_seconds else STEP_PER_PASSES * self.pass_seconds
+            seconds = self.typical_seconds if self.step_seconds else untimed
             chosen = {**self.chosen, step: self.dist.broadcast_object(self.steps_in_time(state, seconds, progress))}
             if not self.dist.on_rank0(lambda: self.keep(chosen)):
                 return
