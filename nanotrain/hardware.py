@@ -55,10 +55,15 @@ def find_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     if device.type == "cpu":
         can = torch.cpu.get_capabilities()
         # avx512_fp16 without AMX: the CPU has AMX, but it is hidden, and its AVX512_BF16 has half the rate of float32.
-        if can.get("amx_bf16") or (can.get("avx512_bf16") and not can.get("avx512_fp16")):
+        if has_amx() or (can.get("avx512_bf16") and not can.get("avx512_fp16")):
             return torch.bfloat16, "fast on this CPU"
         return torch.float32, "no fast bfloat16 on this CPU"
     return torch.float32, "the safe choice on this device"
+
+
+def has_amx() -> bool:
+    """Whether this CPU has AMX for products in bfloat16."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def configure(device: torch.device, seed: int = 1337, deterministic: bool = True) -> None:

@@ -21,7 +21,7 @@ def least_minutes(dist: DistContext) -> float:
     """Minutes of a timed run below which eager code makes more steps: compiling takes 15 to 28 s on a CPU, and saves a
     fifth of a step where matrix products dominate, a third where AMX makes these fast (dev/LOG.md).
     """
-    products_are_fast = dist.device.type != "cpu" or torch.cpu.get_capabilities().get("amx_bf16")
+    products_are_fast = dist.device.type != "cpu" or hardware.has_amx()
     return 0.6 if products_are_fast and dist.dtype != torch.float32 else 2.5
 
 

@@ -7,7 +7,8 @@ import subprocess
 import pytest
 import torch
 
-from nanotrain import hardware
+from nanotrain import hardware, warmup
+from nanotrain.dist import DistContext
 
 pytestmark = pytest.mark.usefixtures("own_process_state")
 
@@ -29,6 +30,19 @@ def test_precision_of_a_cpu(capabilities, dtype, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert hardware.find_dtype("auto", torch.device("cpu"))[0] == dtype
     assert hardware.find_dtype("float16", torch.device("cpu"))[0] == torch.float16  # what is asked for counts
+
+
+@pytest.mark.parametrize("amx", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_short_runs_compile_only_where_products_are_fast(amx, device, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx, "avx512_bf16": True})
+    dist = DistContext(0, 1, torch.device(device), dtype, "test")
+    fast = (amx or device == "cuda") and dtype != torch.float32
+    found = [warmup.compile_pays("auto", dist, minutes) for minutes in (0.5, 1.0, 2.4, 2.5, 0.0)]
+    assert found == [False, fast, fast, True, True]
+    assert warmup.compile_pays("on", dist, 0.1)
+    assert not warmup.compile_pays("off", dist, 60.0)
 
 
 @pytest.mark.parametrize(
