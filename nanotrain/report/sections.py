@@ -158,24 +158,24 @@ def commands(run: Run) -> dict[str, list]:
     """Commands that repeat the run."""
     if not run.config:
         return {}
-    code, known = run.config["environment"], run.config["defaults"]
-    changed = {name: value for name, value in run.config["settings"].items() if value != known.get(name)}
+    code, settings = run.config["environment"], run.config["settings"]
     edited = "  # with changes" if code.get("changed") else ""
     checkout = f"git checkout {shlex.quote(code['commit'])}{edited}\n" if code.get("commit") else ""
     why = "Same sequences on any machine; bit-identical on this one, with these versions and as many processes"
-    found = {why: [("", [(checkout + command(run, changed), "", "")])]}
-    if run.config["settings"]["TARGET_MINUTES"] and run.metrics["train/loss"]:
+    found = {why: [("", [(checkout + command(run, settings), "", "")])]}
+    if settings["TARGET_MINUTES"] and run.metrics["train/loss"]:
         model, batch = run.config["model_config"], run.config["plan"]["total_batch_size"]
-        changed |= {"TARGET_MINUTES": 0.0, "EVALUATIONS_AFTER": 0.0, "NUM_ITERATIONS": max(run.metrics["train/loss"])}
-        changed |= {"DEPTH": model["num_layers"], "MAX_SEQ_LEN": model["max_seq_len"], "TOTAL_BATCH_SIZE": batch}
-        changed = {name: value for name, value in changed.items() if value != known.get(name)}
+        steps = {"TARGET_MINUTES": 0.0, "EVALUATIONS_AFTER": 0.0, "NUM_ITERATIONS": max(run.metrics["train/loss"])}
+        shape = {"DEPTH": model["num_layers"], "MAX_SEQ_LEN": model["max_seq_len"], "TOTAL_BATCH_SIZE": batch}
         why = "With a time limit, depth and steps depend on the machine. With these settings they do not"
-        found[why] = [("", [(command(run, changed), "", "")])]
+        found[why] = [("", [(command(run, settings | steps | shape), "", "")])]
     return found
 
 
-def command(run: Run, changed: dict[str, Any]) -> str:
-    """The command that trains a new run with the `changed` settings and the tokenizer in the run's folder."""
+def command(run: Run, settings: dict[str, Any]) -> str:
+    """The command that trains a new run with these settings and the tokenizer in the run's folder."""
+    known = run.config["defaults"]
+    changed = {name: value for name, value in settings.items() if value != known.get(name)}
     ranks = run.config["environment"].get("world_size", 1)
     launch = f"torchrun --standalone --nproc_per_node={ranks}" if ranks > 1 else "python"
     flags = [f"{config.flag_of(name)}={_value(value)}" for name, value in changed.items() if name not in NOT_REPEATED]
