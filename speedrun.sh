@@ -157,12 +157,12 @@ if [ "$gpus" -gt 0 ]; then
 else
     depth=${DEPTH:-0}
     if [ "$whole" -ge 2 ]; then
-        max_chars=20000000 eval_tokens=65536 evaluations=10 # more text makes the tokenizer no better
+        max_chars=20000000 eval_tokens=32768 evaluations=7 # more text makes the tokenizer no better
     else
-        max_chars=5000000 eval_tokens=32768 evaluations=8 # these would take most of the time
+        max_chars=5000000 eval_tokens=16384 evaluations=10 # these would take most of the time
     fi
     tokenizer_preset=("--max-chars=$max_chars" "--target-minutes=$minutes" "--depth=$depth" "--training-gflops=${gflops:-0}")
-    preset=(--eval-tokens=32768 "--evaluations-after=$evaluations") # for what base_eval does
+    preset=("--eval-tokens=$eval_tokens" "--evaluations-after=$evaluations") # for what base_eval does
     evaluation=("--eval-tokens=$eval_tokens" --eval-document-bytes=250000 --core-bundle=own --core-max-per-task=40
         --sample-tokens=48)
 fi

@@ -146,8 +146,8 @@ def choices(out, task, model, tokenizer, dist):
 
 def mean_loss(model, ids, start):
     """Mean loss in nats of the tokens from `start` on."""
-    tokens = torch.tensor([ids])
-    return model.token_losses(tokens[:, :-1], tokens[:, 1:].contiguous())[0, start - 1 :].double().mean().item()
+    tokens, places = torch.tensor([ids]), torch.arange(1, len(ids))[None]
+    return model.token_losses(tokens[:, :-1], tokens[:, 1:], places >= start)[0, start - 1 :].double().mean().item()
 
 
 def write(out, name, kind, rows):

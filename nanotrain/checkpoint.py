@@ -106,7 +106,8 @@ def build_model(model_config: GPTConfig, device: str | torch.device) -> GPT:
     """A GPT on `device` with uninitialized memory: call `init_weights` or `load_weights` next."""
     with torch.device("meta"):
         model = GPT(model_config)
-    return model.to_empty(device=device)
+    # not to_empty, which imports sympy for a meta tensor
+    return model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
 
 
 def load_weights(model: GPT, tensors: Tensors) -> None:

@@ -43,7 +43,7 @@ class Evals:
             return
         self.beat(guard.SLOW_SECONDS)
         # Eager, because every new number of sequences or tokens would be compiled separately.
-        with warmup.memory_limit(self.batch_size, self.model), torch.compiler.set_stance("force_eager"):
+        with warmup.memory_limit(self.batch_size, self.model), self.model.eagerly():
             if self._due(self.cfg.EVAL_EVERY, state):
                 self.bits_per_byte(state)
             if self.bundle and self._due(self.cfg.CORE_METRIC_EVERY, state):

@@ -8,6 +8,7 @@ It knows nothing of optimizers, files or environment variables. `checkpoint.buil
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -195,6 +196,7 @@ class GPT(nn.Module):
         for name in ("cos", "sin"):
             self.register_buffer(name, torch.empty(config.max_seq_len, 1, config.head_dim // 2), persistent=False)
         self.loss_kernel = loss.softmax_gradient
+        self.is_compiled = False
         self.recompute_blocks = False  # in the backward pass: less memory, more work, the same bits (arXiv:1604.06174)
 
     @torch.no_grad()
@@ -247,6 +249,11 @@ class GPT(nn.Module):
         for block in self.blocks:
             block.compile(dynamic=False)
         self.loss_kernel = torch.compile(loss.softmax_gradient, dynamic=False)
+        self.is_compiled = True
+
+    def eagerly(self) -> AbstractContextManager:
+        """Context in which the model runs without compiled code."""
+        return torch.compiler.set_stance("force_eager") if self.is_compiled else nullcontext()  # the former is slow
 
     def hidden(self, tokens: Tensor, cached: CachedTokens | None = None) -> Tensor:
         """(B, T) int64 -> (B, T, C), the normed input of the head. cached: None if the tokens begin their sequences."""
@@ -282,10 +289,13 @@ class GPT(nn.Module):
         return loss.mean_loss(hidden, self.lm_head.weight, targets.flatten(), self.config.softcap, self.loss_kernel)
 
     @torch.no_grad()
-    def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """inputs, targets (B, T) int64 -> (B, T) float32, the loss of each token in nats."""
-        hidden = self.hidden(inputs).flatten(0, 1)
-        return loss.token_losses(hidden, self.lm_head.weight, targets.flatten(), self.config.softcap).view_as(targets)
+    def token_losses(self, inputs: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
+        """inputs, targets (B, T) int64, counted (B, T) bool -> (B, T) float32: the loss of each counted target in nats,
+        0 for the others.
+        """
+        losses, hidden = torch.zeros(targets.shape, device=targets.device), self.hidden(inputs)[counted]
+        losses[counted] = loss.token_losses(hidden, self.lm_head.weight, targets[counted], self.config.softcap)
+        return losses
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, cached: CachedTokens | None = None) -> Tensor:

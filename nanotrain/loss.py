@@ -26,8 +26,9 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float) ->
     weight, size, losses = weight.to(hidden.dtype), chunk_rows(hidden.device), []
     with torch.autocast(hidden.device.type, enabled=False):
         for rows, row_targets in zip(hidden.split(size), targets.split(size), strict=True):
-            capped = softcap((rows @ weight.t()).float(), cap)
-            losses.append(capped.exp().sum(-1).log() - capped.gather(1, row_targets[:, None]).squeeze(1))
+            capped = _tanh((rows @ weight.t()).float(), cap).mul_(cap)
+            of_targets = capped.gather(1, row_targets[:, None]).squeeze(1)
+            losses.append(capped.exp_().sum(-1).log() - of_targets)  # in place, as in `softmax_gradient`
     return torch.cat(losses)
 
 
@@ -67,9 +68,14 @@ def _loss_and_gradient(logits, targets, cap, kernel):
 
 
 def _softcap_and_slope(logits, cap):
-    """`softcap` and its derivative. With tanh as 1 - 2 / (exp + 1), compiled code takes a third of the time."""
-    tanh = (logits * (2 / cap)).exp_().add_(1).reciprocal_().mul_(-2).add_(1)
+    """`softcap` and its derivative."""
+    tanh = _tanh(logits, cap)
     return cap * tanh, tanh.square_().neg_().add_(1)
+
+
+def _tanh(logits, cap):
+    """tanh(logits / cap) as 1 - 2 / (exp + 1), which takes half of tanh's time in eager code, a third in compiled."""
+    return (logits * (2 / cap)).exp_().add_(1).reciprocal_().mul_(-2).add_(1)
 
 
 def chunk_rows(device: torch.device) -> int:

@@ -67,11 +67,11 @@ def bits_per_byte(
         batch = torch.full((2, len(some), max(window.shape[1] for window in some)), padding)
         for index, window in enumerate(some):
             batch[:, index, : window.shape[1]] = torch.from_numpy(window)
-        inputs, targets = batch.to(dist.device)
+        sizes = token_bytes[batch[1]]
         with dist.autocast():
-            losses = model.token_losses(inputs, targets)
-        losses, sizes = losses.cpu().double(), token_bytes[batch[1]]
-        nats += losses[sizes > 0].sum().item()
+            losses = model.token_losses(*batch.to(dist.device), counted=(sizes > 0).to(dist.device))
+        losses = losses.cpu().double()
+        nats += losses.sum().item()
         num_bytes += sizes.sum().item()
         stats(batch[1], losses)
         progress(len(some))

@@ -31,8 +31,9 @@ Named = dict[str, nn.Parameter]  # parameters by name
 Range = tuple[int, int]  # element range [start, end) of a flattened tensor
 
 
-class ShardedOptimizer(torch.optim.Optimizer):
-    """Base class of optimizers with state for this rank's elements only. Subclasses define STATE and two methods:
+class ShardedOptimizer:
+    """Base class of optimizers with state for this rank's elements only. Not a torch.optim.Optimizer, whose constructor
+    imports the compiler, which takes a second. Subclasses define STATE and two methods:
 
     partition(parameters): the element range of each rank, for each parameter. Ranks with an empty range have no state.
     update(parameters, group): update this rank's elements of `parameters` with the settings of their group.
@@ -42,18 +43,21 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict], dist: DistContext, **defaults: float):
         """groups: dicts of "params", as (name, parameter) pairs, "lr" and options. defaults: for missing options."""
-        super().__init__(groups, defaults)
-        self.dist, self.updates = dist, 0
+        self.dist, self.updates, self.param_groups = dist, 0, [{**defaults, **group} for group in groups]
+        for group in self.param_groups:
+            group["param_names"], group["params"] = map(list, zip(*group["params"], strict=True))
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         self.shard_ranges = dict(zip(parameters, self.partition(parameters), strict=True))
         self.own_ranges = {parameter: ranges[dist.rank] for parameter, ranges in self.shard_ranges.items()}
         for group in self.param_groups:
             group["base_lr"] = group["lr"]  # peak learning rate; `set_schedule` sets lr
+        self.state = {}  # {parameter: {state name: tensor}}
         for parameter in parameters:
             start, end = self.own_ranges[parameter]
             for key, dimensions in self.STATE.items() if end > start else ():
                 first, last = _state_range((start, end), parameter, parameter.shape[:dimensions])
-                self.state[parameter][key] = torch.zeros(last - first, device=parameter.device)
+                zeros = torch.zeros(last - first, device=parameter.device)
+                self.state.setdefault(parameter, {})[key] = zeros
 
     @torch.no_grad()
     def start_step(self) -> list[Callable[[], None]]:

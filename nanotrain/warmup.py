@@ -38,7 +38,7 @@ def largest_batch_that_fits(dist: DistContext, model: GPT, most: int) -> int:
     while batch_size:
         try:
             # Eager code takes at least as much memory as compiled code, and no minute of compilation for each size.
-            with torch.compiler.set_stance("force_eager"):
+            with model.eagerly():
                 for _ in range(2):  # the second pass with gradients allocated, as in later micro-steps
                     one_pass(dist, model, batch_size)
             failed = False
@@ -115,9 +115,10 @@ def compile_and_warm_up(dist: DistContext, model: GPT, batch_size: int, mode: st
             dist.print0(f"compile    off, it fails here ({failure})")
         elif pays:
             dist.print0(f"compile    ready, {hardware.seconds_since_start():.0f} s after the start")
-        seconds = [one_pass(dist, model, batch_size) for _ in range(3)]
+        one_pass(dist, model, batch_size)
+        seconds = one_pass(dist, model, batch_size)
         model.zero_grad()
-        return min(seconds[1:])
+        return seconds
 
 
 def _compile(dist, model, batch_size):

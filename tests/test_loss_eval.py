@@ -22,8 +22,8 @@ class TableModel:
     def __init__(self, table):
         self.table = torch.tensor(table)
 
-    def token_losses(self, inputs, targets):
-        return self.table[inputs, targets]
+    def token_losses(self, inputs, targets, counted):
+        return torch.where(counted, self.table[inputs, targets], 0.0)
 
 
 @pytest.fixture(scope="module")
