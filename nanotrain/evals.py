@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
-import torch
 
 from nanotrain import core_eval, guard, loss_eval, warmup
 from nanotrain.core_bundle import Bundle
