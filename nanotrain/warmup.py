@@ -37,10 +37,9 @@ def largest_batch_that_fits(dist: DistContext, model: GPT, most: int) -> int:
     batch_size = most
     while batch_size:
         try:
-            # Eager code takes at least as much memory as compiled code, and no minute of compilation for each size.
-            with model.eagerly():
-                for _ in range(2):  # the second pass with gradients allocated, as in later micro-steps
-                    one_pass(dist, model, batch_size)
+            # Before compilation: eager code takes at least as much memory, and no minute of compilation for each size.
+            for _ in range(2):  # the second pass with gradients allocated, as in later micro-steps
+                one_pass(dist, model, batch_size)
             failed = False
         except (RuntimeError, MemoryError) as error:
             if not hardware.is_out_of_memory(error):
