@@ -257,9 +257,10 @@ def test_loss_is_the_mean_cross_entropy_of_the_logits(config):
     model, tokens = random_model(config), random_tokens(config)
     targets = tokens.roll(-1, 1)
     expected = F.cross_entropy(model.logits(tokens).flatten(0, 1), targets.flatten(), reduction="none")
-    counted = random_tokens(config) % 2 == 0
-    losses = model.token_losses(tokens, targets, counted)
-    torch.testing.assert_close(losses, expected.view_as(targets) * counted, rtol=0, atol=1e-5)
+    some = tokens % 2 == 0
+    for counted in (some, ~some, some | True):
+        losses = model.token_losses(tokens, targets, counted)
+        torch.testing.assert_close(losses, expected.view_as(targets) * counted, rtol=0, atol=1e-5)
     torch.testing.assert_close(model(tokens, targets).detach(), expected.mean(), rtol=0, atol=1e-5)
 
 

@@ -74,6 +74,7 @@ def test_from_text_to_samples_as_a_user_would(run_script, base_dir, data_dir):
     flags = (*shape, *batch, "--dtype=float32", "--compile=off", "--run-name=tiny")
     done = run_script("scripts.base_train", *flags, OMP_NUM_THREADS="1", PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0
+    assert all(line.startswith("import time:") for line in done.stderr.splitlines())
     assert "torch" in done.stderr
     assert not re.search("sympy|torch._dynamo", done.stderr)  # an eager run does without the compiler's code, 1.3 s
     run = base_dir / "runs" / "tiny"
