@@ -196,7 +196,6 @@ class GPT(nn.Module):
         for name in ("cos", "sin"):
             self.register_buffer(name, torch.empty(config.max_seq_len, 1, config.head_dim // 2), persistent=False)
         self.loss_kernel = loss.softmax_gradient
-        self.is_compiled = False
         self.recompute_blocks = False  # in the backward pass: less memory, more work, the same bits (arXiv:1604.06174)
 
     @torch.no_grad()
@@ -249,11 +248,11 @@ class GPT(nn.Module):
         for block in self.blocks:
             block.compile(dynamic=False)
         self.loss_kernel = torch.compile(loss.softmax_gradient, dynamic=False)
-        self.is_compiled = True
 
     def eagerly(self) -> AbstractContextManager:
         """Context in which the model runs without compiled code."""
-        return torch.compiler.set_stance("force_eager") if self.is_compiled else nullcontext()  # the former is slow
+        is_compiled = self.loss_kernel is not loss.softmax_gradient
+        return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()  # the former imports a lot
 
     def hidden(self, tokens: Tensor, cached: CachedTokens | None = None) -> Tensor:
         """(B, T) int64 -> (B, T, C), the normed input of the head. cached: None if the tokens begin their sequences."""

@@ -7,6 +7,7 @@ bit-identical on all ranks. Any number of ranks works.
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar
 
@@ -46,18 +47,16 @@ class ShardedOptimizer:
         self.dist, self.updates, self.param_groups = dist, 0, [{**defaults, **group} for group in groups]
         for group in self.param_groups:
             group["param_names"], group["params"] = map(list, zip(*group["params"], strict=True))
+            group["base_lr"] = group["lr"]  # peak learning rate; `set_schedule` sets lr
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         self.shard_ranges = dict(zip(parameters, self.partition(parameters), strict=True))
         self.own_ranges = {parameter: ranges[dist.rank] for parameter, ranges in self.shard_ranges.items()}
-        for group in self.param_groups:
-            group["base_lr"] = group["lr"]  # peak learning rate; `set_schedule` sets lr
-        self.state = {}  # {parameter: {state name: tensor}}
+        self.state = defaultdict(dict)  # {parameter: {state name: tensor}}
         for parameter in parameters:
             start, end = self.own_ranges[parameter]
             for key, dimensions in self.STATE.items() if end > start else ():
                 first, last = _state_range((start, end), parameter, parameter.shape[:dimensions])
-                zeros = torch.zeros(last - first, device=parameter.device)
-                self.state.setdefault(parameter, {})[key] = zeros
+                self.state[parameter][key] = torch.zeros(last - first, device=parameter.device)
 
     @torch.no_grad()
     def start_step(self) -> list[Callable[[], None]]:
